@@ -1,0 +1,30 @@
+"""Accelerated and distributed LoRA and QLoRA fine-tuning of Microsoft's Phi-3 family.
+
+Public: `load_tokenizer`, `gather_adapter`, `save_adapter`. They import torch only when they are asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from phi3_dist.adapters.files import save_adapter
+    from phi3_dist.adapters.gather import gather_adapter
+    from phi3_dist.modeling.tokenizer import load_tokenizer
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "gather_adapter", "load_tokenizer", "save_adapter"]
+
+_HOME = {
+    "gather_adapter": "phi3_dist.adapters.gather",
+    "load_tokenizer": "phi3_dist.modeling.tokenizer",
+    "save_adapter": "phi3_dist.adapters.files",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        import importlib
+
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,246 @@
+"""From a run file and overrides to a `RunConfig`, or to one `ConfigError` that holds every mistake.
+
+Nothing here imports torch, so that a misspelt key is answered in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from phi3_dist.config import messages
+from phi3_dist.config.schema import RunConfig
+from phi3_dist.errors import ConfigError, Problem
+
+__all__ = ["load_run", "resolved_yaml", "json_schema", "config_hash", "diff"]
+
+
+@dataclass
+class _Source:
+    """The user's values before they are checked, and where each one stands (dotted path → `run.yaml:12`)."""
+
+    name: str
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def where(self, path: str) -> str:
+        """`path (run.yaml:12)`; for a missing key the place of the nearest section above it."""
+        place = self.places.get(path)
+        return f"{path} ({place})" if place else path
+
+
+class _Reader(yaml.SafeLoader):
+    """PyYAML's safe loader, walked node by node for line numbers and duplicate keys, which it drops in silence."""
+
+    def __init__(self, text: str, source: _Source, file_name: str = "") -> None:
+        super().__init__(text)
+        self.source = source
+        self.file_name = file_name
+        self.above: list[yaml.Node] = []
+
+    def value(self, node: yaml.Node, path: str) -> Any:
+        if any(node is other for other in self.above):
+            self.source.problems.append(Problem(self.source.where(path), "an alias that contains itself"))
+            return None
+        self.above.append(node)
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self.mapping(node, path)
+            if isinstance(node, yaml.SequenceNode):
+                return [self.value(item, f"{path}[{index}]") for index, item in enumerate(node.value)]
+            return self.construct_object(node)
+        finally:
+            self.above.pop()
+
+    def mapping(self, node: yaml.MappingNode, path: str) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line = f"{self.file_name}:{key_node.start_mark.line + 1}" if self.file_name else "override"
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.source.problems.append(Problem(f"{path or self.source.name} ({line})", "a key must be plain text"))
+                continue
+            key = key_node.value
+            full = f"{path}.{key}" if path else key
+            if key in out:
+                first = self.source.places[full]
+                self.source.problems.append(
+                    Problem(f"{full} ({line})", f"the key stands twice, first at {first}", "keep one of them")
+                )
+            self.source.places[full] = line
+            out[key] = self.value(value_node, full)
+        return out
+
+
+def _read_yaml(text: str, source: _Source, path: str = "", file_name: str = "") -> Any:
+    reader = _Reader(text, source, file_name)
+    try:
+        node = reader.get_single_node()
+        return None if node is None else reader.value(node, path)
+    finally:
+        reader.dispose()
+
+
+def _read_file(path: Path) -> _Source:
+    source = _Source(path.name)
+    place = str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(Problem(place, "no such file", _nearby(path))) from None
+    except IsADirectoryError:
+        raise ConfigError(Problem(place, "is a folder; a run file is wanted", _nearby(path / "x"))) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(Problem(place, f"is not UTF-8 text: {error.reason} at byte {error.start}")) from None
+    except OSError as error:
+        raise ConfigError(Problem(place, f"cannot be read: {error.strerror}")) from None
+    try:
+        values = _read_yaml(text, source, file_name=path.name)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(Problem(*_yaml_fault(error, place), "correct the YAML at that place")) from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            Problem(place, f"is {messages.kind(values)}, not a mapping", "start it with `model:` and `data:`")
+        )
+    source.values = values
+    return source
+
+
+def _yaml_fault(error: Exception, place: str) -> tuple[str, str]:
+    mark = getattr(error, "problem_mark", None)
+    what = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return (f"{place}:{mark.line + 1}" if mark else place), f"is not YAML: {what}"
+
+
+def _nearby(path: Path) -> str:
+    folder = path.parent
+    near = sorted(p.name for p in folder.glob("*.yaml")) if folder.is_dir() else []
+    return f"run files in {folder}: {', '.join(near[:8])}" if near else ""
+
+
+def _apply_override(source: _Source, text: str) -> None:
+    path, equals, value_text = text.partition("=")
+    path = path.strip().lstrip("-")
+    if not equals or not path or not all(part.strip() for part in path.split(".")):
+        fix = "write it as key.path=value, such as optim.lr=1e-4"
+        source.problems.append(Problem(f"override {text!r}", "is not of the form key.path=value", fix))
+        return
+    place = f"override {text!r}"
+    try:
+        value = _read_yaml(value_text, source, path)
+    except (yaml.YAMLError, ValueError) as error:
+        what = _yaml_fault(error, place)[1]
+        source.problems.append(Problem(place, what.replace("is not YAML", "its value is not YAML"), "quote the value"))
+        return
+    section = source.values
+    *parents, last = path.split(".")
+    for depth, parent in enumerate(parents):
+        inner = section.setdefault(parent, {})
+        if inner is None:  # `lora:` with nothing under it
+            inner = section[parent] = {}
+        if not isinstance(inner, dict):
+            above = ".".join(parents[: depth + 1])
+            source.problems.append(Problem(place, f"{above} is {messages.shown(inner)}, not a section"))
+            return
+        section = inner
+    section[last] = value
+    source.places[path] = place
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file, apply `key.path=value` overrides in order, check everything.
+
+    Values of overrides are read as YAML (`optim.lr=1e-4`, `lora.targets=[qkv_proj,o_proj]`). An empty `name` becomes
+    the file's stem, and `{name}` in `save.folder` is filled in.
+    Raises `ConfigError` with all problems: the dotted path and line, the value, and the fix.
+    """
+    file = Path(path)
+    source = _read_file(file)
+    for override in overrides:
+        _apply_override(source, override)
+    problems = list(source.problems)
+    config, bad_paths = None, set()
+    try:
+        config = RunConfig.model_validate(source.values)
+    except ValidationError as error:
+        for bad, what, fix in messages.explain(error, source.values):
+            bad_paths.add(bad)
+            if all(problem.where != source.where(bad) for problem in source.problems):
+                problems.append(Problem(source.where(bad), what, fix))
+        config = _what_makes_sense(source.values, bad_paths)
+    if config is not None:
+        for cross in messages.cross_checks(config):
+            if not any(_overlap(cross_path, bad) for cross_path in cross.paths for bad in bad_paths):
+                problems.append(Problem(source.where(cross.paths[0]), cross.what, cross.fix))
+    if problems:
+        raise ConfigError(*problems)
+    assert config is not None
+    name = config.name or file.stem
+    save = config.save.model_copy(update={"folder": config.save.folder.replace("{name}", name)})
+    return config.model_copy(update={"name": name, "save": save})
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one dotted path is the other, or lies in it."""
+    return one == other or one.startswith((f"{other}.", f"{other}[")) or other.startswith((f"{one}.", f"{one}["))
+
+
+def _what_makes_sense(values: Mapping[str, Any], bad_paths: set[str]) -> RunConfig | None:
+    """The config without its bad values, so that the pairs that remain can still be checked."""
+    kept: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    for path in bad_paths:
+        *parents, last = re.sub(r"\[.*", "", path).split(".")
+        section: Any = kept
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section.pop(last, None)
+    for section_name, required in (("model", "source"), ("data", "train")):
+        kept.setdefault(section_name, {})
+        if isinstance(kept[section_name], dict):
+            kept[section_name].setdefault(required, "missing")
+    try:
+        return RunConfig.model_validate(kept)
+    except ValidationError:
+        return None
+
+
+def resolved_yaml(cfg: RunConfig) -> str:
+    """The run with every default written out, as YAML that `load_run` reads back to an equal config."""
+    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a run file, for editors."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}
+    schema["title"] = "phi3_dist run file"
+    return schema
+
+
+def config_hash(cfg: RunConfig) -> str:
+    """sha256 (hex) of the config as canonical JSON: equal configs have equal hashes on every machine."""
+    text = json.dumps(cfg.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def diff(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:
+    """(dotted path, value in a, value in b) for each field that differs, in the schema's order."""
+    flat_a, flat_b = dict(_flat(a.model_dump(mode="json"))), dict(_flat(b.model_dump(mode="json")))
+    return [(path, value, flat_b[path]) for path, value in flat_a.items() if value != flat_b[path]]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    out: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        out.extend(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)])
+    return out

@@ -1,0 +1,294 @@
+"""What a mistake in a run file is called: pydantic's errors in the user's words, and the pairs that cannot be.
+
+Kept apart from `load.py` because this is the part that grows with each mistake that someone makes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from phi3_dist.config.families import LINEARS
+from phi3_dist.config.schema import RunConfig
+
+__all__ = ["Cross", "cross_checks", "explain", "kind", "shown"]
+
+_TOPOLOGY = "topology stands in the Accelerate config (configs/accelerate/), not in the run file"
+_ELSEWHERE: Mapping[str, str] = {
+    # names of other toolkits → the name here, or what to do
+    "learning_rate": "optim.lr",
+    "lr_scheduler_type": "optim.schedule",
+    "lr_scheduler": "optim.schedule",
+    "warmup_ratio": "optim.warmup",
+    "warmup_steps": "optim.warmup",
+    "max_length": "data.pack_length",
+    "max_seq_length": "data.pack_length",
+    "max_seq_len": "data.pack_length",
+    "cutoff_len": "data.pack_length",
+    "sequence_len": "data.pack_length",
+    "lora_r": "lora.r",
+    "rank": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "target_modules": "lora.targets",
+    "use_dora": "lora.dora",
+    "use_rslora": "lora.rslora",
+    "per_device_train_batch_size": "train.micro_batch",
+    "micro_batch_size": "train.micro_batch",
+    "batch_size": "train.global_batch",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "eval_steps": "train.eval_every",
+    "logging_steps": "log.every",
+    "report_to": "log.trackers",
+    "output_dir": "save.folder",
+    "model_name_or_path": "model.source",
+    "base_model": "model.source",
+    "gradient_checkpointing": "model.activation_checkpointing",
+    "attn_implementation": "model.attention",
+    "optimizer": "optim.name",
+}
+_ADVICE: Mapping[str, str] = {
+    "gradient_accumulation_steps": "accumulation follows from train.global_batch, train.micro_batch and the ranks",
+    "accumulation": "accumulation follows from train.global_batch, train.micro_batch and the ranks",
+    "load_in_4bit": "write `model.quantization: nf4`",
+    "load_in_8bit": "write `model.quantization: int8`",
+    "bf16": "write `model.precision: bf16`",
+    "fp16": "fp16 needs loss scaling, which this toolkit refuses; write `model.precision: bf16` or fp32",
+    "packing": "rows are always packed; `data.pack_length` sets how long a pack is",
+    "trust_remote_code": "remote code is never run; the native Phi-3 class is used",
+    "deepspeed": _TOPOLOGY,
+    "fsdp": _TOPOLOGY,
+    "num_processes": _TOPOLOGY,
+    "zero_stage": _TOPOLOGY,
+    "<<": "merge keys are not read; write the keys out",
+}
+_FP16 = ("fp16", "float16", "half", "16", "16-mixed")
+
+
+def kind(value: object) -> str:
+    """What a YAML value is, in words."""
+    if value is None:
+        return "empty"
+    if isinstance(value, bool):
+        return "true or false"
+    names = ((dict, "a section"), (list, "a list"), (str, "text"), (int, "a whole number"), (float, "a number"))
+    return next((name for type_, name in names if isinstance(value, type_)), f"a {type(value).__name__}")
+
+
+def shown(value: object) -> str:
+    """A value for a message: as YAML would show it, cut after 60 characters."""
+    text = (
+        {None: "null", True: "true", False: "false"}.get(value)
+        if value is None or value is True or value is False
+        else None
+    )
+    text = text or (repr(value) if isinstance(value, str | int | float | list | dict) else f"'{value}'")
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _all_paths(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _all_paths(info.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _model_at(parents: tuple[str, ...]) -> type[BaseModel]:
+    model: type[BaseModel] = RunConfig
+    for parent in parents:
+        annotation = model.model_fields[parent].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        model = annotation
+    return model
+
+
+def _unknown_key_fix(parents: tuple[str, ...], key: str) -> str:
+    siblings = _model_at(parents).model_fields
+    prefix = "".join(f"{parent}." for parent in parents)
+    if key in _ADVICE:
+        return _ADVICE[key]
+    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {prefix}{close[0]}?"
+    if key in _ELSEWHERE:
+        return f"did you mean {_ELSEWHERE[key]}?"
+    by_last: dict[str, str] = {}
+    for path in _all_paths():
+        by_last.setdefault(path.rsplit(".", 1)[-1], path)
+    elsewhere = difflib.get_close_matches(key, by_last, n=1, cutoff=0.75)
+    if elsewhere:
+        return f"did you mean {by_last[elsewhere[0]]}?"
+    return f"the keys of {prefix.rstrip('.') or 'a run file'} are {', '.join(siblings)}"
+
+
+def _path_of(loc: tuple[int | str, ...]) -> tuple[str, tuple[str, ...]]:
+    """The dotted path of a pydantic location without its union tags, and the names of the sections above."""
+    model: type[BaseModel] | None = RunConfig
+    parts, parents = "", []
+    for part in loc:
+        if model is not None and isinstance(part, str):
+            parts += f".{part}" if parts else part
+            info = model.model_fields.get(part)
+            inner = info.annotation if info else None
+            model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+            if model is not None:
+                parents.append(part)
+        elif isinstance(part, int):
+            parts += f"[{part}]"
+    return parts, tuple(parents)
+
+
+def _wanted(error: ErrorDetails) -> str:
+    """What the field takes instead of the value it got."""
+    context = error.get("ctx", {})
+    words = {
+        "string_type": "text",
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "bool_type": "true or false",
+        "float_type": "a number",
+        "float_parsing": "a number",
+        "finite_number": "a finite number",
+        "tuple_type": "a list",
+        "model_type": "a section with keys under it",
+        "literal_error": f"one of {context.get('expected')}",
+        "greater_than": f"above {context.get('gt')}",
+        "greater_than_equal": f"{context.get('ge')} or more",
+        "less_than": f"below {context.get('lt')}",
+        "too_long": f"a list of {context.get('max_length')}",
+        "value_error": "a number",
+    }
+    return words.get(error["type"], error["msg"])
+
+
+def _fix_for(error: ErrorDetails, path: str) -> str:
+    value = error["input"]
+    if path == "model.precision" and str(value).lower() in _FP16:
+        return "fp16 needs loss scaling, which this toolkit refuses; use bf16 or fp32"
+    if error["type"] == "string_type" and not isinstance(value, dict | list) and value is not None:
+        return "put it in quotes if that text is meant"
+    if error["type"] == "literal_error" and isinstance(value, str):
+        allowed = re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", "")))
+        close = difflib.get_close_matches(value.lower(), allowed, n=1)
+        return f"did you mean {close[0]}?" if close else ""
+    return ""
+
+
+def explain(error: ValidationError, values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(dotted path, what is wrong, fix) for each bad place: one for each field, however many its types are."""
+    unknown: list[tuple[str, str, str]] = []
+    grouped: dict[str, list[ErrorDetails]] = {}
+    for item in error.errors(include_url=False):
+        path, parents = _path_of(item["loc"])
+        if item["type"] == "extra_forbidden":
+            unknown.append(
+                (
+                    path,
+                    f"unknown key (value {shown(item['input'])})",
+                    _unknown_key_fix(parents, path.rsplit(".", 1)[-1]),
+                )
+            )
+        elif item["type"] == "missing" and path.endswith("]"):
+            field = path.rpartition("[")[0]
+            unknown.append((field, "has too few values", _about(field)))
+        elif item["type"] == "missing":
+            unknown.append((path, "is required, and missing", _about(path)))
+        else:
+            grouped.setdefault(path, []).append(item)
+    found = []
+    for path, items in grouped.items():
+        if any(other.startswith(f"{path}[") for other in grouped):
+            continue  # a union of text and list: the list's own item says it better
+        wanted = " or ".join(dict.fromkeys(_wanted(item) for item in items))
+        value = items[0]["input"]
+        fix = next((text for text in (_fix_for(item, path) for item in items) if text), "")
+        found.append((path, f"is {shown(value)}; {wanted} is wanted", fix))
+    return _in_file_order(unknown + found, values)
+
+
+def _about(path: str) -> str:
+    *parents, last = path.split(".")
+    info = _model_at(tuple(parents)).model_fields[last]
+    return info.description or f"add the section `{last}:`"
+
+
+def _in_file_order(found: list[tuple[str, str, str]], values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    order = list(values)
+    return sorted(found, key=lambda item: order.index(top) if (top := item[0].split(".")[0]) in order else -1)
+
+
+class Cross(NamedTuple):
+    """Fields that cannot stand together: their dotted paths (the first is where it is shown), what, fix."""
+
+    paths: tuple[str, ...]
+    what: str
+    fix: str
+
+
+def cross_checks(cfg: RunConfig) -> list[Cross]:
+    """Every impossible combination in a config whose fields are each valid.
+
+    DoRA goes with quantised weights (PEFT 0.21 adapts `Linear4bit` and `Linear8bitLt` with it), so it is not here.
+    """
+    return [*_model_pairs(cfg), *_lora_pairs(cfg), *_train_pairs(cfg), *_save_pairs(cfg)]
+
+
+def _model_pairs(cfg: RunConfig) -> Iterator[Cross]:
+    source, revision = cfg.model.source, cfg.model.revision
+    if not source.strip():
+        yield Cross(("model.source",), "is empty", "name a local folder, a hub id, or tiny-random")
+    if revision is not None and source == "tiny-random":
+        yield Cross(("model.revision", "model.source"), f"is {revision!r}, but tiny-random has none", "remove it")
+    elif revision is not None and (source.startswith((".", "/", "~")) or Path(source).is_dir()):
+        what = f"is {revision!r}, but model.source is the local folder {source}"
+        yield Cross(("model.revision", "model.source"), what, "remove it, or name a hub id as model.source")
+
+
+def _lora_pairs(cfg: RunConfig) -> Iterator[Cross]:
+    targets = cfg.lora.targets
+    if targets == ():
+        yield Cross(("lora.targets",), "is an empty list: nothing would be adapted", "use all-linear")
+    elif isinstance(targets, tuple) and "all-linear" in targets:
+        fix = f"write `targets: all-linear`, or a list out of {', '.join(LINEARS)}"
+        yield Cross(("lora.targets",), "all-linear stands in a list", fix)
+
+
+def _train_pairs(cfg: RunConfig) -> Iterator[Cross]:
+    train, warmup = cfg.train, cfg.optim.warmup
+    if train.epochs is not None and train.max_steps is not None:
+        what = f"is {train.epochs:g}, and train.max_steps is {train.max_steps}: both say when to stop"
+        yield Cross(("train.epochs", "train.max_steps"), what, "keep one of them")
+    if train.global_batch % train.micro_batch:
+        below = train.global_batch // train.micro_batch * train.micro_batch
+        near = f"{below} or {below + train.micro_batch}" if below else str(train.micro_batch)
+        what = f"is {train.global_batch}, which is no multiple of train.micro_batch ({train.micro_batch})"
+        yield Cross(("train.global_batch", "train.micro_batch"), what, f"use {near}")
+    if warmup >= 1 and warmup != int(warmup):
+        yield Cross(("optim.warmup",), f"is {warmup}: from 1 on it counts whole steps", f"use {round(warmup)}")
+    if train.max_steps is not None and warmup >= 1 and warmup >= train.max_steps:
+        what = f"is {warmup:g} steps, and train.max_steps is {train.max_steps}: the peak is never held"
+        yield Cross(("optim.warmup", "train.max_steps"), what, "use a share below 1, such as 0.03")
+    if train.eval_every > 0 and cfg.data.validation is None and cfg.data.validation_share == 0:
+        what = f"is {train.eval_every}, but data.validation_share is 0 and there is no data.validation to measure on"
+        fix = "set train.eval_every to 0, or give held-out rows"
+        yield Cross(("train.eval_every", "data.validation_share", "data.validation"), what, fix)
+
+
+def _save_pairs(cfg: RunConfig) -> Iterator[Cross]:
+    if not cfg.save.folder.strip():
+        yield Cross(("save.folder",), "is empty", "name a folder, such as runs/{name}")
+    other = [name for name in re.findall(r"\{([^}]*)\}", cfg.save.folder) if name != "name"]
+    if other:
+        yield Cross(("save.folder",), f"has the placeholder {{{other[0]}}}", "only {name} is filled in")
+    if "/" in cfg.name or cfg.name in (".", ".."):
+        yield Cross(("name",), f"is {cfg.name!r}, which cannot name a folder", "leave out the slash")

@@ -1,0 +1,155 @@
+"""What a user asks for: one frozen object per section of the run file.
+
+The run file holds the experiment (model, data, LoRA, optimizer, schedule). Topology (how many processes, which
+ZeRO stage) stands in the Accelerate config that `accelerate launch` gets, and nowhere else.
+Every field says its unit. Unknown keys are refused. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+
+def _refuse_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted, not true or false")
+    return value
+
+
+Count = Annotated[StrictInt, Field(ge=1)]
+Real = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+"""A finite number. PyYAML reads `1e-4` as text, which becomes a number here; `true` does not become 1."""
+Share = Annotated[Real, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    source: StrictStr
+    """Base model: a local folder, a hub id, or `tiny-random` (a seeded random Phi-3 with a byte tokenizer)."""
+    revision: StrictStr | None = None
+    """Hub revision: a branch, tag or commit. Only with a hub id."""
+    tokenizer: StrictStr | None = None
+    """Tokenizer folder or hub id, where it is not the base model's own."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute dtype. `auto`: bf16 where the hardware has it fast, else fp32; the reason is shown at start."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Storage of the frozen base. `nf4` is QLoRA (double quantised NF4), `int8` is LLM.int8()."""
+    attention: Literal["auto", "flash_attention_2", "sdpa"] = "auto"
+    """Attention backend. Documents of a pack never attend to each other in any of them."""
+    activation_checkpointing: StrictBool = False
+    """Recompute each decoder layer in backward (non-reentrant): less memory, about a fifth more time."""
+    adapter: StrictStr | None = None
+    """Folder of an existing LoRA adapter to train on from. The `lora` section must then agree with it."""
+
+
+class DataConfig(Section):
+    train: StrictStr | tuple[StrictStr, ...]
+    """Rows: a JSONL or Parquet file, a folder of either, or a hub id. Several are read one after the other."""
+    validation: StrictStr | tuple[StrictStr, ...] | None = None
+    """Held-out rows, as `train`. Without it, `validation_share` of the training rows is split off."""
+    validation_share: Share = 0.05
+    """Share of prompts held out, chosen by a hash of the prompt, so that equal prompts stay together. 0: none."""
+    split: StrictStr = "train"
+    """Split of a hub data set."""
+    validation_split: StrictStr = "test"
+    """Split of a hub data set named in `validation`."""
+    revision: StrictStr | None = None
+    """Revision of a hub data set."""
+    pack_length: Annotated[StrictInt, Field(ge=16)] = 2048
+    """Tokens in a pack at most. Packs hold whole rows, without padding."""
+    on_long_row: Literal["error", "drop"] = "error"
+    """A row longer than `pack_length`: stop, or drop and count it. Nothing is cut in silence."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """A row that cannot be used: stop and name all of them, or skip, count and list them."""
+    supervise: Literal["all", "last"] = "all"
+    """Which assistant turns are learned: every one, or the last. A message with `weight: 0` never is."""
+    max_rows: Count | None = None
+    """Use only the first n training rows (before the split). For trying things."""
+
+
+class LoraConfig(Section):
+    r: Count = 16
+    """Rank of the update."""
+    alpha: Annotated[Real, Field(gt=0)] = 32.0
+    """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`)."""
+    dropout: Share = 0.05
+    """Dropout on the adapter's input."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases that train beside the adapter: none, every one, or those of adapted layers. Phi-3 has none."""
+    targets: Literal["all-linear"] | tuple[StrictStr, ...] = "all-linear"
+    """Modules that get an adapter, by the end of their name. Phi-3's are qkv_proj, o_proj, gate_up_proj, down_proj."""
+    modules_to_save: tuple[StrictStr, ...] = ()
+    """Modules trained in full and saved with the adapter, such as lm_head."""
+    rslora: StrictBool = False
+    """Rank-stabilised scale, alpha / sqrt(r)."""
+    dora: StrictBool = False
+    """Weight-decomposed LoRA: trains a magnitude vector beside A and B."""
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw"
+    """Optimizer. The paged and 8-bit ones are bitsandbytes' and need a GPU."""
+    lr: Annotated[Real, Field(gt=0)] = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up; cosine and linear end at 0."""
+    warmup: Annotated[Real, Field(ge=0)] = 0.03
+    """Warm-up: below 1 a share of all steps, from 1 on a number of steps."""
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    """Decoupled weight decay of all trained weights except biases and DoRA magnitudes."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Adam's two decay rates."""
+    eps: Annotated[Real, Field(gt=0)] = 1e-8
+    """Adam's epsilon."""
+    max_grad_norm: Annotated[Real, Field(ge=0)] = 1.0
+    """Gradients are scaled down to this global norm. 0: no clipping; the norm is measured all the same."""
+
+
+class TrainConfig(Section):
+    epochs: Annotated[Real, Field(gt=0)] | None = None
+    """Passes over the packs. Either this or `max_steps`; without either, 1 epoch."""
+    max_steps: Count | None = None
+    """Optimizer steps."""
+    global_batch: Count = 16
+    """Packs in one optimizer step, over all ranks. Accumulation follows: global_batch / (micro_batch * ranks)."""
+    micro_batch: Count = 1
+    """Packs in one forward pass of one rank, joined into one ragged row."""
+    eval_every: Annotated[StrictInt, Field(ge=0)] = 0
+    """Steps between two measurements of the held-out loss. 0: only at the end."""
+    seed: Annotated[StrictInt, Field(ge=0)] = 0
+    """Seed of the adapter's start, the order of packs and dropout."""
+    shuffle: StrictBool = True
+    """Draw a new order of packs each epoch."""
+
+
+class SaveConfig(Section):
+    folder: StrictStr = "runs/{name}"
+    """The run folder. `{name}` is the run file's name without its ending."""
+
+
+class LogConfig(Section):
+    every: Count = 1
+    """Steps between two log lines and two rows of metrics.jsonl."""
+    trackers: tuple[StrictStr, ...] = ("tensorboard",)
+    """Accelerate trackers: tensorboard, wandb, trackio, mlflow, … An empty list: none."""
+    project: StrictStr = "phi3_dist"
+    """Project name given to the trackers."""
+
+
+class RunConfig(Section):
+    """One run. See `configs/run/` for examples and `phi3-dist config schema` for the JSON Schema."""
+
+    name: StrictStr = ""
+    """Name of the run; by default the run file's name without its ending."""
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig = LoraConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    save: SaveConfig = SaveConfig()
+    log: LogConfig = LogConfig()
