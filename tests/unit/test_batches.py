@@ -1,0 +1,342 @@
+"""Rows, packs, the order of packs and the batch of a step: pure functions, each with its invariant."""
+
+from __future__ import annotations
+
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from phi3_dist.config.schema import DataConfig
+from phi3_dist.data import batches
+from phi3_dist.data.batches import Order, Packs, TokenRows, assemble, make_packs, prepare
+from phi3_dist.data.chat import Encoded, encode_chats
+from phi3_dist.data.show import length_table, render_rows, show
+from phi3_dist.data.sources import Chat, Message
+from phi3_dist.errors import DataError
+from phi3_dist.modeling.tokenizer import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+
+
+def token_rows() -> TokenRows:
+    """Three rows of 3, 4 and 2 tokens; the second begins supervised."""
+    rows = [
+        Encoded([10, 11, 12], [False, True, True]),
+        Encoded([20, 21, 22, 23], [True, False, True, False]),
+        Encoded([30, 31], [False, True]),
+    ]
+    return TokenRows.of(rows, ["a:1", "a:2", "b:1"])
+
+
+def write(path: Path, n: int = 40) -> Path:
+    lines = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a" * i + "."}]}
+        for i in range(n)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return path
+
+
+def config(path: Path, **more: Any) -> DataConfig:
+    return DataConfig.model_validate({"train": str(path), "pack_length": 128, "validation_share": 0.2, **more})
+
+
+def test_rows_saved_and_loaded(tmp_path: Path) -> None:
+    rows = token_rows()
+    file = tmp_path / "rows.safetensors"
+    rows.save(file)
+    again = TokenRows.load(file)
+    assert again.places == ("a:1", "a:2", "b:1")
+    assert again.lengths.tolist() == [3, 4, 2]
+    for name, dtype in (("ids", np.int32), ("supervised", np.bool_), ("offsets", np.int64)):
+        assert getattr(again, name).dtype == dtype
+        assert np.array_equal(getattr(again, name), getattr(rows, name))
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.safetensors"]
+    assert again.fingerprint == rows.fingerprint
+    moved = TokenRows(rows.ids, rows.supervised, rows.offsets, ("x", "y", "z"))
+    assert moved.fingerprint == rows.fingerprint
+    other = TokenRows(rows.ids, ~rows.supervised, rows.offsets, rows.places)
+    assert other.fingerprint != rows.fingerprint
+
+
+def test_rows_joined_and_selected() -> None:
+    rows = token_rows()
+    twice = TokenRows.join([rows, rows])
+    assert twice.select(np.array([3, 4, 5])).fingerprint == rows.fingerprint
+    assert twice.select(np.array([2, 1])).ids.tolist() == [30, 31, 20, 21, 22, 23]
+    assert len(TokenRows.join([])) == 0
+
+
+@pytest.mark.parametrize("cut", [0, 5, 100, -1])
+def test_torn_file_of_rows_is_refused(tmp_path: Path, cut: int) -> None:
+    file = tmp_path / "rows.safetensors"
+    token_rows().save(file)
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(DataError, match="not a file of token rows"):
+        TokenRows.load(file)
+
+
+def test_one_changed_byte_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "rows.safetensors"
+    token_rows().save(file)
+    raw = bytearray(file.read_bytes())
+    at = raw.index(np.array([10, 11, 12], np.int32).tobytes())
+    raw[at] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(DataError, match="checksum"):
+        TokenRows.load(file)
+
+
+def test_targets_leave_out_the_first_token_of_a_document() -> None:
+    packs, dropped = make_packs(token_rows(), 7, "error")
+    assert packs.packs == ((0, 1), (2,))
+    assert packs.targets.tolist() == [2 + 1, 1]
+    assert dropped == []
+
+
+def test_assembled_batch() -> None:
+    packs, _ = make_packs(token_rows(), 7, "error")
+    batch = assemble(packs, [1, 0])
+    assert batch.ids_T.tolist() == [30, 31, 10, 11, 12, 20, 21, 22, 23]
+    assert batch.positions_T.tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 3]
+    assert batch.cu_seqlens.tolist() == [0, 2, 5, 9]
+    assert batch.max_length == 4
+    assert batch.predict_S.tolist() == [0, 2, 3, 6]
+    assert batch.target_S.tolist() == [31, 11, 12, 22]
+    assert batch.places == ("b:1", "a:1", "a:2")
+    assert [a.dtype for a in (batch.ids_T, batch.positions_T, batch.cu_seqlens)] == [np.int64, np.int64, np.int32]
+    assert len(batch.predict_S) == packs.targets.sum()
+    assert packs.rows.supervised.tolist() == token_rows().supervised.tolist()  # assembling changes nothing
+    with pytest.raises(ValueError, match="at least one pack"):
+        assemble(packs, [])
+
+
+def test_long_rows() -> None:
+    with pytest.raises(DataError) as caught:
+        make_packs(token_rows(), 2, "error")
+    text = str(caught.value)
+    assert "a:1: 3 tokens" in text
+    assert "a:2: 4 tokens" in text
+    assert "2 of 3 rows" in text
+    assert "data.pack_length: 4 holds them all" in text
+    packs, dropped = make_packs(token_rows(), 2, "drop")
+    assert dropped == ["a:1", "a:2"]
+    assert packs.rows.places == ("b:1",)
+    assert assemble(packs, [0]).ids_T.tolist() == [30, 31]
+    with pytest.raises(DataError, match="no row is left"):
+        make_packs(token_rows(), 1, "drop")
+
+
+def test_fingerprint_of_packs_holds_rows_and_layout() -> None:
+    first, same = (make_packs(token_rows(), 7, "error")[0].fingerprint for _ in range(2))
+    assert first == same
+    assert first != make_packs(token_rows(), 9, "error")[0].fingerprint
+
+
+@settings(deadline=None)
+@given(
+    n=st.integers(1, 30),
+    slots=st.integers(1, 3),
+    world=st.integers(1, 4),
+    micro=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+def test_every_epoch_holds_each_pack_once_for_any_number_of_ranks(
+    n: int, slots: int, world: int, micro: int, seed: int
+) -> None:
+    order = Order(n, slots * world * micro, seed, shuffle=True)
+    steps = order.steps(3)
+    assert (steps - 1) * order.global_batch < 3 * n <= steps * order.global_batch
+    stream: list[int] = []
+    for step in range(steps):
+        ranks = [order.slots(step, rank, world, micro) for rank in range(world)]
+        assert all(len(mine) == slots and all(len(slot) == micro for slot in mine) for mine in ranks)
+        joined = [pack for slot in range(slots) for mine in ranks for pack in mine[slot]]
+        assert joined == order.packs_of_step(step).tolist()
+        stream += joined
+    for epoch in range(3):
+        assert sorted(stream[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+
+def test_order_is_fixed_for_ever() -> None:
+    # golden: a resumed run must see what the interrupted one would have seen, whatever numpy is installed
+    assert Order(10, 4, seed=7, shuffle=True).packs_of_step(2).tolist() == [0, 3, 1, 4]
+    assert Order(10, 4, seed=7, shuffle=True).packs_of_step(10**9).tolist() == [9, 7, 6, 3]
+    assert Order(10, 4, seed=7, shuffle=False).packs_of_step(2).tolist() == [8, 9, 0, 1]
+    orders = {tuple(Order(10, 10, seed, shuffle=True).packs_of_step(step)) for seed in range(3) for step in range(3)}
+    assert len(orders) == 9
+
+
+def test_one_process_with_four_slots_sees_what_two_with_two_see() -> None:
+    order = Order(13, 4, seed=0, shuffle=True)
+    for step in range(7):
+        alone = order.slots(step, 0, 1, 1)
+        pair = [order.slots(step, rank, 2, 1) for rank in range(2)]
+        assert alone == [pair[0][0], pair[1][0], pair[0][1], pair[1][1]]
+
+
+def test_steps_of_a_part_of_an_epoch() -> None:
+    assert Order(10, 1, 0, True).steps(1.1) == 11
+    assert Order(10, 4, 0, True).steps(1) == 3
+    assert Order(10, 4, 0, True).steps(0.01) == 1
+    assert Order(10, 4, 0, True).steps(1e-05) == 1
+
+
+def test_orders_that_do_not_exist() -> None:
+    order = Order(10, 6, 0, True)
+    with pytest.raises(ValueError, match="no multiple of 4 ranks"):
+        order.slots(0, 0, 4, 1)
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        order.slots(0, 2, 2, 1)
+    with pytest.raises(ValueError, match="count from 0"):
+        order.packs_of_step(-1)
+    with pytest.raises(ValueError, match="not an order"):
+        Order(0, 4, 0, True)
+
+
+def test_prepare_reads_encodes_packs(tmp_path: Path) -> None:
+    prepared = prepare(config(write(tmp_path / "a.jsonl")), TOKENIZER, None)
+    assert prepared.validation is not None
+    assert len(prepared.train.rows) + len(prepared.validation.rows) == 40
+    assert not set(prepared.train.rows.places) & set(prepared.validation.rows.places)
+    assert prepared.fingerprint == prepared.train.fingerprint
+    assert (prepared.skipped, prepared.dropped, prepared.notices, prepared.cached) == ((), (), (), False)
+    batch = assemble(prepared.train, range(len(prepared.train)))
+    assert len(batch.target_S) == prepared.train.targets.sum() > 0
+    assert max(batch.cu_seqlens) == len(prepared.train.rows.ids)
+
+
+def test_prepare_says_what_it_left_out(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl")
+    control = {"messages": [{"role": "user", "content": "<|end|>"}, {"role": "assistant", "content": "a"}]}
+    file.write_text(f"oops\n{json.dumps(control)}\n{file.read_text()}", encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.jsonl:1"):
+        prepare(config(file), TOKENIZER, None)
+    prepared = prepare(
+        config(file, on_bad_row="skip", pack_length=30, on_long_row="drop", validation_share=1e-9), TOKENIZER, None
+    )
+    assert [row.place for row in prepared.skipped] == ["a.jsonl:1", "a.jsonl:2"]
+    assert "a.jsonl:42" in prepared.dropped
+    assert prepared.validation is None
+    assert "no row is held out" in prepared.notices[0]
+    only = tmp_path / "only.jsonl"
+    only.write_text(json.dumps(control))
+    with pytest.raises(DataError, match="supervises nothing"):
+        prepare(config(only, on_bad_row="skip", validation_share=0), TOKENIZER, None)
+
+
+def same(first: Packs, second: Packs) -> bool:
+    return first.fingerprint == second.fingerprint and first.rows.places == second.rows.places
+
+
+def test_cache_is_used_and_knows_what_matters(tmp_path: Path) -> None:
+    file, cache = write(tmp_path / "a.jsonl"), tmp_path / "cache"
+    file.write_text("oops\n" + file.read_text())
+    first = prepare(config(file, on_bad_row="skip"), TOKENIZER, cache)
+    again = prepare(config(file, on_bad_row="skip"), TOKENIZER, cache)
+    assert (first.cached, again.cached) == (False, True)
+    assert same(first.train, again.train)
+    assert first.validation is not None
+    assert again.validation is not None
+    assert same(first.validation, again.validation)
+    assert (again.skipped, again.notices) == (first.skipped, first.notices)
+    assert prepare(config(file, on_bad_row="skip", pack_length=256), TOKENIZER, cache).cached  # packed anew
+    assert not prepare(config(file, on_bad_row="skip", supervise="last"), TOKENIZER, cache).cached
+    other = tiny_tokenizer()
+    other.chat_template = other.chat_template.replace("|>\\n'", "|>'")
+    assert not prepare(config(file, on_bad_row="skip"), other, cache).cached
+    file.write_text(file.read_text() + "\n")
+    assert not prepare(config(file, on_bad_row="skip"), TOKENIZER, cache).cached
+
+
+@pytest.mark.parametrize("name", ["train.safetensors", "validation.safetensors", "facts.json"])
+def test_broken_cache_is_made_anew(tmp_path: Path, name: str) -> None:
+    file, cache = write(tmp_path / "a.jsonl"), tmp_path / "cache"
+    first = prepare(config(file), TOKENIZER, cache)
+    (entry,) = [p for p in cache.iterdir() if p.is_dir()]
+    (entry / name).write_bytes((entry / name).read_bytes()[:10])
+    second = prepare(config(file), TOKENIZER, cache)
+    assert not second.cached
+    assert "cache was broken" in second.notices[-1]
+    assert same(first.train, second.train)
+    third = prepare(config(file), TOKENIZER, cache)
+    assert third.cached
+    assert third.notices == ()
+
+
+def test_of_several_callers_one_does_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, cache = write(tmp_path / "a.jsonl"), tmp_path / "cache"
+    reads: list[str] = []
+    plain = batches.read_chats
+    monkeypatch.setattr(batches, "read_chats", lambda cfg: (reads.append("x"), plain(cfg))[1])
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: prepare(config(file), tiny_tokenizer(), cache), range(3)))
+    assert len(reads) == 1
+    assert sorted(p.cached for p in found) == [False, True, True]
+    assert len({p.fingerprint for p in found}) == 1
+
+
+def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cache can't be written"):
+        prepare(config(write(tmp_path / "a.jsonl")), TOKENIZER, tmp_path / "file")
+
+
+def test_hub_set_through_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = write(tmp_path / "a.jsonl").read_text().splitlines()
+    hub = {"main": datasets.Dataset.from_list([json.loads(line) for line in lines])}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, revision: hub["main"])
+    cfg = DataConfig(train="owner/name", pack_length=128)
+    assert [prepare(cfg, TOKENIZER, tmp_path / "cache").cached for _ in range(2)] == [False, True]
+    hub["main"] = hub["main"].select(range(30))
+    assert not prepare(cfg, TOKENIZER, tmp_path / "cache").cached
+
+
+def render(what: Any, colour: bool) -> str:
+    out = io.StringIO()
+    Console(file=out, force_terminal=colour, color_system="standard" if colour else None, width=200).print(what)
+    return out.getvalue()
+
+
+def test_rows_shown_with_their_supervised_tokens() -> None:
+    chats = [Chat((Message("user", "[b]Q[/b]"), Message("assistant", "Grüße 🙂")), "a.jsonl:1")] * 3
+    shown = render_rows(TOKENIZER, encode_chats(TOKENIZER, chats, "all"), chats, 2)
+    plain = render(shown, colour=False)
+    assert plain.count("<|user|>[b]Q[/b]<|end|><|assistant|>⟦Grüße 🙂<|end|><|endoftext|>⟧") == 2
+    assert "a.jsonl:1: 25 tokens, 14 supervised" in plain
+    coloured = render(shown, colour=True)
+    assert "\x1b[1;32mGrüße 🙂<|end|><|endoftext|>" in coloured
+    assert "⟦G" not in coloured
+
+
+def test_length_table() -> None:
+    packs, _ = make_packs(token_rows(), 7, "error")
+    text = render(length_table(packs), colour=False)
+    cells = {a.strip(): b.strip() for _, a, b, _ in (line.split("│") for line in text.splitlines() if "│" in line)}
+    assert cells["rows"] == "3"
+    assert cells["tokens a row, mean"] == "3.0"
+    assert cells["tokens a row, max"] == "4"
+    assert cells["supervised"] == "55.6 %"
+    assert cells["packs"] == "2"
+    assert cells["pack fill"] == "64.3 %"
+
+
+def test_show(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl")
+    file.write_text("oops\n" + file.read_text())
+    text = render(show(config(file, on_bad_row="skip", pack_length=40), TOKENIZER, 1), colour=False)
+    assert "a.jsonl:2" in text
+    assert "held out:" in text
+    assert "skipped: a.jsonl:1: not JSON" in text
+    assert "longer than a pack" in text
+    with pytest.raises(DataError, match=r"a\.jsonl:1"):
+        show(config(file), TOKENIZER, 1)
