@@ -1,0 +1,333 @@
+"""Base weights: found, checked, and read straight to where they stay.
+
+A plain or DDP rank maps the safetensors file: ranks of a node share its pages. Under ZeRO-3 rank 0 reads one
+tensor at a time into the shards, under FSDP2 each rank reads its own rows. No rank of those two ever holds the
+whole base. Remote code is never run: the native `Phi3ForCausalLM` is the only class.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import Phi3Config, Phi3ForCausalLM
+from transformers.initialization import no_init_weights
+
+from phi3_dist.config.families import refuse_unsupported
+from phi3_dist.errors import ModelError, Problem
+
+__all__ = [
+    "TINY",
+    "Base",
+    "Weights",
+    "find_base",
+    "load_full",
+    "load_into_fsdp2",
+    "load_quantized",
+    "load_zero3",
+    "meta_model",
+    "rows_of_rank",
+    "tiny_config",
+]
+
+TINY = "tiny-random"
+_PATTERNS = ["*.safetensors", "*.json", "tokenizer*"]
+# buffers that old checkpoints hold and the model computes itself
+_IGNORED = ("rotary_emb.inv_freq",)
+
+
+class Weights:
+    """Tensors by name, whole or by rows, without reading the rest: from safetensors files or from memory."""
+
+    def __init__(self, files: Mapping[str, Path], tensors: Mapping[str, Tensor]) -> None:
+        self._file_of, self._tensors = dict(files), dict(tensors)
+        self._open: dict[Path, Any] = {}
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Weights:
+        """Raises ModelError where the folder holds no safetensors, or an index that names a missing file."""
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            by_name = {k: folder / v for k, v in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+        elif (folder / "model.safetensors").is_file():
+            with safe_open(folder / "model.safetensors", framework="pt") as file:
+                by_name = dict.fromkeys(file.keys(), folder / "model.safetensors")
+        else:
+            raise ModelError(
+                Problem(
+                    f"model.source: {folder.name}",
+                    "no model.safetensors and no model.safetensors.index.json (pickled weights are not read)",
+                    "save the model with save_pretrained, which writes safetensors",
+                )
+            )
+        missing = sorted({path.name for path in by_name.values() if not path.is_file()})
+        if missing:
+            raise ModelError(
+                Problem(f"model.source: {folder.name}", f"weight files missing: {', '.join(missing)}", "download again")
+            )
+        return cls(by_name, {})
+
+    def names(self) -> set[str]:
+        return {*self._file_of, *self._tensors}
+
+    def _handle(self, name: str) -> Any:
+        path = self._file_of[name]
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        return self._open[path]
+
+    def whole(self, name: str) -> Tensor:
+        """The tensor; from a file it is mapped, not copied."""
+        found: Tensor = self._tensors[name] if name in self._tensors else self._handle(name).get_tensor(name)
+        return found
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the tensor."""
+        if name in self._tensors:
+            return self._tensors[name][start:stop]
+        found: Tensor = self._handle(name).get_slice(name)[start:stop]
+        return found
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model before it is loaded: its configuration, where its weights are, and how it is called."""
+
+    source: str
+    config: Phi3Config
+    folder: Path | None
+    weights: Weights
+
+
+def tiny_config() -> Phi3Config:
+    """The shape of `tiny-random`: a Phi-3 in everything but size. Its vocabulary is the byte tokenizer's, padded."""
+    return Phi3Config(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        sliding_window=None,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def _tiny_base() -> Base:
+    config = tiny_config()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tensors = Phi3ForCausalLM(config).state_dict()
+    return Base(TINY, config, None, Weights({}, tensors))
+
+
+def _hub_folder(source: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    def refuse(what: str, fix: str) -> ModelError:
+        return ModelError(Problem(f"model.source: {source}", what, fix))
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=_PATTERNS))
+    except GatedRepoError as error:
+        raise refuse("the model is gated", "accept its terms on the hub, then `hf auth login` or HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise refuse(
+            "neither a folder here nor a model on the hub", "check the spelling; a private model needs a token"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise refuse(
+            f"not a folder here, not in the cache, and the hub was not reached ({type(error).__name__})",
+            "download it where the hub is reachable and give the folder, or set HF_ENDPOINT to a mirror",
+        ) from error
+    except ValueError as error:
+        raise refuse("neither a folder here nor a hub id", "give a folder with config.json, or owner/name") from error
+
+
+def find_base(source: str, revision: str | None = None) -> Base:
+    """Locate a base model and read its configuration, not yet its weights.
+
+    Raises ModelError when it is missing, gated, unreachable, damaged, or not of the Phi-3 class.
+    """
+    if source == TINY:
+        return _tiny_base()
+    folder = Path(source) if Path(source).is_dir() else _hub_folder(source, revision)
+    where = f"model.source: {source}"
+    try:
+        raw = json.loads((folder / "config.json").read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(Problem(where, "no config.json in the folder", "give the folder of a saved model")) from error
+    except (ValueError, OSError) as error:
+        raise ModelError(Problem(where, f"config.json cannot be read: {error}", "download it again")) from error
+    if not isinstance(raw, dict):
+        raise ModelError(Problem(where, "config.json holds no object", "download it again"))
+    refuse_unsupported(raw)
+    try:
+        config = Phi3Config.from_dict(raw)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(Problem(where, f"config.json is not a valid Phi-3 configuration: {error}", "")) from error
+    return Base(source, config, folder, Weights.of_folder(folder))
+
+
+def _empty(base: Base, dtype: torch.dtype) -> Phi3ForCausalLM:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with no_init_weights():
+            model = Phi3ForCausalLM(base.config)
+    finally:
+        torch.set_default_dtype(before)
+    model.tie_weights()
+    # what PEFT writes into adapter_config.json as the base
+    model.name_or_path = base.source
+    # transformers saves this into config.json and PEFT into the adapter's card
+    model.config.dtype = dtype
+    return model
+
+
+def meta_model(base: Base, dtype: torch.dtype) -> Phi3ForCausalLM:
+    """The model without storage: shapes and names only."""
+    with torch.device("meta"):
+        return _empty(base, dtype)
+
+
+def _check_names(base: Base, model: nn.Module) -> None:
+    have = {n for n in base.weights.names() if not n.endswith(_IGNORED)}
+    tied = {"lm_head.weight"} if base.config.tie_word_embeddings else set()
+    want = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    missing, extra = sorted(want - have - tied), sorted(have - want - tied)
+    problems = [
+        Problem(f"model.source: {base.source}", f"{len(names)} weights {verdict}, first {names[0]}", fix)
+        for names, verdict, fix in (
+            (missing, "missing in the files", "download the model again"),
+            (extra, "in the files that the model has no place for", "check config.json against the weights"),
+        )
+        if names
+    ]
+    if problems:
+        raise ModelError(*problems)
+
+
+def _check_shape(base: Base, name: str, found: torch.Size, wanted: torch.Size) -> None:
+    if found != wanted:
+        raise ModelError(
+            Problem(
+                f"model.source: {base.source}",
+                f"weight {name} has shape {tuple(found)}, the configuration says {tuple(wanted)}",
+                "config.json and the weights are of different models",
+            )
+        )
+
+
+def load_full(base: Base, dtype: torch.dtype, device: torch.device) -> Phi3ForCausalLM:
+    """The whole base on `device`. On a CPU in the file's own dtype it is the mapped file itself, not a copy."""
+    model = meta_model(base, dtype)
+    _check_names(base, model)
+    state: dict[str, Tensor] = {}
+    for name, param in model.named_parameters():
+        tensor = base.weights.whole(name)
+        _check_shape(base, name, tensor.shape, param.shape)
+        state[name] = tensor.to(device=device, dtype=dtype)
+    model.load_state_dict(state, strict=False, assign=True)
+    _finish(model, device)
+    return model
+
+
+def _finish(model: Phi3ForCausalLM, device: torch.device) -> None:
+    # the rotary tables are computed, not stored: on the meta device they hold nothing
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
+    model.tie_weights()
+    model.eval()
+
+
+def load_zero3(base: Base, dtype: torch.dtype, ds_config: Mapping[str, Any]) -> Phi3ForCausalLM:
+    """The base sharded by DeepSpeed ZeRO-3 as it is read: rank 0 reads, one tensor at a time. Collective."""
+    import deepspeed
+    import torch.distributed as dist
+
+    with deepspeed.zero.Init(config_dict_or_path=dict(ds_config), dtype=dtype):
+        model = _empty(base, dtype)
+    _check_names(base, model)
+    reads = dist.get_rank() == 0
+    for name, param in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([param], modifier_rank=0), torch.no_grad():
+            if reads:
+                tensor = base.weights.whole(name)
+                _check_shape(base, name, tensor.shape, param.shape)
+                param.copy_(tensor)
+    _finish(model, torch.device("cpu"))
+    return model
+
+
+def rows_of_rank(rows: int, rank: int, world: int) -> tuple[int, int]:
+    """The rows [start, stop) that FSDP2's `Shard(0)` gives to a rank: `torch.chunk`'s arithmetic."""
+    size = -(-rows // world)
+    return min(rank * size, rows), min((rank + 1) * size, rows)
+
+
+def _base_name(name: str) -> str | None:
+    """The name in the checkpoint of a parameter of the PEFT model; None for an adapter's own."""
+    if ".lora_" in name:
+        return None
+    for part in ("base_layer.", "original_module.", "modules_to_save.default."):
+        name = name.replace(part, "")
+    return name.split("base_model.model.", 1)[-1]
+
+
+def load_into_fsdp2(model: nn.Module, base: Base, rank: int, world: int) -> None:
+    """Fill the shards of a `fully_shard`ed model: each rank reads its own rows from the files. No communication."""
+    from torch.distributed.tensor import DTensor
+
+    for name, param in _named(model):
+        source = _base_name(name)
+        if source is None:
+            continue
+        assert isinstance(param, DTensor), name
+        if source == "lm_head.weight" and base.config.tie_word_embeddings:
+            source = "model.embed_tokens.weight"
+        start, stop = rows_of_rank(param.shape[0], rank, world)
+        with torch.no_grad():
+            param.to_local().copy_(base.weights.rows(source, start, stop))
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, param in model.named_parameters():
+        yield name.removeprefix("model.") if name.startswith("model.base_model.") else name, param
+
+
+def load_quantized(base: Base, kind: str, dtype: torch.dtype, device: torch.device) -> Phi3ForCausalLM:
+    """A bitsandbytes base: `nf4` (double quantised, storage in `dtype` so that all of a shard is one dtype) or `int8`.
+
+    On a CPU no `device_map` is passed: with one, several processes would disagree about the device.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if kind == "nf4":
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype,
+        )
+    else:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    placed = {"device_map": {"": device}} if device.type != "cpu" else {}
+    if base.folder is None:
+        raise ModelError(
+            Problem("model.quantization", f"{TINY} has no folder to quantise from", "use a saved base, or none")
+        )
+    model: Phi3ForCausalLM = Phi3ForCausalLM.from_pretrained(
+        base.folder, quantization_config=config, dtype=dtype, **placed
+    )
+    return model

@@ -1,0 +1,177 @@
+"""LoRA through PEFT: its names, configuration and files; here only the checks and a start that no topology changes.
+
+PEFT draws the start of lora_A from the global generator, so that the adapter would depend on what was drawn
+before and on how the model is sharded. Here each tensor is drawn from a generator of its own, seeded by the run's
+seed and the tensor's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phi3_dist.config.families import check_targets
+from phi3_dist.config.schema import LoraConfig
+from phi3_dist.errors import ModelError, Problem
+
+__all__ = ["Counts", "add_lora", "count_parameters", "fill_adapter", "lora_targets", "peft_config", "start_value"]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters by what happens to them."""
+
+    total: int
+    trainable: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(self.total, 1)
+        return f"{self.total:,} parameters, {self.trainable:,} trainable ({share:.2f} %)"
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def lora_targets(model: nn.Module, asked: str | tuple[str, ...]) -> list[str]:
+    """The module names that get an adapter. Raises ModelError for each one asked for that matches nothing."""
+    linears = [name for name in _linear_names(model) if name != "lm_head"]
+    if asked == "all-linear":
+        return sorted({name.rsplit(".", 1)[-1] for name in linears})
+    assert not isinstance(asked, str)
+    # an embedding or the head may be named too
+    known = [*linears, *(n for n, m in model.named_modules() if isinstance(m, nn.Embedding)), "lm_head"]
+    problems = check_targets(asked, known)
+    if problems:
+        raise ModelError(*problems)
+    return list(asked)
+
+
+def peft_config(model: nn.Module, cfg: LoraConfig, base_name: str) -> Any:
+    """PEFT's configuration for the `lora` section."""
+    from peft import LoraConfig as PeftLoraConfig
+
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    missing = [m for m in cfg.modules_to_save if m not in names]
+    if missing:
+        raise ModelError(
+            *(
+                Problem("lora.modules_to_save", f"'{m}' matches no module of the model", "lm_head or embed_tokens")
+                for m in missing
+            )
+        )
+    return PeftLoraConfig(
+        r=cfg.r,
+        lora_alpha=cfg.alpha if not float(cfg.alpha).is_integer() else int(cfg.alpha),
+        lora_dropout=cfg.dropout,
+        bias=cfg.bias,
+        target_modules=lora_targets(model, cfg.targets),
+        modules_to_save=list(cfg.modules_to_save) or None,
+        use_rslora=cfg.rslora,
+        use_dora=cfg.dora,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+    )
+
+
+def add_lora(model: nn.Module, cfg: LoraConfig, base_name: str) -> Any:
+    """The PEFT model around `model`. Its adapter is not yet at its start: see `fill_adapter`."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5.24 for a name that it has renamed
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        peft_model = get_peft_model(model, peft_config(model, cfg, base_name))
+    # dropout of the base is no part of LoRA
+    for name, module in peft_model.named_modules():
+        if name.endswith((".resid_attn_dropout", ".resid_mlp_dropout")):
+            module.p = 0.0
+    return peft_model
+
+
+def start_value(name: str, shape: torch.Size, seed: int) -> Tensor | None:
+    """The start of an adapter tensor in float32, on the CPU; None for one that starts as a copy of the base.
+
+    lora_A is uniform in ±1/sqrt(inputs), which is loralib's and PEFT's `kaiming_uniform_(a=sqrt(5))`; lora_B is 0.
+    """
+    if ".lora_B." in name:
+        return torch.zeros(shape)
+    if ".lora_A." not in name:
+        return None
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    bound = 1.0 / math.sqrt(math.prod(shape[1:]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def _adapter_name(name: str) -> str:
+    """A parameter's name from `base_model.` on, whatever wraps the PEFT model."""
+    return "base_model." + name.split("base_model.", 1)[1] if "base_model." in name else name
+
+
+def _saved_name(name: str) -> str:
+    """The name under which PEFT saves the parameter of adapter `default`."""
+    return name.replace(".modules_to_save.default", "").replace(".default", "")
+
+
+def fill_adapter(model: nn.Module, seed: int, values: Mapping[str, Tensor] | None = None) -> None:
+    """Set every trainable tensor to its start: a saved adapter's `values`, or the seeded draw.
+
+    Works on whole parameters and on FSDP2's shards; a rank writes only its own rows.
+    Raises ModelError where the saved adapter and the `lora` section differ in names or shapes.
+    """
+    from torch.distributed.tensor import DTensor
+
+    from phi3_dist.modeling.base import rows_of_rank
+
+    problems: list[Problem] = []
+    used: set[str] = set()
+    for full_name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        name = _adapter_name(full_name)
+        if values is None:
+            value = start_value(name, param.shape, seed)
+        else:
+            value = values.get(_saved_name(name))
+            used.add(_saved_name(name))
+            if value is None or value.shape != param.shape:
+                have = "is missing" if value is None else f"has shape {tuple(value.shape)}"
+                problems.append(
+                    Problem("model.adapter", f"{_saved_name(name)} {have}, the lora section says {tuple(param.shape)}")
+                )
+                continue
+        if value is None:
+            continue
+        with torch.no_grad():
+            if isinstance(param, DTensor):
+                mesh = param.device_mesh
+                start, stop = rows_of_rank(param.shape[0], mesh.get_local_rank(), mesh.size())
+                param.to_local().copy_(value[start:stop])
+            else:
+                param.copy_(value)
+    if values is not None:
+        problems += [Problem("model.adapter", f"{n} has no place in this model") for n in sorted(set(values) - used)]
+    if problems:
+        shown = problems[:5]
+        shown.append(Problem("lora", f"{len(problems)} tensors differ", "make r, targets and modules_to_save agree"))
+        raise ModelError(*shown)
+
+
+def count_parameters(model: nn.Module) -> Counts:
+    """Counts over the whole model: ZeRO-3's and FSDP2's shards count in full, 4-bit weights by what they stand for."""
+    total = trainable = 0
+    for param in model.parameters():
+        size = getattr(param, "ds_numel", None) or param.numel()
+        shape = getattr(getattr(param, "quant_state", None), "shape", None)
+        size = math.prod(shape) if shape is not None else size
+        total += size
+        trainable += size if param.requires_grad else 0
+    return Counts(total, trainable)
