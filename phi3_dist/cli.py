@@ -6,6 +6,7 @@ at once on a login node.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -142,6 +143,8 @@ def _tell(error: Phi3DistError) -> None:
 
 def main() -> None:
     """Run the command line. A user's mistake ends in one message and the exit code of its error; a bug in a traceback."""
+    # bitsandbytes announces at import that an optional kernel for 4-bit inference is missing
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except Phi3DistError as error:

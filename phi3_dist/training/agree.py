@@ -1,0 +1,38 @@
+"""Ranks agree before step 1: a rank with another config, data or library trains nonsense without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from phi3_dist.errors import PlanError, Problem
+from phi3_dist.training.runtime import Runtime
+
+__all__ = ["agree", "differences"]
+
+
+def differences(by_rank: list[Mapping[str, str]]) -> list[Problem]:
+    """Each fact in which a rank differs from rank 0, with both values."""
+    reference = by_rank[0]
+    found = []
+    for rank, facts in enumerate(by_rank):
+        for name in sorted({*reference, *facts}):
+            ours, theirs = reference.get(name, "missing"), facts.get(name, "missing")
+            if ours != theirs:
+                found.append(
+                    Problem(f"rank {rank}", f"{name} is {theirs}, on rank 0 it is {ours}", "make the nodes equal")
+                )
+    return found
+
+
+def agree(runtime: Runtime, facts: Mapping[str, str]) -> None:
+    """Compare `facts`, the world size and the strategy over all ranks. Collective; raises PlanError on every rank."""
+    mine = {**facts, "world size": str(runtime.world), "strategy": runtime.plan.strategy, "plan": repr(runtime.plan)}
+    if runtime.world == 1:
+        return
+    gathered: list[Mapping[str, str]] = [{} for _ in range(runtime.world)]
+    torch.distributed.all_gather_object(gathered, mine)
+    problems = differences(gathered)
+    if problems:
+        raise PlanError(*problems)

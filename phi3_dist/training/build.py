@@ -1,0 +1,62 @@
+"""From a plan to a model that is ready to train: base, LoRA, attention, shards, in the order each strategy needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from phi3_dist.adapters.files import read_adapter
+from phi3_dist.config.schema import RunConfig
+from phi3_dist.modeling.attention import use_backend
+from phi3_dist.modeling.base import (
+    Base,
+    load_full,
+    load_into_fsdp2,
+    load_quantized,
+    load_zero3,
+    meta_model,
+)
+from phi3_dist.modeling.lora import add_lora, fill_adapter
+from phi3_dist.modeling.loss import PackedLoss
+from phi3_dist.modeling.rope import pin_longrope
+from phi3_dist.training.runtime import Runtime, is_fsdp
+from phi3_dist.training.strategy import shard_fsdp2
+
+__all__ = ["build_model"]
+
+
+def _load(cfg: RunConfig, base: Base, runtime: Runtime) -> torch.nn.Module:
+    strategy = runtime.plan.strategy
+    if cfg.model.quantization != "none":
+        return load_quantized(base, cfg.model.quantization, runtime.dtype, runtime.device)
+    if strategy.startswith("zero3"):
+        assert runtime.ds_config is not None
+        return load_zero3(base, runtime.dtype, runtime.ds_config)
+    if is_fsdp(strategy):
+        return meta_model(base, runtime.dtype)
+    return load_full(base, runtime.dtype, runtime.device)
+
+
+def build_model(cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: int) -> PackedLoss:
+    """The model with its adapter at its start, before DDP or DeepSpeed wrap it; FSDP2 shards are made here.
+
+    `longest_row` in tokens fixes LongRoPE's regime for the run. Collective under ZeRO-3 and FSDP2.
+    """
+    values = read_adapter(Path(cfg.model.adapter))[0] if cfg.model.adapter else None
+    causal_lm = _load(cfg, base, runtime)
+    use_backend(causal_lm, runtime.plan.attention)
+    if cfg.model.activation_checkpointing:
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    model = PackedLoss(add_lora(causal_lm, cfg.lora, base.source))
+    if is_fsdp(runtime.plan.strategy):
+        model = shard_fsdp2(model, runtime)
+        device = torch.device("cpu") if runtime.plan.strategy.endswith("offload") else runtime.device
+        model.to_empty(device=device)
+        load_into_fsdp2(model, base, runtime.rank, runtime.world)
+        rotary = causal_lm.model.rotary_emb  # type: ignore[union-attr]
+        causal_lm.model.rotary_emb = type(rotary)(base.config).to(runtime.device)  # type: ignore[union-attr, operator]
+    fill_adapter(model, cfg.train.seed, values)
+    pin_longrope(causal_lm, longest_row)
+    model.train()
+    return model

@@ -1,0 +1,107 @@
+"""The run folder: the whole truth about a run, and the only place a run writes to."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from phi3_dist.errors import Problem, RunFolderError
+
+__all__ = ["PACKAGES", "RunFolder", "versions"]
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "flash-attn")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on; packages that are not installed are left out."""
+    found = {"python": platform.python_version(), "phi3_dist": metadata.version("phi3-dist")}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class RunFolder:
+    """Paths and small atomic writes. Only rank 0 writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def claim(self, *, overwrite: bool) -> None:
+        """Make the folder. Raises RunFolderError for a non-empty one without `overwrite`, or where it can't be made.
+
+        Overwriting removes only what looks like a run of ours: a folder with a config.yaml.
+        """
+        where = str(self.path)
+        try:
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                if not overwrite:
+                    raise RunFolderError(
+                        Problem(where, "exists and is not empty", "choose another save.folder, or pass --overwrite")
+                    )
+                if not (self.path / "config.yaml").is_file():
+                    raise RunFolderError(
+                        Problem(where, "--overwrite only replaces a run folder, and this holds no config.yaml", "")
+                    )
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(Problem(where, f"cannot be made: {error.strerror}", "check save.folder")) from error
+
+    def write(self, name: str, text: str) -> None:
+        """Write a small file so that a reader sees the old or the new text, never half of one."""
+        target = self.path / name
+        temporary = target.with_name(f".{name}.tmp")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(target)
+        except OSError as error:
+            raise RunFolderError(Problem(str(target), f"cannot be written: {error.strerror}", "")) from error
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        self.write(name, json.dumps(value, indent=2, default=str) + "\n")
+
+    def heartbeat(self, step: int) -> None:
+        """Who runs here and how far: `phi3-dist runs` tells a living run from a dead one by it."""
+        self.write_json(
+            "heartbeat.json",
+            {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "time": time.time(),
+                "step": step,
+                "job_id": os.environ.get("SLURM_JOB_ID"),
+            },
+        )
+
+    def record_exit(self, code: int, state: str) -> None:
+        self.write_json("exit.json", {"code": code, "state": state, "time": time.time()})
+
+    def record_environment(self, command: list[str] | None = None) -> None:
+        self.write_json(
+            "environment.json",
+            {
+                "versions": versions(),
+                "platform": platform.platform(),
+                "command": command if command is not None else sys.argv,
+            },
+        )

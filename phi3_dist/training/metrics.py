@@ -1,0 +1,105 @@
+"""What a person sees of a run: a progress line, metrics.jsonl, and any of Accelerate's trackers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["Metrics", "Tracker"]
+
+
+class Tracker(Protocol):
+    """The part of an Accelerator that hands numbers to trackers."""
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None: ...
+
+
+class Metrics:
+    """Rows of metrics.jsonl, one line each, and a progress bar where stdout is a terminal, plain lines elsewhere.
+
+    On ranks other than 0 every method does nothing. The bar is drawn by the training loop itself and by no thread,
+    so that a `breakpoint()` in a single-process run has the terminal to itself.
+    """
+
+    def __init__(self, path: Path, total: int, tracker: Tracker, *, active: bool) -> None:
+        self.active, self.total, self.tracker = active, total, tracker
+        self.started = time.perf_counter()
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._file = path.open("a", encoding="utf-8") if active else None
+        self._progress: Progress | None = None
+        if active and self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+                auto_refresh=False,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._task = self._progress.add_task("", total=total)
+
+    def __enter__(self) -> Metrics:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._file is not None:
+            self._file.close()
+
+    def say(self, text: str) -> None:
+        """One line to the person, on rank 0."""
+        if not self.active:
+            return
+        (self._progress.console if self._progress is not None else self.console).print(text, markup=False)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        kind = row["kind"]
+        values = {f"{kind}/{k}": v for k, v in row.items() if k not in {"kind", "step"} and isinstance(v, (int, float))}
+        self.tracker.log(values, step=row["step"])
+
+    def train(self, row: dict[str, Any]) -> None:
+        """A row of kind `train`: see the keys in loop.py. `elapsed_s` is added."""
+        if not self.active:
+            return
+        row = {"kind": "train", **row, "elapsed_s": round(time.perf_counter() - self.started, 3)}
+        self._write(row)
+        text = (
+            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  |g| {row['grad_norm']:.3f}  "
+            f"{row['supervised_tokens_per_s']:,.0f} supervised tok/s"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=row["step"], description=text, refresh=True)
+            return
+        done, elapsed = row["step"], row["elapsed_s"]
+        left = elapsed / done * (self.total - done)
+        self.say(f"step {done}/{self.total}  {text}  left {left:.0f} s")
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """A row of kind `eval`."""
+        if not self.active:
+            return
+        self._write({"kind": "eval", **row})
+        self.say(
+            f"held-out loss {row['heldout_loss']:.4f} (perplexity {row['heldout_perplexity']:.2f}) "
+            f"after step {row['step']}, {row['supervised_tokens']:,} supervised tokens, {row['eval_s']:.1f} s"
+        )

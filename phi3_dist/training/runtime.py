@@ -1,0 +1,155 @@
+"""The one place that builds an Accelerator, and the proof that what came up is what was planned."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, ProjectConfiguration
+
+from phi3_dist.errors import MachineError, Problem
+from phi3_dist.machine.doctor import stale_extension_locks
+from phi3_dist.planning.plan import RunPlan, check_reality
+
+__all__ = ["Runtime", "deepspeed_config", "is_deepspeed", "is_fsdp", "start_runtime"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def is_deepspeed(strategy: str) -> bool:
+    return strategy.startswith("zero")
+
+
+def is_fsdp(strategy: str) -> bool:
+    return strategy.startswith("fsdp2")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Who this process is among the others, and where it computes."""
+
+    accelerator: Accelerator
+    plan: RunPlan
+    ds_config: Mapping[str, Any] | None
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def world(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.plan.precision]
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, on every rank. Collective."""
+        if self.world > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            torch.distributed.barrier()
+
+
+def deepspeed_config(plan: RunPlan, zero: Mapping[str, Any], max_grad_norm: float) -> dict[str, Any]:
+    """DeepSpeed's configuration: ZeRO from the JSON file, everything else from the run file's plan."""
+    return {
+        **zero,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "train_batch_size": plan.global_batch,
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": plan.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        # the trained weights are few: torch's AdamW on the CPU costs nothing, and no C++ build is needed
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _quiet(rank: int) -> None:
+    """Libraries' own chatter: warnings and above on rank 0, errors elsewhere."""
+    level = logging.WARNING if rank == 0 else logging.ERROR
+    for name in ("DeepSpeed", "accelerate", "transformers", "torch.distributed", "peft"):
+        logging.getLogger(name).setLevel(level)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def _refuse_stale_locks() -> None:
+    """A lock left by a killed build makes DeepSpeed wait for ever, without a word: name it instead."""
+    stale = stale_extension_locks()
+    if stale:
+        raise MachineError(
+            *(Problem(str(lock), "a killed build left this lock: DeepSpeed waits for it", f"rm {lock}") for lock in stale)
+        )
+
+
+def start_runtime(
+    plan: RunPlan, zero: Mapping[str, Any], *, max_grad_norm: float, trackers: tuple[str, ...], folder: Path
+) -> Runtime:
+    """Build the Accelerator that the plan asks for, and refuse to go on where reality differs.
+
+    On a CPU each library needs telling: DeepSpeed its accelerator before it is imported, Accelerate that several
+    CPU processes are one world. FSDP2 is not left to Accelerate, which trains unwrapped on a CPU; see strategy.py.
+    Raises PlanError.
+    """
+    on_cpu = plan.device == "cpu"
+    rank = int(os.environ.get("RANK", "0"))
+    _quiet(rank)
+    kwargs: list[Any] = []
+    options: dict[str, Any] = {}
+    ds_config = None
+    if is_deepspeed(plan.strategy):
+        _refuse_stale_locks()
+        if on_cpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            kwargs.append(InitProcessGroupKwargs(backend="gloo"))
+        ds_config = deepspeed_config(plan, zero, max_grad_norm)
+        # the launcher hands its own copy of the settings through the environment; this plan is the only source
+        for key in [k for k in os.environ if k.startswith("ACCELERATE_DEEPSPEED_")]:
+            del os.environ[key]
+        options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=ds_config, zero3_init_flag=False)
+    else:
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        options["cpu"] = on_cpu
+    mixed = "bf16" if plan.precision == "bf16" and not is_fsdp(plan.strategy) else "no"
+    accelerator = Accelerator(
+        mixed_precision=mixed,
+        gradient_accumulation_steps=plan.accumulation if ds_config else 1,
+        log_with=list(trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
+        kwargs_handlers=kwargs,
+        step_scheduler_with_optimizer=False,
+        **options,
+    )
+    found = "deepspeed" if accelerator.distributed_type.value == "DEEPSPEED" else "other"
+    check_reality(
+        plan,
+        world_size=accelerator.num_processes,
+        strategy=plan.strategy if (found == "deepspeed") == is_deepspeed(plan.strategy) else found,
+        device=accelerator.device.type,
+    )
+    return Runtime(accelerator, plan, ds_config)
