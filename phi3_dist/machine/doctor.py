@@ -1,0 +1,220 @@
+"""What is wrong with this machine, each finding with its fix. Nothing is imported that could fail or be slow but torch.
+
+`phi3-dist doctor` prints the findings; the runtime asks `stale_extension_locks` before it starts DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from packaging.requirements import Requirement
+
+from phi3_dist.machine.probe import probe
+from phi3_dist.planning.plan import MachineFacts
+
+__all__ = ["Finding", "diagnose", "extensions_root", "stale_extension_locks"]
+
+FLASH_INSTALL = "pip install flash-attn --no-build-isolation"
+COMPILERS = ("ninja", "nvcc", "cicc", "ptxas", "c++", "g++", "gcc", "cc1plus", "clang", "clang++", "as", "ld")
+_YOUNG_S = 60.0
+"""A lock younger than this may belong to a build whose ninja hasn't started yet."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`ok`: as it should be. `warn`: works, but worth knowing. `bad`: something will fail. `fix` may be empty."""
+
+    level: Literal["ok", "warn", "bad"]
+    what: str
+    fix: str = ""
+
+
+def diagnose() -> list[Finding]:
+    """Everything there is to say about this machine, in the order a reader needs it."""
+    machine = probe()
+    return [
+        *_python(),
+        *_packages(machine.packages),
+        *_device(machine),
+        *_flash(machine),
+        *_deepspeed(machine),
+        *_locks(),
+        *_tokenizer(machine.packages),
+        *_hub(os.environ),
+    ]
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding("ok", f"Python {sys.version.split()[0]} at {sys.executable}")
+
+
+def _packages(versions: Mapping[str, str]) -> Iterator[Finding]:
+    """Each required distribution against the range in this package's own metadata."""
+    try:
+        wanted = metadata.requires("phi3-dist") or []
+    except metadata.PackageNotFoundError:
+        yield Finding("bad", "phi3-dist itself is not installed", "pip install -e .")
+        wanted = []
+    for line in wanted:
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Finding("bad", f"{requirement.name} is not installed", f"pip install '{requirement}'")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            what = f"{requirement.name} {version}; {requirement.specifier} is needed"
+            yield Finding("bad", what, f"pip install '{requirement.name}{requirement.specifier}'")
+    main = ", ".join(f"{name} {version}" for name, version in versions.items())
+    yield Finding("ok", f"packages: {main}")
+    if "bitsandbytes" not in versions:
+        fix = "pip install 'phi3-dist[qlora]'"
+        yield Finding("warn", "bitsandbytes is not installed: no nf4, int8 or paged optimizer", fix)
+
+
+def _device(machine: MachineFacts) -> Iterator[Finding]:
+    cores = f"{machine.cpu_count} CPUs, {machine.host_memory_gib:.1f} GiB host memory"
+    if machine.device == "cuda":
+        many, each = machine.devices_per_node, machine.device_memory_gib
+        yield Finding("ok", f"{many} × {machine.device_name}, {each:.1f} GiB each; {cores}")
+    else:
+        yield Finding("warn", f"no CUDA device; training runs on {machine.device_name} ({cores})")
+    level: Literal["ok", "warn"] = "ok" if machine.fast_bf16 else "warn"
+    yield Finding(level, f"precision auto is {'bf16' if machine.fast_bf16 else 'fp32'}: {machine.fast_bf16_reason}")
+
+
+def _flash(machine: MachineFacts) -> Iterator[Finding]:
+    version = machine.packages.get("flash-attn")
+    if machine.device != "cuda":
+        yield Finding("ok", "attention auto is sdpa: flash-attention needs CUDA")
+    elif not machine.fast_bf16:
+        yield Finding("ok", "attention auto is sdpa: flash-attention 2 needs compute capability 8")
+    elif version:
+        yield Finding("ok", f"attention auto is flash_attention_2: flash-attn {version}")
+    else:
+        yield Finding("warn", "attention auto is sdpa: flash-attn is not installed (optional)", FLASH_INSTALL)
+
+
+def _deepspeed(machine: MachineFacts) -> Iterator[Finding]:
+    """DeepSpeed compiles operators when first used: its CPU communication on a CPU, its CPU Adam with offload."""
+    if "deepspeed" not in machine.packages:
+        fix = "pip install 'phi3-dist[deepspeed]'"
+        yield Finding("warn", "deepspeed is not installed: zero1, zero2 and zero3 are not there", fix)
+        return
+    tools = {
+        "g++": (shutil.which("g++") or shutil.which("c++"), "apt install g++"),
+        "ninja": (shutil.which("ninja") or _beside_python("ninja"), "pip install ninja"),
+        "Python's headers (Python.h)": (_python_header(), "apt install python3-dev"),
+    }
+    missing = [name for name, (found, _) in tools.items() if not found]
+    level: Literal["warn", "bad"] = "bad" if machine.device == "cpu" else "warn"
+    for name in missing:
+        yield Finding(level, f"{name} is missing, and DeepSpeed compiles operators with it", tools[name][1])
+    if not missing:
+        version = machine.packages["deepspeed"]
+        yield Finding(
+            "ok", f"deepspeed {version} can compile its operators (g++, ninja, Python.h); minutes the first time"
+        )
+
+
+def _beside_python(name: str) -> str | None:
+    program = Path(sys.executable).with_name(name)
+    return str(program) if program.is_file() else None
+
+
+def _python_header() -> str | None:
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return str(header) if header.is_file() else None
+
+
+def extensions_root(environ: Mapping[str, str]) -> Path:
+    """Where torch keeps compiled extensions: `TORCH_EXTENSIONS_DIR`, else the user's cache (torch 2.13, read)."""
+    named = environ.get("TORCH_EXTENSIONS_DIR")
+    if named:
+        return Path(named).expanduser()
+    return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torch_extensions"
+
+
+def stale_extension_locks(root: Path | None = None, *, now: float | None = None) -> list[Path]:
+    """`lock` files in the extension cache that no build holds; a run that meets one waits for ever, silently.
+
+    A lock is stale when it is older than a minute and no ninja or compiler works in or below its folder. `now` is in
+    seconds since the epoch.
+    """
+    root = extensions_root(os.environ) if root is None else root
+    now = time.time() if now is None else now
+    locks = []
+    for pattern in ("*/lock", "*/*/lock"):
+        for lock in root.glob(pattern):
+            try:
+                if lock.is_file() and now - lock.stat().st_mtime >= _YOUNG_S:
+                    locks.append(lock)
+            except OSError:  # its build has just finished
+                continue
+    if not locks:
+        return []
+    busy = _build_folders()
+    return sorted(lock for lock in locks if not any(_within(folder, lock.parent) for folder in busy))
+
+
+def _build_folders() -> list[Path]:
+    """Working folders of the live ninjas and compilers, of those whose folder this user may read."""
+    folders = []
+    for process in psutil.process_iter():
+        try:
+            if process.name() in COMPILERS and process.status() != psutil.STATUS_ZOMBIE:
+                folders.append(Path(process.cwd()))
+        except (psutil.Error, OSError):
+            continue
+    return folders
+
+
+def _within(folder: Path, parent: Path) -> bool:
+    return folder.resolve().is_relative_to(parent.resolve())
+
+
+def _locks() -> Iterator[Finding]:
+    stale = stale_extension_locks()
+    for lock in stale:
+        what = f"a lock that no build holds, and every DeepSpeed run would wait for it: {lock}"
+        yield Finding("bad", what, f"rm '{lock}'")
+    if not stale:
+        yield Finding("ok", f"no stale lock in {extensions_root(os.environ)}")
+
+
+def _tokenizer(versions: Mapping[str, str]) -> Iterator[Finding]:
+    version = versions.get("transformers", "0")
+    if int(version.split(".")[0]) >= 5:
+        what = (
+            f"AutoTokenizer of transformers {version} tokenizes Phi-3's published files wrongly "
+            "(the word after each special token); this toolkit loads them itself"
+        )
+        yield Finding("ok", what, "in your own code use `from phi3_dist import load_tokenizer`")
+
+
+def _hub(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """The variables that decide where models come from. A token is named, never shown."""
+    offline = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE") if environ.get(name)]
+    on = [name for name in offline if environ[name].lower() in ("1", "true", "yes", "on")]
+    if on:
+        yield Finding("warn", f"{', '.join(on)} is set: models come from local folders and the cache only", "")
+    if environ.get("HF_ENDPOINT"):
+        yield Finding("ok", f"models come from the mirror HF_ENDPOINT={environ['HF_ENDPOINT']}")
+    if not on:
+        token = "is set" if environ.get("HF_TOKEN") else "is not set; gated models need it"
+        yield Finding("ok", f"HF_TOKEN {token}")
+    if environ.get("ACCELERATE_USE_CPU"):
+        what = f"ACCELERATE_USE_CPU={environ['ACCELERATE_USE_CPU']}: a GPU is left alone, and DeepSpeed would be too"
+        yield Finding("warn", what, "unset it, unless that is meant")

@@ -1,0 +1,230 @@
+"""What this machine is and what the launcher set up, as plain values for the plan.
+
+torch is imported inside `probe` alone: reading the launch costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from phi3_dist.errors import PlanError, Problem
+from phi3_dist.machine import launch_request
+from phi3_dist.machine.launch_request import LaunchRequest
+from phi3_dist.planning.plan import LaunchFacts, MachineFacts
+
+__all__ = ["launch_facts", "package_versions", "probe"]
+
+GIB = 1024**3
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes", "flash-attn")
+"""Distributions whose presence or version decides something."""
+
+
+def package_versions() -> dict[str, str]:
+    """Version of each of `PACKAGES` that is installed, without importing any."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def probe(*, use_cpu: bool | None = None) -> MachineFacts:
+    """The facts of this node. `use_cpu`: leave a GPU alone; None: as the launcher was asked.
+
+    bf16 is fast on CUDA from compute capability 8 on (where tensor cores have it), and on a CPU with AMX or
+    AVX512-BF16; without those it ran at an eighth of fp32's speed and less.
+    """
+    import torch
+
+    if use_cpu is None:
+        use_cpu = launch_request.cpu_was_asked(os.environ)
+    host_gib = _host_memory_bytes() / GIB
+    if torch.cuda.is_available() and not use_cpu:
+        device = torch.cuda.get_device_properties(0)
+        fast = device.major >= 8
+        tensor_cores = "has bf16 tensor cores" if fast else "has no bf16 tensor cores, which come with 8.0"
+        return MachineFacts(
+            device="cuda",
+            device_name=device.name,
+            devices_per_node=torch.cuda.device_count(),
+            device_memory_gib=device.total_memory / GIB,
+            host_memory_gib=host_gib,
+            cpu_count=_cpu_count(),
+            fast_bf16=fast,
+            fast_bf16_reason=f"{device.name} (compute capability {device.major}.{device.minor}) {tensor_cores}",
+            packages=package_versions(),
+        )
+    fast, reason = _cpu_bf16()
+    return MachineFacts(
+        device="cpu",
+        device_name=_cpu_name(),
+        devices_per_node=1,
+        device_memory_gib=host_gib,
+        host_memory_gib=host_gib,
+        cpu_count=_cpu_count(),
+        fast_bf16=fast,
+        fast_bf16_reason=reason,
+        packages=package_versions(),
+    )
+
+
+def _cpu_bf16() -> tuple[bool, str]:
+    """Whether this CPU multiplies bf16 matrices in hardware, and what says so."""
+    import torch
+
+    if hasattr(torch.cpu, "get_capabilities"):
+        has: Mapping[str, Any] = torch.cpu.get_capabilities()
+        amx, avx = bool(has.get("amx_bf16")), bool(has.get("avx512_bf16"))
+    else:  # torch before 2.13
+        amx, avx = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    if amx or avx:
+        return True, f"this CPU multiplies bf16 in hardware ({'AMX' if amx else 'AVX512-BF16'})"
+    return False, "this CPU has neither AMX nor AVX512-BF16, and bf16 without them is slower than fp32"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "CPU"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def _cpu_count() -> int:
+    """CPUs this process may use: fewer than the machine has, inside a job or container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _host_memory_bytes() -> int:
+    """Memory of the host, or the control group's limit where that is less."""
+    total = int(psutil.virtual_memory().total)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdecimal() else total
+
+
+def launch_facts(environ: Mapping[str, str], *, request: LaunchRequest | None = None) -> LaunchFacts:
+    """The launch as `torchrun` and Accelerate's launcher describe it in the environment.
+
+    `request`: what the launcher was asked for; by default it is looked up in the processes above this one.
+    Raises `PlanError` for a launch that this toolkit can't follow (FSDP version 1, Megatron, ZeRO stage 0, …).
+    Source: `accelerate/utils/launch.py` of accelerate 1.15, which sets every variable read here.
+    """
+    world = _int(environ, "WORLD_SIZE", 1)
+    nodes = _int(environ, "GROUP_WORLD_SIZE", 0) or max(1, world // max(1, _int(environ, "LOCAL_WORLD_SIZE", world)))
+    problems = _foreign(environ)
+    strategy, settings = "ddp" if world > 1 else "single", {}
+    if _flag(environ, "ACCELERATE_USE_DEEPSPEED"):
+        settings = _zero_settings(environ, problems)
+        strategy = _zero_strategy(settings, problems)
+        if _flag(environ, "ACCELERATE_USE_CPU"):
+            what = "is set beside DeepSpeed: Accelerate would train plain DDP without a word"
+            problems.append(Problem("ACCELERATE_USE_CPU", what, "unset it; DeepSpeed finds a CPU by itself"))
+    elif _flag(environ, "ACCELERATE_USE_FSDP"):
+        strategy = _fsdp_strategy(environ, problems)
+    if problems:
+        raise PlanError(*problems)
+    request = request or launch_request.launch_request()
+    return LaunchFacts(
+        world_size=world,
+        nodes=nodes,
+        strategy=strategy,
+        asked_world_size=request.asked_world_size if request else None,
+        asked_by=request.asked_by if request else "",
+        zero_settings=settings,
+        use_cpu=launch_request.cpu_was_asked(environ),
+        rank=_int(environ, "RANK", 0),
+    )
+
+
+def _flag(environ: Mapping[str, str], name: str) -> bool:
+    return environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+def _int(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name, "")
+    if text and not text.isdecimal():
+        raise PlanError(Problem(name, f"is {text!r}, not a whole number", "unset it, or start with accelerate launch"))
+    return int(text) if text else default
+
+
+def _foreign(environ: Mapping[str, str]) -> list[Problem]:
+    fix = "use one of configs/accelerate/"
+    return [
+        Problem("Accelerate config", f"asks for {what}, which this toolkit does not do", fix)
+        for name, what in (
+            ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+            ("ACCELERATE_USE_PARALLELISM_CONFIG", "tensor, context or sequence parallelism (parallelism_config)"),
+        )
+        if _flag(environ, name)
+    ]
+
+
+def _zero_settings(environ: Mapping[str, str], problems: list[Problem]) -> dict[str, Any]:
+    """The DeepSpeed JSON as it stands in the file, or the same form built from Accelerate's own fields."""
+    file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file != "none":
+        try:
+            settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            what = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+            problems.append(Problem(file, what, "the path counts from the folder where the command is run"))
+            return {}
+        except json.JSONDecodeError as error:
+            problems.append(Problem(f"{file}:{error.lineno}", f"is not JSON: {error.msg}"))
+            return {}
+        if isinstance(settings, dict) and isinstance(settings.get("zero_optimization"), dict):
+            return settings
+        problems.append(Problem(file, "has no section zero_optimization", "compare configs/deepspeed/zero3.json"))
+        return {}
+    zero: dict[str, Any] = {"stage": _int(environ, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)}
+    for key, name in (("offload_optimizer", "OFFLOAD_OPTIMIZER_DEVICE"), ("offload_param", "OFFLOAD_PARAM_DEVICE")):
+        device = environ.get(f"ACCELERATE_DEEPSPEED_{name}", "none")
+        if device != "none":
+            zero[key] = {"device": device}
+    if zero["stage"] == 3:
+        zero["stage3_param_persistence_threshold"] = 0
+    return {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
+
+
+def _zero_strategy(settings: Mapping[str, Any], problems: list[Problem]) -> str:
+    """The strategy's name for a stage and its offload. A ZeRO-3 with either offload is `zero3_offload`."""
+    zero = settings.get("zero_optimization")
+    if zero is None:
+        return "zero2"  # its problem is noted already
+    stage = zero.get("stage", 0)
+    devices = {key: (zero.get(f"offload_{key}") or {}).get("device", "none") for key in ("optimizer", "param")}
+    where = "DeepSpeed config: zero_optimization"
+    if stage not in (1, 2, 3):
+        fix = "use stage 1, 2 or 3, or configs/accelerate/ddp.yaml for none"
+        problems.append(Problem(f"{where}.stage", f"is {stage!r}", fix))
+        return "zero2"
+    for key, device in devices.items():
+        if device not in ("none", "cpu"):
+            what = f"is {device!r}; only host memory is supported"
+            problems.append(Problem(f"{where}.offload_{key}.device", what, "use cpu"))
+    if devices["param"] != "none" and stage != 3:
+        problems.append(Problem(f"{where}.offload_param", f"needs stage 3, and the stage is {stage}", "remove it"))
+    offload = any(device != "none" for device in devices.values())
+    if stage == 1 and offload:
+        problems.append(Problem(where, "offload with stage 1 is not one of the strategies", "use zero2_offload.yaml"))
+    return f"zero{stage}" + ("_offload" if offload and stage > 1 else "")
+
+
+def _fsdp_strategy(environ: Mapping[str, str], problems: list[Problem]) -> str:
+    version = environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        what = f"is {version}: FSDP1 flattens frozen and trained weights together"
+        problems.append(Problem("Accelerate config: fsdp_version", what, "use configs/accelerate/fsdp2.yaml"))
+    return "fsdp2_offload" if _flag(environ, "FSDP_OFFLOAD_PARAMS") else "fsdp2"

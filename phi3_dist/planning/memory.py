@@ -1,0 +1,182 @@
+"""Bytes per rank, term by term, before a device is held.
+
+Parameters are counted exactly; what the strategy shards is divided by the world size. The activations are an
+estimate, whose coefficients were read off the tensors that autograd saves for a PEFT Phi-3 (torch 2.13, CPU, sdpa);
+a test compares them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from phi3_dist.config.families import LINEARS, Shape
+
+__all__ = ["Term", "Workload", "adapter_parameters", "memory_terms", "fits", "total_gib", "activation_bytes"]
+
+GIB = 1024**3
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""NF4 with double quantisation: 4 bits a weight, one byte of scale for 64, one float32 for 256 of those (QLoRA, §3)."""
+LOSS_BYTES = {"fp32": 12, "bf16": 16}
+"""Bytes a logit costs: the logit, its float32 copy (bf16), the log-softmax, and the gradients of each."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One line of the account of one rank: GiB, the formula in words, and whose memory it is."""
+
+    name: str
+    gib: float
+    formula: str
+    place: Literal["device", "host"] = "device"
+    estimated: bool = False
+    """Whether the size depends on the data or the kernels, and may turn out smaller."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What decides the memory beside the model's shape. Lengths in tokens, counts in packs."""
+
+    strategy: str
+    world_size: int
+    precision: str
+    quantization: str = "none"
+    pack_length: int = 2048
+    micro_batch: int = 1
+    activation_checkpointing: bool = False
+    dropout: float = 0.0
+    optimizer: str = "adamw"
+    device: str = "cuda"
+
+
+def adapter_parameters(
+    shape: Shape,
+    r: int,
+    targets: str | Sequence[str] = "all-linear",
+    *,
+    dora: bool = False,
+    modules_to_save: Iterable[str] = (),
+) -> int:
+    """Trainable parameters of a LoRA: r·(in + out) for each adapted linear, out more with DoRA, and full modules."""
+    names = LINEARS if targets == "all-linear" else tuple(target.rsplit(".", 1)[-1] for target in targets)
+    sizes = shape.linear_sizes
+    per_layer = sum(
+        r * (columns + rows) + (rows if dora else 0)
+        for columns, rows in (sizes[name] for name in dict.fromkeys(names) if name in sizes)
+    )
+    full = sum(shape.vocab * shape.hidden for name in modules_to_save if name in ("lm_head", "embed_tokens"))
+    return shape.layers * per_layer + full
+
+
+def activation_bytes(
+    shape: Shape, tokens: int, precision: str, *, checkpointing: bool, dropout: float, device: str
+) -> float:
+    """Bytes that autograd keeps from forward to backward for `tokens` tokens on one rank.
+
+    Without checkpointing a layer keeps, for each token, 20·hidden + 12·(queries + keys) + 16·intermediate bytes in
+    fp32 and 16·hidden + 10·queries + 6·keys + 10·intermediate in bf16 with a float32 adapter; dropout adds its mask on
+    the input of each adapted linear (float32 on a CPU, one byte on CUDA). With checkpointing each layer keeps its
+    input, and one layer at a time the rest.
+    """
+    h, q, k, i = shape.hidden, shape.q_out, shape.kv_out, shape.intermediate
+    per_token = 20 * h + 12 * q + 12 * k + 16 * i if precision == "fp32" else 16 * h + 10 * q + 6 * k + 10 * i
+    if dropout > 0:
+        per_token += (4 if device == "cpu" else 1) * (2 * h + q + i)
+    if not checkpointing:
+        return float(tokens * shape.layers * per_token)
+    return float(tokens * (shape.layers * h * _width(precision) + per_token))
+
+
+def _width(precision: str) -> int:
+    return 4 if precision == "fp32" else 2
+
+
+def _base_bytes(shape: Shape, load: Workload) -> tuple[float, str]:
+    width = _width(load.precision)
+    if load.quantization == "none":
+        return float(shape.parameters * width), f"{shape.parameters:,} parameters × {width} B"
+    per_weight = NF4_BYTES if load.quantization == "nf4" else 1.0
+    rest = shape.parameters - shape.linear_parameters
+    scales = 0.0
+    if load.quantization == "int8":  # one float32 for each output row
+        scales = 4.0 * shape.layers * sum(rows for _, rows in shape.linear_sizes.values())
+    words = f"{shape.linear_parameters:,} linear parameters × {per_weight:.3f} B + {rest:,} others × {width} B"
+    return shape.linear_parameters * per_weight + scales + rest * width, words
+
+
+def memory_terms(shape: Shape, trainable: int, load: Workload) -> tuple[Term, ...]:
+    """The account of one rank. `trainable`: parameters of the adapter (see `adapter_parameters`).
+
+    Outside DeepSpeed the adapter is float32 (PEFT's `autocast_adapter_dtype`); DeepSpeed keeps it in bf16 beside a
+    float32 master. Offload moves a term to host memory; on a CPU every term is there.
+    """
+    zero, world = load.strategy.startswith("zero"), load.world_size
+    sharded = load.strategy.startswith(("zero3", "fsdp2"))
+    offload = load.strategy.endswith("_offload")
+    base, base_words = _base_bytes(shape, load)
+    masters = zero and load.precision == "bf16"
+    width = 2 if masters else 4
+    parts = world if sharded else 1
+    gradient_parts = world if sharded or load.strategy.startswith("zero2") else 1
+    state_parts = world if zero or sharded else 1
+    moments = 2 if "8bit" in load.optimizer else 8
+    state = moments + (4 if masters else 0)
+    params_on_host = offload and sharded
+
+    def term(name: str, size: float, words: str, parts: int = 1, on_host: bool = False) -> Term:
+        share = f" / {parts} ranks" if parts > 1 else ""
+        host = on_host or load.device == "cpu"
+        return Term(name, size / parts / GIB, words + share, "host" if host else "device")
+
+    out = [
+        term("base weights", base, base_words, parts, params_on_host),
+        term("adapter", trainable * width, f"{trainable:,} parameters × {width} B", parts, params_on_host),
+        term("gradients", trainable * width, f"{trainable:,} parameters × {width} B", gradient_parts, offload),
+        term(
+            "optimizer",
+            trainable * state,
+            f"{trainable:,} parameters × {state} B (two moments{' and a float32 master' if masters else ''})",
+            state_parts,
+            offload,
+        ),
+    ]
+    if sharded:
+        layer = max(2 * shape.linear_parameters // shape.layers, shape.vocab * shape.hidden)
+        words = f"{layer:,} parameters at a time (two layers, or the vocabulary) × {_width(load.precision)} B"
+        out.append(term("gathered weights", layer * _width(load.precision), words))
+    return (*out, *_pass_terms(shape, load))
+
+
+def _pass_terms(shape: Shape, load: Workload) -> tuple[Term, Term]:
+    """Activations and logits of one micro batch of full packs, every token supervised: an upper bound."""
+    tokens = load.micro_batch * load.pack_length
+    kept = activation_bytes(
+        shape,
+        tokens,
+        load.precision,
+        checkpointing=load.activation_checkpointing,
+        dropout=load.dropout,
+        device=load.device,
+    )
+    place: Literal["device", "host"] = "host" if load.device == "cpu" else "device"
+    how = "each layer's input and one layer's insides" if load.activation_checkpointing else "every layer's insides"
+    each = LOSS_BYTES[load.precision]
+    words = f"at most {tokens:,} supervised tokens × {shape.vocab:,} × {each} B"
+    return (
+        Term("activations (estimate)", kept / GIB, f"{tokens:,} tokens × {shape.layers} layers, {how}", place, True),
+        Term("logits (upper bound)", tokens * shape.vocab * each / GIB, words, place, True),
+    )
+
+
+def total_gib(terms: Iterable[Term], place: str = "device") -> float:
+    """Sum of the terms in one place, in GiB."""
+    return sum(term.gib for term in terms if term.place == place)
+
+
+def fits(terms: Iterable[Term], device_memory_gib: float, reserve: float = 0.1) -> bool:
+    """Whether the device's terms leave `reserve` of its memory free.
+
+    The reserve is a margin for the CUDA context, communication buffers and fragmentation; it is not measured.
+    """
+    return total_gib(terms) <= device_memory_gib * (1 - reserve)

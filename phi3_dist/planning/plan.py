@@ -1,0 +1,335 @@
+"""The plan of a run: what will run and why, computed from the run file and the facts of machine and launch.
+
+No process group, no device and no environment is looked at here; `machine.probe` collects those facts as values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from phi3_dist.config.families import Family, Shape
+from phi3_dist.config.schema import RunConfig
+from phi3_dist.errors import PlanError, Problem
+from phi3_dist.planning.memory import Term, Workload, adapter_parameters, fits, memory_terms, total_gib
+from phi3_dist.planning.support import STRATEGIES, No, support, support_optimizer
+
+__all__ = ["MachineFacts", "LaunchFacts", "Choice", "RunPlan", "make_plan", "check_reality", "STRATEGIES"]
+
+CPU_LAUNCH = "configs/accelerate/cpu_2.yaml (distributed_type: MULTI_GPU with use_cpu: true)"
+_ZERO_FILE_AUTO = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """What this node is. Memory in GiB; `packages` maps a distribution to its version, absent where not installed."""
+
+    device: str
+    device_name: str
+    devices_per_node: int
+    device_memory_gib: float
+    host_memory_gib: float
+    cpu_count: int
+    fast_bf16: bool
+    fast_bf16_reason: str
+    packages: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LaunchFacts:
+    """What the launcher set up, as the environment tells it, and what it was asked for, as its command line does.
+
+    `rank` is this process's, over all nodes. `strategy` is one of `STRATEGIES`; `zero_settings` is the DeepSpeed JSON
+    as read, empty without DeepSpeed; `asked_world_size` is None where no launcher was found; `use_cpu`: a CPU was
+    asked for.
+    """
+
+    world_size: int = 1
+    nodes: int = 1
+    strategy: str = "single"
+    asked_world_size: int | None = None
+    asked_by: str = ""
+    zero_settings: Mapping[str, Any] = field(default_factory=dict)
+    use_cpu: bool = False
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A decision and its reason, shown once at start and kept in the run folder."""
+
+    name: str
+    value: str
+    why: str
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What will run. Batches in packs; `steps` are optimizer steps, None until the data is counted."""
+
+    strategy: str
+    world_size: int
+    nodes: int
+    device: str
+    precision: str
+    attention: str
+    micro_batch: int
+    accumulation: int
+    global_batch: int
+    steps: int | None
+    choices: tuple[Choice, ...]
+    memory: tuple[Term, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values, ready for JSON."""
+        out = asdict(self)
+        out["choices"] = [asdict(choice) for choice in self.choices]
+        out["memory"] = None if self.memory is None else [asdict(term) for term in self.memory]
+        return out
+
+
+def make_plan(
+    cfg: RunConfig,
+    machine: MachineFacts,
+    launch: LaunchFacts,
+    *,
+    family_or_shape: Family | Shape | Mapping[str, Any] | None = None,
+) -> RunPlan:
+    """Plan the run; raises `PlanError` with every problem.
+
+    The shape may also be given as a Hugging Face `config.json`; without one there is no account of memory.
+    """
+    problems = [*_launch_problems(machine, launch), *_zero_file_problems(launch)]
+    precision = _precision(cfg, machine)
+    attention = _attention(cfg, machine, precision.value, problems)
+    choices = [precision, attention, _strategy_choice(launch), _optimizer_choice(cfg, machine, launch)]
+    problems += _support_problems(cfg, machine, launch, precision.value)
+    accumulation = _accumulation(cfg, launch.world_size, problems)
+    memory = None
+    if family_or_shape is not None:
+        memory = _memory(cfg, machine, launch, precision.value, _shape(family_or_shape))
+        choices.append(_memory_choice(memory, machine, launch, problems))
+    if problems:
+        raise PlanError(*problems)
+    micro, world = cfg.train.micro_batch, launch.world_size
+    why = f"global_batch {cfg.train.global_batch} / (micro_batch {micro} × {world} ranks)"
+    choices.append(Choice("accumulation", str(accumulation), why))
+    return RunPlan(
+        strategy=launch.strategy,
+        world_size=world,
+        nodes=launch.nodes,
+        device=machine.device,
+        precision=precision.value,
+        attention=attention.value,
+        micro_batch=micro,
+        accumulation=accumulation,
+        global_batch=cfg.train.global_batch,
+        steps=cfg.train.max_steps,
+        choices=tuple(choices),
+        memory=memory,
+    )
+
+
+def _shape(given: Family | Shape | Mapping[str, Any]) -> Shape:
+    if isinstance(given, Shape):
+        return given
+    return given.shape if isinstance(given, Family) else Shape.of(given)
+
+
+def _launch_problems(machine: MachineFacts, launch: LaunchFacts) -> list[Problem]:
+    problems = []
+    if launch.asked_world_size is not None and launch.asked_world_size != launch.world_size:
+        what = (
+            f"{launch.asked_world_size} processes were asked for by {launch.asked_by}, "
+            f"but this process is one of {launch.world_size}"
+        )
+        if machine.device == "cpu":
+            fix = f"use {CPU_LAUNCH}; `--cpu` and MULTI_CPU start one process without a word"
+        else:
+            fix = "use configs/accelerate/ddp.yaml, or pass --multi_gpu to accelerate launch"
+        problems.append(Problem("world size", what, fix))
+    if launch.world_size % launch.nodes:
+        what = f"{launch.world_size} processes do not spread evenly over {launch.nodes} nodes"
+        problems.append(Problem("nodes", what, "start the same number of processes on each node"))
+    per_node = launch.world_size // launch.nodes
+    if machine.device == "cuda" and per_node > machine.devices_per_node:
+        what = f"{per_node} processes on a node with {machine.devices_per_node} GPUs"
+        problems.append(Problem("world size", what, f"pass --num_processes {machine.devices_per_node * launch.nodes}"))
+    return problems
+
+
+def _zero_file_problems(launch: LaunchFacts) -> list[Problem]:
+    """Facts that stand in the run file and may not stand in the DeepSpeed file too."""
+    settings = launch.zero_settings
+    fix = 'write "auto", or leave it out: the run file says it, and it is filled in'
+    problems = [
+        Problem(f"DeepSpeed config: {key}", f"is {settings[key]!r}, which the run file decides", fix)
+        for key in _ZERO_FILE_AUTO
+        if settings.get(key, "auto") != "auto"
+    ]
+    for key in ("optimizer", "scheduler"):
+        if key in settings:
+            what = "stands in the DeepSpeed file, and the run file has its own section `optim`"
+            problems.append(Problem(f"DeepSpeed config: {key}", what, "remove it there"))
+    for key in ("bf16", "fp16"):
+        section = settings.get(key, {})
+        enabled = section.get("enabled", "auto") if isinstance(section, Mapping) else section
+        if enabled is True or (key == "bf16" and enabled is False):
+            what = f"is {str(enabled).lower()}, which the run file decides (model.precision)"
+            problems.append(Problem(f"DeepSpeed config: {key}.enabled", what, fix))
+    return problems
+
+
+def _precision(cfg: RunConfig, machine: MachineFacts) -> Choice:
+    asked = cfg.model.precision
+    if asked == "auto":
+        return Choice("precision", "bf16" if machine.fast_bf16 else "fp32", machine.fast_bf16_reason)
+    slow = asked == "bf16" and not machine.fast_bf16
+    return Choice("precision", asked, "as the run file says" + (f"; slow: {machine.fast_bf16_reason}" if slow else ""))
+
+
+def _attention(cfg: RunConfig, machine: MachineFacts, precision: str, problems: list[Problem]) -> Choice:
+    """flash-attention 2 needs 16-bit tensors and compute capability 8, which is also what makes bf16 fast on CUDA."""
+    obstacle = ""
+    if machine.device != "cuda":
+        obstacle = f"flash-attention needs CUDA, and the device is {machine.device}"
+    elif "flash-attn" not in machine.packages:
+        obstacle = "flash-attn is not installed (`pip install flash-attn --no-build-isolation`)"
+    elif not machine.fast_bf16:
+        obstacle = f"flash-attention 2 needs compute capability 8: {machine.device_name} has less"
+    elif precision != "bf16":
+        obstacle = f"flash-attention works in 16 bits, and the precision is {precision}"
+    asked = cfg.model.attention
+    if asked == "auto":
+        if obstacle:
+            return Choice("attention", "sdpa", obstacle)
+        return Choice("attention", "flash_attention_2", f"flash-attn {machine.packages['flash-attn']} on CUDA in bf16")
+    if asked == "flash_attention_2" and obstacle:
+        problems.append(Problem("model.attention", f"is flash_attention_2: {obstacle}", "use sdpa or auto"))
+    return Choice("attention", asked, "as the run file says")
+
+
+def _strategy_choice(launch: LaunchFacts) -> Choice:
+    why = {
+        "single": "one process",
+        "ddp": f"{launch.world_size} processes without DeepSpeed or FSDP in the Accelerate config",
+    }
+    return Choice("strategy", launch.strategy, why.get(launch.strategy, "as the Accelerate config says"))
+
+
+def _optimizer_choice(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts) -> Choice:
+    if cfg.optim.name != "adamw":
+        return Choice("optimizer", cfg.optim.name, "as the run file says; bitsandbytes'")
+    if launch.strategy.startswith("zero") and launch.strategy.endswith("_offload"):
+        return Choice("optimizer", "AdamW", "torch's, stepping the offloaded states on the host")
+    return Choice("optimizer", "AdamW", f"torch's, fused where {machine.device} has it")
+
+
+def _support_problems(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, precision: str) -> list[Problem]:
+    problems = []
+    answer = support(
+        launch.strategy,
+        cfg.model.quantization,
+        machine.device,
+        precision,
+        fast_bf16=machine.fast_bf16,
+        packages=machine.packages,
+    )
+    if isinstance(answer, No):
+        what = f"{launch.strategy} with quantization {cfg.model.quantization} on {machine.device}: {answer.reason}"
+        problems.append(Problem("strategy", what, f"nearest: {answer.nearest}"))
+    optimizer = support_optimizer(cfg.optim.name, launch.strategy, machine.device)
+    if isinstance(optimizer, No):
+        problems.append(
+            Problem("optim.name", f"is {cfg.optim.name}: {optimizer.reason}", f"nearest: {optimizer.nearest}")
+        )
+    if cfg.optim.name != "adamw" and "bitsandbytes" not in machine.packages:
+        problems.append(Problem("optim.name", f"is {cfg.optim.name}, and bitsandbytes is not installed", "use adamw"))
+    if cfg.lora.dora and launch.strategy.startswith("zero3"):
+        what = (
+            "is true: DoRA reads each base weight outside its layer's own forward, when ZeRO-3 holds only shards of it"
+        )
+        problems.append(Problem("lora.dora", what, "nearest: zero2"))
+    return problems
+
+
+def _accumulation(cfg: RunConfig, world: int, problems: list[Problem]) -> int:
+    batch, micro = cfg.train.global_batch, cfg.train.micro_batch
+    at_once = micro * world
+    if batch % at_once:
+        below = batch // at_once * at_once
+        near = f"{below} or {below + at_once}" if below else str(at_once)
+        divisors = [size for size in range(1, micro + 1) if batch % (size * world) == 0]
+        other = f", or train.micro_batch={divisors[-1]}" if divisors else ""
+        what = f"is {batch}, which is no multiple of micro_batch × ranks = {micro} × {world} = {at_once}"
+        problems.append(Problem("train.global_batch", what, f"nearest: train.global_batch={near}{other}"))
+    return batch // at_once
+
+
+def _memory(
+    cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, precision: str, shape: Shape
+) -> tuple[Term, ...]:
+    lora = cfg.lora
+    trainable = adapter_parameters(shape, lora.r, lora.targets, dora=lora.dora, modules_to_save=lora.modules_to_save)
+    load = Workload(
+        strategy=launch.strategy,
+        world_size=launch.world_size,
+        precision=precision,
+        quantization=cfg.model.quantization,
+        pack_length=cfg.data.pack_length,
+        micro_batch=cfg.train.micro_batch,
+        activation_checkpointing=cfg.model.activation_checkpointing,
+        dropout=lora.dropout,
+        optimizer=cfg.optim.name,
+        device=machine.device,
+    )
+    return memory_terms(shape, trainable, load)
+
+
+def _memory_choice(
+    terms: tuple[Term, ...], machine: MachineFacts, launch: LaunchFacts, problems: list[Problem]
+) -> Choice:
+    """Refuse what cannot fit whatever the activations turn out to be; warn where the estimate says so."""
+    per_node = max(1, launch.world_size // launch.nodes)
+    host_gib = per_node * total_gib(terms, "host")
+    if machine.device == "cpu":
+        what = f"{host_gib:.1f} GiB"
+        return Choice(
+            "memory", what, f"estimated for {per_node} ranks, on a host with {machine.host_memory_gib:.1f} GiB"
+        )
+    have = machine.device_memory_gib
+    certain = total_gib(term for term in terms if not term.estimated)
+    if certain > have:
+        what = f"weights, gradients and optimizer take {certain:.1f} GiB of a device with {have:.1f} GiB"
+        fix = "use more ranks with zero3 or fsdp2, or model.quantization=nf4"
+        problems.append(Problem("memory", what, fix))
+    if host_gib > machine.host_memory_gib:
+        what = f"{per_node} ranks offload {host_gib:.1f} GiB to a host with {machine.host_memory_gib:.1f} GiB"
+        problems.append(Problem("memory", what, "use more nodes, or the strategy without offload"))
+    whole = total_gib(terms)
+    if not fits(terms, have):
+        return Choice("memory", "may not fit", f"{whole:.1f} GiB estimated of {have:.1f} GiB, a tenth kept free")
+    return Choice("memory", f"{whole:.1f} GiB", f"estimated for each rank's device, of {have:.1f} GiB")
+
+
+def check_reality(plan: RunPlan, *, world_size: int, strategy: str, device: str) -> None:
+    """Raise `PlanError` where the process group, strategy or device that came up is not the planned one."""
+    pairs = (
+        ("world size", plan.world_size, world_size),
+        ("strategy", plan.strategy, strategy),
+        ("device", plan.device, device),
+    )
+    fix = f"on a CPU start with {CPU_LAUNCH}" if plan.device == "cpu" else "compare the Accelerate config with the plan"
+    problems = [
+        Problem(name, f"{planned} was planned, and {real} came up", fix)
+        for name, planned, real in pairs
+        if planned != real
+    ]
+    if problems:
+        raise PlanError(*problems)

@@ -1,0 +1,114 @@
+"""The plan before anything is started: the launch as an Accelerate config describes it, the machine as the user says.
+
+`phi3-dist plan` runs on a login node: nothing here looks at a device, and torch is not imported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from phi3_dist.config.families import FAMILIES, Family
+from phi3_dist.config.schema import RunConfig
+from phi3_dist.errors import PlanError, Problem
+from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan
+
+__all__ = ["assumed_machine", "launch_of_config", "plan_table", "shape_of_source"]
+
+
+def launch_of_config(config: Path | None, processes: int | None, nodes: int | None = None) -> LaunchFacts:
+    """The launch that `accelerate launch --config_file CONFIG` would make; without a config, one process.
+
+    Raises PlanError where the file can't be read or asks for what this toolkit doesn't do.
+    """
+    if config is None:
+        world = processes or 1
+        return LaunchFacts(world_size=world, nodes=nodes or 1, strategy="single" if world == 1 else "ddp")
+    try:
+        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PlanError(Problem(str(config), f"cannot be read: {error}", "one of configs/accelerate/")) from error
+    if not isinstance(values, dict):
+        raise PlanError(Problem(str(config), "is no Accelerate config", "one of configs/accelerate/"))
+    kind = values.get("distributed_type", "NO")
+    world = processes or (1 if kind == "NO" else values.get("num_processes", 1))
+    strategy, settings = _strategy(config, kind, values)
+    return LaunchFacts(
+        world_size=world,
+        nodes=nodes or values.get("num_machines", 1),
+        strategy=("single" if world == 1 else "ddp") if strategy == "ddp" else strategy,
+        zero_settings=settings,
+        use_cpu=values.get("use_cpu") is True,
+    )
+
+
+def _strategy(config: Path, kind: str, values: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    if kind in {"NO", "MULTI_GPU"}:
+        return "ddp", {}
+    if kind == "FSDP":
+        return ("fsdp2_offload" if values.get("fsdp_config", {}).get("fsdp_offload_params") else "fsdp2"), {}
+    if kind != "DEEPSPEED":
+        raise PlanError(
+            Problem(
+                f"{config}: distributed_type", f"{kind} starts no run of this toolkit", "one of configs/accelerate/"
+            )
+        )
+    file = values.get("deepspeed_config", {}).get("deepspeed_config_file")
+    # accelerate looks from the folder it is run in; the shipped files lie beside each other
+    found = next((p for p in (Path(str(file)), config.parent.parent.parent / str(file)) if p.is_file()), None)
+    if found is None:
+        raise PlanError(Problem(f"{config}: deepspeed_config_file", f"{file} is not there", "configs/deepspeed/"))
+    settings = json.loads(found.read_text(encoding="utf-8"))
+    zero = settings["zero_optimization"]
+    offload = any(zero.get(f"offload_{k}", {}).get("device", "none") != "none" for k in ("optimizer", "param"))
+    return f"zero{zero['stage']}" + ("_offload" if offload else ""), settings
+
+
+def assumed_machine(device: str, devices: int, memory_gib: float, packages: Mapping[str, str]) -> MachineFacts:
+    """A machine as the user describes it, where the run will not be on this one. bf16 is taken as fast on a GPU."""
+    return MachineFacts(
+        device=device,
+        device_name=f"assumed {device}",
+        devices_per_node=devices,
+        device_memory_gib=memory_gib,
+        host_memory_gib=memory_gib if device == "cpu" else float("inf"),
+        cpu_count=1,
+        fast_bf16=device == "cuda",
+        fast_bf16_reason="assumed: a GPU of compute capability 8 or more"
+        if device == "cuda"
+        else "assumed: a plain CPU",
+        packages=packages,
+    )
+
+
+def shape_of_source(cfg: RunConfig) -> Family | Mapping[str, Any] | None:
+    """The base model's shape: a known hub id, or a local folder's config.json; None where it isn't known here."""
+    for family in FAMILIES:
+        if cfg.model.source in family.hub_ids:
+            return family
+    local = Path(cfg.model.source) / "config.json"
+    if not local.is_file():
+        return None
+    try:
+        values: Mapping[str, Any] = json.loads(local.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PlanError(Problem(str(local), f"is not JSON: {error}", "download the model again")) from error
+    return values
+
+
+def plan_table(plan: RunPlan) -> Table:
+    """The plan as a table: each choice with its reason, then memory term by term."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("what", "value", "why"):
+        table.add_column(name, overflow="fold")
+    for choice in plan.choices:
+        table.add_row(choice.name, choice.value, choice.why)
+    for term in plan.memory or ():
+        about = "about " if term.estimated else ""
+        table.add_row(f"  {term.name} ({term.place})", f"{about}{term.gib:.2f} GiB", term.formula)
+    return table

@@ -1,0 +1,121 @@
+"""The support matrix: strategy × quantisation × device × precision → yes, or no with the reason and the nearest choice.
+
+nf4 and int8 with DDP, ZeRO-1 and ZeRO-2 were trained on two CPU processes, in fp32 and bf16 (bitsandbytes 0.50.2,
+DeepSpeed 0.19.8); the `cuda` columns say what should hold there. One function answers, and the table of the README is
+generated from it, so that the two can't differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["STRATEGIES", "Yes", "No", "support", "support_optimizer", "matrix_markdown"]
+
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2", "fsdp2_offload")
+"""Every way to place one model on the ranks, simplest first."""
+
+QUANTIZATIONS = ("none", "nf4", "int8")
+DEVICES = ("cpu", "cuda")
+PRECISIONS = ("bf16", "fp32")
+
+_REPLICATED = ("single", "ddp", "zero1", "zero2")
+"""Strategies that keep the whole frozen base on each rank and touch none of its tensors."""
+
+
+@dataclass(frozen=True)
+class Yes:
+    """It runs. `note`: what a user should expect of it, or nothing."""
+
+    note: str = ""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class No:
+    """It's refused, for this reason; `nearest` is the closest choice that works."""
+
+    reason: str
+    nearest: str
+
+    def __bool__(self) -> bool:
+        return False
+
+
+def support(  # noqa: PLR0911 -- one return for each refusal, in the order a user should hear them
+    strategy: str,
+    quantization: str = "none",
+    device: str = "cuda",
+    precision: str = "bf16",
+    *,
+    fast_bf16: bool = True,
+    packages: Mapping[str, str] | None = None,
+) -> Yes | No:
+    """Whether this combination runs. `packages` (name → version) is what is installed; None: everything.
+
+    The caller's spelling is the run file's (`none`, `nf4`, `int8`; `bf16`, `fp32`); `strategy` is one of `STRATEGIES`.
+    """
+    if strategy not in STRATEGIES:
+        return No(f"there is no strategy {strategy!r}", f"one of {', '.join(STRATEGIES)}")
+    if device not in DEVICES:
+        return No(f"{device} is not a device of this toolkit", "cpu or cuda")
+    if strategy.startswith("zero") and packages is not None and "deepspeed" not in packages:
+        return No("DeepSpeed is not installed", "`pip install 'phi3-dist[deepspeed]'`, or strategy ddp")
+    if quantization != "none" and packages is not None and "bitsandbytes" not in packages:
+        return No("bitsandbytes is not installed", "`pip install 'phi3-dist[qlora]'`, or quantization none")
+    if strategy == "fsdp2_offload" and device == "cpu":
+        return No("FSDP2 offloads from a GPU to host memory, and on a CPU there is nothing to offload", "fsdp2")
+    if quantization != "none" and strategy not in _REPLICATED:
+        if strategy == "zero2_offload":
+            return No("offload beside quantised weights has not been proven", "zero2")
+        name = "ZeRO-3" if strategy.startswith("zero3") else "FSDP2"
+        return No(f"{name} has not been proven to shard quantised weights: each rank may keep them all", "zero2")
+    if precision == "bf16" and not fast_bf16:
+        return Yes("bf16 works here, but without hardware for it: slower than fp32")
+    return Yes()
+
+
+def support_optimizer(name: str, strategy: str, device: str) -> Yes | No:
+    """Whether `optim.name` runs under this strategy on this device.
+
+    bitsandbytes 0.50 steps its 8-bit AdamW on a CPU too (run); its paged ones have no pages there.
+    """
+    if name == "adamw":
+        return Yes()
+    if device == "cpu" and name.startswith("paged"):
+        return No("a paged optimizer pages between GPU and host memory, and bitsandbytes has none on a CPU", "adamw")
+    if strategy.endswith("_offload"):
+        return No("offloaded optimizer states are stepped on the host, by torch's AdamW", "adamw")
+    if strategy.startswith("fsdp") or (strategy.startswith("zero") and device == "cpu"):
+        return No(f"bitsandbytes' optimizers have not been proven on the shards of {strategy} here", "adamw, or ddp")
+    return Yes()
+
+
+def matrix_markdown() -> str:
+    """The matrix as a Markdown table, one row for each strategy and quantisation, with numbered reasons below it."""
+    reasons: list[str] = []
+    lines = [
+        "| strategy | weights | "
+        + " | ".join(f"{device} {precision}" for device in DEVICES for precision in PRECISIONS)
+        + " |",
+        "|---|---|" + "---|" * (len(DEVICES) * len(PRECISIONS)),
+    ]
+    for strategy in STRATEGIES:
+        for quantization in QUANTIZATIONS:
+            cells = []
+            for device in DEVICES:
+                for precision in PRECISIONS:
+                    answer = support(strategy, quantization, device, precision)
+                    if isinstance(answer, Yes):
+                        cells.append("yes")
+                        continue
+                    reason = f"{answer.reason}; nearest: {answer.nearest}"
+                    if reason not in reasons:
+                        reasons.append(reason)
+                    cells.append(f"no [{reasons.index(reason) + 1}]")
+            lines.append(f"| {strategy} | {quantization} | {' | '.join(cells)} |")
+    lines.append("")
+    lines.extend(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,243 @@
+"""The run file: what is read, and every mistake named at once with its place and fix."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phi3_dist.config.load import config_hash, diff, json_schema, load_run, resolved_yaml
+from phi3_dist.config.schema import RunConfig
+from phi3_dist.errors import ConfigError
+
+GOOD = "model:\n  source: tiny-random\ndata:\n  train: rows.jsonl\n"
+
+
+def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def mistakes(folder: Path, text: str, *overrides: str) -> dict[str, tuple[str, str]]:
+    """{where: (what, fix)} of the ConfigError that this run file must raise."""
+    with pytest.raises(ConfigError) as caught:
+        load_run(write(folder, text), overrides)
+    return {problem.where: (problem.what, problem.fix) for problem in caught.value.problems}
+
+
+def test_defaults_name_and_folder(tmp_path: Path) -> None:
+    cfg = load_run(write(tmp_path, GOOD, "first_try.yaml"))
+    assert (cfg.name, cfg.save.folder) == ("first_try", "runs/first_try")
+    named = load_run(write(tmp_path, GOOD), ["name=other", "save.folder=out/{name}/x"])
+    assert (named.name, named.save.folder) == ("other", "out/other/x")
+
+
+def test_every_mistake_at_once_with_line_value_and_fix(tmp_path: Path) -> None:
+    text = (
+        "model:\n  source: tiny-random\n  precision: fp16\n"
+        "data:\n  train: rows.jsonl\n  pack_lenght: 4096\n"
+        "lora:\n  r: 8.0\n  target_modules: [q_proj]\n"
+        "optim:\n  schedule: cosin\n  eps: true\n"
+        "train:\n  epochs: 2\n  max_steps: 10\n"
+        "learning_rate: 1e-3\n"
+    )
+    found = mistakes(tmp_path, text)
+    assert found["data.pack_lenght (run.yaml:6)"] == (
+        "unknown key (value 4096)",
+        "did you mean data.pack_length?",
+    )
+    assert found["model.precision (run.yaml:3)"][1] == (
+        "fp16 needs loss scaling, which this toolkit refuses; use bf16 or fp32"
+    )
+    assert "8.0" in found["lora.r (run.yaml:8)"][0]
+    assert found["lora.target_modules (run.yaml:9)"][1] == "did you mean lora.targets?"
+    assert found["optim.schedule (run.yaml:11)"][1] == "did you mean cosine?"
+    assert "a number is wanted" in found["optim.eps (run.yaml:12)"][0]
+    assert found["learning_rate (run.yaml:16)"][1] == "did you mean optim.lr?"
+    assert "train.epochs (run.yaml:14)" in found  # a pair, checked although other fields are wrong
+    assert len(found) == 8
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "1.0e-4"])
+def test_every_spelling_of_a_float(tmp_path: Path, text: str) -> None:
+    assert load_run(write(tmp_path, GOOD + f"optim:\n  lr: {text}\n")).optim.lr == 1e-4
+    assert load_run(write(tmp_path, GOOD), [f"optim.lr={text}"]).optim.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [
+        ("train.global_batch='16'", "train.global_batch"),
+        ("train.global_batch=16.0", "train.global_batch"),
+        ("train.global_batch=true", "train.global_batch"),
+        ("train.shuffle=1", "train.shuffle"),
+        ("train.shuffle='true'", "train.shuffle"),
+        ("optim.lr=true", "optim.lr"),
+        ("optim.lr=.nan", "optim.lr"),
+        ("optim.lr=.inf", "optim.lr"),
+        ("model.source=5", "model.source"),
+        ("lora.targets=5", "lora.targets"),
+        ("lora.targets=[5]", "lora.targets[0]"),
+        ("optim.betas=[0.9]", "optim.betas"),
+        ("model=tiny-random", "model"),
+    ],
+)
+def test_types_are_strict(tmp_path: Path, override: str, where: str) -> None:
+    found = mistakes(tmp_path, GOOD, override)
+    assert [place.split(" ")[0] for place in found] == [where]
+
+
+def test_overrides_read_yaml_and_apply_in_order(tmp_path: Path) -> None:
+    cfg = load_run(
+        write(tmp_path, GOOD + "lora:\n"),
+        ["lora.targets=[qkv_proj, o_proj]", "lora.r=8", "lora.r=4", "data.validation=null", "model.revision="],
+    )
+    assert cfg.lora.targets == ("qkv_proj", "o_proj")
+    assert cfg.lora.r == 4
+    assert cfg.model.revision is None
+
+
+def test_bad_overrides_are_named_together(tmp_path: Path) -> None:
+    found = mistakes(tmp_path, GOOD, "verbose", "lora.rr=3", "model.source.x=1", "optim.lr=[1", "=3", "a..b=1")
+    assert found["override 'verbose'"][0] == "is not of the form key.path=value"
+    assert found["lora.rr (override 'lora.rr=3')"] == ("unknown key (value 3)", "did you mean lora.r?")
+    assert found["override 'model.source.x=1'"][0] == "model.source is 'tiny-random', not a section"
+    assert "its value is not YAML" in found["override 'optim.lr=[1'"][0]
+    assert {"override '=3'", "override 'a..b=1'"} <= found.keys()
+
+
+def test_missing_section_and_key(tmp_path: Path) -> None:
+    found = mistakes(tmp_path, "model:\n  revision: main\n")
+    assert found["data"][0] == "is required, and missing"
+    assert found["model.source"][0] == "is required, and missing"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("model: [1", "is not YAML"),
+        ("a: 1\n\tb: 2", "is not YAML"),
+        ("- model", "is a list, not a mapping"),
+        ("just words", "is text, not a mapping"),
+        ("day: 2024-13-45\n", "is not YAML"),
+        ("model: &m\n  source: *m\n", "an alias that contains itself"),
+        ("? [a, b]\n: 1\n", "a key must be plain text"),
+        ("a: 1\n---\nb: 1\n", "is not YAML"),
+    ],
+)
+def test_not_a_run_file(tmp_path: Path, text: str, part: str) -> None:
+    assert any(part in what for what, _ in mistakes(tmp_path, text).values())
+
+
+def test_duplicate_key_names_both_lines(tmp_path: Path) -> None:
+    found = mistakes(tmp_path, GOOD + "lora:\n  r: 4\n  alpha: 8\n  r: 16\n")
+    assert found["lora.r (run.yaml:8)"][0] == "the key stands twice, first at run.yaml:6"
+
+
+def test_missing_file_lists_what_is_there(tmp_path: Path) -> None:
+    write(tmp_path, GOOD, "debug.yaml")
+    with pytest.raises(ConfigError, match="no such file") as caught:
+        load_run(tmp_path / "debgu.yaml")
+    assert "debug.yaml" in caught.value.problems[0].fix
+    with pytest.raises(ConfigError, match="is a folder"):
+        load_run(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"model: \xe9\n")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_run(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        (["train.epochs=1", "train.max_steps=5"], "train.epochs"),
+        (["model.revision=main"], "model.revision"),
+        (["model.source=./base", "model.revision=main"], "model.revision"),
+        (["data.validation_share=0", "train.eval_every=5"], "train.eval_every"),
+        (["save.folder=''"], "save.folder"),
+        (["save.folder='runs/{date}'"], "save.folder"),
+        (["train.global_batch=10", "train.micro_batch=4"], "train.global_batch"),
+        (["lora.targets=[]"], "lora.targets"),
+        (["lora.targets=[all-linear]"], "lora.targets"),
+        (["optim.warmup=2.5"], "optim.warmup"),
+        (["optim.warmup=10", "train.max_steps=10"], "optim.warmup"),
+        (["name=a/b"], "name"),
+    ],
+)
+def test_impossible_pairs(tmp_path: Path, overrides: list[str], where: str) -> None:
+    assert [place.split(" ")[0] for place in mistakes(tmp_path, GOOD, *overrides)] == [where]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.quantization=nf4", "model.precision=fp32"],
+        ["model.quantization=nf4", "lora.dora=true"],
+        ["data.validation_share=0"],
+        ["data.validation_share=0", "data.validation=held.jsonl", "train.eval_every=5"],
+        ["model.source=microsoft/Phi-3-mini-4k-instruct", "model.revision=main"],
+    ],
+)
+def test_possible_pairs(tmp_path: Path, overrides: list[str]) -> None:
+    load_run(write(tmp_path, GOOD), overrides)
+
+
+def test_nearest_global_batch(tmp_path: Path) -> None:
+    found = mistakes(tmp_path, GOOD, "train.global_batch=10", "train.micro_batch=4")
+    assert [fix for _, fix in found.values()] == ["use 8 or 12"]
+
+
+@given(
+    lr=st.floats(1e-12, 1e3),
+    alpha=st.floats(1e-3, 1e6),
+    seed=st.integers(0, 2**63),
+    source=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1).filter(str.strip),
+)
+def test_resolved_yaml_reads_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, lr: float, alpha: float, seed: int, source: str
+) -> None:
+    raw = {
+        "name": "n",
+        "model": {"source": source},
+        "data": {"train": ["a", "b"]},
+        "optim": {"lr": lr},
+        "lora": {"alpha": alpha},
+        "train": {"seed": seed},
+    }
+    cfg = RunConfig.model_validate(raw)
+    cfg = cfg.model_copy(update={"save": cfg.save.model_copy(update={"folder": "runs/n"})})
+    again = load_run(write(tmp_path_factory.mktemp("resolved"), resolved_yaml(cfg)))
+    assert again == cfg
+    assert config_hash(again) == config_hash(cfg)
+
+
+def test_hash_and_diff_see_one_field(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    one, other = load_run(path), load_run(path, ["lora.r=8"])
+    assert config_hash(one) == config_hash(load_run(path))
+    assert config_hash(one) != config_hash(other)
+    assert diff(one, other) == [("lora.r", 16, 8)]
+    assert diff(one, one) == []
+
+
+def test_schema_describes_each_field() -> None:
+    schema = json_schema()
+    assert schema["additionalProperties"] is False
+    for name, section in schema["$defs"].items():
+        for key, value in section["properties"].items():
+            assert value.get("description"), f"{name}.{key} has no description"
+    assert yaml.safe_load(yaml.safe_dump(schema)) == schema
+
+
+def test_config_and_planning_import_no_torch() -> None:
+    code = (
+        "import sys, phi3_dist.config.load, phi3_dist.planning.plan, phi3_dist.planning.render;"
+        "bad = {'torch', 'transformers', 'peft', 'accelerate', 'numpy'} & set(sys.modules);"
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

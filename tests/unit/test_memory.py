@@ -1,0 +1,177 @@
+"""Bytes per rank: exact counts, what each strategy shards, and the activation estimate against autograd itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Phi3Config, Phi3ForCausalLM
+
+from phi3_dist.config.families import FAMILIES, Shape
+from phi3_dist.planning.memory import (
+    GIB,
+    Term,
+    Workload,
+    activation_bytes,
+    adapter_parameters,
+    fits,
+    memory_terms,
+    total_gib,
+)
+
+# peft 0.21 asks transformers 5.24 for a property under its old name
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+BY_NAME = {family.name: family.shape for family in FAMILIES}
+MINI = BY_NAME["mini-4k"]
+R16 = 25_165_824
+
+
+def gib(load: Workload, place: str = "device") -> dict[str, float]:
+    return {term.name: term.gib for term in memory_terms(MINI, R16, load) if term.place == place}
+
+
+@pytest.mark.parametrize(
+    ("name", "trainable"),
+    [("mini-4k", R16), ("medium-4k", 55_705_600), ("Phi-4", 55_705_600), ("Phi-4-mini", 23_068_672)],
+)
+def test_adapter_counts(name: str, trainable: int) -> None:
+    assert adapter_parameters(BY_NAME[name], 16) == trainable
+
+
+def test_adapter_counts_of_parts() -> None:
+    assert adapter_parameters(MINI, 16, ["o_proj", "down_proj", "q_proj"]) == 8_912_896  # the public notebook's list
+    assert adapter_parameters(MINI, 16, ["mlp.down_proj"]) == 32 * 16 * (8192 + 3072)
+    assert adapter_parameters(MINI, 16, dora=True) - R16 == 32 * (9216 + 3072 + 16384 + 3072)
+    assert adapter_parameters(MINI, 16, modules_to_save=["lm_head"]) - R16 == 32064 * 3072
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapter_count_equals_peft(dora: bool) -> None:
+    shape = Shape(2, 96, 256, 4, 2, 24, 64)
+    adapter = LoraConfig(r=4, target_modules=["qkv_proj", "down_proj"], use_dora=dora, modules_to_save=["lm_head"])
+    model = get_peft_model(Phi3ForCausalLM(hf_config(shape)), adapter)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert adapter_parameters(shape, 4, ["qkv_proj", "down_proj"], dora=dora, modules_to_save=["lm_head"]) == trainable
+
+
+def test_terms_of_one_device() -> None:
+    terms = gib(Workload("single", 1, "bf16"))
+    assert terms["base weights"] == pytest.approx(3_821_079_552 * 2 / GIB)
+    assert terms["adapter"] == terms["gradients"] == pytest.approx(R16 * 4 / GIB)
+    assert terms["optimizer"] == pytest.approx(R16 * 8 / GIB)
+    assert terms["logits (upper bound)"] == pytest.approx(2048 * 32064 * 16 / GIB)
+    assert "gathered weights" not in terms
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sharded"),
+    [
+        ("ddp", set()),
+        ("zero1", {"optimizer"}),
+        ("zero2", {"optimizer", "gradients"}),
+        ("zero3", {"optimizer", "gradients", "adapter", "base weights"}),
+        ("fsdp2", {"optimizer", "gradients", "adapter", "base weights"}),
+    ],
+)
+def test_what_each_strategy_shards(strategy: str, sharded: set[str]) -> None:
+    alone, four = (gib(Workload(strategy, world, "fp32")) for world in (1, 4))
+    for name, size in alone.items():
+        assert four[name] == pytest.approx(size / 4 if name in sharded else size), name
+
+
+@pytest.mark.parametrize(
+    ("strategy", "moved"),
+    [
+        ("zero2_offload", {"optimizer", "gradients"}),
+        ("zero3_offload", {"optimizer", "gradients", "adapter", "base weights"}),
+        ("fsdp2_offload", {"optimizer", "gradients", "adapter", "base weights"}),
+    ],
+)
+def test_offload_moves_terms_to_the_host(strategy: str, moved: set[str]) -> None:
+    load = Workload(strategy, 2, "bf16")
+    assert set(gib(load, "host")) == moved
+    plain = gib(Workload(strategy.removesuffix("_offload"), 2, "bf16"))
+    assert gib(load, "host").items() | gib(load).items() == plain.items()
+
+
+def test_deepspeed_in_bf16_keeps_a_float32_master() -> None:
+    terms = gib(Workload("zero1", 2, "bf16"))
+    assert terms["adapter"] == pytest.approx(R16 * 2 / GIB)
+    assert terms["optimizer"] == pytest.approx(R16 * 12 / 2 / GIB)
+
+
+def test_quantised_base() -> None:
+    rest = MINI.parameters - MINI.linear_parameters
+    nf4 = gib(Workload("single", 1, "bf16", "nf4"))["base weights"]
+    assert nf4 * GIB == pytest.approx(MINI.linear_parameters * (0.5 + 1 / 64 + 1 / 4096) + rest * 2)
+    int8 = gib(Workload("single", 1, "bf16", "int8"))["base weights"]
+    assert nf4 < int8 < gib(Workload("single", 1, "bf16"))["base weights"]
+
+
+def test_everything_is_on_the_host_of_a_cpu() -> None:
+    terms = memory_terms(MINI, R16, Workload("ddp", 2, "fp32", device="cpu"))
+    assert {term.place for term in terms} == {"host"}
+
+
+def test_fits_keeps_a_reserve() -> None:
+    terms = (Term("a", 8.0, ""), Term("b", 1.0, ""), Term("c", 100.0, "", "host"))
+    assert total_gib(terms) == 9.0
+    assert fits(terms, 10.0)
+    assert not fits(terms, 9.9)
+    assert fits(terms, 9.0, reserve=0.0)
+
+
+def hf_config(shape: Shape) -> Phi3Config:
+    return Phi3Config(
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocab,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        attn_implementation="sdpa",
+    )
+
+
+def kept_by_autograd(shape: Shape, tokens: int, dtype: torch.dtype, dropout: float) -> int:
+    """Bytes of distinct storages, parameters aside, that autograd saves in one forward pass of a PEFT Phi-3."""
+    adapter = LoraConfig(r=2, lora_dropout=dropout, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"])
+    model = get_peft_model(Phi3ForCausalLM(hf_config(shape)).to(dtype), adapter).train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids_T = torch.arange(tokens)[None] % shape.vocab
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.base_model.model.model(input_ids=ids_T, use_cache=False).last_hidden_state
+    assert hidden.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_activation_estimate_is_within_three_percent(precision: str, dropout: float, kv_heads: int) -> None:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    two, four = (Shape(layers, 192, 512, 4, kv_heads, 48, 64) for layers in (2, 4))
+    real = kept_by_autograd(four, 64, dtype, dropout) - kept_by_autograd(two, 64, dtype, dropout)
+    guess = activation_bytes(two, 64, precision, checkpointing=False, dropout=dropout, device="cpu")
+    assert real == pytest.approx(guess, rel=0.03)
+
+
+def test_checkpointing_keeps_an_input_per_layer_and_one_layer() -> None:
+    def kept(layers: int, checkpointing: bool) -> float:
+        shape = Shape(layers, 192, 512, 4, 4, 48, 64)
+        return activation_bytes(shape, 10, "bf16", checkpointing=checkpointing, dropout=0.0, device="cuda")
+
+    assert kept(9, True) - kept(8, True) == 10 * 192 * 2
+    assert kept(1, True) == kept(1, False) + 10 * 192 * 2

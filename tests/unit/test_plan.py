@@ -1,0 +1,177 @@
+"""The plan: batch arithmetic, choices with reasons, and every problem at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phi3_dist.config.families import FAMILIES
+from phi3_dist.config.schema import RunConfig
+from phi3_dist.errors import PlanError
+from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan, check_reality, make_plan
+
+PACKAGES = {"torch": "2.13.0", "deepspeed": "0.19.8", "bitsandbytes": "0.50.2"}
+CPU = MachineFacts("cpu", "a CPU", 1, 16.0, 16.0, 2, False, "no AMX here", PACKAGES)
+GPU = MachineFacts("cuda", "a GPU", 8, 80.0, 512.0, 64, True, "a GPU has bf16", {**PACKAGES, "flash-attn": "2.8.3"})
+MINI = FAMILIES[0]
+
+
+def run(**sections: dict[str, Any]) -> RunConfig:
+    base: dict[str, Any] = {"model": {"source": "x"}, "data": {"train": "rows.jsonl"}}
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values}
+    return RunConfig.model_validate(base)
+
+
+def why(plan: RunPlan, name: str) -> tuple[str, str]:
+    choice = next(choice for choice in plan.choices if choice.name == name)
+    return choice.value, choice.why
+
+
+def problems(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, **options: Any) -> dict[str, tuple[str, str]]:
+    with pytest.raises(PlanError) as caught:
+        make_plan(cfg, machine, launch, **options)
+    return {problem.where: (problem.what, problem.fix) for problem in caught.value.problems}
+
+
+def test_accumulation_and_choices() -> None:
+    cfg = run(train={"global_batch": 16, "micro_batch": 2, "max_steps": 7})
+    plan = make_plan(cfg, CPU, LaunchFacts(2, 1, "ddp", 2, "cpu_2.yaml"))
+    assert (plan.accumulation, plan.global_batch, plan.steps, plan.memory) == (4, 16, 7, None)
+    assert why(plan, "accumulation") == ("4", "global_batch 16 / (micro_batch 2 × 2 ranks)")
+    assert why(plan, "precision") == ("fp32", "no AMX here")
+    assert why(plan, "attention")[0] == "sdpa"
+    assert "needs CUDA" in why(plan, "attention")[1]
+    assert all(choice.why for choice in plan.choices)
+    assert json.loads(json.dumps(plan.to_dict()))["choices"][0]["name"] == "precision"
+
+
+@given(batch=st.integers(1, 200), micro=st.integers(1, 8), world=st.integers(1, 8))
+def test_accumulation_is_whole_or_the_nearest_values_work(batch: int, micro: int, world: int) -> None:
+    launch = LaunchFacts(world, 1, "ddp" if world > 1 else "single")
+    try:
+        plan = make_plan(run(train={"global_batch": batch, "micro_batch": micro}), CPU, launch)
+    except PlanError as error:
+        (problem,) = error.problems
+        assert problem.where == "train.global_batch"
+        near = problem.fix.removeprefix("nearest: train.global_batch=").partition(",")[0].split(" or ")
+        for value in near:
+            make_plan(run(train={"global_batch": int(value), "micro_batch": micro}), CPU, launch)
+        if "micro_batch=" in problem.fix:
+            other = int(problem.fix.rpartition("=")[2])
+            make_plan(run(train={"global_batch": batch, "micro_batch": other}), CPU, launch)
+    else:
+        assert plan.accumulation * plan.micro_batch * plan.world_size == batch
+
+
+def test_on_a_gpu() -> None:
+    plan = make_plan(run(), GPU, LaunchFacts(8, 1, "zero3"), family_or_shape=MINI)
+    assert (plan.precision, plan.attention, plan.device) == ("bf16", "flash_attention_2", "cuda")
+    assert plan.memory is not None
+    assert {"base weights", "gathered weights"} <= {term.name for term in plan.memory}
+    no_flash = dataclasses.replace(GPU, packages=PACKAGES)
+    assert "pip install flash-attn" in why(make_plan(run(), no_flash, LaunchFacts(8, 1, "ddp")), "attention")[1]
+    fp32 = make_plan(run(model={"precision": "fp32"}), GPU, LaunchFacts(8, 1, "ddp"))
+    assert fp32.attention == "sdpa"
+    old = dataclasses.replace(GPU, fast_bf16=False, fast_bf16_reason="old")
+    assert make_plan(run(), old, LaunchFacts(8, 1, "ddp")).precision == "fp32"
+
+
+def test_explicit_choices_are_kept_or_refused() -> None:
+    slow = make_plan(run(model={"precision": "bf16"}), CPU, LaunchFacts())
+    assert why(slow, "precision") == ("bf16", "as the run file says; slow: no AMX here")
+    found = problems(run(model={"attention": "flash_attention_2"}), CPU, LaunchFacts())
+    assert "needs CUDA" in found["model.attention"][0]
+
+
+def test_one_process_where_two_were_asked_for() -> None:
+    launch = LaunchFacts(1, 1, "single", 2, "accelerate launch --num_processes 2")
+    what, fix = problems(run(), CPU, launch)["world size"]
+    assert what == ("2 processes were asked for by accelerate launch --num_processes 2, but this process is one of 1")
+    assert "MULTI_GPU with use_cpu: true" in fix
+    assert "--multi_gpu" in problems(run(), GPU, launch)["world size"][1]
+
+
+def test_every_problem_at_once() -> None:
+    cfg = run(
+        model={"source": "x", "quantization": "nf4", "attention": "flash_attention_2"},
+        optim={"name": "paged_adamw_8bit"},
+        train={"global_batch": 5},
+        lora={"dora": True},
+    )
+    launch = LaunchFacts(2, 1, "zero3", 4, "x.yaml", {"optimizer": {}, "train_batch_size": 8})
+    found = problems(cfg, CPU, launch)
+    assert set(found) == {
+        "world size",
+        "DeepSpeed config: train_batch_size",
+        "DeepSpeed config: optimizer",
+        "model.attention",
+        "strategy",
+        "optim.name",
+        "lora.dora",
+        "train.global_batch",
+    }
+    assert found["strategy"][1] == "nearest: zero2"
+
+
+def test_deepspeed_file_may_hold_auto_only() -> None:
+    auto = {"train_batch_size": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
+    make_plan(run(), CPU, LaunchFacts(2, 1, "zero2", zero_settings={**auto, "zero_optimization": {"stage": 2}}))
+    make_plan(run(), CPU, LaunchFacts(2, 1, "zero2", zero_settings={"fp16": {"enabled": False}}))
+    found = problems(run(), CPU, LaunchFacts(2, 1, "zero2", zero_settings={"bf16": {"enabled": True}}))
+    assert "model.precision" in found["DeepSpeed config: bf16.enabled"][0]
+
+
+def test_topology_that_cannot_be() -> None:
+    assert "evenly" in problems(run(), CPU, LaunchFacts(3, 2, "ddp"))["nodes"][0]
+    too_many = problems(run(train={"global_batch": 32}), GPU, LaunchFacts(16, 1, "ddp"))
+    assert "16 processes on a node with 8 GPUs" in too_many["world size"][0]
+    make_plan(run(), GPU, LaunchFacts(16, 2, "ddp"))
+
+
+def test_missing_packages() -> None:
+    bare = dataclasses.replace(CPU, packages={})
+    assert "DeepSpeed is not installed" in problems(run(), bare, LaunchFacts(2, 1, "zero2"))["strategy"][0]
+    assert "bitsandbytes" in problems(run(optim={"name": "adamw_8bit"}), bare, LaunchFacts())["optim.name"][0]
+
+
+def test_memory_that_cannot_fit_is_refused_and_an_estimate_only_warns() -> None:
+    small = dataclasses.replace(GPU, device_memory_gib=6.0)
+    found = problems(run(), small, LaunchFacts(1, 1, "single"), family_or_shape=MINI)
+    assert "of a device with 6.0 GiB" in found["memory"][0]
+    tight = dataclasses.replace(GPU, device_memory_gib=12.0)
+    plan = make_plan(run(), tight, LaunchFacts(1, 1, "single"), family_or_shape=MINI)
+    assert why(plan, "memory")[0] == "may not fit"
+    host = dataclasses.replace(GPU, host_memory_gib=4.0)
+    assert "offload" in problems(run(), host, LaunchFacts(2, 1, "zero3_offload"), family_or_shape=MINI)["memory"][0]
+
+
+def test_shape_is_read_from_a_config_json() -> None:
+    config = {
+        "num_hidden_layers": 32,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "vocab_size": 32064,
+    }
+    as_file = make_plan(run(), GPU, LaunchFacts(), family_or_shape=config)
+    assert as_file.memory == make_plan(run(), GPU, LaunchFacts(), family_or_shape=MINI).memory
+    assert as_file.memory == make_plan(run(), GPU, LaunchFacts(), family_or_shape=MINI.shape).memory
+
+
+def test_reality() -> None:
+    plan = make_plan(run(), CPU, LaunchFacts(2, 1, "ddp"))
+    check_reality(plan, world_size=2, strategy="ddp", device="cpu")
+    with pytest.raises(PlanError) as caught:
+        check_reality(plan, world_size=1, strategy="single", device="cuda")
+    whats = [problem.what for problem in caught.value.problems]
+    assert whats == [
+        "2 was planned, and 1 came up",
+        "ddp was planned, and single came up",
+        "cpu was planned, and cuda came up",
+    ]

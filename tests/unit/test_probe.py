@@ -1,0 +1,119 @@
+"""The launch as the environment tells it, and the facts of this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from phi3_dist.errors import PlanError
+from phi3_dist.machine.launch_request import LaunchRequest
+from phi3_dist.machine.probe import launch_facts, probe
+from phi3_dist.planning.render import SHIPPED
+
+TWO = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1", "RANK": "1"}
+DEEPSPEED = {**TWO, "ACCELERATE_USE_DEEPSPEED": "true"}
+FSDP = {**TWO, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def test_without_a_launcher() -> None:
+    facts = launch_facts({})
+    assert (facts.world_size, facts.nodes, facts.rank, facts.strategy) == (1, 1, 0, "single")
+    assert facts.zero_settings == {}
+
+
+def test_ddp_and_nodes() -> None:
+    facts = launch_facts(TWO, request=LaunchRequest(2, "cpu_2.yaml: num_processes"))
+    assert (facts.strategy, facts.world_size, facts.rank, facts.nodes) == ("ddp", 2, 1, 1)
+    assert (facts.asked_world_size, facts.asked_by) == (2, "cpu_2.yaml: num_processes")
+    assert launch_facts({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}).nodes == 2
+    assert launch_facts({**TWO, "GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}).nodes == 2
+
+
+@pytest.mark.parametrize("name", sorted(name for name in SHIPPED if name.endswith(".json")))
+def test_each_shipped_deepspeed_file_gives_its_strategy(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(SHIPPED[name])
+    facts = launch_facts({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
+    assert facts.strategy == Path(name).stem
+    assert facts.zero_settings == json.loads(SHIPPED[name])
+
+
+@pytest.mark.parametrize(
+    ("fields", "strategy"),
+    [
+        ({}, "zero2"),
+        ({"ZERO_STAGE": "1"}, "zero1"),
+        ({"ZERO_STAGE": "3", "OFFLOAD_PARAM_DEVICE": "none"}, "zero3"),
+        ({"ZERO_STAGE": "2", "OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "zero2_offload"),
+        ({"ZERO_STAGE": "3", "OFFLOAD_PARAM_DEVICE": "cpu"}, "zero3_offload"),
+    ],
+)
+def test_accelerates_own_deepspeed_fields(fields: dict[str, str], strategy: str) -> None:
+    environ = {**DEEPSPEED, **{f"ACCELERATE_DEEPSPEED_{key}": value for key, value in fields.items()}}
+    facts = launch_facts(environ)
+    assert facts.strategy == strategy
+    assert facts.zero_settings["zero_optimization"]["stage"] == int(strategy[4])
+
+
+def test_fsdp() -> None:
+    assert launch_facts(FSDP).strategy == "fsdp2"
+    assert launch_facts({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}).strategy == "fsdp2_offload"
+
+
+@pytest.mark.parametrize(
+    ("environ", "part"),
+    [
+        ({**FSDP, "FSDP_VERSION": "1"}, "configs/accelerate/fsdp2.yaml"),
+        ({**TWO, "ACCELERATE_USE_FSDP": "true"}, "configs/accelerate/fsdp2.yaml"),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "use stage 1, 2 or 3"),
+        (
+            {
+                **DEEPSPEED,
+                "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1",
+                "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+            },
+            "zero2_offload.yaml",
+        ),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "needs stage 3"),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, "only host memory"),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "absent.json"}, "absent.json: cannot be read"),
+        ({**DEEPSPEED, "ACCELERATE_USE_CPU": "true"}, "unset it"),
+        ({**TWO, "ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron"),
+        ({**TWO, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config"),
+        ({"WORLD_SIZE": "two"}, "not a whole number"),
+    ],
+)
+def test_launches_that_are_refused(environ: dict[str, str], part: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        launch_facts(environ)
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"), [("{", "is not JSON"), ("{}", "zero_optimization"), ("[]", "zero_optimization")]
+)
+def test_broken_deepspeed_files(tmp_path: Path, text: str, part: str) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(text)
+    with pytest.raises(PlanError, match=part):
+        launch_facts({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
+
+
+def test_this_machine_on_its_cpu() -> None:
+    facts = probe(use_cpu=True)
+    assert facts.device == "cpu"
+    assert facts.devices_per_node == 1
+    assert facts.device_memory_gib == facts.host_memory_gib > 0
+    assert facts.cpu_count >= 1
+    assert facts.fast_bf16 is not ("neither" in facts.fast_bf16_reason)
+    assert facts.packages["torch"]
+
+
+def test_fast_bf16_is_what_the_cpu_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    for has, fast in (({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has, raising=False)
+        assert probe(use_cpu=True).fast_bf16 is fast
