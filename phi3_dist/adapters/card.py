@@ -1,0 +1,150 @@
+"""The README.md of an adapter: what it is, what it was trained on, how to load it. No path of this machine in it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["adapter_card"]
+
+_LORA = {
+    "r": "rank r",
+    "alpha": "alpha",
+    "lora_alpha": "alpha",
+    "dropout": "dropout",
+    "lora_dropout": "dropout",
+    "bias": "bias",
+    "targets": "targets",
+    "target_modules": "targets",
+    "modules_to_save": "trained in full",
+    "rslora": "rank-stabilised",
+    "use_rslora": "rank-stabilised",
+    "dora": "DoRA",
+    "use_dora": "DoRA",
+}
+_DATA = {
+    "data_fingerprint": "fingerprint (SHA-256 of the prepared data)",
+    "rows": "rows",
+    "supervised_tokens": "supervised tokens in one pass",
+    "pack_length": "pack length (tokens)",
+}
+_RUN = {
+    "steps": "optimizer steps",
+    "global_batch": "packs in a step",
+    "strategy": "strategy",
+    "world_size": "processes",
+    "optim": "optimizer",
+}
+_RESULT = {
+    "loss": "training loss, last step (nats a token)",
+    "heldout_loss": "held-out loss (nats a token)",
+    "heldout_perplexity": "held-out perplexity",
+}
+_OWN_PLACE = {"name", "base", "base_is_local", "revision", "license", "lora", "versions"}
+
+
+def adapter_card(facts: Mapping[str, Any]) -> str:
+    """The model card in Markdown, with YAML front matter as the Hugging Face hub reads it.
+
+    facts, all of them optional: `name`, `base` (hub id or folder), `base_is_local`, `revision`, `license`, `lora` (the
+    run file's section or PEFT's configuration), `versions` (package → version; by default those installed),
+    `data_fingerprint`, `rows`, `supervised_tokens`, `pack_length`, `steps`, `global_batch`, `strategy`, `world_size`,
+    `optim`, `loss`, `heldout_loss`, `heldout_perplexity`. Any other fact is listed under its own name.
+    A local base, and any other absolute path, is shown by the name of its folder alone.
+    """
+    base, local = _base(facts)
+    front: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
+    if base and not local:
+        front["base_model"] = base
+    if facts.get("license"):
+        front["license"] = str(facts["license"])
+    front["tags"] = ["lora", "peft", "phi3", "base_model:adapter:" + base if base and not local else "adapter"]
+    known = {**_DATA, **_RUN, **_RESULT}
+    other = {k: k.replace("_", " ") for k in facts if k not in known and k not in _OWN_PLACE}
+    lora = facts.get("lora") or {}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {facts.get('name') or 'LoRA adapter'}\n",
+        _introduction(base, local, facts.get("revision")),
+        _section("LoRA", {k: v for k, v in lora.items() if k in _LORA}, _LORA),
+        _section("Data", facts, _DATA),
+        _section("Training", facts, _RUN),
+        _section("Results", facts, _RESULT),
+        _section("More", facts, other),
+        _loading(base, local, facts.get("revision")),
+        _section("Versions", facts.get("versions") or _installed(), {}),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _base(facts: Mapping[str, Any]) -> tuple[str, bool]:
+    """The base's hub id, or its folder's name and True."""
+    source = str(facts.get("base") or "")
+    looks_local = source.startswith((".", "~")) or Path(source).is_absolute()
+    local = bool(source) and bool(facts.get("base_is_local", looks_local) or looks_local)
+    return (Path(source).expanduser().resolve().name if local else source), local
+
+
+def _introduction(base: str, local: bool, revision: Any) -> str:
+    if not base:
+        return "A LoRA adapter, trained with phi3_dist. It holds no weight of its base model.\n"
+    at = f" (revision `{revision}`)" if revision else ""
+    where = f"a model in the local folder `{base}`" if local else f"`{base}`{at}"
+    note = " The folder is on the machine that trained it; only its name is given here." if local else ""
+    return f"A LoRA adapter for {where}, trained with phi3_dist. It holds no weight of its base model.{note}\n"
+
+
+def _section(title: str, facts: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """A table of the facts that `labels` names (all of them where it is empty); nothing where there are none."""
+    rows = [
+        f"| {labels.get(key, key)} | {_cell(value)} |"
+        for key, value in facts.items()
+        if (not labels or key in labels) and value is not None and value not in ((), [])
+    ]
+    return "\n".join([f"## {title}\n", "| | |", "|---|---|", *rows, ""]) if rows else ""
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_cell(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return ", ".join(_cell(v) for v in (sorted(value) if isinstance(value, set | frozenset) else value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = str(value)
+    text = Path(text).name if Path(text).is_absolute() else text
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _loading(base: str, local: bool, revision: Any) -> str:
+    source = "path/to/" + base if local else base or "path/to/base"
+    extra = f', revision="{revision}"' if revision and not local else ""
+    return f"""## How to load it
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{source}", dtype="auto"{extra})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+"""
+
+
+def _installed() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("phi3-dist", "torch", "transformers", "peft", "accelerate"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

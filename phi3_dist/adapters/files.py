@@ -1,0 +1,342 @@
+"""An adapter's folder: written whole or not at all, read back before it takes its name, checked when it is read.
+
+Files: adapter_model.safetensors, adapter_config.json, README.md, the tokenizer's own, and checksums.json, which is
+written last. Everything is made in `<folder>.tmp-<pid>`, synced, compared with what was to be written, and renamed.
+An adapter that is replaced is first renamed to `<folder>.old-<pid>`: at every moment one complete adapter is on disk,
+and `recover` puts it back in its place after a crash. One writer at a time for a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from phi3_dist.adapters.card import adapter_card
+from phi3_dist.adapters.gather import gather_adapter, raised_together
+from phi3_dist.adapters.select import Bias, check_tensors, find_peft_model
+from phi3_dist.errors import AdapterError, Problem
+
+__all__ = ["AdapterReceipt", "read_adapter", "recover", "save_adapter", "write_adapter"]
+
+WEIGHTS, CONFIG, CARD, CHECKSUMS = "adapter_model.safetensors", "adapter_config.json", "README.md", "checksums.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class AdapterReceipt:
+    """What was written: SHA-256 and size of adapter_model.safetensors, and how many tensors it holds."""
+
+    sha256: str
+    bytes: int
+    tensors: int
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    card: str | None = None,
+    bias: Bias | None = None,
+    bucket_mib: int = 64,
+    adapter_name: str = "default",
+    base_hint: Mapping[str, str] | None = None,
+) -> AdapterReceipt | None:
+    """Gather the adapter of `model` and write it on rank 0. The receipt on rank 0, None elsewhere.
+
+    Collective: every rank must call it, between steps; when it returns, the adapter is on disk. The arguments are
+    those of `gather_adapter` and `write_adapter`. Raises AdapterError on every rank when it fails on one.
+    """
+    tensors = gather_adapter(model, bias=bias, bucket_mib=bucket_mib, adapter_name=adapter_name)
+    receipt = None
+    with raised_together():
+        peft_model = find_peft_model(model)
+        if peft_model is None:
+            what = "the model has no PEFT adapter, so there is no adapter_config.json to write"
+            raise AdapterError(Problem(str(folder), what, "take gather_adapter's tensors and write them yourself"))
+        if tensors:
+            config = _as_dict(peft_model.peft_config[adapter_name])
+            if bias is not None:
+                config["bias"] = bias
+            card = (
+                adapter_card({"base": config.get("base_model_name_or_path"), "lora": config}) if card is None else card
+            )
+            receipt = write_adapter(Path(folder), tensors, config, card=card, tokenizer=tokenizer, base_hint=base_hint)
+    return receipt
+
+
+def write_adapter(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    peft_config: Any,
+    *,
+    card: str,
+    tokenizer: Any = None,
+    base_hint: Mapping[str, str] | None = None,
+) -> AdapterReceipt:
+    """Write an adapter folder that plain `PeftModel.from_pretrained` loads. Call it on one rank.
+
+    tensors: PEFT's saved names → CPU tensors, as `gather_adapter` returns them. peft_config: PEFT's configuration
+    object, or its dict. card: the README.md. base_hint: keys of adapter_config.json that say where the base is
+    (`base_model_name_or_path`, `revision`), in place of the configuration's own.
+    An adapter that stands in `folder` is replaced once the new one is complete.
+    Raises AdapterError: tensors that are empty or not finite, a disk that is full or read-only, a file that reads
+    back different. Then `folder` is as it was, and nothing is left beside it.
+    """
+    folder = Path(folder)
+    problems = check_tensors(tensors)
+    if problems:
+        raise AdapterError(*problems)
+    config = _config_json(peft_config, base_hint or {})
+    partial = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        recover(folder)
+        _refuse_strangers(folder)
+        partial.mkdir()
+        try:
+            receipt = _fill(partial, _separate(tensors), config, card, tokenizer)
+            _swap(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(_write_problem(folder, error)) from error
+    return receipt
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """Replacing a folder deletes what is in it: only an adapter's folder, or an empty one, may be replaced."""
+    if folder.exists() and not (folder.is_dir() and ((folder / CONFIG).exists() or not any(folder.iterdir()))):
+        raise AdapterError(Problem(str(folder), "exists and is not an adapter", "choose another folder, or remove it"))
+
+
+def _write_problem(folder: Path, error: OSError | SafetensorError) -> Problem:
+    cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    full = isinstance(error, OSError) and error.errno in _FULL
+    full = full or any(os.strerror(number) in str(error) for number in _FULL)
+    fix = "free some space, or raise the quota" if full else "choose a folder that can be written"
+    return Problem(str(folder), f"the adapter cannot be written: {cause}", fix)
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors of their own memory: safetensors refuses two names for one memory."""
+    seen: set[int] = set()
+    result = {}
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().to("cpu").contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        result[key] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return result
+
+
+def _fill(partial: Path, tensors: Mapping[str, Tensor], config: str, card: str, tokenizer: Any) -> AdapterReceipt:
+    """Write all files of the folder, each synced; the weights are read back and compared, the checksums come last."""
+    weights = partial / WEIGHTS
+    save_file(dict(tensors), weights, metadata={"format": "pt"})
+    (partial / CONFIG).write_text(config, encoding="utf-8")
+    (partial / CARD).write_text(card, encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(partial))
+    for path in sorted(partial.rglob("*")):
+        _sync(path)
+    _compare(weights, tensors)
+    receipt = AdapterReceipt(_sha256(weights), weights.stat().st_size, len(tensors))
+    (partial / CHECKSUMS).write_text(
+        json.dumps({"sha256": {WEIGHTS: receipt.sha256}}, indent=2) + "\n", encoding="utf-8"
+    )
+    _sync(partial / CHECKSUMS)
+    _sync(partial)
+    return receipt
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _compare(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises AdapterError where the file differs from `tensors` in a name, a shape, a dtype or a bit."""
+    different = []
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        for key, tensor in tensors.items():
+            if key not in names or not _same_bits(file.get_tensor(key), tensor):
+                different.append(key)
+    different += sorted(names - set(tensors))
+    if different:
+        what = f"{len(different)} tensors read back other than they were written, first {different[0]}"
+        raise AdapterError(Problem(str(path.name), what, "the disk or its driver is faulty: save to another one"))
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one.contiguous().reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def _swap(partial: Path, folder: Path) -> None:
+    """Give the complete folder its name. Between the two renames `recover` would finish what was begun."""
+    old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+    replaced = folder.exists()
+    if replaced:
+        folder.rename(old)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if replaced:
+            old.rename(folder)
+        raise
+    _sync(folder.parent)
+    if replaced:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: str | Path) -> None:
+    """Put the adapter back in its place after a writer died: the new one where it was complete, else the old one.
+
+    Leftovers of writers that no longer live are removed. Does nothing where there are none.
+    """
+    folder = Path(folder)
+    if not folder.parent.is_dir():
+        return
+    left = [p for p in sorted(folder.parent.iterdir()) if _is_leftover(p, folder)]
+    new = [p for p in left if p.name.startswith(f"{folder.name}.tmp-")]
+    old = [p for p in left if p not in new]
+    if not folder.exists():
+        whole = [p for p in new if _is_whole(p)] or old
+        if whole:
+            whole[0].rename(folder)
+            _sync(folder.parent)
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_leftover(path: Path, folder: Path) -> bool:
+    """A folder that this module makes beside `folder`, whose writer is gone (or is this process, which is here)."""
+    match = re.fullmatch(re.escape(folder.name) + r"\.(?:tmp|old)-(\d+)", path.name)
+    if match is None:
+        return False
+    pid = int(match[1])
+    if pid == os.getpid():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _is_whole(path: Path) -> bool:
+    with contextlib.suppress(AdapterError):
+        read_adapter(path)
+        return (path / CHECKSUMS).exists()  # written last
+    return False
+
+
+# --- adapter_config.json ---------------------------------------------------------------------------------------------
+
+
+def _as_dict(peft_config: Any) -> dict[str, Any]:
+    return dict(peft_config if isinstance(peft_config, Mapping) else peft_config.to_dict())
+
+
+def _config_json(peft_config: Any, base_hint: Mapping[str, str]) -> str:
+    config = _as_dict(peft_config) | {"inference_mode": True} | dict(base_hint)
+    config = {key: sorted(value) if isinstance(value, set | frozenset) else value for key, value in config.items()}
+    base = config.get("base_model_name_or_path")
+    if isinstance(base, str) and Path(base).is_absolute() and Path(base).is_relative_to(tempfile.gettempdir()):
+        config["base_model_name_or_path"] = Path(base).name  # a temporary folder is gone when somebody reads this
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (CPU, under their saved names) and the configuration of an adapter folder.
+
+    Raises AdapterError, with all that is wrong: a file missing or damaged (checked against checksums.json where the
+    folder has one), pickled weights, an empty or non-finite tensor.
+    """
+    folder = Path(folder)
+    problems: list[Problem] = []
+    config = _read_config(folder, problems)
+    tensors = _read_weights(folder, problems)
+    problems += check_tensors(tensors) if not problems else []
+    if problems:
+        raise AdapterError(*problems)
+    return tensors, config
+
+
+def _read_config(folder: Path, problems: list[Problem]) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        problems.append(Problem(str(path), f"cannot be read: {error.strerror}", "give the folder of a saved adapter"))
+        return {}
+    except ValueError as error:
+        problems.append(Problem(str(path), f"is damaged: {error}", "copy or save the adapter again"))
+        return {}
+    if not isinstance(config, dict) or "peft_type" not in config:
+        problems.append(Problem(str(path), "is not a PEFT configuration: it has no peft_type", "save it with PEFT"))
+        return {}
+    return config
+
+
+def _read_weights(folder: Path, problems: list[Problem]) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        what = "only adapter_model.bin, a pickle, which can run any code when it is read" if pickled else "is missing"
+        fix = "convert it with PEFT: save_pretrained(safe_serialization=True)" if pickled else "save the adapter again"
+        problems.append(Problem(str(path), what, fix))
+        return {}
+    try:
+        recorded = _recorded_sha256(folder)
+        found = _sha256(path)
+        if recorded is not None and recorded != found:
+            what = f"is damaged: SHA-256 {found[:16]}…, {CHECKSUMS} says {recorded[:16]}…"
+            problems.append(Problem(str(path), what, "copy it again, or save it again"))
+            return {}
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        problems.append(Problem(str(path), f"is damaged or cannot be read: {error}", "copy it again, or save it again"))
+        return {}
+
+
+def _recorded_sha256(folder: Path) -> str | None:
+    """From checksums.json; None where the folder has none (PEFT writes none). Raises ValueError where it is damaged."""
+    path = folder / CHECKSUMS
+    if not path.exists():
+        return None
+    try:
+        return str(json.loads(path.read_text("utf-8"))["sha256"][WEIGHTS])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{CHECKSUMS} is damaged ({error!r})") from error
