@@ -1,0 +1,48 @@
+# shellcheck shell=bash
+# Sourced by the launchers. Sets ROOT (the repository) and puts its .venv first on PATH, unless an environment is active.
+
+ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+
+# conda's "base" is switched on by every login shell, so it is nobody's choice
+if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ] && [ -x "$ROOT/.venv/bin/python" ]; then
+    PATH=$ROOT/.venv/bin:$PATH
+fi
+
+# fail MESSAGE [FIX]: a mistake in the command line ends with 2, as everywhere in phi3-dist
+fail() {
+    echo "$(basename -- "$0"): $1" >&2
+    [ $# -lt 2 ] || echo "    fix: $2" >&2
+    exit 2
+}
+
+# usage: the comment block at the head of the calling script
+usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; }
+
+# needs_value "$@": an option stands first and its value second
+needs_value() { [ $# -gt 1 ] || fail "$1 needs a value"; }
+
+# gpu_count: GPUs that a process started here would see
+gpu_count() {
+    local ids
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        IFS=, read -r -a ids <<<"$CUDA_VISIBLE_DEVICES"
+        echo "${#ids[@]}"
+    elif command -v nvidia-smi >/dev/null; then
+        nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
+    else
+        echo 0
+    fi
+}
+
+# whole_number NAME VALUE LOWEST
+whole_number() {
+    if ! [[ $2 =~ ^[0-9]+$ ]] || [ "$2" -lt "$3" ]; then fail "$1 must be a whole number from $3 on, not '$2'"; fi
+}
+
+# config_path NAME: the Accelerate config of that name, or a file as it stands
+config_path() {
+    local path=$ROOT/configs/accelerate/$1.yaml
+    [ -f "$path" ] || path=$1
+    [ -f "$path" ] || fail "no Accelerate config '$1'" "one of: $(cd "$ROOT/configs/accelerate" && echo *.yaml | sed 's/\.yaml//g')"
+    echo "$path"
+}

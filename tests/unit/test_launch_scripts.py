@@ -1,0 +1,178 @@
+"""The launchers, with stand-ins for python and accelerate that show what they were called with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+CONFIGS = LAUNCH.parent / "configs" / "accelerate"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("slurm/*.sbatch")])
+LAUNCHERS = [script for script in SCRIPTS if script.name != "environment.sh"]
+NODE = ("--nodes", "2", "--node-rank", "1", "--processes-per-node", "4")
+
+
+class Shell:
+    """Runs a launcher with its programs replaced. `gpus` are those that nvidia-smi would list."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        for name in ("python", "accelerate"):
+            self.program(name, f'printf "%s\\n" {name} "$@"')
+        self.gpus(0)
+
+    def program(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(f"#!/bin/bash\n{text}\n")
+        (self.bin / name).chmod(0o755)
+
+    def gpus(self, count: int) -> None:
+        self.program("nvidia-smi", f'for i in $(seq {count}); do echo "GPU $i: Some GPU (UUID: x)"; done')
+
+    def __call__(self, script: str, *arguments: str, **env: str) -> tuple[int, list[str], str]:
+        """Exit code, lines of standard output, standard error."""
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "CONDA_", "CUDA_", "VIRTUAL_ENV"))}
+        # an active environment, so that the repository's .venv doesn't come before the stand-ins
+        clean.update(PATH=f"{self.bin}:/usr/bin:/bin:/usr/sbin:/sbin", VIRTUAL_ENV=str(self.bin.parent), **env)
+        done = subprocess.run(
+            ["bash", str(LAUNCH / script), *arguments], env=clean, capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck() -> None:
+    # from the root, so that the `source=` directives are found
+    done = subprocess.run(
+        ["shellcheck", "-x", *map(str, SCRIPTS)], cwd=LAUNCH.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", LAUNCHERS, ids=lambda path: path.name)
+def test_help(shell: Shell, script: Path) -> None:
+    code, lines, _ = shell(str(script.relative_to(LAUNCH)), "--help")
+    assert code == 0
+    assert lines[0].startswith("usage: ")
+    assert script.name in lines[0]
+    assert len(lines) > 3
+
+
+@pytest.mark.parametrize("script", LAUNCHERS, ids=lambda path: path.name)
+def test_no_run_file(shell: Shell, script: Path) -> None:
+    arguments = NODE if script.name == "multinode.sh" else ()
+    code, lines, error = shell(str(script.relative_to(LAUNCH)), *arguments)
+    assert (code, lines) == (2, [])
+    assert "no run file" in error
+
+
+def test_arguments_pass_through(shell: Shell) -> None:
+    arguments = ["run.yaml", "name=a b", "lora.targets=[a, b]", "--overwrite"]
+    expected = ["-m", "phi3_dist", "train", *arguments]
+    assert shell("single.sh", *arguments)[1] == ["python", *expected]
+    assert shell("local.sh", "--processes", "3", *arguments)[1][-7:] == expected
+    assert shell("multinode.sh", *NODE, "--master", "192.0.2.9", *arguments)[1][-7:] == expected
+    assert shell("slurm/prepare.sbatch", *arguments)[1] == ["python", "-m", "phi3_dist", "prepare", *arguments]
+
+
+@pytest.mark.parametrize("script", ["single.sh", "slurm/prepare.sbatch"])
+def test_exit_codes_pass_through(shell: Shell, script: str) -> None:
+    shell.program("python", "exit 7")
+    assert shell(script, "run.yaml")[0] == 7
+
+
+def test_exit_code_of_the_launcher_passes_through(shell: Shell) -> None:
+    shell.program("accelerate", "exit 7")
+    assert shell("local.sh", "--processes", "2", "run.yaml")[0] == 7
+    assert shell("multinode.sh", *NODE, "--master", "192.0.2.9", "run.yaml")[0] == 7
+
+
+def _option(lines: list[str], name: str) -> str | None:
+    return lines[lines.index(name) + 1] if name in lines else None
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "config", "processes"),
+    [
+        (4, [], "ddp", "4"),
+        (4, ["--processes", "2"], "ddp", "2"),
+        (4, ["--config", "zero3"], "zero3", "4"),
+        (0, ["--config", "cpu_2"], "cpu_2", None),  # the config's own number
+        (0, ["--processes", "3"], "cpu_2", "3"),
+        (1, ["--config", "zero2"], "zero2", "1"),
+    ],
+)
+def test_local(shell: Shell, gpus: int, options: list[str], config: str, processes: str | None) -> None:
+    shell.gpus(gpus)
+    code, lines, _ = shell("local.sh", *options, "run.yaml")
+    assert (code, lines[:2]) == (0, ["accelerate", "launch"])
+    assert _option(lines, "--config_file") == str(CONFIGS / f"{config}.yaml")
+    assert _option(lines, "--num_processes") == processes
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_local_with_one_process_needs_no_launcher(shell: Shell, gpus: int) -> None:
+    shell.gpus(gpus)
+    assert shell("local.sh", "run.yaml")[1] == ["python", "-m", "phi3_dist", "train", "run.yaml"]
+
+
+def test_local_counts_visible_gpus(shell: Shell) -> None:
+    shell.gpus(8)
+    lines = shell("local.sh", "run.yaml", CUDA_VISIBLE_DEVICES="4,6,7")[1]
+    assert _option(lines, "--num_processes") == "3"
+    assert shell("local.sh", "run.yaml", CUDA_VISIBLE_DEVICES="")[1][0] == "python"
+
+
+def test_multinode(shell: Shell) -> None:
+    code, lines, _ = shell("multinode.sh", *NODE, "--master", "192.0.2.9", "--config", "zero3", "run.yaml")
+    assert (code, lines[:2]) == (0, ["accelerate", "launch"])
+    found = {name: _option(lines, f"--{name}") for name in ("num_machines", "machine_rank", "num_processes")}
+    assert found == {"num_machines": "2", "machine_rank": "1", "num_processes": "8"}
+    assert (_option(lines, "--main_process_ip"), _option(lines, "--main_process_port")) == ("192.0.2.9", "29500")
+    assert _option(lines, "--deepspeed_multinode_launcher") == "standard"
+    shell.gpus(3)
+    lines = shell("multinode.sh", "--nodes", "2", "--node-rank", "0", "--master", "192.0.2.9", "run.yaml")[1]
+    assert _option(lines, "--num_processes") == "6"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([*NODE, "--master", "localhost"], "loopback"),
+        ([*NODE, "--master", "127.0.1.1"], "loopback"),
+        ([*NODE, "--master", "::1"], "loopback"),
+        ([*NODE, "--master", "no-such-host.invalid"], "can't be resolved"),
+        (NODE, "--master is needed"),
+        (["--nodes", "2", "--node-rank", "2", "--master", "192.0.2.9"], "the last is 1"),
+        (["--nodes", "two", "--node-rank", "0"], "--nodes must be a whole number from 1"),
+        (["--nodes", "1", "--node-rank", "0"], "no GPU on this machine"),
+        ([*NODE, "--config", "nothing"], "no Accelerate config 'nothing'"),
+        (["--nodes"], "--nodes needs a value"),
+    ],
+)
+def test_multinode_mistakes(shell: Shell, options: list[str], message: str) -> None:
+    code, lines, error = shell("multinode.sh", *options, *([] if options[-1] == "--nodes" else ["run.yaml"]))
+    assert (code, lines) == (2, [])
+    assert message in error
+
+
+def test_train_sbatch_outside_a_job(shell: Shell) -> None:
+    code, _, error = shell("slurm/train.sbatch", "run.yaml")
+    assert code == 2
+    assert "submit it with sbatch" in error
+
+
+def test_no_hyperparameters() -> None:
+    """Topology and environment only: what a run computes stands in its run file."""
+    for script in SCRIPTS:
+        for word in ("optim.", "lora.", "micro_batch", "global_batch", "learning", "yq ", "yaml.load"):
+            assert word not in script.read_text(), (script.name, word)
