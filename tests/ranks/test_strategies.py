@@ -1,0 +1,185 @@
+"""Every shipped Accelerate config is started for real on two CPU processes, and gives one process's numbers."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Phi3ForCausalLM
+
+from phi3_dist.modeling.base import tiny_config
+from phi3_dist.modeling.tokenizer import tiny_tokenizer
+from tests.ranks.launcher import NOT_INHERITED, REPO
+
+pytestmark = pytest.mark.ranks
+
+RUN = "configs/run/debug.yaml"
+SAME = ("model.precision=fp32", "lora.dropout=0.0", "train.micro_batch=1", "train.max_steps=20", "optim.lr=0.001")
+DEEPSPEED = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+
+
+def clean_environment() -> dict[str, str]:
+    """A user's shell without what an outer launcher may have left; one thread a rank, as two ranks share two cores."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(NOT_INHERITED)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PATH": path}
+
+
+def launch(
+    config: str | None, folder: Path, *overrides: str, options: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """One run through `accelerate launch` with a shipped config, or without a launcher."""
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+    start = [sys.executable] if config is None else [*launcher, f"configs/accelerate/{config}.yaml", *options]
+    command = [*start, "-m", "phi3_dist", "train", RUN, *SAME, f"save.folder={folder}", "--overwrite", *overrides]
+    return subprocess.run(
+        command, cwd=REPO, env=clean_environment(), text=True, capture_output=True, timeout=220, check=False
+    )
+
+
+def rows(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if row["kind"] == kind]
+
+
+def compare(folder: Path, reference: Path, tolerance: float = 1e-4) -> None:
+    """Losses, gradient norms, held-out losses and the saved adapters of two runs, relative to the reference."""
+    ours, theirs = rows(folder), rows(reference)
+    assert len(ours) == len(theirs) == 20
+    for our, their in zip(ours, theirs, strict=True):
+        assert our["lr"] == their["lr"]
+        assert our["supervised_tokens"] == their["supervised_tokens"]
+        for key in ("loss", "grad_norm"):
+            assert our[key] == pytest.approx(their[key], rel=tolerance), (our["step"], key)
+    assert rows(folder, "eval")[-1]["heldout_loss"] == pytest.approx(
+        rows(reference, "eval")[-1]["heldout_loss"], rel=tolerance
+    )
+    ours_saved, theirs_saved = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, reference))
+    assert set(ours_saved) == set(theirs_saved)
+    for name, tensor in ours_saved.items():
+        torch.testing.assert_close(tensor, theirs_saved[name], atol=tolerance * 0.1, rtol=tolerance)
+
+
+def tiny_base(folder: Path, *, tied: bool = False) -> Path:
+    """A saved tiny Phi-3 with its tokenizer, as a user's local folder would be."""
+    torch.manual_seed(1)
+    config = tiny_config()
+    config.tie_word_embeddings = tied
+    Phi3ForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    done = launch(None, folder)
+    assert done.returncode == 0, done.stderr
+    first, last = rows(folder)[0]["loss"], rows(folder)[-1]["loss"]
+    assert last < first - 0.05, "the reference run learned nothing"
+    return folder
+
+
+@pytest.mark.parametrize("config", ["cpu_2", "ddp", "fsdp2"])
+def test_two_processes_give_one_process_numbers(config: str, reference: Path, tmp_path: Path) -> None:
+    done = launch(config, tmp_path / "run", options=("--num_processes", "2"))
+    assert done.returncode == 0, done.stderr
+    compare(tmp_path / "run", reference)
+
+
+@pytest.mark.parametrize("config", DEEPSPEED)
+def test_deepspeed_gives_one_process_numbers(config: str, reference: Path, tmp_path: Path, deepspeed_ops: Path) -> None:
+    done = launch(config, tmp_path / "run", options=("--num_processes", "2"))
+    assert done.returncode == 0, done.stderr
+    assert f"strategy: {config}" in done.stdout
+    compare(tmp_path / "run", reference)
+
+
+def test_four_processes_give_one_process_numbers(reference: Path, tmp_path: Path) -> None:
+    done = launch("ddp", tmp_path / "run", options=("--num_processes", "4"))
+    assert done.returncode == 0, done.stderr
+    compare(tmp_path / "run", reference)
+
+
+@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
+def test_tied_embeddings_survive_sharding(config: str, tmp_path: Path, deepspeed_ops: Path) -> None:
+    source = f"model.source={tiny_base(tmp_path / 'base', tied=True)}"
+    for name, kind, options in (("one", None, ()), ("two", config, ("--num_processes", "2"))):
+        done = launch(kind, tmp_path / name, source, options=options)
+        assert done.returncode == 0, done.stderr
+    compare(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("config", ["cpu_2", "zero2"])
+def test_qlora_on_two_processes_gives_one_process_numbers(config: str, tmp_path: Path, deepspeed_ops: Path) -> None:
+    overrides = (f"model.source={tiny_base(tmp_path / 'base')}", "model.quantization=nf4")
+    for name, kind, options in (("one", None, ()), ("two", config, ("--num_processes", "2"))):
+        done = launch(kind, tmp_path / name, *overrides, options=options)
+        assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "one")[-1]["loss"] < rows(tmp_path / "one")[0]["loss"] - 0.05
+    compare(tmp_path / "two", tmp_path / "one")
+
+
+def test_dropout_is_the_same_whatever_the_world_size(tmp_path: Path) -> None:
+    for name, kind, options in (("one", None, ()), ("two", "cpu_2", ())):
+        done = launch(kind, tmp_path / name, "lora.dropout=0.3", options=options)
+        assert done.returncode == 0, done.stderr
+    compare(tmp_path / "two", tmp_path / "one")
+
+
+def test_two_processes_that_came_up_as_one_are_refused_with_both_numbers(tmp_path: Path) -> None:
+    """The known silent failure: `--cpu --num_processes 2` starts one process, and says nothing."""
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
+    done = subprocess.run(
+        [*command, "-m", "phi3_dist", "train", RUN, f"save.folder={tmp_path / 'run'}"],
+        cwd=REPO,
+        env=clean_environment(),
+        text=True,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "2 processes were asked for" in done.stderr
+    assert "one of 1" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_dies_ends_the_others_and_leaves_no_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", "configs/accelerate/cpu_2.yaml", "-m", "phi3_dist", "train", RUN]
+    process = subprocess.Popen(
+        [*command, *SAME, "train.max_steps=100000", f"save.folder={tmp_path / 'run'}"],
+        cwd=REPO,
+        env=clean_environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    workers = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    trainers = [p for p in workers if b"phi3_dist" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    assert len(trainers) == 2
+    os.kill(trainers[1], 9)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert "SIGKILL" in output or "Signal 9" in output
+    assert not any(map(functools.partial(_lives), trainers))
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return b"phi3_dist" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False

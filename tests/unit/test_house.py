@@ -1,0 +1,224 @@
+"""What keeps the house liveable: sizes, what help may import, no path of a machine, one oldest Python."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+REPO = Path(__file__).resolve().parents[2]
+PACKAGE = REPO / "phi3_dist"
+MODULE_LINES = 400
+FUNCTION_LINES = 60
+# path, or path:function, and why it may be longer. Empty is how it should be.
+LONGER: dict[str, str] = {}
+
+
+@cache
+def project_files() -> list[Path]:
+    """What is or will be committed."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPO, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return sorted(REPO / line for line in listed.stdout.splitlines() if (REPO / line).is_file())
+
+
+@cache
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+# --- sizes --------------------------------------------------------------------------------------------------------
+
+
+def test_modules_fit_in_the_head() -> None:
+    lengths = {p.relative_to(REPO).as_posix(): len(p.read_text("utf-8").splitlines()) for p in modules()}
+    assert len(lengths) > 10
+    too_long = {path: n for path, n in lengths.items() if n > MODULE_LINES and path not in LONGER}
+    assert not too_long
+
+
+def test_functions_fit_on_a_screen() -> None:
+    too_long = {}
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                name = f"{path.relative_to(REPO).as_posix()}:{node.name}"
+                if lines > FUNCTION_LINES and name not in LONGER:
+                    too_long[name] = lines
+    assert not too_long
+
+
+# --- what a verb may import -----------------------------------------------------------------------------------------
+
+HEAVY = {"torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "tokenizers"}
+HEAVY |= {"numpy", "pandas", "pyarrow", "matplotlib", "tensorboard", "safetensors"}
+ALSO_NOT_FOR_HELP = {"pydantic", "yaml", "jinja2", "rich.progress", "rich.console", "importlib.metadata"}
+
+
+def imported_by(*words: str) -> set[str]:
+    """Modules in a fresh interpreter after `phi3-dist WORDS`, without those that starting Python itself brings."""
+    code = (
+        "import json, sys\n"
+        "before = set(sys.modules)\n"
+        "from phi3_dist.cli import main\n"
+        "sys.argv[0] = 'phi3-dist'\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout
+    return set(json.loads(done.stderr.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("words", [("--help",), ("--version",)])
+def test_help_imports_next_to_nothing(words: tuple[str, ...]) -> None:
+    """An import check and not a stopwatch, which a busy machine would stop: `--help` owes its speed to this."""
+    imported = imported_by(*words)
+    assert "phi3_dist.cli" in imported
+    assert not imported & (HEAVY | ALSO_NOT_FOR_HELP)
+
+
+@pytest.mark.parametrize("words", [("train", "--help"), ("report", "--help"), ("config", "schema")])
+def test_neither_a_verbs_help_nor_a_run_file_needs_torch(words: tuple[str, ...]) -> None:
+    imported = imported_by(*words)
+    assert "phi3_dist.cli" in imported
+    assert not imported & HEAVY
+
+
+# --- what is committed ----------------------------------------------------------------------------------------------
+
+
+def test_no_file_holds_a_path_of_a_machine() -> None:
+    """Nor of what lies beside the clone. The home of `me`, in examples, is nobody's."""
+    folders = "|".join(("work", "root", "home"))  # in pieces, so that this file does not find itself
+    machine_path = re.compile(rf"(?<![\w./-])/(?:{folders})/(?!me/)|\.\./" + "shared")
+    found = []
+    for path in project_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(text.splitlines(), start=1):
+            if machine_path.search(line):
+                found.append(f"{path.relative_to(REPO)}:{number}: {line.strip()[:80]}")
+    assert not found
+
+
+def test_no_large_file_is_committed() -> None:
+    large = {path.relative_to(REPO).as_posix(): path.stat().st_size for path in project_files()}
+    assert not {path: size for path, size in large.items() if size > 512 * 1024}
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    names = [path.name for path in (REPO / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
+
+
+# --- versions -------------------------------------------------------------------------------------------------------
+
+
+def test_the_oldest_python_is_the_same_everywhere() -> None:
+    oldest = pyproject()["project"]["requires-python"].removeprefix(">=")
+    assert pyproject()["tool"]["mypy"]["python_version"] == oldest
+    assert pyproject()["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
+    assert f"OLDEST := {oldest}\n" in (REPO / "Makefile").read_text(encoding="utf-8")
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    assert f"Python {oldest} or newer" in readme
+    assert f"The tests run on {oldest}" in readme
+
+
+def test_every_file_is_in_the_oldest_pythons_syntax() -> None:
+    oldest = tuple(int(part) for part in pyproject()["tool"]["mypy"]["python_version"].split("."))
+    for path in project_files():
+        if path.suffix == ".py":
+            ast.parse(path.read_text(encoding="utf-8"), filename=str(path), feature_version=oldest)
+
+
+def test_the_lock_pins_every_dependency_inside_its_range() -> None:
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    lines = (REPO / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
+    assert all(len(pin) == 2 for pin in pins), "one exact version a line"
+    lock = {canonicalize_name(name): version for name, version in pins}
+    project = pyproject()["project"]
+    wanted = [*project["dependencies"]]
+    for extra in ("deepspeed", "qlora", "demo", "dev"):
+        wanted += project["optional-dependencies"][extra]
+    for text in wanted:
+        requirement = Requirement(text)
+        name = canonicalize_name(requirement.name)
+        if name != "phi3-dist":
+            assert lock.get(name) is not None, f"{name} has no line in constraints.txt"
+            assert requirement.specifier.contains(lock[name]), f"{text}, but constraints.txt has {lock[name]}"
+    assert lock["torch"] == "2.13.0"  # without a local part: the CPU build and the CUDA build both fit
+
+
+def test_the_version_is_one() -> None:
+    import phi3_dist
+
+    version = pyproject()["project"]["version"]
+    assert phi3_dist.__version__ == version
+    assert f"\n## {version}" in (REPO / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+# --- make, hooks, CI ------------------------------------------------------------------------------------------------
+
+
+def test_ci_runs_make_test_and_nothing_else() -> None:
+    script = REPO / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    lines = [line for line in script.read_text("utf-8").splitlines() if line and not line.startswith("#")]
+    assert lines == ["set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")/.."', "make test"]
+
+
+def test_make_lists_its_targets() -> None:
+    shown = subprocess.run(["make", "--no-print-directory"], cwd=REPO, capture_output=True, text=True, check=True)
+    text = (REPO / "Makefile").read_text(encoding="utf-8")
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", text, flags=re.MULTILINE)
+    assert re.findall(r"^  make ([a-z-]+) ", shown.stdout, flags=re.MULTILINE) == phony.split()
+
+
+def test_a_python_that_is_too_old_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    old = tmp_path / "python3"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.2" && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "setup", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}"],
+        cwd=REPO, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "Python 3.9.2 is too old: phi3_dist needs Python 3.11 or newer" in done.stdout
+    assert not (tmp_path / "venv").exists()
+
+
+def test_hooks_run_the_tools_of_the_virtual_environment() -> None:
+    """Local hooks only, and each one's program is one that `make lint` or `make types` runs."""
+    config = yaml.safe_load((REPO / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
+    hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
+    assert {repo["repo"] for repo in config["repos"]} == {"local"}
+    assert {hook["language"] for hook in hooks} == {"system"}
+    for hook in hooks:
+        program = hook["entry"].split()[0]
+        assert program.startswith(".venv/bin/")
+        assert f"$(BIN)/{Path(program).name}" in makefile
+        assert (Path(sys.executable).parent / Path(program).name).is_file()
