@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from phi3_dist import __version__
-from phi3_dist.errors import Phi3DistError
+from phi3_dist.errors import MachineError, Phi3DistError
 
 app = typer.Typer(
     name="phi3-dist",
@@ -130,6 +130,127 @@ def report(run_folder: Annotated[Path, typer.Argument(help="A run folder.", show
     typer.echo(f"page: {write_page(run_folder)}")
 
 
+@app.command()
+def plan(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option("--config_file", help="Accelerate config of the launch.")] = None,
+    processes: Annotated[int | None, typer.Option("--num_processes", min=1, help="Processes over all nodes.")] = None,
+    nodes: Annotated[int | None, typer.Option("--num_machines", min=1, help="Nodes.")] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    memory_gib: Annotated[float, typer.Option("--memory-gib", min=0.1, help="Memory of one device, GiB.")] = 80.0,
+) -> None:
+    """Print what would run and whether it fits, before a GPU is held. Imports no torch."""
+    from rich.console import Console
+
+    from phi3_dist.config.load import load_run
+    from phi3_dist.machine.probe import package_versions
+    from phi3_dist.planning.plan import make_plan
+    from phi3_dist.planning.preview import assumed_machine, launch_of_config, plan_table, shape_of_source
+
+    cfg = load_run(run_file, overrides or ())
+    launch = launch_of_config(config, processes, nodes)
+    kind = "cpu" if launch.use_cpu else device
+    machine = assumed_machine(kind, launch.world_size // launch.nodes, memory_gib, package_versions())
+    Console(highlight=False).print(plan_table(make_plan(cfg, machine, launch, family_or_shape=shape_of_source(cfg))))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine is and what is wrong with it."""
+    from phi3_dist.machine.doctor import diagnose
+
+    findings = diagnose()
+    for finding in findings:
+        typer.echo(f"{finding.level:<5} {finding.what}" + (f"\n      fix: {finding.fix}" if finding.fix else ""))
+    if any(finding.level == "bad" for finding in findings):
+        raise typer.Exit(MachineError.exit_code)
+
+
+@app.command()
+def support() -> None:
+    """Print which strategy goes with which quantisation, device and precision, as Markdown."""
+    from phi3_dist.planning.support import matrix_markdown
+
+    typer.echo(matrix_markdown(), nl=False)
+
+
+@app.command()
+def slurm(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=0, help="GPUs and processes a node.")] = 0,
+    processes_per_node: Annotated[int | None, typer.Option(min=1, help="Processes a node of a CPU job.")] = None,
+    config: Annotated[str, typer.Option("--config_file", help="Accelerate config.")] = "configs/accelerate/ddp.yaml",
+    time: Annotated[str | None, typer.Option(help="Time limit: 90m, 4h, 1d12h.")] = None,
+    partition: Annotated[str | None, typer.Option()] = None,
+    account: Annotated[str | None, typer.Option()] = None,
+    qos: Annotated[str | None, typer.Option()] = None,
+    constraint: Annotated[str | None, typer.Option()] = None,
+    container_image: Annotated[str | None, typer.Option(help="Image for srun's pyxis plugin.")] = None,
+    env_file: Annotated[str | None, typer.Option(help="Shell file that every node sources first.")] = None,
+    directive: Annotated[list[str] | None, typer.Option(help="One more #SBATCH line, as --name=value.")] = None,
+    array: Annotated[list[str] | None, typer.Option(help="A sweep: key.path=value,value. May be repeated.")] = None,
+    script: Annotated[Path | None, typer.Option(help="Where to write the script.")] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Hand it to Slurm.")] = False,
+) -> None:
+    """Render an sbatch script from the run file and a topology, check it, and submit it if asked."""
+    from dataclasses import replace
+
+    from phi3_dist.config.load import load_run
+    from phi3_dist.machine.cluster import slurm_command
+    from phi3_dist.planning.slurm import SlurmJob, SlurmTopology, parse_sweep
+
+    job = SlurmJob.of(load_run(run_file, overrides or ()), str(run_file), overrides or ())
+    topology = SlurmTopology(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        processes_per_node=processes_per_node,
+        config=config,
+        time=time,
+        partition=partition,
+        account=account,
+        qos=qos,
+        constraint=constraint,
+        container_image=container_image,
+        env_file=env_file,
+        directives=tuple(directive or ()),
+    )
+    job = replace(job, sweep=parse_sweep(array)) if array else job
+    for line in slurm_command(job, topology, script=script, submit=submit).lines():
+        typer.echo(line)
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder that holds run folders.")] = Path("runs"),
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
+) -> None:
+    """List run folders: state, step, loss, tokens/s, last checkpoint, job and nodes."""
+    from rich.console import Console
+
+    from phi3_dist.report.runs import list_runs, runs_table, watch_runs
+
+    if watch:
+        watch_runs(folder, Console())
+    else:
+        Console().print(runs_table(list_runs(folder), base=folder))
+
+
+@app.command()
+def logs(
+    run_folder: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    rank: Annotated[int, typer.Option(min=0, help="Rank whose log to print.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing what is appended.")] = False,
+) -> None:
+    """Print the log of one rank of a run's Slurm job."""
+    from phi3_dist.report.runs import find_log, follow_log
+
+    for piece in follow_log(find_log(run_folder, rank), follow=follow):
+        typer.echo(piece, nl=False)
+
+
 def _tell(error: Phi3DistError) -> None:
     """One message: on rank 0 in full, on other ranks in one line with the rank."""
     rank = os.environ.get("RANK", "0")
@@ -138,11 +259,13 @@ def _tell(error: Phi3DistError) -> None:
         for problem in error.problems:
             typer.echo(f"  {problem}", err=True)
     else:
-        typer.echo(f"[rank {rank}] {type(error).__name__}: {error.problems[0].where} {error.problems[0].what}", err=True)
+        typer.echo(
+            f"[rank {rank}] {type(error).__name__}: {error.problems[0].where} {error.problems[0].what}", err=True
+        )
 
 
 def main() -> None:
-    """Run the command line. A user's mistake ends in one message and the exit code of its error; a bug in a traceback."""
+    """Run the command line. A user's mistake ends in one message and its exit code; a bug in a traceback."""
     # bitsandbytes announces at import that an optional kernel for 4-bit inference is missing
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

@@ -163,16 +163,16 @@ class Order:
 class PackedBatch:
     """Packs joined into one ragged row without padding. The loss of position predict_S[i] has target target_S[i]."""
 
-    ids_T: NDArray[np.int64]  # noqa: N815
-    positions_T: NDArray[np.int64]  # noqa: N815
+    ids_T: NDArray[np.int64]
+    positions_T: NDArray[np.int64]
     """Position in the own document: restarts at 0 with each."""
     cu_seqlens: NDArray[np.int32]
     """Document boundaries, shape (documents + 1,); document d is [cu_seqlens[d], cu_seqlens[d+1])."""
     max_length: int
     """Tokens of the longest document."""
-    predict_S: NDArray[np.int64]  # noqa: N815
+    predict_S: NDArray[np.int64]
     """The positions whose next token is supervised and in the same document, ascending."""
-    target_S: NDArray[np.int64]  # noqa: N815
+    target_S: NDArray[np.int64]
     """That next token's id."""
     places: tuple[str, ...]
     """Where each document was read."""

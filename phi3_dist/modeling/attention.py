@@ -80,7 +80,7 @@ def packed_sdpa(
             f"packed attention wants document lengths that cover {query.shape[2]} tokens, got {sum(lengths)}"
         )
     sdpa = {"scale": scaling, "dropout_p": dropout if module.training else 0.0}
-    parts = zip(*(t.split(list(lengths), dim=2) for t in (query, key, value)), strict=True)
+    parts = zip(*(torch.split(t, list(lengths), dim=2) for t in (query, key, value)), strict=True)
     out_1NTD = torch.cat([_document(q, k, v, sliding_window, **sdpa) for q, k, v in parts], dim=2)
     return out_1NTD.transpose(1, 2).contiguous(), None
 

@@ -31,6 +31,7 @@ class PackedLoss(nn.Module):
 
     def forward(
         self,
+        *,
         ids_T: Tensor,
         positions_T: Tensor,
         predict_S: Tensor,

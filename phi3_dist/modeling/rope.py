@@ -40,9 +40,7 @@ class PinnedRotary(nn.Module):
         original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
         # transformers' own function picks the factors by the length it is told
         seq_len = original + 1 if regime == "long" else original
-        inv_freq, self.attention_scaling = ROPE_INIT_FUNCTIONS["longrope"](
-            config, torch.device("cpu"), seq_len=seq_len
-        )
+        inv_freq, self.attention_scaling = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), seq_len=seq_len)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ from phi3_dist.training.strategy import shard_fsdp2
 __all__ = ["build_model"]
 
 
-def _load(cfg: RunConfig, base: Base, runtime: Runtime) -> torch.nn.Module:
+def _load(cfg: RunConfig, base: Base, runtime: Runtime) -> Any:
     strategy = runtime.plan.strategy
     if cfg.model.quantization != "none":
         return load_quantized(base, cfg.model.quantization, runtime.dtype, runtime.device)
@@ -47,15 +48,15 @@ def build_model(cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: in
     causal_lm = _load(cfg, base, runtime)
     use_backend(causal_lm, runtime.plan.attention)
     if cfg.model.activation_checkpointing:
-        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     model = PackedLoss(add_lora(causal_lm, cfg.lora, base.source))
     if is_fsdp(runtime.plan.strategy):
         model = shard_fsdp2(model, runtime)
         device = torch.device("cpu") if runtime.plan.strategy.endswith("offload") else runtime.device
         model.to_empty(device=device)
         load_into_fsdp2(model, base, runtime.rank, runtime.world)
-        rotary = causal_lm.model.rotary_emb  # type: ignore[union-attr]
-        causal_lm.model.rotary_emb = type(rotary)(base.config).to(runtime.device)  # type: ignore[union-attr, operator]
+        rotary = causal_lm.model.rotary_emb
+        causal_lm.model.rotary_emb = type(rotary)(base.config).to(runtime.device)
     fill_adapter(model, cfg.train.seed, values)
     pin_longrope(causal_lm, longest_row)
     model.train()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_dist.errors import Problem, RunFolderError
+from phi3_dist.machine.cluster import slurm_facts
 
 __all__ = ["PACKAGES", "RunFolder", "versions"]
 
@@ -82,6 +83,7 @@ class RunFolder:
 
     def heartbeat(self, step: int) -> None:
         """Who runs here and how far: `phi3-dist runs` tells a living run from a dead one by it."""
+        job = slurm_facts()
         self.write_json(
             "heartbeat.json",
             {
@@ -89,7 +91,8 @@ class RunFolder:
                 "host": socket.gethostname(),
                 "time": time.time(),
                 "step": step,
-                "job_id": os.environ.get("SLURM_JOB_ID"),
+                "job_id": job.job_id if job else None,
+                "nodes": job.nodes if job else None,
             },
         )
 

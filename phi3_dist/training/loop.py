@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Mapping
@@ -166,9 +167,7 @@ def _steps(stage: _Stage) -> HeldOut | None:
     for step in range(stage.total):
         start = time.perf_counter()
         lr = learning_rate(step, stage.total, cfg.optim)
-        result = train_step(
-            stage.engine, stage.runtime, stage.train, stage.order, step, lr=lr, seed=cfg.train.seed
-        )
+        result = train_step(stage.engine, stage.runtime, stage.train, stage.order, step, lr=lr, seed=cfg.train.seed)
         done = step + 1
         if step == 0:
             _check_first(result)
@@ -207,6 +206,40 @@ def _record_start(folder: RunFolder, cfg: RunConfig, plan: RunPlan, total: int) 
     folder.heartbeat(0)
 
 
+def _run(
+    cfg: RunConfig, base: Base, runtime: Runtime, *, prepared: Prepared, tokenizer: Any, folder: RunFolder
+) -> TrainResult:
+    """Build, train and save. The wrapped model lives in here alone: see `_release`."""
+    model = build_model(cfg, base, runtime, longest_row=int(prepared.train.rows.lengths.max()))
+    counts = count_parameters(model)
+    engine = make_engine(model, runtime, cfg.optim)
+    order = Order(len(prepared.train.packs), cfg.train.global_batch, cfg.train.seed, cfg.train.shuffle)
+    total = _total_steps(cfg, order)
+    if runtime.is_main:
+        _record_start(folder, cfg, runtime.plan, total)
+    with Metrics(folder.metrics, total, runtime.accelerator, active=runtime.is_main) as metrics:
+        stage = _Stage(cfg, runtime, engine, prepared.train, prepared.validation, order, total, metrics, folder)
+        _announce(metrics, runtime.plan, prepared, counts, total)
+        held_out = _steps(stage)
+        card = adapter_card(_card_facts(stage, base, held_out, prepared.fingerprint))
+        receipt = save_adapter(engine.model, folder.adapter, tokenizer=tokenizer, card=card)
+        if receipt is not None:
+            metrics.say(f"adapter: {folder.adapter} ({receipt.bytes / 2**20:.1f} MiB, {receipt.tensors} tensors)")
+    return TrainResult(folder.path, total, held_out, receipt)
+
+
+def _release(runtime: Runtime) -> None:
+    """Free the wrapped model before the process group goes.
+
+    DDP's reducer holds the group. Freed after it, its destructor joins gloo's thread while holding the interpreter's
+    lock that this thread waits for: the rank never exits (torch 2.13, seen on two nodes of two ranks).
+    """
+    runtime.accelerator.free_memory()
+    gc.collect()
+    runtime.barrier()
+    runtime.accelerator.end_training()
+
+
 def train(
     cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, *, overwrite: bool = False, cache: Path | None = None
 ) -> TrainResult:
@@ -229,25 +262,9 @@ def train(
         folder=folder.path,
     )
     agree(runtime, {"config": config_hash(cfg), "data": prepared.fingerprint, **versions()})
-    model = build_model(cfg, base, runtime, longest_row=int(prepared.train.rows.lengths.max()))
-    counts = count_parameters(model)
-    engine = make_engine(model, runtime, cfg.optim)
-    order = Order(len(prepared.train.packs), cfg.train.global_batch, cfg.train.seed, cfg.train.shuffle)
-    total = _total_steps(cfg, order)
-    if runtime.is_main:
-        _record_start(folder, cfg, plan, total)
     runtime.accelerator.init_trackers(cfg.log.project)
-    with Metrics(folder.metrics, total, runtime.accelerator, active=runtime.is_main) as metrics:
-        stage = _Stage(
-            cfg, runtime, engine, prepared.train, prepared.validation, order, total, metrics, folder
-        )
-        _announce(metrics, plan, prepared, counts, total)
-        held_out = _steps(stage)
-        card = adapter_card(_card_facts(stage, base, held_out, prepared.fingerprint))
-        receipt = save_adapter(engine.model, folder.adapter, tokenizer=tokenizer, card=card)
-        if receipt is not None:
-            metrics.say(f"adapter: {folder.adapter} ({receipt.bytes / 2**20:.1f} MiB, {receipt.tensors} tensors)")
-    runtime.accelerator.end_training()
+    result = _run(cfg, base, runtime, prepared=prepared, tokenizer=tokenizer, folder=folder)
+    _release(runtime)
     if runtime.is_main:
         folder.record_exit(0, "finished")
-    return TrainResult(folder.path, total, held_out, receipt)
+    return result

@@ -102,7 +102,10 @@ def _refuse_stale_locks() -> None:
     stale = stale_extension_locks()
     if stale:
         raise MachineError(
-            *(Problem(str(lock), "a killed build left this lock: DeepSpeed waits for it", f"rm {lock}") for lock in stale)
+            *(
+                Problem(str(lock), "a killed build left this lock: DeepSpeed waits for it", f"rm {lock}")
+                for lock in stale
+            )
         )
 
 

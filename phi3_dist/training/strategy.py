@@ -75,10 +75,11 @@ class TorchEngine:
         self.params = [p for p in model.parameters() if p.requires_grad]
 
     def start_micro_batch(self, *, last: bool) -> None:
-        if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP2
-            self.model.set_requires_gradient_sync(last)
-        elif hasattr(self.model, "require_backward_grad_sync"):  # DDP looks at it in forward and in backward
-            self.model.require_backward_grad_sync = last
+        model: Any = self.model
+        if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+            model.set_requires_gradient_sync(last)
+        elif hasattr(model, "require_backward_grad_sync"):  # DDP looks at it in forward and in backward
+            model.require_backward_grad_sync = last
 
     def backward(self, loss: Tensor) -> None:
         (loss * self.scale).backward()  # type: ignore[no-untyped-call]
@@ -137,11 +138,11 @@ def shard_fsdp2(model: PackedLoss, runtime: Runtime) -> PackedLoss:
 
 def _wrap_ddp(model: nn.Module, runtime: Runtime) -> nn.Module:
     """DDP over the trained tensors alone: the frozen base, equal on every rank by construction, is not broadcast."""
-    from torch.nn.parallel import DistributedDataParallel as DDP
+    from torch.nn.parallel import DistributedDataParallel
 
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     frozen += [name for name, _ in model.named_buffers()]
-    DDP._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
     wrapped: nn.Module = runtime.accelerator.prepare_model(model)
     return wrapped
 
