@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from phi3_dist import __version__
-from phi3_dist.errors import MachineError, Phi3DistError
+from phi3_dist.errors import ConfigError, MachineError, Phi3DistError, Problem
 
 app = typer.Typer(
     name="phi3-dist",
@@ -57,6 +57,12 @@ def train(
     run_file: RunFile,
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint that verifies, or start.")
+    ] = False,
+    allow_changed: Annotated[
+        list[str] | None, typer.Option(help="A key that may differ from the checkpoint's run; may be repeated.")
+    ] = None,
 ) -> None:
     """Train a LoRA adapter: on one device, or on every process of `accelerate launch … -m phi3_dist train`."""
     from phi3_dist.config.load import load_run
@@ -65,8 +71,21 @@ def train(
     from phi3_dist.machine.probe import launch_facts, probe
     from phi3_dist.training.loop import train as run_training
 
-    result = run_training(cfg, probe(), launch_facts(os.environ), overwrite=overwrite)
-    if result.receipt is not None:
+    if overwrite and resume:
+        raise ConfigError(Problem("--overwrite --resume", "exclude each other", "give one of them"))
+    result = run_training(
+        cfg,
+        probe(),
+        launch_facts(os.environ),
+        overwrite=overwrite,
+        resume=resume,
+        allow_changed=allow_changed or (),
+    )
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+    if result.steps == 0:
+        typer.echo(f"{result.folder} has finished already")
+    elif result.receipt is not None:
         from phi3_dist.report.curves import draw_curves
         from phi3_dist.report.page import write_page
 

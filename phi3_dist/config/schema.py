@@ -130,6 +130,10 @@ class TrainConfig(Section):
 class SaveConfig(Section):
     folder: StrictStr = "runs/{name}"
     """The run folder. `{name}` is the run file's name without its ending."""
+    every: Annotated[StrictInt, Field(ge=0)] = 100
+    """Steps between two checkpoints; one more at the end. 0: none. A checkpoint costs what the adapter costs."""
+    keep: Count = 2
+    """Newest checkpoints that are kept, beside the one with the best held-out loss."""
 
 
 class LogConfig(Section):

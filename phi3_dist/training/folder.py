@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,14 @@ from typing import Any
 from phi3_dist.errors import Problem, RunFolderError
 from phi3_dist.machine.cluster import slurm_facts
 
-__all__ = ["PACKAGES", "RunFolder", "versions"]
+__all__ = ["PACKAGES", "RunFolder", "cache_folder", "versions"]
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "flash-attn")
+
+
+def cache_folder() -> Path:
+    """Where tokens and hashes of weights are kept between runs: `$XDG_CACHE_HOME/phi3_dist`, or below ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi3_dist"
 
 
 def versions() -> dict[str, str]:
@@ -46,6 +52,27 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def finished(self) -> bool:
+        """Whether the run in here has ended well and left its adapter."""
+        try:
+            ended = json.loads((self.path / "exit.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return False
+        return ended.get("state") == "finished" and (self.adapter / "adapter_model.safetensors").is_file()
+
+    def reopen(self) -> None:
+        """Take a folder to go on in: a run's, or a new one. Raises RunFolderError for a folder of something else."""
+        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / "config.yaml").is_file():
+            raise RunFolderError(
+                Problem(str(self.path), "--resume goes on in a run folder, and this holds no config.yaml", "")
+            )
+        if not (self.path / "config.yaml").is_file():
+            self.claim(overwrite=False)
 
     def claim(self, *, overwrite: bool) -> None:
         """Make the folder. Raises RunFolderError for a non-empty one without `overwrite`, or where it can't be made.
@@ -98,6 +125,16 @@ class RunFolder:
 
     def record_exit(self, code: int, state: str) -> None:
         self.write_json("exit.json", {"code": code, "state": state, "time": time.time()})
+
+    @contextlib.contextmanager
+    def recording_failure(self, *, active: bool) -> Iterator[None]:
+        """Whatever ends the block with an error is kept in exit.json, so that `phi3-dist runs` can tell."""
+        try:
+            yield
+        except BaseException as error:
+            if active and (self.path / "config.yaml").is_file():
+                self.record_exit(getattr(error, "exit_code", 1), "failed")
+            raise
 
     def record_environment(self, command: list[str] | None = None) -> None:
         self.write_json(

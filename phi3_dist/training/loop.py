@@ -4,76 +4,62 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
+
 from phi3_dist.adapters.card import adapter_card
-from phi3_dist.adapters.files import AdapterReceipt, save_adapter
+from phi3_dist.adapters.files import AdapterReceipt, recover, save_adapter
 from phi3_dist.config.load import config_hash, resolved_yaml
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.data.batches import Order, Packs, Prepared, prepare
-from phi3_dist.errors import DataError, MachineError, Problem, TrainingError
+from phi3_dist.data.batches import Order, Prepared, prepare
+from phi3_dist.errors import DataError, Problem, TrainingError
 from phi3_dist.modeling.base import Base, find_base
-from phi3_dist.modeling.lora import Counts, count_parameters
+from phi3_dist.modeling.lora import count_parameters
 from phi3_dist.modeling.tokenizer import load_tokenizer
-from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan, make_plan
+from phi3_dist.planning.plan import LaunchFacts, MachineFacts, make_plan
 from phi3_dist.training.agree import agree
 from phi3_dist.training.build import build_model
+from phi3_dist.training.checkpoint import Checkpoint, read_state
 from phi3_dist.training.evaluate import HeldOut, held_out_loss
-from phi3_dist.training.folder import RunFolder, versions
+from phi3_dist.training.folder import RunFolder, cache_folder, versions
 from phi3_dist.training.metrics import Metrics
+from phi3_dist.training.resume import agree_on_checkpoint, base_fingerprint, check_identity, cut_metrics, identity
 from phi3_dist.training.runtime import Runtime, start_runtime
+from phi3_dist.training.saving import Saver
+from phi3_dist.training.signals import StopFlag
+from phi3_dist.training.stage import Stage, announce, card_facts, check_trackers
+from phi3_dist.training.state import import_state
 from phi3_dist.training.step import StepResult, learning_rate, train_step
-from phi3_dist.training.strategy import Engine, make_engine
+from phi3_dist.training.strategy import make_engine
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["EXIT_STOPPED", "TrainResult", "train"]
+
+EXIT_STOPPED = 75
+"""Exit code of a run that a signal stopped after its checkpoint: sysexits' EX_TEMPFAIL, start it again."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What came of a run. `receipt` is None on ranks other than 0."""
+    """What came of a run. `receipt` is None on ranks other than 0 and for a run that a signal stopped at `steps`."""
 
     folder: Path
     steps: int
     held_out: HeldOut | None
     receipt: AdapterReceipt | None
+    stopped_by: int = 0
 
-
-@dataclass(frozen=True)
-class _Stage:
-    """Everything that the steps need and nothing that they change."""
-
-    cfg: RunConfig
-    runtime: Runtime
-    engine: Engine
-    train: Packs
-    validation: Packs | None
-    order: Order
-    total: int
-    metrics: Metrics
-    folder: RunFolder
-
-
-def check_trackers(names: tuple[str, ...]) -> None:
-    """Raises MachineError for a tracker that Accelerate doesn't know or whose package is missing."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    known, here = sorted(LOGGER_TYPE_TO_CLASS), {str(getattr(t, "value", t)) for t in get_available_trackers()}
-    problems = []
-    for name in names:
-        if name not in known:
-            problems.append(Problem("log.trackers", f"'{name}' is not a tracker", f"one of {', '.join(known)}"))
-        elif name not in here:
-            problems.append(Problem("log.trackers", f"'{name}' is not installed", f"pip install {name}"))
-    if problems:
-        raise MachineError(*problems)
-
-
-def _total_steps(cfg: RunConfig, order: Order) -> int:
-    return cfg.train.max_steps or order.steps(cfg.train.epochs or 1.0)
+    @property
+    def exit_code(self) -> int:
+        if self.stopped_by == signal.SIGINT:
+            return 128 + signal.SIGINT
+        return EXIT_STOPPED if self.stopped_by else 0
 
 
 def _prepare(cfg: RunConfig, cache: Path | None) -> tuple[Any, Prepared]:
@@ -85,40 +71,11 @@ def _prepare(cfg: RunConfig, cache: Path | None) -> tuple[Any, Prepared]:
     return tokenizer, prepared
 
 
-def _announce(metrics: Metrics, plan: RunPlan, prepared: Prepared, counts: Counts, total: int) -> None:
-    for choice in plan.choices:
-        metrics.say(f"{choice.name}: {choice.value} ({choice.why})")
-    packs = prepared.train
-    metrics.say(
-        f"data: {len(packs.rows.lengths):,} rows in {len(packs.packs):,} packs, "
-        f"{int(packs.targets.sum()):,} supervised of {len(packs.rows.ids):,} tokens"
-    )
-    for bad in prepared.skipped:
-        metrics.say(f"skipped {bad.place}: {bad.reason}")
-    for place in prepared.dropped:
-        metrics.say(f"dropped {place}: longer than data.pack_length")
-    for notice in prepared.notices:
-        metrics.say(f"note: {notice}")
-    if len(packs.packs) < plan.global_batch:
-        metrics.say(
-            f"note: a step takes {plan.global_batch} packs and there are {len(packs.packs)}: "
-            "each step sees some rows more than once (a smaller train.global_batch or data.pack_length helps)"
-        )
-    metrics.say(f"model: {counts}")
-    metrics.say(
-        f"batch: {plan.global_batch} packs a step = {plan.micro_batch} a forward pass "
-        f"x {plan.accumulation} accumulation x {plan.world_size} ranks; {total} steps"
-    )
-
-
-def _log_step(stage: _Stage, step: int, result: StepResult, step_s: float) -> None:
-    """Sum the loss over ranks and write the row. Collective."""
-    loss = float(stage.runtime.sum(result.nll)) / result.supervised_tokens
-    packs = len(stage.train.packs)
+def _log_step(stage: Stage, step: int, result: StepResult, loss: float, step_s: float) -> None:
     stage.metrics.train(
         {
             "step": step,
-            "epoch": round(step * stage.order.global_batch / packs, 4),
+            "epoch": round(step * stage.order.global_batch / len(stage.train.packs), 4),
             "loss": loss,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
@@ -133,7 +90,7 @@ def _log_step(stage: _Stage, step: int, result: StepResult, step_s: float) -> No
         stage.folder.heartbeat(step)
 
 
-def _evaluate(stage: _Stage, step: int) -> HeldOut | None:
+def _evaluate(stage: Stage, step: int) -> HeldOut | None:
     if stage.validation is None:
         return None
     found = held_out_loss(stage.engine, stage.runtime, stage.validation)
@@ -149,82 +106,104 @@ def _evaluate(stage: _Stage, step: int) -> HeldOut | None:
     return found
 
 
-def _check_first(result: StepResult) -> None:
-    """A run whose adapter gets no gradient trains nothing, and its loss still looks like a loss."""
-    if not math.isfinite(result.grad_norm):
-        raise TrainingError(
-            Problem("step 1", f"the gradient norm is {result.grad_norm}", "lower optim.lr, or model.precision=fp32")
-        )
-    if result.grad_norm == 0:
+def _rows_of(stage: Stage, result: StepResult) -> str:
+    places = [stage.train.rows.places[row] for pack in result.packs for row in stage.train.packs[pack]]
+    return ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+
+
+def _check(stage: Stage, done: int, result: StepResult, loss: float) -> None:
+    """A number that is none ends the run before it is saved; so does an adapter that no gradient reaches."""
+    if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
+        what = f"loss {loss}, gradient norm {result.grad_norm}, in rows {_rows_of(stage, result)}"
+        raise TrainingError(Problem(f"step {done}", what, "lower optim.lr, look at the rows, or model.precision=fp32"))
+    if done == 1 and result.grad_norm == 0:
         raise TrainingError(
             Problem("step 1", "no gradient reaches the adapter", "this is a fault of the set-up: please report it")
         )
 
 
-def _steps(stage: _Stage) -> HeldOut | None:
-    """All steps of the run, with their log rows and held-out losses. Returns the last held-out loss."""
+def _agreed(stage: Stage, result: StepResult, flag: StopFlag) -> tuple[float, int]:
+    """The loss of the global batch and the signal that any rank got, on every rank, in one collective."""
+    facts = torch.stack((result.nll.double(), torch.tensor(float(flag.signal), device=stage.runtime.device).double()))
+    if stage.runtime.world > 1:
+        gathered = [torch.empty_like(facts) for _ in range(stage.runtime.world)]
+        torch.distributed.all_gather(gathered, facts)
+        facts = torch.stack(gathered)
+        return float(facts[:, 0].sum()) / result.supervised_tokens, int(facts[:, 1].max())
+    return float(facts[0]) / result.supervised_tokens, int(facts[1])
+
+
+def _steps(stage: Stage, first: int, saver: Saver, flag: StopFlag) -> tuple[int, HeldOut | None, int]:
+    """Steps `first` to the end, with log rows, held-out losses and checkpoints.
+
+    Returns the steps done, the last held-out loss, and the signal that stopped the run or 0.
+    """
     cfg, held_out = stage.cfg, None
-    for step in range(stage.total):
-        start = time.perf_counter()
+    for step in range(first, stage.total):
+        start, done = time.perf_counter(), step + 1
         lr = learning_rate(step, stage.total, cfg.optim)
         result = train_step(stage.engine, stage.runtime, stage.train, stage.order, step, lr=lr, seed=cfg.train.seed)
-        done = step + 1
-        if step == 0:
-            _check_first(result)
+        loss, stop = _agreed(stage, result, flag)
+        _check(stage, done, result, loss)
         if done % cfg.log.every == 0 or done in {1, stage.total}:
-            _log_step(stage, done, result, time.perf_counter() - start)
+            _log_step(stage, done, result, loss, time.perf_counter() - start)
         if done == stage.total or (cfg.train.eval_every and done % cfg.train.eval_every == 0):
             held_out = _evaluate(stage, done)
-    return held_out
+        if saver.due(done) or (stop and done < stage.total):
+            saver.save(done, held_out)
+        if stop and done < stage.total:
+            return done, held_out, stop
+    if first == stage.total:
+        held_out = _evaluate(stage, first)
+    return stage.total, held_out, 0
 
 
-def _card_facts(stage: _Stage, base: Base, held_out: HeldOut | None, fingerprint: str) -> Mapping[str, Any]:
-    return {
-        "name": stage.cfg.name,
-        "base": base.source,
-        "base_is_local": base.folder is not None and Path(base.source).is_dir(),
-        "lora": stage.cfg.lora.model_dump(),
-        "optim": stage.cfg.optim.model_dump(),
-        "steps": stage.total,
-        "global_batch": stage.order.global_batch,
-        "pack_length": stage.cfg.data.pack_length,
-        "rows": len(stage.train.rows.lengths),
-        "supervised_tokens": int(stage.train.targets.sum()),
-        "data_fingerprint": fingerprint,
-        "strategy": stage.runtime.plan.strategy,
-        "world_size": stage.runtime.world,
-        "heldout_loss": held_out.loss if held_out else None,
-        "heldout_perplexity": held_out.perplexity if held_out else None,
-        "versions": versions(),
-    }
-
-
-def _record_start(folder: RunFolder, cfg: RunConfig, plan: RunPlan, total: int) -> None:
-    folder.write("config.yaml", resolved_yaml(cfg))
-    folder.write_json("plan.json", {**plan.to_dict(), "steps": total})
+def _record_start(folder: RunFolder, stage: Stage, first: int) -> None:
+    folder.write("config.yaml", resolved_yaml(stage.cfg))
+    folder.write_json("plan.json", {**stage.runtime.plan.to_dict(), "steps": stage.total})
     folder.record_environment()
-    folder.heartbeat(0)
+    folder.heartbeat(first)
 
 
 def _run(
-    cfg: RunConfig, base: Base, runtime: Runtime, *, prepared: Prepared, tokenizer: Any, folder: RunFolder
+    cfg: RunConfig,
+    base: Base,
+    runtime: Runtime,
+    *,
+    prepared: Prepared,
+    tokenizer: Any,
+    folder: RunFolder,
+    facts: dict[str, Any],
+    start: Checkpoint | None,
 ) -> TrainResult:
     """Build, train and save. The wrapped model lives in here alone: see `_release`."""
     model = build_model(cfg, base, runtime, longest_row=int(prepared.train.rows.lengths.max()))
     counts = count_parameters(model)
     engine = make_engine(model, runtime, cfg.optim)
     order = Order(len(prepared.train.packs), cfg.train.global_batch, cfg.train.seed, cfg.train.shuffle)
-    total = _total_steps(cfg, order)
-    if runtime.is_main:
-        _record_start(folder, cfg, runtime.plan, total)
-    with Metrics(folder.metrics, total, runtime.accelerator, active=runtime.is_main) as metrics:
-        stage = _Stage(cfg, runtime, engine, prepared.train, prepared.validation, order, total, metrics, folder)
-        _announce(metrics, runtime.plan, prepared, counts, total)
-        held_out = _steps(stage)
-        card = adapter_card(_card_facts(stage, base, held_out, prepared.fingerprint))
+    total = cfg.train.max_steps or order.steps(cfg.train.epochs or 1.0)
+    first = 0
+    if start is not None:
+        import_state(engine, read_state(start), start.step)
+        first = start.step
+    with StopFlag() as flag, Metrics(folder.metrics, total, runtime.accelerator, active=runtime.is_main) as metrics:
+        stage = Stage(cfg, runtime, engine, prepared.train, prepared.validation, order, total, metrics, folder, facts)
+        if runtime.is_main:
+            _record_start(folder, stage, first)
+        announce(metrics, runtime.plan, prepared, counts, total)
+        if start is not None:
+            metrics.say(f"resumed after step {first} of {total}, from {start.folder.name}")
+        saver = Saver(stage)
+        done, held_out, stopped = _steps(stage, first, saver, flag)
+        if stopped:
+            saver.finish()
+            metrics.say(f"stopped by {signal.Signals(stopped).name} after step {done}; go on with --resume")
+            return TrainResult(folder.path, done, held_out, None, stopped)
+        card = adapter_card(card_facts(stage, base, held_out))
         receipt = save_adapter(engine.model, folder.adapter, tokenizer=tokenizer, card=card)
         if receipt is not None:
             metrics.say(f"adapter: {folder.adapter} ({receipt.bytes / 2**20:.1f} MiB, {receipt.tensors} tensors)")
+        saver.finish()
     return TrainResult(folder.path, total, held_out, receipt)
 
 
@@ -240,20 +219,45 @@ def _release(runtime: Runtime) -> None:
     runtime.accelerator.end_training()
 
 
+def _start_of(
+    runtime: Runtime, folder: RunFolder, facts: dict[str, Any], allowed: Collection[str]
+) -> Checkpoint | None:
+    """The checkpoint that a resumed run goes on from, checked against this run; None: from the start. Collective."""
+    found, passed = agree_on_checkpoint(runtime, folder.checkpoints)
+    if found is not None:
+        check_identity(found.trainer["identity"], facts, allowed)
+    if runtime.is_main:
+        for line in passed:
+            Console(soft_wrap=True).print(line, markup=False)
+        cut_metrics(folder.metrics, found.step if found else 0)
+        recover(folder.adapter)
+    return found
+
+
 def train(
-    cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, *, overwrite: bool = False, cache: Path | None = None
+    cfg: RunConfig,
+    machine: MachineFacts,
+    launch: LaunchFacts,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    allow_changed: Collection[str] = (),
+    cache: Path | None = None,
 ) -> TrainResult:
     """Run what `cfg` asks for on the processes that `launch` describes. Every rank calls it.
 
+    With `resume` the run goes on from its newest checkpoint that verifies, or starts where there is none.
     Raises the errors of the tree in phi3_dist.errors; a user's mistakes come before the process group exists.
     """
-    folder = RunFolder(Path(cfg.save.folder))
+    folder, cache = RunFolder(Path(cfg.save.folder)), cache or cache_folder()
     check_trackers(cfg.log.trackers)
     base = find_base(cfg.model.source, cfg.model.revision)
     plan = make_plan(cfg, machine, launch, family_or_shape=base.config.to_dict())
     tokenizer, prepared = _prepare(cfg, cache)
+    if resume and folder.finished():
+        return TrainResult(folder.path, 0, None, None)
     if launch.rank == 0:
-        folder.claim(overwrite=overwrite)
+        folder.reopen() if resume else folder.claim(overwrite=overwrite)
     runtime = start_runtime(
         plan,
         launch.zero_settings,
@@ -261,10 +265,16 @@ def train(
         trackers=cfg.log.trackers,
         folder=folder.path,
     )
-    agree(runtime, {"config": config_hash(cfg), "data": prepared.fingerprint, **versions()})
-    runtime.accelerator.init_trackers(cfg.log.project)
-    result = _run(cfg, base, runtime, prepared=prepared, tokenizer=tokenizer, folder=folder)
+    with folder.recording_failure(active=runtime.is_main):
+        agree(runtime, {"config": config_hash(cfg), "data": prepared.fingerprint, **versions()})
+        weights = base_fingerprint(base, cache) if runtime.is_main else ""
+        facts = identity(cfg, prepared, runtime.broadcast(weights))
+        start = _start_of(runtime, folder, facts, allow_changed) if resume else None
+        runtime.accelerator.init_trackers(cfg.log.project)
+        result = _run(
+            cfg, base, runtime, prepared=prepared, tokenizer=tokenizer, folder=folder, facts=facts, start=start
+        )
     _release(runtime)
     if runtime.is_main:
-        folder.record_exit(0, "finished")
+        folder.record_exit(result.exit_code, "preempted" if result.stopped_by else "finished")
     return result

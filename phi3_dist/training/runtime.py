@@ -66,6 +66,13 @@ class Runtime:
             torch.distributed.all_reduce(values)
         return values
 
+    def broadcast(self, value: str) -> str:
+        """Rank 0's value on every rank. Collective."""
+        held = [value]
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(held)
+        return held[0]
+
     def barrier(self) -> None:
         if self.world > 1:
             torch.distributed.barrier()

@@ -24,6 +24,7 @@ class Engine(Protocol):
     """What a step needs of a strategy."""
 
     model: nn.Module
+    optimizer: Any
 
     def start_micro_batch(self, *, last: bool) -> None:
         """Before the forward pass of each micro batch: gradients are exchanged after the `last` of a step alone."""

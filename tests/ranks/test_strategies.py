@@ -39,7 +39,8 @@ def launch(
     """One run through `accelerate launch` with a shipped config, or without a launcher."""
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
     start = [sys.executable] if config is None else [*launcher, f"configs/accelerate/{config}.yaml", *options]
-    command = [*start, "-m", "phi3_dist", "train", RUN, *SAME, f"save.folder={folder}", "--overwrite", *overrides]
+    again = () if "--resume" in overrides else ("--overwrite",)
+    command = [*start, "-m", "phi3_dist", "train", RUN, *SAME, f"save.folder={folder}", *again, *overrides]
     return subprocess.run(
         command, cwd=REPO, env=clean_environment(), text=True, capture_output=True, timeout=220, check=False
     )

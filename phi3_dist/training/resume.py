@@ -1,0 +1,123 @@
+"""Going on with a run: what must be the same, where it is checked, and what the run folder must look like."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phi3_dist.config.schema import RunConfig
+from phi3_dist.data.batches import Prepared
+from phi3_dist.errors import Problem, TrainingError
+from phi3_dist.modeling.base import Base
+from phi3_dist.training.checkpoint import Checkpoint, find_checkpoint
+from phi3_dist.training.folder import versions
+from phi3_dist.training.runtime import Runtime
+
+__all__ = ["agree_on_checkpoint", "base_fingerprint", "check_identity", "cut_metrics", "identity"]
+
+# Keys that change no number of the run, or that a hash of content covers better than a path.
+FREE = (
+    "name",
+    "save.",
+    "log.",
+    "data.train",
+    "data.validation",
+    "data.on_",
+    "data.split",
+    "data.revision",
+    "data.max_rows",
+    "model.source",
+    "model.revision",
+    "model.tokenizer",
+    "model.adapter",
+    "model.attention",
+    "model.activation_checkpointing",
+    "train.eval_every",
+    "train.micro_batch",
+)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def base_fingerprint(base: Base, cache: Path) -> str:
+    """sha256 over the base's weight files, remembered by path, size and time so that it is computed once."""
+    if base.folder is None:
+        return base.source
+    digest = hashlib.sha256()
+    known_file = cache / "weights.json"
+    try:
+        known = json.loads(known_file.read_text("utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    for path in sorted(base.folder.glob("*.safetensors")):
+        facts = path.stat()
+        key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+        if key not in known:
+            with path.open("rb") as file:
+                known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.name} {known[key]}\n".encode())
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = known_file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(known), encoding="utf-8")
+    temporary.replace(known_file)
+    return digest.hexdigest()
+
+
+def identity(cfg: RunConfig, prepared: Prepared, weights: str) -> dict[str, Any]:
+    """What a resumed run must share with the first: the config without topology, the data, the base, the libraries."""
+    facts = {k: v for k, v in _flat(cfg.model_dump(mode="json")).items() if not k.startswith(FREE)}
+    facts["data"] = prepared.fingerprint
+    facts["base weights"] = weights
+    for name in ("torch", "transformers", "peft"):
+        facts[f"{name} major version"] = versions().get(name, "").split(".")[0]
+    return facts
+
+
+def check_identity(saved: Mapping[str, Any], ours: Mapping[str, Any], allowed: Collection[str]) -> None:
+    """Raises TrainingError with every difference that `allowed` does not name."""
+    problems = [
+        Problem(key, f"was {saved.get(key)!r} when the checkpoint was written, is {ours.get(key)!r} now", "")
+        for key in sorted({*saved, *ours})
+        if saved.get(key) != ours.get(key) and key not in allowed
+    ]
+    if problems:
+        keys = " ".join(f"--allow-changed '{p.where}'" for p in problems)
+        raise TrainingError(*problems, Problem("--resume", "the run has changed", f"undo it, or mean it: {keys}"))
+
+
+def agree_on_checkpoint(runtime: Runtime, root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, as rank 0 finds it, on every rank. Collective."""
+    found = [find_checkpoint(root) if runtime.is_main else (None, [])]
+    if runtime.world > 1:
+        torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Remove the rows of steps after `step`, which will be made again, and a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row.get("step", 0) <= step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)

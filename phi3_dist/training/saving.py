@@ -1,0 +1,70 @@
+"""Saving while training: when, how long it stood still, and what a failed save means."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from phi3_dist.errors import Problem, TrainingError
+from phi3_dist.training.checkpoint import prune, write_checkpoint
+from phi3_dist.training.evaluate import HeldOut
+from phi3_dist.training.stage import Stage
+from phi3_dist.training.state import export_state
+
+__all__ = ["Saver"]
+
+
+class Saver:
+    """Writes checkpoints of one run. A failed one is told and tried again at the next interval; the run goes on."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.failed: str | None = None
+        self.last_step = 0
+        self.stood_s = 0.0
+        self._best: tuple[float, int] | None = None
+
+    def due(self, done: int) -> bool:
+        every = self.stage.cfg.save.every
+        return bool(every) and (done % every == 0 or done == self.stage.total)
+
+    def save(self, done: int, held_out: HeldOut | None) -> None:
+        """Write the checkpoint of `done` steps. Collective; only rank 0 holds the state and writes."""
+        stage, start = self.stage, time.perf_counter()
+        if held_out is not None and (self._best is None or held_out.loss < self._best[0]):
+            self._best = (held_out.loss, done)
+        state = export_state(stage.engine, keep=stage.runtime.is_main)
+        error: list[str | None] = [None]
+        if stage.runtime.is_main:
+            trainer = {
+                "identity": dict(stage.facts),
+                "world_size": stage.runtime.world,
+                "strategy": stage.runtime.plan.strategy,
+                "heldout_loss": held_out.loss if held_out else None,
+            }
+            try:
+                write_checkpoint(stage.folder.checkpoints, done, state, trainer)
+                prune(stage.folder.checkpoints, stage.cfg.save.keep, self._best[1] if self._best else None)
+            except OSError as problem:
+                error = [f"{stage.folder.checkpoints}: {problem.strerror or problem}"]
+        if stage.runtime.world > 1:
+            torch.distributed.broadcast_object_list(error)
+        self.failed = error[0]
+        took = time.perf_counter() - start
+        self.stood_s += took
+        if self.failed is None:
+            self.last_step = done
+            size = sum(t.nbytes for t in state.values())
+            stage.metrics.save({"step": done, "save_s": round(took, 4), "save_bytes": size})
+        else:
+            stage.metrics.say(f"checkpoint of step {done} not written: {self.failed}; trying again at the next one")
+
+    def finish(self) -> None:
+        """Raises TrainingError, on every rank, when the last checkpoint could not be written."""
+        if self.failed is not None:
+            raise TrainingError(
+                Problem(
+                    "the last checkpoint", f"could not be written: {self.failed}", "make room; the adapter is written"
+                )
+            )

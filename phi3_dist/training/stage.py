@@ -1,0 +1,102 @@
+"""Everything that the steps of a run need, and what the run says about itself before the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phi3_dist.config.schema import RunConfig
+from phi3_dist.data.batches import Order, Packs, Prepared
+from phi3_dist.errors import MachineError, Problem
+from phi3_dist.modeling.base import Base
+from phi3_dist.modeling.lora import Counts
+from phi3_dist.planning.plan import RunPlan
+from phi3_dist.training.evaluate import HeldOut
+from phi3_dist.training.folder import RunFolder, versions
+from phi3_dist.training.metrics import Metrics
+from phi3_dist.training.runtime import Runtime
+from phi3_dist.training.strategy import Engine
+
+__all__ = ["Stage", "announce", "card_facts", "check_trackers"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the steps share. `facts` is the identity that a checkpoint carries (training/resume.py)."""
+
+    cfg: RunConfig
+    runtime: Runtime
+    engine: Engine
+    train: Packs
+    validation: Packs | None
+    order: Order
+    total: int
+    metrics: Metrics
+    folder: RunFolder
+    facts: Mapping[str, Any]
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raises MachineError for a tracker that Accelerate doesn't know or whose package is missing."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known, here = sorted(LOGGER_TYPE_TO_CLASS), {str(getattr(t, "value", t)) for t in get_available_trackers()}
+    problems = []
+    for name in names:
+        if name not in known:
+            problems.append(Problem("log.trackers", f"'{name}' is not a tracker", f"one of {', '.join(known)}"))
+        elif name not in here:
+            problems.append(Problem("log.trackers", f"'{name}' is not installed", f"pip install {name}"))
+    if problems:
+        raise MachineError(*problems)
+
+
+def announce(metrics: Metrics, plan: RunPlan, prepared: Prepared, counts: Counts, total: int) -> None:
+    """The choices with their reasons, the data, the model and the batch arithmetic, once, on rank 0."""
+    for choice in plan.choices:
+        metrics.say(f"{choice.name}: {choice.value} ({choice.why})")
+    packs = prepared.train
+    metrics.say(
+        f"data: {len(packs.rows.lengths):,} rows in {len(packs.packs):,} packs, "
+        f"{int(packs.targets.sum()):,} supervised of {len(packs.rows.ids):,} tokens"
+    )
+    for bad in prepared.skipped:
+        metrics.say(f"skipped {bad.place}: {bad.reason}")
+    for place in prepared.dropped:
+        metrics.say(f"dropped {place}: longer than data.pack_length")
+    for notice in prepared.notices:
+        metrics.say(f"note: {notice}")
+    if len(packs.packs) < plan.global_batch:
+        metrics.say(
+            f"note: a step takes {plan.global_batch} packs and there are {len(packs.packs)}: "
+            "each step sees some rows more than once (a smaller train.global_batch or data.pack_length helps)"
+        )
+    metrics.say(f"model: {counts}")
+    metrics.say(
+        f"batch: {plan.global_batch} packs a step = {plan.micro_batch} a forward pass "
+        f"x {plan.accumulation} accumulation x {plan.world_size} ranks; {total} steps"
+    )
+
+
+def card_facts(stage: Stage, base: Base, held_out: HeldOut | None) -> Mapping[str, Any]:
+    """What the adapter's card tells: see adapters/card.py."""
+    return {
+        "name": stage.cfg.name,
+        "base": base.source,
+        "base_is_local": base.folder is not None and Path(base.source).is_dir(),
+        "lora": stage.cfg.lora.model_dump(),
+        "optim": stage.cfg.optim.model_dump(),
+        "steps": stage.total,
+        "global_batch": stage.order.global_batch,
+        "pack_length": stage.cfg.data.pack_length,
+        "rows": len(stage.train.rows.lengths),
+        "supervised_tokens": int(stage.train.targets.sum()),
+        "data_fingerprint": stage.facts["data"],
+        "strategy": stage.runtime.plan.strategy,
+        "world_size": stage.runtime.world,
+        "heldout_loss": held_out.loss if held_out else None,
+        "heldout_perplexity": held_out.perplexity if held_out else None,
+        "versions": versions(),
+    }
