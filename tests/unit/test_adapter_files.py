@@ -1,0 +1,265 @@
+"""Adapter folders: written whole or not at all, read back, loadable by plain PEFT, damage refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from phi3_dist.adapters import files
+from phi3_dist.adapters.files import read_adapter, recover, save_adapter, write_adapter
+from phi3_dist.adapters.gather import gather_adapter
+from phi3_dist.errors import AdapterError
+from tests.ranks.gather_bodies import same, tiny_peft, tiny_phi3
+
+# peft 0.21 asks transformers 5.24 for a name that is on its way out
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "checksums.json"]
+
+
+def saved(folder: Path, kind: str = "lora", seed: int = 1) -> Path:
+    receipt = save_adapter(tiny_peft(kind, seed), folder, card="a card")
+    assert receipt is not None
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@contextmanager
+def files_no_larger_than(limit_bytes: int) -> Iterator[None]:
+    """The kernel refuses to write past the limit, as a full disk or quota does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_folder_holds_the_adapter_and_nothing_of_the_base(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "adapter"
+    model = tiny_peft()
+    receipt = save_adapter(model, folder, card="a card")
+    assert receipt is not None
+    assert names(folder) == FILES
+    assert names(folder.parent) == ["adapter"]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert same(tensors, gather_adapter(model))
+    assert all("lora_" in key for key in tensors)
+    assert (receipt.tensors, receipt.bytes) == (len(tensors), (folder / "adapter_model.safetensors").stat().st_size)
+    checksums = json.loads((folder / "checksums.json").read_text())
+    assert checksums == {"sha256": {"adapter_model.safetensors": receipt.sha256}}
+    again, config = read_adapter(folder)
+    assert same(again, tensors)
+    assert config["inference_mode"] is True
+    assert config["r"] == 4
+
+
+_LOAD = """
+import sys, torch
+from peft import PeftModel
+from tests.ranks.gather_bodies import tiny_phi3
+model = PeftModel.from_pretrained(tiny_phi3(), sys.argv[1]).eval()
+torch.save(model(torch.arange(9)[None]).logits.detach(), sys.argv[2])
+"""
+
+
+def test_plain_peft_in_a_fresh_process_gives_the_same_logits(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter", "dora")
+    command = [sys.executable, "-c", _LOAD, str(folder), str(tmp_path / "logits.pt")]
+    repo = Path(__file__).resolve().parents[2]
+    subprocess.run(command, check=True, cwd=repo, env=os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"})
+    with torch.no_grad():
+        expected = tiny_peft("dora").eval()(torch.arange(9)[None]).logits
+        base = tiny_phi3().eval()(torch.arange(9)[None]).logits
+    logits = torch.load(tmp_path / "logits.pt")
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(logits, base, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["lora", "head", "rslora"])
+def test_plain_peft_restores_every_value(tmp_path: Path, kind: str) -> None:
+    from peft import PeftModel
+
+    folder = saved(tmp_path / "adapter", kind)
+    assert same(gather_adapter(PeftModel.from_pretrained(tiny_phi3(), folder)), gather_adapter(tiny_peft(kind)))
+
+
+def test_a_temporary_path_of_the_base_is_not_written(tmp_path: Path) -> None:
+    tensors, config = read_adapter(saved(tmp_path / "first"))
+    config["base_model_name_or_path"] = "/tmp/some/run/phi3-base"
+    write_adapter(tmp_path / "second", tensors, config, card="")
+    text = "".join(p.read_text() for p in (tmp_path / "second").iterdir() if p.suffix in {".json", ".md"})
+    assert "/tmp" not in text
+    assert read_adapter(tmp_path / "second")[1]["base_model_name_or_path"] == "phi3-base"
+    hint = {"base_model_name_or_path": "microsoft/Phi-3-mini-4k-instruct", "revision": "main"}
+    write_adapter(tmp_path / "second", tensors, config, card="", base_hint=hint)
+    assert read_adapter(tmp_path / "second")[1].items() >= hint.items()
+
+
+def test_an_adapter_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter", seed=1)
+    saved(folder, seed=2)
+    assert same(read_adapter(folder)[0], gather_adapter(tiny_peft(seed=2)))
+    assert names(tmp_path) == ["adapter"]
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    with pytest.raises(AdapterError, match="exists and is not an adapter"):
+        saved(tmp_path / "thesis")
+    assert names(tmp_path / "thesis") == ["chapter.tex"]
+
+
+@pytest.mark.parametrize("limit_bytes", [0, 100, 8192])
+def test_a_full_disk_leaves_the_old_adapter_and_no_trace(tmp_path: Path, limit_bytes: int) -> None:
+    folder = saved(tmp_path / "adapter", seed=1)
+    with files_no_larger_than(limit_bytes), pytest.raises(AdapterError, match=r"cannot be written: .*File too large"):
+        saved(folder, seed=2)
+    with files_no_larger_than(limit_bytes), pytest.raises(AdapterError, match="free some space"):
+        saved(tmp_path / "new", seed=2)
+    assert names(tmp_path) == ["adapter"]
+    assert same(read_adapter(folder)[0], gather_adapter(tiny_peft(seed=1)))
+
+
+def test_a_place_that_cannot_be_written_is_named() -> None:
+    with pytest.raises(AdapterError, match=r"/proc/adapter: the adapter cannot be written: .*\n.*fix: choose a folder"):
+        saved(Path("/proc/adapter"))
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from phi3_dist.adapters import files
+from tests.ranks.gather_bodies import tiny_peft
+stop_at = sys.argv[2]
+seen = 0
+def watch(event, args):
+    global seen
+    if event == "os.rename":
+        seen += 1
+        if seen == int(stop_at):
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+files.save_adapter(tiny_peft(seed=2), sys.argv[1], card="")
+"""
+
+
+@pytest.mark.parametrize(("rename", "seed_after"), [(1, 1), (2, 2)])
+def test_a_writer_that_is_killed_leaves_one_whole_adapter(tmp_path: Path, rename: int, seed_after: int) -> None:
+    """Killed before the first rename the old adapter stands; before the second the new one is complete."""
+    folder = saved(tmp_path / "adapter", seed=1)
+    repo = Path(__file__).resolve().parents[2]
+    env = os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, "-c", _KILLED, str(folder), str(rename)], cwd=repo, env=env, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert len(names(tmp_path)) == 2
+    recover(folder)
+    assert names(tmp_path) == ["adapter"]
+    assert same(read_adapter(folder)[0], gather_adapter(tiny_peft(seed=seed_after)))
+
+
+def test_recover_takes_the_old_adapter_where_the_new_is_not_whole(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter", seed=1)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    folder.rename(tmp_path / f"adapter.old-{dead.pid}")
+    partial = saved(tmp_path / f"adapter.tmp-{dead.pid}", seed=2)
+    (partial / "checksums.json").unlink()  # it is written last
+    alive = tmp_path / f"adapter.tmp-{os.getppid()}"
+    alive.mkdir()
+    recover(folder)
+    assert names(tmp_path) == sorted(["adapter", alive.name])
+    assert same(read_adapter(folder)[0], gather_adapter(tiny_peft(seed=1)))
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = saved(tmp_path / "adapter") / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(AdapterError, match=r"adapter_model.safetensors: is damaged: SHA-256"):
+        read_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 2000, -1])
+def test_a_truncated_file_without_checksums_is_found(tmp_path: Path, keep: int) -> None:
+    folder = saved(tmp_path / "adapter")
+    (folder / "checksums.json").unlink()  # as PEFT itself writes a folder
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(AdapterError, match="is damaged or cannot be read"):
+        read_adapter(folder)
+
+
+def test_every_fault_of_a_folder_is_told_at_once(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter")
+    (folder / "adapter_config.json").write_text("{")
+    (folder / "checksums.json").write_text("[]")
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(folder)
+    assert "adapter_config.json: is damaged" in str(caught.value)
+    assert "checksums.json is damaged" in str(caught.value)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(AdapterError, match="it has no peft_type"):
+        read_adapter(folder)
+
+
+def test_pickled_weights_and_missing_folders_are_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="a pickle, which can run any code"):
+        read_adapter(folder)
+    with pytest.raises(AdapterError, match=r"adapter_config.json: cannot be read: No such file"):
+        read_adapter(tmp_path / "nowhere")
+
+
+def test_bad_tensors_are_not_written(tmp_path: Path) -> None:
+    tensors, config = read_adapter(saved(tmp_path / "adapter"))
+    first, second, *_ = tensors
+    tensors[first] = torch.empty(0)
+    tensors[second] = torch.full((2, 2), float("nan"))
+    with pytest.raises(AdapterError) as caught:
+        write_adapter(tmp_path / "bad", tensors, config, card="")
+    assert "has no elements" in str(caught.value)
+    assert "NaN or infinity" in str(caught.value)
+    with pytest.raises(AdapterError, match="no tensor at all"):
+        write_adapter(tmp_path / "bad", {}, config, card="")
+    assert not (tmp_path / "bad").exists()
+
+
+def test_two_names_for_one_memory_are_both_written(tmp_path: Path) -> None:
+    _, config = read_adapter(saved(tmp_path / "adapter"))
+    shared = torch.arange(6.0)
+    write_adapter(tmp_path / "shared", {"a": shared, "b": shared, "c": shared.view(2, 3).T}, config, card="")
+    tensors, _ = read_adapter(tmp_path / "shared")
+    assert torch.equal(tensors["a"], tensors["b"])
+    assert torch.equal(tensors["c"], shared.view(2, 3).T)
+
+
+def test_the_comparison_sees_one_bit(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter")
+    tensors, _ = read_adapter(folder)
+    files._compare(folder / "adapter_model.safetensors", tensors)
+    key = next(iter(tensors))
+    tensors[key].view(torch.uint8).view(-1)[0] ^= 1
+    with pytest.raises(AdapterError, match="1 tensors read back other"):
+        files._compare(folder / "adapter_model.safetensors", tensors)
+
+
+def test_a_model_without_peft_has_no_adapter_folder(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="no PEFT adapter"):
+        save_adapter(torch.nn.Linear(2, 2), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

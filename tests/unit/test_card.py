@@ -1,0 +1,70 @@
+"""The model card: its facts, its front matter, and no path of this machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from phi3_dist.adapters.card import adapter_card
+
+FACTS: dict[str, Any] = {
+    "name": "my run",
+    "base": "microsoft/Phi-3-mini-4k-instruct",
+    "base_is_local": False,
+    "lora": {"r": 16, "alpha": 32.0, "dropout": 0.05, "targets": ("o_proj", "qkv_proj"), "dora": False},
+    "data_fingerprint": "0123abcd",
+    "rows": 1234,
+    "heldout_loss": 1.5,
+    "heldout_perplexity": None,
+    "versions": {"peft": "0.21.2"},
+}
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    assert card.startswith("---\n")
+    loaded = yaml.safe_load(card.split("---\n")[1])
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def test_facts_stand_in_the_card() -> None:
+    card = adapter_card(FACTS)
+    front = front_matter(card)
+    assert front["library_name"] == "peft"
+    assert front["base_model"] == "microsoft/Phi-3-mini-4k-instruct"
+    assert "lora" in front["tags"]
+    for row in (
+        "| rank r | 16 |",
+        "| rows | 1,234 |",
+        "0123abcd",
+        "| peft | 0.21.2 |",
+        "o_proj, qkv_proj",
+        "| DoRA | no |",
+    ):
+        assert row in card
+    assert "| held-out loss (nats a token) | 1.5 |" in card
+    assert "perplexity" not in card, "a fact that is None is left out"
+    assert 'from_pretrained("microsoft/Phi-3-mini-4k-instruct", dtype="auto")' in card
+
+
+def test_a_local_base_is_shown_by_its_folder_name_alone() -> None:
+    card = adapter_card({**FACTS, "base": "/data/someone/models/my-phi3", "base_is_local": True})
+    assert "/home" not in card
+    assert "local folder `my-phi3`" in card
+    assert "base_model" not in front_matter(card), "the hub would look for it"
+    assert 'from_pretrained("path/to/my-phi3"' in card
+
+
+def test_absolute_paths_in_other_facts_are_cut() -> None:
+    card = adapter_card({**FACTS, "config": "/data/someone/run.yaml", "odd": "a|b\nc"})
+    assert "/home" not in card
+    assert "| config | run.yaml |" in card
+    assert "| odd | a\\|b c |" in card
+
+
+def test_a_card_of_nothing_is_still_a_card() -> None:
+    card = adapter_card({})
+    assert front_matter(card)["tags"]
+    assert "PeftModel.from_pretrained" in card
+    assert "| torch |" in card
