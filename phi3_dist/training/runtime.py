@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -133,6 +134,8 @@ def start_runtime(
     ds_config = None
     if is_deepspeed(plan.strategy):
         _refuse_stale_locks()
+        # torch compiles DeepSpeed's operators with the ninja on the path; another one's build is made anew each time
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         if on_cpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
             kwargs.append(InitProcessGroupKwargs(backend="gloo"))
