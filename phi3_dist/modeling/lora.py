@@ -21,7 +21,16 @@ from phi3_dist.config.families import check_targets
 from phi3_dist.config.schema import LoraConfig
 from phi3_dist.errors import ModelError, Problem
 
-__all__ = ["Counts", "add_lora", "count_parameters", "fill_adapter", "lora_targets", "peft_config", "start_value"]
+__all__ = [
+    "Counts",
+    "add_lora",
+    "count_parameters",
+    "fill_adapter",
+    "lora_targets",
+    "peft_config",
+    "start_dora_magnitudes",
+    "start_value",
+]
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,20 @@ def start_value(name: str, shape: torch.Size, seed: int) -> Tensor | None:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     bound = 1.0 / math.sqrt(math.prod(shape[1:]))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def start_dora_magnitudes(model: nn.Module) -> None:
+    """Set DoRA's magnitudes to the norms of the base's rows, where FSDP2 shards came after PEFT had computed them.
+
+    PEFT's start is the norm of W + BA, with B = 0. Rows of both are sharded alike, so each rank needs only its own.
+    """
+    for module in model.modules():
+        magnitude = getattr(getattr(module, "lora_magnitude_vector", None), "default", None)
+        if magnitude is not None:
+            base: Any = module.base_layer
+            with torch.no_grad():
+                rows = base.weight.to_local().float().norm(dim=1)
+                magnitude.weight.to_local().copy_(rows)
 
 
 def _adapter_name(name: str) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from phi3_dist.adapters.files import read_adapter
 from phi3_dist.config.schema import RunConfig
+from phi3_dist.errors import ModelError, Problem
 from phi3_dist.modeling.attention import use_backend
 from phi3_dist.modeling.base import (
     Base,
@@ -18,7 +19,7 @@ from phi3_dist.modeling.base import (
     load_zero3,
     meta_model,
 )
-from phi3_dist.modeling.lora import add_lora, fill_adapter
+from phi3_dist.modeling.lora import add_lora, fill_adapter, start_dora_magnitudes
 from phi3_dist.modeling.loss import PackedLoss
 from phi3_dist.modeling.rope import pin_longrope
 from phi3_dist.training.runtime import Runtime, is_fsdp
@@ -39,12 +40,35 @@ def _load(cfg: RunConfig, base: Base, runtime: Runtime) -> Any:
     return load_full(base, runtime.dtype, runtime.device)
 
 
+def _adapter_values(cfg: RunConfig) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter to train on from. Raises ModelError where the `lora` section means another update.
+
+    Shapes are compared later, with the model; a scale that differs would show nowhere but in the losses.
+    """
+    assert cfg.model.adapter is not None
+    values, saved = read_adapter(Path(cfg.model.adapter))
+    pairs = (
+        ("lora.r", cfg.lora.r, saved.get("r")),
+        ("lora.alpha", cfg.lora.alpha, saved.get("lora_alpha")),
+        ("lora.rslora", cfg.lora.rslora, bool(saved.get("use_rslora"))),
+        ("lora.dora", cfg.lora.dora, bool(saved.get("use_dora"))),
+    )
+    problems = [
+        Problem(name, f"is {asked}, and the adapter in {cfg.model.adapter} was trained with {found}", f"{name}={found}")
+        for name, asked, found in pairs
+        if asked != found
+    ]
+    if problems:
+        raise ModelError(*problems)
+    return values
+
+
 def build_model(cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: int) -> PackedLoss:
     """The model with its adapter at its start, before DDP or DeepSpeed wrap it; FSDP2 shards are made here.
 
     `longest_row` in tokens fixes LongRoPE's regime for the run. Collective under ZeRO-3 and FSDP2.
     """
-    values = read_adapter(Path(cfg.model.adapter))[0] if cfg.model.adapter else None
+    values = _adapter_values(cfg) if cfg.model.adapter else None
     causal_lm = _load(cfg, base, runtime)
     use_backend(causal_lm, runtime.plan.attention)
     if cfg.model.activation_checkpointing:
@@ -55,6 +79,7 @@ def build_model(cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: in
         device = torch.device("cpu") if runtime.plan.strategy.endswith("offload") else runtime.device
         model.to_empty(device=device)
         load_into_fsdp2(model, base, runtime.rank, runtime.world)
+        start_dora_magnitudes(model)
         rotary = causal_lm.model.rotary_emb
         causal_lm.model.rotary_emb = type(rotary)(base.config).to(runtime.device)
     fill_adapter(model, cfg.train.seed, values)

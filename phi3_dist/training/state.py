@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from phi3_dist.errors import Problem, TrainingError
 from phi3_dist.training.strategy import DeepSpeedEngine, Engine
@@ -39,6 +40,10 @@ def export_state(engine: Engine, *, keep: bool) -> dict[str, Tensor]:
     Collective under ZeRO and FSDP2: every rank calls it, and holds one tensor at a time.
     """
     state: dict[str, Tensor] = {}
+    for module in engine.model.modules():
+        # after an evaluation FSDP2's outermost group is still whole, in parameters that the optimizer doesn't know
+        if isinstance(module, FSDPModule):
+            module.reshard()
     for name, param in trained(engine.model):
         for kind in (WEIGHT, *MOMENTS):
             full = _export_one(engine, param, kind)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,71 @@ def test_dropout_is_the_same_whatever_the_world_size(tmp_path: Path) -> None:
         done = launch(kind, tmp_path / name, "lora.dropout=0.3", options=options)
         assert done.returncode == 0, done.stderr
     compare(tmp_path / "two", tmp_path / "one")
+
+
+VARIANTS = {
+    "dora": ("lora.dora=true",),
+    "head": ("lora.modules_to_save=[lm_head]",),
+    "rslora": ("lora.rslora=true", "lora.targets=[qkv_proj,down_proj]"),
+}
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """One process's run of a variant, made once."""
+
+    @functools.cache
+    def made(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name) / "run"
+        done = launch(None, folder, *VARIANTS[name])
+        assert done.returncode == 0, done.stderr
+        return folder
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("dora", "fsdp2"),
+        ("head", "fsdp2"),
+        pytest.param("dora", "cpu_2", marks=pytest.mark.full),
+        pytest.param("dora", "zero2", marks=pytest.mark.full),
+        ("head", "zero3"),
+        pytest.param("head", "zero2", marks=pytest.mark.full),
+        pytest.param("rslora", "zero3", marks=pytest.mark.full),
+        pytest.param("rslora", "fsdp2", marks=pytest.mark.full),
+    ],
+)
+def test_loras_relatives_shard_too(
+    name: str, config: str, variants: Callable[[str], Path], tmp_path: Path, deepspeed_ops: Path
+) -> None:
+    done = launch(config, tmp_path / "run", *VARIANTS[name], options=("--num_processes", "2"))
+    assert done.returncode == 0, done.stderr
+    compare(tmp_path / "run", variants(name))
+
+
+def test_activation_checkpointing_changes_no_number(reference: Path, tmp_path: Path) -> None:
+    done = launch(None, tmp_path / "run", "model.activation_checkpointing=true")
+    assert done.returncode == 0, done.stderr
+    compare(tmp_path / "run", reference, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("config", [None, "fsdp2", pytest.param("zero3", marks=pytest.mark.full)])
+def test_training_on_from_an_adapter_starts_where_it_ended(
+    config: str | None, reference: Path, tmp_path: Path, deepspeed_ops: Path
+) -> None:
+    overrides = (f"model.adapter={reference / 'adapter'}", "optim.lr=1e-12")
+    done = launch(config, tmp_path / "run", *overrides, options=("--num_processes", "2") if config else ())
+    assert done.returncode == 0, done.stderr
+    ended, again = (rows(folder, "eval")[-1]["heldout_loss"] for folder in (reference, tmp_path / "run"))
+    assert again == pytest.approx(ended, rel=1e-5)
+
+
+def test_an_adapter_of_another_scale_is_refused(reference: Path, tmp_path: Path) -> None:
+    done = launch(None, tmp_path / "run", f"model.adapter={reference / 'adapter'}", "lora.alpha=64")
+    assert done.returncode == 4
+    assert "lora.alpha: is 64.0, and the adapter in" in done.stderr
 
 
 def test_two_processes_that_came_up_as_one_are_refused_with_both_numbers(tmp_path: Path) -> None:
