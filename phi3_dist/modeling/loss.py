@@ -3,7 +3,7 @@
 The caller divides by the number of supervised tokens of the *global* batch, so that ranks and accumulation steps
 of unequal share count each token once.
 
-Shapes: T tokens of a pack, S of them followed by a supervised token, H hidden, V vocabulary.
+Shapes: T tokens of a pack, S of them followed by a supervised token, C rows of a chunk, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,23 +11,158 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-__all__ = ["PackedLoss"]
+__all__ = ["CHUNK_ROWS", "HeadLoss", "PackedLoss", "chunked_nll", "plain_head"]
+
+CHUNK_ROWS = 512
+"""Rows of logits that exist at a time: 512 × 32,064 in float32 are 63 MiB."""
+
+
+class _ChunkedNll(torch.autograd.Function):
+    """Loss and gradients chunk by chunk in the forward pass, so that the logits of one chunk are all that ever exist.
+
+    The loss is the end of the graph: its gradient with respect to the hidden rows is known as soon as the logits
+    are, up to the scalar that backward brings.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_SH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        target_S: Tensor,
+        chunk_rows: int,
+        wanted: tuple[bool, bool, bool],
+    ) -> Tensor:
+        nll = torch.zeros((), dtype=torch.float32, device=hidden_SH.device)
+        grad_hidden_SH = torch.empty_like(hidden_SH) if wanted[0] else None
+        # float32 sums: chunks are added up, and 16 bits would lose the small ones
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wanted[1] else None
+        grad_bias_V = torch.zeros_like(weight_VH[:, 0], dtype=torch.float32) if wanted[2] else None
+        for start in range(0, hidden_SH.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            hidden_CH, target_C1 = hidden_SH[rows], target_S[rows, None]
+            logits_CV = F.linear(hidden_CH, weight_VH, bias_V).float()
+            logsumexp_C1 = torch.logsumexp(logits_CV, dim=-1, keepdim=True)
+            nll += (logsumexp_C1 - logits_CV.gather(1, target_C1)).sum()
+            if not any(wanted):
+                continue
+            grad_CV = logits_CV.sub_(logsumexp_C1).exp_()
+            grad_CV.scatter_add_(1, target_C1, grad_CV.new_full((1, 1), -1.0).expand_as(target_C1))
+            grad_CV = grad_CV.to(weight_VH.dtype)
+            if grad_hidden_SH is not None:
+                torch.mm(grad_CV, weight_VH, out=grad_hidden_SH[rows])
+            if grad_weight_VH is not None and weight_VH.dtype == torch.float32:
+                grad_weight_VH.addmm_(grad_CV.T, hidden_CH)
+            elif grad_weight_VH is not None:
+                grad_weight_VH += grad_CV.T @ hidden_CH
+            if grad_bias_V is not None:
+                grad_bias_V += grad_CV.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(grad_hidden_SH, grad_weight_VH, grad_bias_V)
+        ctx.weight_dtype = weight_VH.dtype
+        return nll
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_SH, weight_VH, bias_V = ctx.saved_tensors
+        return (
+            None if hidden_SH is None else hidden_SH * grad.to(hidden_SH.dtype),
+            None if weight_VH is None else (weight_VH * grad).to(ctx.weight_dtype),
+            None if bias_V is None else (bias_V * grad).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def chunked_nll(
+    hidden_SH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_S: Tensor, chunk_rows: int = CHUNK_ROWS
+) -> Tensor:
+    """`cross_entropy(linear(hidden, weight, bias).float(), target, reduction="sum")`, a float32 scalar, in chunks.
+
+    Values, gradients and dtypes are those of the plain call, under autocast too. Memory beside the arguments and
+    their gradients is that of one chunk of logits. Not twice differentiable.
+    """
+    kind = hidden_SH.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        hidden_SH, weight_VH = hidden_SH.to(dtype), weight_VH.to(dtype)
+        bias_V = None if bias_V is None else bias_V.to(dtype)
+    grads = torch.is_grad_enabled()
+    wanted = (
+        grads and hidden_SH.requires_grad,
+        grads and weight_VH.requires_grad,
+        grads and bias_V is not None and bias_V.requires_grad,
+    )
+    nll: Tensor = _ChunkedNll.apply(hidden_SH, weight_VH, bias_V, target_S, chunk_rows, wanted)  # type: ignore[no-untyped-call]
+    return nll
+
+
+def plain_head(head: nn.Module) -> tuple[nn.Linear | None, str]:
+    """The `nn.Linear` whose weight is all that `head` computes with, or None; and the reason, to be shown.
+
+    A head trained in full (`modules_to_save`) counts. LoRA or quantisation on the head, or a forward hook on it, does
+    more than its weight says: then the module itself has to be called.
+    """
+    if isinstance(head, ModulesToSaveWrapper):
+        active = head.active_adapters
+        if head.disable_adapters or not any(name in head.modules_to_save for name in active):
+            head = head.original_module
+        elif len(active) == 1:
+            head = head.modules_to_save[active[0]]
+    if type(head) is not nn.Linear:
+        return None, f"lm_head is a {type(head).__module__.split('.')[0]} {type(head).__name__}, no plain nn.Linear"
+    return head, "lm_head is a plain nn.Linear"
+
+
+def _is_whole(linear: nn.Linear) -> bool:
+    """Whether this rank holds all of the weight now. FSDP2 and ZeRO-3 gather it for this forward, or it is a shard."""
+    weight: Any = linear.weight
+    return tuple(weight.shape) == (linear.out_features, linear.in_features) and not hasattr(weight, "device_mesh")
+
+
+class HeadLoss(nn.Module):
+    """`lm_head` and cross-entropy, in chunks where the head is plain, else through the head's own forward.
+
+    It owns no parameters. It is a module because ZeRO-3 gathers the weight that a forward pass touches for the
+    time of that pass: here it is released right after, and not held during the whole model's.
+    """
+
+    def __init__(self, chunk_rows: int = CHUNK_ROWS) -> None:
+        super().__init__()
+        self.chunk_rows = chunk_rows
+
+    def forward(self, hidden_SH: Tensor, target_S: Tensor, head: nn.Module) -> Tensor:
+        """The summed negative log likelihood of `target_S`, a float32 scalar."""
+        linear, _ = plain_head(head)
+        if linear is not None and _is_whole(linear):
+            return chunked_nll(hidden_SH, linear.weight, linear.bias, target_S, self.chunk_rows)
+        return F.cross_entropy(head(hidden_SH).float(), target_S, reduction="sum")
 
 
 class PackedLoss(nn.Module):
     """The module that is wrapped and sharded: a PEFT model (or a plain one) whose forward gives the loss."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, chunk_rows: int = CHUNK_ROWS) -> None:
         super().__init__()
         self.model = model
+        self.head_loss = HeadLoss(chunk_rows)
 
     @property
     def config(self) -> Any:
         return self.model.config
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model inside."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def forward(
         self,
@@ -44,7 +179,7 @@ class PackedLoss(nn.Module):
         `predict_S` indexes the positions whose next token is supervised; `positions_T` restart with each document;
         `lengths` are the documents' lengths and `cu_seqlens` their running sum, from 0.
         """
-        causal_lm: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        causal_lm = self.causal_lm
         hidden_TH = causal_lm.model(
             input_ids=ids_T[None],
             position_ids=positions_T[None],
@@ -52,5 +187,5 @@ class PackedLoss(nn.Module):
             cu_seqlens=cu_seqlens,
             lengths=tuple(lengths),
         ).last_hidden_state[0]
-        logits_SV = causal_lm.lm_head(hidden_TH[predict_S])
-        return F.cross_entropy(logits_SV.float(), target_S, reduction="sum")
+        loss: Tensor = self.head_loss(hidden_TH.index_select(0, predict_S), target_S, causal_lm.lm_head)
+        return loss

@@ -230,18 +230,17 @@ def zero(stage: int, kind: str, offload: bool = False, bf16: bool = False) -> di
             "steps_per_print": 10**9,
         },
     )
-    frozen = [p for p in engine.parameters() if not p.requires_grad]
     if bf16:
         return _zero_bf16(engine)
     if stage == 3:
-        _forbid_gathering(frozen)
+        _forbid_frozen(list(engine.parameters()))
     facts = check_gather(engine, kind, 1)
     _set_zero(engine, 2)
     facts |= check_gather(engine, kind, 2)
     if stage == 3:
         assert all(p.ds_status.name == "NOT_AVAILABLE" for p in engine.parameters()), "a tensor stayed whole"
-        _allow_gathering(frozen)
         facts["fallback"] = _zero_fallback(engine, kind)
+        _allow_frozen(list(engine.parameters()))
     engine.backward(engine(torch.arange(12).reshape(1, 12)))
     engine.step()
     tensors, stats = gather_adapter_with_stats(engine)
@@ -270,19 +269,24 @@ def _set_zero(engine: Any, seed: int) -> None:
                 param.copy_(seeded(name, param.shape, seed))
 
 
-def _forbid_gathering(frozen: list[Any]) -> None:
-    """DeepSpeed hangs its gather on each parameter: on the frozen ones it now raises."""
+def _forbid_frozen(params: list[Any]) -> None:
+    """DeepSpeed hangs its gather of a list of parameters on each one: a frozen one in the list now raises."""
 
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("a frozen parameter was gathered")
+    def watch(gather: Any) -> Any:
+        def checked(param_list: Any = None, *rest: Any, **options: Any) -> Any:
+            assert param_list is not None
+            assert all(p.requires_grad for p in param_list), "a frozen parameter was gathered"
+            return gather(param_list, *rest, **options)
 
-    for param in frozen:
+        return checked
+
+    for param in params:
         param.kept = (param.all_gather, param.all_gather_coalesced)
-        param.all_gather = param.all_gather_coalesced = refuse
+        param.all_gather, param.all_gather_coalesced = watch(param.all_gather), watch(param.all_gather_coalesced)
 
 
-def _allow_gathering(frozen: list[Any]) -> None:
-    for param in frozen:
+def _allow_frozen(params: list[Any]) -> None:
+    for param in params:
         param.all_gather, param.all_gather_coalesced = param.kept
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,11 @@ def clean_environment() -> dict[str, str]:
 
 
 def launch(
-    config: str | None, folder: Path, *overrides: str, options: tuple[str, ...] = ()
+    config: str | None,
+    folder: Path,
+    *overrides: str,
+    options: tuple[str, ...] = (),
+    more: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """One run through `accelerate launch` with a shipped config, or without a launcher."""
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
@@ -43,7 +47,13 @@ def launch(
     again = () if "--resume" in overrides else ("--overwrite",)
     command = [*start, "-m", "phi3_dist", "train", RUN, *SAME, f"save.folder={folder}", *again, *overrides]
     return subprocess.run(
-        command, cwd=REPO, env=clean_environment(), text=True, capture_output=True, timeout=220, check=False
+        command,
+        cwd=REPO,
+        env={**clean_environment(), **(more or {})},
+        text=True,
+        capture_output=True,
+        timeout=220,
+        check=False,
     )
 
 
@@ -120,9 +130,20 @@ def test_tied_embeddings_survive_sharding(config: str, tmp_path: Path, deepspeed
     compare(tmp_path / "two", tmp_path / "one")
 
 
-@pytest.mark.parametrize("config", ["cpu_2", "zero2"])
-def test_qlora_on_two_processes_gives_one_process_numbers(config: str, tmp_path: Path, deepspeed_ops: Path) -> None:
-    overrides = (f"model.source={tiny_base(tmp_path / 'base')}", "model.quantization=nf4")
+@pytest.mark.parametrize(
+    ("quantization", "config"),
+    [
+        ("nf4", "cpu_2"),
+        ("nf4", "zero2"),
+        pytest.param("nf4", "zero1", marks=pytest.mark.full),
+        pytest.param("int8", "cpu_2", marks=pytest.mark.full),
+        pytest.param("int8", "zero2", marks=pytest.mark.full),
+    ],
+)
+def test_a_quantised_base_on_two_processes_gives_one_process_numbers(
+    quantization: str, config: str, tmp_path: Path, deepspeed_ops: Path
+) -> None:
+    overrides = (f"model.source={tiny_base(tmp_path / 'base')}", f"model.quantization={quantization}")
     for name, kind, options in (("one", None, ()), ("two", config, ("--num_processes", "2"))):
         done = launch(kind, tmp_path / name, *overrides, options=options)
         assert done.returncode == 0, done.stderr
@@ -218,6 +239,18 @@ def test_two_processes_that_came_up_as_one_are_refused_with_both_numbers(tmp_pat
     assert "2 processes were asked for" in done.stderr
     assert "one of 1" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_of_a_killed_build_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (0, 0))
+    more = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    done = launch("zero2", tmp_path / "run", options=("--num_processes", "2"), more=more)
+    assert done.returncode != 0
+    assert f"{lock}: a killed build left this lock" in done.stderr
+    assert f"rm {lock}" in done.stderr
 
 
 def test_a_rank_that_dies_ends_the_others_and_leaves_no_process(tmp_path: Path) -> None:
