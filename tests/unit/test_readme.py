@@ -30,7 +30,7 @@ RUN_ELSEWHERE = {
     "make setup": "Makefile: setup",  # this session runs in what it made
     ". .venv/bin/activate": "Makefile: setup",
     "make test": "Makefile: test",  # this session
-    "make demo": "Makefile: demo",  # minutes
+    "make demo": "tests/ranks/test_demo.py::test_the_demo_learns_the_tickets",  # minutes
     ".venv/bin/pre-commit install": "tests/unit/test_house.py::test_hooks_run_the_tools_of_the_virtual_environment",
 }
 
