@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 __all__ = ["Metrics", "Tracker"]
 
@@ -35,14 +36,14 @@ class Metrics:
         self._file = path.open("a", encoding="utf-8") if active else None
         self._progress: Progress | None = None
         if active and self.console.is_terminal:
+            # a bar only where there is room for one beside the numbers
+            bar = [BarColumn(bar_width=20)] if self.console.width >= 100 else []
             self._progress = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
-                BarColumn(bar_width=24),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
+                *bar,
+                TextColumn("{task.description}  left", table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(compact=True),
                 console=self.console,
                 auto_refresh=False,
                 redirect_stdout=False,
@@ -83,13 +84,12 @@ class Metrics:
             return
         row = {"kind": "train", **row, "elapsed_s": round(time.perf_counter() - self.started, 3)}
         self._write(row)
-        text = (
-            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  |g| {row['grad_norm']:.3f}  "
-            f"{row['supervised_tokens_per_s']:,.0f} supervised tok/s"
-        )
+        loss, speed = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}", f"{row['supervised_tokens_per_s']:,.0f}"
         if self._progress is not None:
+            text = f"{loss}  {speed} supervised tok/s"
             self._progress.update(self._task, completed=row["step"], description=text, refresh=True)
             return
+        text = f"{loss}  |g| {row['grad_norm']:.3f}  {speed} supervised tok/s"
         done, elapsed = row["step"], row["elapsed_s"]
         left = elapsed / done * (self.total - done)
         self.say(f"step {done}/{self.total}  {text}  left {left:.0f} s")
