@@ -20,8 +20,8 @@ from phi3_dist.config.load import config_hash, resolved_yaml
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Order, Prepared, prepare
 from phi3_dist.errors import DataError, Problem, TrainingError
-from phi3_dist.modeling.base import Base, find_base
-from phi3_dist.modeling.lora import count_parameters
+from phi3_dist.modeling.base import Base, find_base, meta_model
+from phi3_dist.modeling.lora import count_parameters, peft_config
 from phi3_dist.modeling.tokenizer import load_tokenizer
 from phi3_dist.planning.plan import LaunchFacts, MachineFacts, make_plan
 from phi3_dist.training.agree import agree
@@ -252,6 +252,7 @@ def train(
     folder, cache = RunFolder(Path(cfg.save.folder)), cache or cache_folder()
     check_trackers(cfg.log.trackers)
     base = find_base(cfg.model.source, cfg.model.revision)
+    peft_config(meta_model(base, torch.float32), cfg.lora, base.source)  # wrong targets are said before all else
     plan = make_plan(cfg, machine, launch, family_or_shape=base.config.to_dict())
     tokenizer, prepared = _prepare(cfg, cache)
     if resume and folder.finished():

@@ -68,6 +68,19 @@ def test_resume_on_the_same_topology_is_bit_for_bit(strategy: str | None, tmp_pa
     same_bits(again, tmp_path / "whole")
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_resume_in_bf16_is_bit_for_bit_too(strategy: str | None, tmp_path: Path, deepspeed_ops: Path) -> None:
+    """Where the weights that train are rounded copies of float32 masters."""
+    overrides = (*SAVES, "lora.dropout=0.1", "model.precision=bf16")
+    done = launch(strategy, tmp_path / "whole", *overrides, options=options_of(strategy))
+    assert done.returncode == 0, done.stderr
+    again = interrupted(tmp_path / "whole", tmp_path / "again")
+    done = launch(strategy, again, *overrides, "--resume", options=options_of(strategy))
+    assert done.returncode == 0, done.stderr
+    same_bits(again, tmp_path / "whole")
+
+
 CHAINS = (("zero3", "cpu_2"), ("cpu_2", "fsdp2"), ("fsdp2", "zero2"), ("zero2", None), (None, "zero3"))
 
 
