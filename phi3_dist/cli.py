@@ -139,6 +139,29 @@ def data_show(
     Console(soft_wrap=True, highlight=False).print(show(cfg.data, tokenizer, rows))
 
 
+@app.command("prepare")
+def prepare_run(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Do what a run needs before a GPU is held: download the base, tokenize and pack the data, hash the weights."""
+    from phi3_dist.config.load import load_run
+
+    cfg = load_run(run_file, overrides or ())
+    from phi3_dist.data.batches import prepare
+    from phi3_dist.modeling.base import find_base
+    from phi3_dist.modeling.tokenizer import load_tokenizer
+    from phi3_dist.training.folder import cache_folder
+    from phi3_dist.training.resume import base_fingerprint
+
+    base = find_base(cfg.model.source, cfg.model.revision)
+    tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.source, cfg.model.revision)
+    data = prepare(cfg.data, tokenizer, cache_folder())
+    base_fingerprint(base, cache_folder())
+    typer.echo(f"base   {base.folder or base.source}")
+    held_out = len(data.validation.packs) if data.validation else 0
+    typer.echo(f"data   {len(data.train.packs)} packs to train on, {held_out} held out, in {cache_folder()}")
+    for notice in data.notices:
+        typer.echo(f"       {notice}")
+
+
 @app.command()
 def report(run_folder: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]) -> None:
     """Draw the curves and the page of a run, also of one that is still running."""
@@ -209,8 +232,19 @@ def slurm(
     constraint: Annotated[str | None, typer.Option()] = None,
     container_image: Annotated[str | None, typer.Option(help="Image for srun's pyxis plugin.")] = None,
     env_file: Annotated[str | None, typer.Option(help="Shell file that every node sources first.")] = None,
+    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE to export. May be repeated.")] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="CPUs a node, for all its processes.")] = None,
+    mem: Annotated[str | None, typer.Option(help="Memory a node, in Slurm's form: 64G.")] = None,
+    exclusive: Annotated[bool, typer.Option("--exclusive", help="Whole nodes.")] = False,
+    master: Annotated[str | None, typer.Option(help="Address of the first node; else it is looked up.")] = None,
     directive: Annotated[list[str] | None, typer.Option(help="One more #SBATCH line, as --name=value.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after a time limit, a preemption or a lost node, as the same job.")
+    ] = False,
+    slack: Annotated[int, typer.Option(help="Seconds before the time limit at which to save and stop.")] = 180,
+    max_requeues: Annotated[int, typer.Option(help="How often the job may start again, with --resume.")] = 3,
     array: Annotated[list[str] | None, typer.Option(help="A sweep: key.path=value,value. May be repeated.")] = None,
+    chain: Annotated[int, typer.Option(help="Jobs that go on one from another, for runs beyond a time limit.")] = 1,
     script: Annotated[Path | None, typer.Option(help="Where to write the script.")] = None,
     submit: Annotated[bool, typer.Option("--submit", help="Hand it to Slurm.")] = False,
 ) -> None:
@@ -219,9 +253,10 @@ def slurm(
 
     from phi3_dist.config.load import load_run
     from phi3_dist.machine.cluster import slurm_command
-    from phi3_dist.planning.slurm import SlurmJob, SlurmTopology, parse_sweep
+    from phi3_dist.planning.slurm import SlurmJob, SlurmTopology, parse_env, parse_sweep
 
-    job = SlurmJob.of(load_run(run_file, overrides or ()), str(run_file), overrides or ())
+    arguments = [*(overrides or ()), *(["--resume"] if resume else [])]
+    job = SlurmJob.of(load_run(run_file, overrides or ()), str(run_file), arguments)
     topology = SlurmTopology(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
@@ -234,11 +269,86 @@ def slurm(
         constraint=constraint,
         container_image=container_image,
         env_file=env_file,
+        env=parse_env(env or ()),
+        cpus_per_task=cpus_per_task,
+        mem=mem,
+        exclusive=exclusive,
+        master=master,
+        slack_s=slack,
+        max_requeues=max_requeues,
         directives=tuple(directive or ()),
     )
     job = replace(job, sweep=parse_sweep(array)) if array else job
-    for line in slurm_command(job, topology, script=script, submit=submit).lines():
+    for line in slurm_command(job, topology, script=script, submit=submit, chain=chain).lines():
         typer.echo(line)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="A script, notebook, JSON or YAML of another tool.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run file to write; else printed.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Devices that the recipe was meant for.")] = 1,
+) -> None:
+    """Make a run file of another tool's recipe, and say of each key what became of it. Nothing of it is run."""
+    from rich.console import Console
+
+    from phi3_dist.config.importing import findings_table, import_run
+
+    imported = import_run(source, devices=devices)
+    Console(stderr=True).print(findings_table(imported))
+    if output is None:
+        typer.echo(imported.run_yaml, nl=False)
+    elif output.exists():
+        raise ConfigError(Problem(str(output), "exists", "give another name"))
+    else:
+        output.write_text(imported.run_yaml, encoding="utf-8")
+
+
+@app.command()
+def lint(source: Annotated[Path, typer.Argument(help="A script, notebook, JSON or YAML of another tool.")]) -> None:
+    """Report the known faults of a recipe: Llama targets, "32000" as text, fp16 weights, naive packing, …"""
+    from rich.console import Console
+
+    from phi3_dist.config.faults import faults, faults_table
+
+    found = faults(source)
+    Console().print(faults_table(found))
+    if found:
+        raise typer.Exit(ConfigError.exit_code)
+
+
+@app.command()
+def convert(
+    direction: Annotated[str, typer.Argument(help="loralib-to-peft or peft-to-loralib.", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="loralib file, or PEFT adapter folder.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="What to write.", show_default=False)],
+    alpha: Annotated[list[str] | None, typer.Option(help="32, or module=8; a loralib file does not hold it.")] = None,
+    enable_lora: Annotated[
+        list[str] | None, typer.Option(help="Groups of a MergedLinear: module=true,false,true.")
+    ] = None,
+    kinds: Annotated[list[str] | None, typer.Option(help="module=linear, embedding or conv2d.")] = None,
+    r: Annotated[int | None, typer.Option(min=1, help="Rank of each group of a MergedLinear.")] = None,
+    base_config: Annotated[Path | None, typer.Option(help="config.json of the base, or its folder.")] = None,
+    base_name: Annotated[str | None, typer.Option(help="Base model that the adapter's config names.")] = None,
+) -> None:
+    """Convert an adapter between loralib and PEFT, exactly or not at all."""
+    from phi3_dist.adapters.loralib_files import by_module, convert_file
+
+    words = by_module(alpha=alpha or (), enable_lora=enable_lora or (), kinds=kinds or ())
+    done = convert_file(
+        source,
+        target,
+        direction,
+        alpha=words.alpha,
+        enable_lora=words.enable_lora,
+        kinds=words.kinds,
+        r=r,
+        base_config=base_config,
+        base_name=base_name,
+    )
+    for note in done.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"written: {done.target} ({done.tensors} tensors)")
 
 
 @app.command()

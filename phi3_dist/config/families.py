@@ -19,6 +19,9 @@ __all__ = [
     "FAMILIES",
     "LINEARS",
     "FUSED_TARGETS",
+    "PRESETS",
+    "Preset",
+    "preset_for",
     "recognise",
     "refuse_unsupported",
     "check_targets",
@@ -166,6 +169,40 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("Phi-4", ("microsoft/phi-4",), _PHI4, None, "plain", 16384, 16384),
 )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Where to start with a variant: fields of the run file that its structure speaks for."""
+
+    targets: tuple[str, ...]
+    """`lora.targets`."""
+    pack_length: int
+    """`data.pack_length`, tokens."""
+    precision: str
+    """`model.precision`: what the published weights are stored in."""
+    reason: str
+
+
+_SHORT = Preset(LINEARS, 2048, "bf16", "half of its 4096 positions, about its attention window of 2047")
+_LONG = Preset(
+    LINEARS, 4096, "bf16", "as long as LongRoPE's short factors hold: short and long prompts keep one regime"
+)
+PRESETS: Mapping[str, Preset] = {
+    "mini-4k": _SHORT,
+    "mini-128k and 3.5-mini": _LONG,
+    "medium-4k": _SHORT,
+    "medium-128k": _LONG,
+    "Phi-4-mini": _LONG,
+    "Phi-4": Preset(LINEARS, 4096, "bf16", "a quarter of its 16384 positions; it has no attention window"),
+}
+"""By the family's name. Longer packs are allowed up to `max_positions`; `phi3-dist plan` says whether they fit."""
+
+
+def preset_for(hub_id: str) -> Preset | None:
+    """The preset of a model that is named by its hub id, or None where that is not one of the family's."""
+    name = next((family.name for family in FAMILIES if hub_id.lower() in map(str.lower, family.hub_ids)), None)
+    return PRESETS[name] if name is not None else None
 
 
 def _rope_kind(hf_config: Mapping[str, Any]) -> str:

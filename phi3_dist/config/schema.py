@@ -47,11 +47,40 @@ class ModelConfig(Section):
     """Folder of an existing LoRA adapter to train on from. The `lora` section must then agree with it."""
 
 
+class DataSource(Section):
+    path: StrictStr
+    """A file, a folder or a hub id, as in `data.train`."""
+    weight: Annotated[Real, Field(gt=0)] = 1.0
+    """How often its rows count: 2 repeats each, 0.25 takes a quarter of them, chosen by a hash of the row."""
+
+
+class ColumnsConfig(Section):
+    """The columns that the keys of a format are read from, where they have other names."""
+
+    messages: StrictStr = "messages"
+    """`messages`: the list of role and content."""
+    conversations: StrictStr = "conversations"
+    """`sharegpt`: the list of from and value."""
+    instruction: StrictStr = "instruction"
+    """`alpaca`: the question."""
+    input: StrictStr = "input"
+    """`alpaca`: what stands under the question; may be missing or empty."""
+    output: StrictStr = "output"
+    """`alpaca`: the answer."""
+    prompt: StrictStr = "prompt"
+    """`prompt_completion`: the question, a text or a list of messages."""
+    completion: StrictStr = "completion"
+    """`prompt_completion`: the answer, of the same kind as the prompt."""
+    system: StrictStr = "system"
+    """Every format but `messages`: the system message; may be missing or empty."""
+
+
 class DataConfig(Section):
-    train: StrictStr | tuple[StrictStr, ...]
-    """Rows: a JSONL or Parquet file, a folder of either, or a hub id. Several are read one after the other."""
+    train: StrictStr | tuple[StrictStr | DataSource, ...]
+    """Rows: a file (JSONL, JSON, CSV, each also .gz or .zst; Parquet), a folder of them, a folder of `save_to_disk`,
+    or a hub id. Several are read one after the other; `{path, weight}` counts a source's rows more or less often."""
     validation: StrictStr | tuple[StrictStr, ...] | None = None
-    """Held-out rows, as `train`. Without it, `validation_share` of the training rows is split off."""
+    """Held-out rows, as `train` but without weights. Without it, `validation_share` of the training rows is used."""
     validation_share: Share = 0.05
     """Share of prompts held out, chosen by a hash of the prompt, so that equal prompts stay together. 0: none."""
     split: StrictStr = "train"
@@ -62,14 +91,19 @@ class DataConfig(Section):
     """Revision of a hub data set."""
     pack_length: Annotated[StrictInt, Field(ge=16)] = 2048
     """Tokens in a pack at most. Packs hold whole rows, without padding."""
-    on_long_row: Literal["error", "drop"] = "error"
-    """A row longer than `pack_length`: stop, or drop and count it. Nothing is cut in silence."""
+    on_long_row: Literal["error", "drop", "cut_turn"] = "error"
+    """A row longer than `pack_length`: stop, drop it, or cut it after the last learned answer that fits (and drop it
+    where none does). Dropped and cut rows are counted and named; nothing is cut in silence."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """A row that cannot be used: stop and name all of them, or skip, count and list them."""
     supervise: Literal["all", "last"] = "all"
     """Which assistant turns are learned: every one, or the last. A message with `weight: 0` never is."""
     max_rows: Count | None = None
-    """Use only the first n training rows (before the split). For trying things."""
+    """Use only the first n training rows (before the split and the weights). For trying things."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
+    """What a row looks like. `auto`: that of the first good row of each source; anything but messages is shown."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Names of the columns that rows are read from, such as `{prompt: question, completion: answer}`."""
 
 
 class LoraConfig(Section):
@@ -121,6 +155,8 @@ class TrainConfig(Section):
     """Packs in one forward pass of one rank, joined into one ragged row."""
     eval_every: Annotated[StrictInt, Field(ge=0)] = 0
     """Steps between two measurements of the held-out loss. 0: only at the end."""
+    max_bad_steps: Count = 3
+    """A step whose loss or gradient is no finite number is skipped; the run stops at this many in a row."""
     seed: Annotated[StrictInt, Field(ge=0)] = 0
     """Seed of the adapter's start, the order of packs and dropout."""
     shuffle: StrictBool = True

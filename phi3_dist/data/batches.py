@@ -25,10 +25,11 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.chat import ChatFormat, Encoded, encode_rows
+from phi3_dist.data.chat import ChatFormat, encode_blocks
 from phi3_dist.data.packing import best_fit
+from phi3_dist.data.readers import content_hash
 from phi3_dist.data.rows import TokenRows, rename
-from phi3_dist.data.sources import BadRow, Chat, HubSet, locate, problems_of, read_chats
+from phi3_dist.data.sources import BadRow, Chat, HubSet, locate, names_of, problems_of, read_chats
 from phi3_dist.errors import DataError, Problem
 from phi3_dist.modeling.tokenizer import tokenizer_hash
 
@@ -68,6 +69,7 @@ class Packs:
 def make_packs(rows: TokenRows, pack_length: int, on_long_row: str) -> tuple[Packs, list[str]]:
     """Pack whole rows, best fit; also the places of the rows that are too long, which are then not in `Packs.rows`.
 
+    With `on_long_row: cut_turn`, `rows` should have gone through `TokenRows.cut`: what is too long here is dropped.
     Raises DataError naming each long row with its length (`on_long_row: error`), or where no row is left.
     """
     long = np.flatnonzero(rows.lengths > pack_length)
@@ -75,7 +77,10 @@ def make_packs(rows: TokenRows, pack_length: int, on_long_row: str) -> tuple[Pac
         named = [Problem(rows.places[i], f"{rows.lengths[i]:,} tokens") for i in long[:_SHOWN_AT_MOST]]
         rest = f"and {len(long) - len(named):,} more; " if len(long) > len(named) else ""
         what = f"{rest}{len(long):,} of {len(rows):,} rows are longer than data.pack_length: {pack_length:,} tokens"
-        fix = f"data.pack_length: {int(rows.lengths.max())} holds them all; data.on_long_row: drop leaves them out"
+        fix = (
+            f"data.pack_length: {int(rows.lengths.max())} holds them all; data.on_long_row: drop leaves them out, "
+            "cut_turn cuts them after an answer"
+        )
         raise DataError(*named, Problem("data", what, fix))
     dropped = [rows.places[i] for i in long]
     if len(long) == len(rows):
@@ -212,7 +217,9 @@ class Prepared:
     skipped: tuple[BadRow, ...]
     """Rows that can't be used (`on_bad_row: skip`)."""
     dropped: tuple[str, ...]
-    """Places of rows longer than a pack (`on_long_row: drop`)."""
+    """Places of rows longer than a pack (`on_long_row: drop`, or `cut_turn` where no answer fits)."""
+    cut: tuple[str, ...]
+    """Places of rows cut after an answer to fit a pack (`on_long_row: cut_turn`)."""
     notices: tuple[str, ...]
     fingerprint: str
     """The training packs' fingerprint: what the batch of a step depends on."""
@@ -243,21 +250,41 @@ def prepare(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: Path
         tokens, cached = _encode_all(cfg, tokenizer), False
     else:
         tokens, cached = _through_cache(cfg, tokenizer, cache_dir)
-    train, dropped = make_packs(tokens.train, cfg.pack_length, cfg.on_long_row)
+    train, dropped, cut = _pack(tokens.train, cfg)
     validation = None
     if len(tokens.validation):
-        validation, dropped_held = make_packs(tokens.validation, cfg.pack_length, cfg.on_long_row)
-        dropped += dropped_held
+        validation, dropped_held, cut_held = _pack(tokens.validation, cfg)
+        dropped, cut = dropped + dropped_held, cut | cut_held
     return Prepared(
         train=train,
         validation=validation,
         skipped=tokens.skipped,
         dropped=tuple(dropped),
-        notices=tokens.notices,
+        cut=tuple(cut),
+        notices=(*tokens.notices, *_cut_notice(cut)),
         fingerprint=train.fingerprint,
         seconds=time.perf_counter() - began,
         cached=cached,
     )
+
+
+def _pack(rows: TokenRows, cfg: DataConfig) -> tuple[Packs, list[str], dict[str, str]]:
+    """The packs, the places of dropped rows, and for the place of each cut row what was cut."""
+    cut: dict[str, str] = {}
+    if cfg.on_long_row == "cut_turn":
+        before = rows
+        rows, which = rows.cut(cfg.pack_length)
+        cut = {rows.places[i]: f"{before.lengths[i]:,} to {rows.lengths[i]:,} tokens" for i in which}
+    packs, dropped = make_packs(rows, cfg.pack_length, cfg.on_long_row)
+    return packs, dropped, cut
+
+
+def _cut_notice(cut: dict[str, str]) -> list[str]:
+    if not cut:
+        return []
+    named = "; ".join(f"{place}: {what}" for place, what in list(cut.items())[:_SHOWN_AT_MOST])
+    rest = f"; and {len(cut) - _SHOWN_AT_MOST:,} more" if len(cut) > _SHOWN_AT_MOST else ""
+    return [f"{len(cut):,} rows longer than data.pack_length end after the last answer that fits: {named}{rest}"]
 
 
 def _encode_all(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast) -> _Tokens:
@@ -270,7 +297,7 @@ def _encode_all(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast) -> _Tokens:
         raise DataError(*problems_of(bad))
     if not len(train):
         raise DataError(Problem("data", "supervises nothing: no training row can be used"), *problems_of(bad)[:-1])
-    notices = list(fmt.notices)
+    notices = [*fmt.notices, *chats.notices]
     with_system = sum(chat.messages[0].role == "system" for chat in (*chats.train, *chats.validation))
     if fmt.system == "dropped" and with_system:
         notices.append(f"{with_system:,} rows have a system message that is lost that way")
@@ -282,15 +309,13 @@ def _encode_all(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast) -> _Tokens:
 def _encode(
     chats: Sequence[Chat], fmt: ChatFormat, tokenizer: PreTrainedTokenizerFast, cfg: DataConfig
 ) -> tuple[TokenRows, list[BadRow]]:
-    """In chunks, so that Python's ids, ten times the size of numpy's, exist for a few thousand rows at a time."""
     parts: list[TokenRows] = []
     bad: list[BadRow] = []
-    for start in range(0, len(chats), _ROWS_AT_A_TIME):
-        chunk = chats[start : start + _ROWS_AT_A_TIME]
-        pairs = list(zip(chunk, encode_rows(fmt, tokenizer, chunk, cfg.supervise), strict=True))
-        bad += [row for _, row in pairs if isinstance(row, BadRow)]
-        good = [(chat, row) for chat, row in pairs if isinstance(row, Encoded)]
-        parts.append(TokenRows.of([row for _, row in good], [chat.place for chat, _ in good]))
+    for chunk, block in encode_blocks(fmt, tokenizer, chats, cfg.supervise, _ROWS_AT_A_TIME):
+        bad += [BadRow(chat.place, reason) for chat, reason in zip(chunk, block.reasons, strict=True) if reason]
+        rows = TokenRows(block.ids, block.supervised, block.offsets, tuple(chat.place for chat in chunk))
+        good = np.array([i for i, reason in enumerate(block.reasons) if not reason], dtype=np.int64)
+        parts.append(rows if len(good) == len(chunk) else rows.select(good))
     return TokenRows.join(parts), bad
 
 
@@ -318,7 +343,7 @@ def _cache_key(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast) -> str:
     """sha256 over what decides the tokens. Packing is no part of it: it is done anew each time."""
     settings = cfg.model_dump(mode="json", exclude={"pack_length", "on_long_row"})
     parts: list[Any] = [CACHE_FORMAT, settings, tokenizer_hash(tokenizer)]
-    parts += [_source_hash(s) for s in locate(cfg.train, cfg.split, cfg.revision, "data.train")]
+    parts += [_source_hash(s) for s in locate(names_of(cfg.train), cfg.split, cfg.revision, "data.train")]
     if cfg.validation:
         held = locate(cfg.validation, cfg.validation_split, cfg.revision, "data.validation")
         parts += [_source_hash(s) for s in held]
@@ -329,11 +354,7 @@ def _source_hash(source: Path | HubSet) -> list[str]:
     if isinstance(source, HubSet):
         # `datasets` names its own cache by this; there is no public way to ask for it
         return [source.name, str(source.load()._fingerprint)]
-    try:
-        with source.open("rb") as file:
-            return [source.name, hashlib.file_digest(file, "sha256").hexdigest()]
-    except OSError as error:
-        raise DataError(Problem(str(source), f"can't be read: {error.strerror}")) from error
+    return [source.name, content_hash(source)]
 
 
 def _store(tokens: _Tokens, folder: Path) -> None:

@@ -10,11 +10,15 @@ the newline after them, and offsets then point elsewhere.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 from jinja2 import TemplateError
+from numpy.typing import NDArray
 
 from phi3_dist.data.sources import BadRow, Chat, problems_of
 from phi3_dist.errors import DataError, Problem
@@ -22,7 +26,7 @@ from phi3_dist.errors import DataError, Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["ChatFormat", "Encoded", "encode_chats", "encode_rows"]
+__all__ = ["ChatFormat", "Encoded", "EncodedBlock", "encode_blocks", "encode_chats", "encode_rows"]
 
 Turn = dict[str, str]
 _SYSTEM: Turn = {"role": "system", "content": "zebra system probe"}
@@ -88,30 +92,16 @@ class ChatFormat:
         _prove(fmt, tokenizer)
         return fmt
 
-    def mask(self, ids: Sequence[int], chat: Chat, supervise: Literal["all", "last"]) -> list[bool] | str:
-        """For each id, whether it is learned; or why the ids don't have the form that the template promised."""
-        ends = [i for i, token in enumerate(ids) if token == self.end_of_turn]
-        has_system = chat.messages[0].role == "system"
-        turns = chat.messages[1:] if has_system else chat.messages
-        if len(ends) != len(turns) + (self.added_turns_with_system if has_system else self.added_turns):
-            return f"{len(ends)} turns after the template instead of {len(turns)}"
-        supervised = [False] * len(ids)
-        answers = [i for i, message in enumerate(turns) if message.role == "assistant"]
-        header = list(self.generation_prompt)
-        for i in answers if supervise == "all" else answers[-1:]:
-            k = i - len(turns) + len(ends)  # counted from the end: the template may have added turns in front
-            start = ends[k - 1] + 1
-            content = start + len(header)
-            if list(ids[start:content]) != header:
-                return (
-                    f"assistant turn {answers.index(i) + 1} begins with white space that merges with the template's "
-                    "own: remove it"
-                )
-            if turns[i].weight:
-                supervised[content : ends[k] + 1] = [True] * (ends[k] + 1 - content)
-        if self.final_end is not None and turns[-1].role == "assistant" and ids[-1] == self.final_end:
-            supervised[-1] = supervised[ends[-1]]
-        return supervised
+
+@dataclass(frozen=True, eq=False)
+class EncodedBlock:
+    """Many rows in three arrays: row i is ids[offsets[i]:offsets[i+1]], its mask the same slice of `supervised`."""
+
+    ids: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+    offsets: NDArray[np.int64]
+    reasons: list[str]
+    """For each row, why it can't be used; "" for a good one. The ids and mask of a bad row mean nothing."""
 
 
 def encode_chats(
@@ -135,27 +125,136 @@ def encode_rows(
     fmt: ChatFormat, tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat], supervise: Literal["all", "last"]
 ) -> list[Encoded | BadRow]:
     """As `encode_chats`, with a BadRow in the place of each row that can't be used."""
-    if not chats:
-        return []
-    control = _control_tokens(tokenizer)
-    reasons = [_refused(chat, fmt, control) for chat in chats]
-    good = [chat for chat, reason in zip(chats, reasons, strict=True) if not reason]
-    texts = [_render(tokenizer, [{"role": m.role, "content": m.content} for m in chat.messages]) for chat in good]
-    all_ids = iter(_batch_ids(tokenizer, texts))
     rows: list[Encoded | BadRow] = []
-    for chat, reason in zip(chats, reasons, strict=True):
-        if reason:
-            rows.append(BadRow(chat.place, reason))
-            continue
-        ids = next(all_ids)
-        mask = fmt.mask(ids, chat, supervise)
-        if isinstance(mask, str):
-            rows.append(BadRow(chat.place, mask))
-        elif not any(mask):
-            rows.append(BadRow(chat.place, f"supervises nothing (data.supervise: {supervise}, weight: 0)"))
-        else:
-            rows.append(Encoded(ids, mask))
+    for chunk, block in encode_blocks(fmt, tokenizer, chats, supervise, max(len(chats), 1)):
+        spans = pairwise(block.offsets.tolist())
+        for chat, reason, (start, end) in zip(chunk, block.reasons, spans, strict=True):
+            good = Encoded(block.ids[start:end].tolist(), block.supervised[start:end].tolist())
+            rows.append(BadRow(chat.place, reason) if reason else good)
     return rows
+
+
+def encode_blocks(
+    fmt: ChatFormat,
+    tokenizer: PreTrainedTokenizerFast,
+    chats: Sequence[Chat],
+    supervise: Literal["all", "last"],
+    rows_at_a_time: int,
+) -> Iterator[tuple[Sequence[Chat], EncodedBlock]]:
+    """As `encode_rows`, in blocks and arrays: the way for many rows.
+
+    While one block is tokenized, on all cores and outside the interpreter's lock, the next one is rendered.
+    """
+    control = _control_tokens(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # lengths are judged against data.pack_length, not against the tokenizer's own idea
+    backend.no_padding()
+
+    def tokenized(texts: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        found = [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        offsets = np.zeros(len(found) + 1, np.int64)
+        np.cumsum([len(ids) for ids in found], out=offsets[1:])
+        return np.fromiter(chain.from_iterable(found), np.int32, int(offsets[-1])), offsets
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting: tuple[Sequence[Chat], list[str], Future[tuple[NDArray[np.int32], NDArray[np.int64]]]] | None = None
+        for start in range(0, len(chats), rows_at_a_time):
+            chunk = chats[start : start + rows_at_a_time]
+            reasons = [_refused(chat, fmt, control) for chat in chunk]
+            texts = _render_all(tokenizer, chunk, reasons)
+            following = (chunk, reasons, pool.submit(tokenized, texts))
+            if waiting:
+                yield waiting[0], _masked(fmt, waiting[0], waiting[1], *waiting[2].result(), supervise=supervise)
+            waiting = following
+        if waiting:
+            yield waiting[0], _masked(fmt, waiting[0], waiting[1], *waiting[2].result(), supervise=supervise)
+
+
+def _render_all(tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat], reasons: list[str]) -> list[str]:
+    """The text of each row; an empty one for a row that is refused already."""
+    good = [
+        [{"role": m.role, "content": m.content} for m in chat.messages]
+        for chat, reason in zip(chats, reasons, strict=True)
+        if not reason
+    ]
+    if not good:
+        return [""] * len(chats)
+    try:
+        texts = iter(tokenizer.apply_chat_template(good, tokenize=False))
+    except TemplateError as error:
+        raise _unfit(f"it stops with {error}") from error
+    return ["" if reason else str(next(texts)) for reason in reasons]
+
+
+def _masked(
+    fmt: ChatFormat,
+    chats: Sequence[Chat],
+    refused: list[str],
+    ids_T: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    *,
+    supervise: Literal["all", "last"],
+) -> EncodedBlock:
+    """The mask of every row at once, and why a row's ids don't have the form that the template promised."""
+    reasons = list(refused)
+    ends = np.flatnonzero(ids_T == fmt.end_of_turn)
+    ends_before = np.searchsorted(ends, offsets)
+    answers, answered = _answers(fmt, chats, reasons, ends_before.tolist(), supervise=supervise)
+    row_A, number_A, end_A, weight_A = np.array(answers, dtype=np.int64).reshape(-1, 4).T
+    start_A = ends[end_A - 1] + 1
+    headed_A = np.ones(len(end_A), dtype=np.bool_)
+    for i, token in enumerate(fmt.generation_prompt):
+        headed_A &= ids_T[np.minimum(start_A + i, len(ids_T) - 1)] == token
+    for a in np.flatnonzero(~headed_A)[::-1]:  # backwards: the first one of a row is named
+        what = f"assistant turn {number_A[a]} begins with white space that merges with the template's own: remove it"
+        reasons[row_A[a]] = what
+    learned_A = headed_A & (weight_A > 0)
+    steps = np.zeros(len(ids_T) + 1, dtype=np.int8)
+    steps[start_A[learned_A] + len(fmt.generation_prompt)] += 1
+    steps[ends[end_A[learned_A]] + 1] -= 1
+    supervised_T = np.cumsum(steps[:-1], dtype=np.int8) > 0
+    if fmt.final_end is not None:
+        last = offsets[1:][answered] - 1
+        end = ends[ends_before[1:][answered] - 1]
+        final = ids_T[last] == fmt.final_end
+        supervised_T[last[final]] = supervised_T[end[final]]
+    learned_before = np.concatenate([np.zeros(1, np.int64), np.cumsum(supervised_T)])[offsets]
+    for row in np.flatnonzero(np.diff(learned_before) == 0).tolist():
+        reasons[row] = reasons[row] or f"supervises nothing (data.supervise: {supervise}, weight: 0)"
+    return EncodedBlock(ids_T, supervised_T, offsets, reasons)
+
+
+def _answers(
+    fmt: ChatFormat,
+    chats: Sequence[Chat],
+    reasons: list[str],
+    ends_before: list[int],
+    *,
+    supervise: Literal["all", "last"],
+) -> tuple[list[tuple[int, int, int, int]], list[int]]:
+    """(row, number among its answers, index of its end-of-turn token, weight) of each answer asked for, and the rows
+    whose last turn is an answer. Row i has the end-of-turn tokens ends_before[i] … ends_before[i+1] - 1.
+
+    Notes in `reasons` the rows that have another number of turns than the template promised.
+    """
+    answers: list[tuple[int, int, int, int]] = []
+    answered: list[int] = []
+    for row, chat in enumerate(chats):
+        if reasons[row]:
+            continue
+        has_system = chat.messages[0].role == "system"
+        turns = chat.messages[1:] if has_system else chat.messages
+        n_ends = ends_before[row + 1] - ends_before[row]
+        if n_ends != len(turns) + (fmt.added_turns_with_system if has_system else fmt.added_turns):
+            reasons[row] = f"{n_ends} turns after the template instead of {len(turns)}"
+            continue
+        first = ends_before[row + 1] - len(turns)  # counted from the end: the template may have put turns in front
+        mine = [(first + i, m.weight) for i, m in enumerate(turns) if m.role == "assistant"]
+        numbered = [(row, number, end, weight) for number, (end, weight) in enumerate(mine, 1)]
+        answers += numbered if supervise == "all" else numbered[-1:]
+        if turns[-1].role == "assistant":
+            answered.append(row)
+    return answers, answered
 
 
 def _refused(chat: Chat, fmt: ChatFormat, control: re.Pattern[str]) -> str:

@@ -66,6 +66,26 @@ class TokenRows:
             tuple(self.places[i] for i in which),
         )
 
+    def cut(self, length: int) -> tuple[TokenRows, list[int]]:
+        """Rows of more than `length` tokens end after the last learned answer that fits; also which were cut.
+
+        A run of supervised tokens ends where its answer does, with the end-of-turn token. A row in which no whole
+        answer fits stays as it is.
+        """
+        lengths = self.lengths.copy()
+        cut: list[int] = []
+        for i in np.flatnonzero(lengths > length).tolist():
+            learned = self.supervised[self.offsets[i] : self.offsets[i] + length + 1]
+            ends = np.flatnonzero(learned[:-1] & ~learned[1:]) + 1
+            if len(ends):
+                lengths[i] = ends[-1]
+                cut.append(i)
+        if not cut:
+            return self, []
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        kept = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1] - offsets[:-1], lengths)
+        return TokenRows(self.ids[kept], self.supervised[kept], offsets, self.places), cut
+
     def __len__(self) -> int:
         return len(self.places)
 

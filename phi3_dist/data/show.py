@@ -61,7 +61,7 @@ def show(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, n: int) -> Group:
     good = [(chat, row) for chat, row in pairs if isinstance(row, Encoded)]
     kept, encoded = [chat for chat, _ in good], [row for _, row in good]
     packs, long = make_packs(TokenRows.of(encoded, [chat.place for chat in kept]), cfg.pack_length, "drop")
-    facts = [f"note: {notice}" for notice in fmt.notices]
+    facts = [f"note: {notice}" for notice in (*fmt.notices, *chats.notices)]
     facts.append(f"held out: {len(chats.validation):,} rows")
     facts += [f"skipped: {row.place}: {row.reason}" for row in (*chats.skipped, *bad)]
     if long:

@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.initialization import no_init_weights
 
 from phi3_dist.config.families import refuse_unsupported
 from phi3_dist.errors import ModelError, Problem
+from phi3_dist.modeling.weights import Weights, freed_memory_goes_back
 
 __all__ = [
     "TINY",
     "Base",
-    "Weights",
     "find_base",
     "load_full",
     "load_into_fsdp2",
@@ -40,59 +39,6 @@ TINY = "tiny-random"
 _PATTERNS = ["*.safetensors", "*.json", "tokenizer*"]
 # buffers that old checkpoints hold and the model computes itself
 _IGNORED = ("rotary_emb.inv_freq",)
-
-
-class Weights:
-    """Tensors by name, whole or by rows, without reading the rest: from safetensors files or from memory."""
-
-    def __init__(self, files: Mapping[str, Path], tensors: Mapping[str, Tensor]) -> None:
-        self._file_of, self._tensors = dict(files), dict(tensors)
-        self._open: dict[Path, Any] = {}
-
-    @classmethod
-    def of_folder(cls, folder: Path) -> Weights:
-        """Raises ModelError where the folder holds no safetensors, or an index that names a missing file."""
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            by_name = {k: folder / v for k, v in json.loads(index.read_text("utf-8"))["weight_map"].items()}
-        elif (folder / "model.safetensors").is_file():
-            with safe_open(folder / "model.safetensors", framework="pt") as file:
-                by_name = dict.fromkeys(file.keys(), folder / "model.safetensors")
-        else:
-            raise ModelError(
-                Problem(
-                    f"model.source: {folder.name}",
-                    "no model.safetensors and no model.safetensors.index.json (pickled weights are not read)",
-                    "save the model with save_pretrained, which writes safetensors",
-                )
-            )
-        missing = sorted({path.name for path in by_name.values() if not path.is_file()})
-        if missing:
-            raise ModelError(
-                Problem(f"model.source: {folder.name}", f"weight files missing: {', '.join(missing)}", "download again")
-            )
-        return cls(by_name, {})
-
-    def names(self) -> set[str]:
-        return {*self._file_of, *self._tensors}
-
-    def _handle(self, name: str) -> Any:
-        path = self._file_of[name]
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        return self._open[path]
-
-    def whole(self, name: str) -> Tensor:
-        """The tensor; from a file it is mapped, not copied."""
-        found: Tensor = self._tensors[name] if name in self._tensors else self._handle(name).get_tensor(name)
-        return found
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the tensor."""
-        if name in self._tensors:
-            return self._tensors[name][start:stop]
-        found: Tensor = self._handle(name).get_slice(name)[start:stop]
-        return found
 
 
 @dataclass(frozen=True)
@@ -196,9 +142,15 @@ def _empty(base: Base, dtype: torch.dtype) -> Phi3ForCausalLM:
 
 
 def meta_model(base: Base, dtype: torch.dtype) -> Phi3ForCausalLM:
-    """The model without storage: shapes and names only."""
+    """The model without storage: shapes and names only, compared with the files'.
+
+    Raises ModelError for a weight that is missing, has no place in the model, or has another shape.
+    """
     with torch.device("meta"):
-        return _empty(base, dtype)
+        model = _empty(base, dtype)
+    _check_names(base, model)
+    _check_shapes(base, model)
+    return model
 
 
 def _check_names(base: Base, model: nn.Module) -> None:
@@ -218,27 +170,25 @@ def _check_names(base: Base, model: nn.Module) -> None:
         raise ModelError(*problems)
 
 
-def _check_shape(base: Base, name: str, found: torch.Size, wanted: torch.Size) -> None:
-    if found != wanted:
-        raise ModelError(
-            Problem(
-                f"model.source: {base.source}",
-                f"weight {name} has shape {tuple(found)}, the configuration says {tuple(wanted)}",
-                "config.json and the weights are of different models",
+def _check_shapes(base: Base, model: nn.Module) -> None:
+    for name, param in model.named_parameters():
+        found = base.weights.whole(name).shape
+        if found != param.shape:
+            raise ModelError(
+                Problem(
+                    f"model.source: {base.source}",
+                    f"weight {name} has shape {tuple(found)}, the configuration says {tuple(param.shape)}",
+                    "config.json and the weights are of different models",
+                )
             )
-        )
 
 
 def load_full(base: Base, dtype: torch.dtype, device: torch.device) -> Phi3ForCausalLM:
     """The whole base on `device`. On a CPU in the file's own dtype it is the mapped file itself, not a copy."""
     model = meta_model(base, dtype)
-    _check_names(base, model)
-    state: dict[str, Tensor] = {}
-    for name, param in model.named_parameters():
-        tensor = base.weights.whole(name)
-        _check_shape(base, name, tensor.shape, param.shape)
-        state[name] = tensor.to(device=device, dtype=dtype)
+    state = {name: base.weights.whole(name).to(device=device, dtype=dtype) for name, _ in model.named_parameters()}
     model.load_state_dict(state, strict=False, assign=True)
+    base.weights.close()
     _finish(model, device)
     return model
 
@@ -251,20 +201,21 @@ def _finish(model: Phi3ForCausalLM, device: torch.device) -> None:
 
 
 def load_zero3(base: Base, dtype: torch.dtype, ds_config: Mapping[str, Any]) -> Phi3ForCausalLM:
-    """The base sharded by DeepSpeed ZeRO-3 as it is read: rank 0 reads, one tensor at a time. Collective."""
-    import deepspeed
-    import torch.distributed as dist
+    """The base sharded by DeepSpeed ZeRO-3 as it is read: rank 0 reads, one tensor at a time. Collective.
 
-    with deepspeed.zero.Init(config_dict_or_path=dict(ds_config), dtype=dtype):
-        model = _empty(base, dtype)
-    _check_names(base, model)
-    reads = dist.get_rank() == 0
-    for name, param in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([param], modifier_rank=0), torch.no_grad():
-            if reads:
-                tensor = base.weights.whole(name)
-                _check_shape(base, name, tensor.shape, param.shape)
-                param.copy_(tensor)
+    A rank's peak is its shards and twice the largest weight (measured).
+    """
+    import deepspeed
+
+    meta_model(base, dtype)  # a fault of the files is found by every rank, outside of any collective
+    with freed_memory_goes_back():
+        with deepspeed.zero.Init(config_dict_or_path=dict(ds_config), dtype=dtype):
+            model = _empty(base, dtype)
+        for name, param in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([param], modifier_rank=0), torch.no_grad():
+                if torch.distributed.get_rank() == 0:
+                    param.copy_(base.weights.whole(name))
+            base.weights.close()
     _finish(model, torch.device("cpu"))
     return model
 
@@ -298,6 +249,7 @@ def load_into_fsdp2(model: nn.Module, base: Base, rank: int, world: int) -> None
         start, stop = rows_of_rank(param.shape[0], rank, world)
         with torch.no_grad():
             param.to_local().copy_(base.weights.rows(source, start, stop))
+        base.weights.close()
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -330,4 +282,9 @@ def load_quantized(base: Base, kind: str, dtype: torch.dtype, device: torch.devi
     model: Phi3ForCausalLM = Phi3ForCausalLM.from_pretrained(
         base.folder, quantization_config=config, dtype=dtype, **placed
     )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # in eval mode bitsandbytes 0.50 repacks weights in place for a kernel that has no gradient, and training
+            # goes on with it after the first held-out loss, on CPUs that have AVX512-BF16
+            module.support_avx512bf16_for_cpu = False
     return model

@@ -17,7 +17,7 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.planning.job_script import JOB_BODY
 
-__all__ = ["SlurmJob", "SlurmTopology", "parse_sweep", "render_sbatch", "slurm_time"]
+__all__ = ["SlurmJob", "SlurmTopology", "parse_env", "parse_sweep", "render_sbatch", "slurm_time"]
 
 LEAST_SLACK_S = 60
 """A signal before the time limit was seen up to 8 s early and the limit enforced late; the save needs the rest."""
@@ -174,6 +174,15 @@ def parse_sweep(specs: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     if problems:
         raise PlanError(*problems)
     return tuple(itertools.product(*axes)) if axes else ()
+
+
+def parse_env(specs: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """Pairs for `SlurmTopology.env`: `["GLOO_SOCKET_IFNAME=ib0"]`. Raises PlanError naming every spec without a `=`."""
+    pairs = [(spec, *spec.partition("=")) for spec in specs]
+    problems = [Problem("--env", f"{spec!r} has no value", "NAME=VALUE") for spec, _, equals, _ in pairs if not equals]
+    if problems:
+        raise PlanError(*problems)
+    return tuple((name, value) for _, name, _, value in pairs)
 
 
 def render_sbatch(job: SlurmJob, topology: SlurmTopology) -> str:

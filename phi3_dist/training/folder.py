@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -44,6 +45,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: int | None = None
 
     @property
     def adapter(self) -> Path:
@@ -65,14 +67,50 @@ class RunFolder:
             return False
         return ended.get("state") == "finished" and (self.adapter / "adapter_model.safetensors").is_file()
 
+    def _in_use(self) -> bool:
+        """Whether the folder holds anything but what a run leaves that ended before its first file."""
+        return self.path.is_dir() and any(p.name not in {".lock", ".config.yaml.tmp"} for p in self.path.iterdir())
+
+    def _hold(self) -> None:
+        """Hold the folder until `recording_failure` ends or this process does, however that comes about.
+
+        Ranks whose launcher was killed train on: a second run in their folder would write into their checkpoints.
+        Raises RunFolderError where another process holds it.
+        """
+        if self._lock is not None or not self.path.is_dir():
+            return
+        try:
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise RunFolderError(Problem(str(self.path), f"cannot be written: {error.strerror}", "")) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            where, what = str(self.path), "another process trains in here"
+            raise RunFolderError(Problem(where, what, "stop it first; heartbeat.json holds its host and pid")) from None
+        except OSError:
+            os.close(handle)  # a file system without locks
+            return
+        self._lock = handle
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
     def reopen(self) -> None:
-        """Take a folder to go on in: a run's, or a new one. Raises RunFolderError for a folder of something else."""
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / "config.yaml").is_file():
+        """Take a folder to go on in: a run's, or a new one.
+
+        Raises RunFolderError for a folder of something else, or one in which another process trains.
+        """
+        if self._in_use() and not (self.path / "config.yaml").is_file():
             raise RunFolderError(
                 Problem(str(self.path), "--resume goes on in a run folder, and this holds no config.yaml", "")
             )
         if not (self.path / "config.yaml").is_file():
             self.claim(overwrite=False)
+        self._hold()
 
     def claim(self, *, overwrite: bool) -> None:
         """Make the folder. Raises RunFolderError for a non-empty one without `overwrite`, or where it can't be made.
@@ -81,7 +119,7 @@ class RunFolder:
         """
         where = str(self.path)
         try:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if self.path.exists() and (not self.path.is_dir() or self._in_use()):
                 if not overwrite:
                     raise RunFolderError(
                         Problem(where, "exists and is not empty", "choose another save.folder, or pass --overwrite")
@@ -90,8 +128,11 @@ class RunFolder:
                     raise RunFolderError(
                         Problem(where, "--overwrite only replaces a run folder, and this holds no config.yaml", "")
                     )
+                self._hold()
                 shutil.rmtree(self.path)
+                self._release()
             self.path.mkdir(parents=True, exist_ok=True)
+            self._hold()
         except OSError as error:
             raise RunFolderError(Problem(where, f"cannot be made: {error.strerror}", "check save.folder")) from error
 
@@ -135,6 +176,8 @@ class RunFolder:
             if active and (self.path / "config.yaml").is_file():
                 self.record_exit(getattr(error, "exit_code", 1), "failed")
             raise
+        finally:
+            self._release()
 
     def record_environment(self, command: list[str] | None = None) -> None:
         self.write_json(

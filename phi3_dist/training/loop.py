@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import signal
 import time
 from collections.abc import Collection
@@ -19,7 +18,7 @@ from phi3_dist.adapters.files import AdapterReceipt, recover, save_adapter
 from phi3_dist.config.load import config_hash, resolved_yaml
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Order, Prepared, prepare
-from phi3_dist.errors import DataError, Problem, TrainingError
+from phi3_dist.errors import DataError, Problem
 from phi3_dist.modeling.base import Base, find_base, meta_model
 from phi3_dist.modeling.lora import count_parameters, peft_config
 from phi3_dist.modeling.tokenizer import load_tokenizer
@@ -29,6 +28,7 @@ from phi3_dist.training.build import build_model
 from phi3_dist.training.checkpoint import Checkpoint, read_state
 from phi3_dist.training.evaluate import HeldOut, held_out_loss
 from phi3_dist.training.folder import RunFolder, cache_folder, versions
+from phi3_dist.training.health import Health
 from phi3_dist.training.metrics import Metrics
 from phi3_dist.training.resume import agree_on_checkpoint, base_fingerprint, check_identity, cut_metrics, identity
 from phi3_dist.training.runtime import Runtime, start_runtime
@@ -106,34 +106,18 @@ def _evaluate(stage: Stage, step: int) -> HeldOut | None:
     return found
 
 
-def _rows_of(stage: Stage, result: StepResult) -> str:
-    places = [stage.train.rows.places[row] for pack in result.packs for row in stage.train.packs[pack]]
-    return ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
-
-
-def _check(stage: Stage, done: int, result: StepResult, loss: float) -> None:
-    """A number that is none ends the run before it is saved; so does an adapter that no gradient reaches."""
-    if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
-        what = f"loss {loss}, gradient norm {result.grad_norm}, in rows {_rows_of(stage, result)}"
-        raise TrainingError(Problem(f"step {done}", what, "lower optim.lr, look at the rows, or model.precision=fp32"))
-    if done == 1 and result.grad_norm == 0:
-        raise TrainingError(
-            Problem("step 1", "no gradient reaches the adapter", "this is a fault of the set-up: please report it")
-        )
-
-
-def _agreed(stage: Stage, result: StepResult, flag: StopFlag) -> tuple[float, int]:
-    """The loss of the global batch and the signal that any rank got, on every rank, in one collective."""
+def _agreed(stage: Stage, result: StepResult, flag: StopFlag) -> tuple[list[float], int]:
+    """Each rank's summed loss, and the signal that any rank got, on every rank, in one collective."""
     facts = torch.stack((result.nll.double(), torch.tensor(float(flag.signal), device=stage.runtime.device).double()))
+    gathered = [facts]
     if stage.runtime.world > 1:
         gathered = [torch.empty_like(facts) for _ in range(stage.runtime.world)]
         torch.distributed.all_gather(gathered, facts)
-        facts = torch.stack(gathered)
-        return float(facts[:, 0].sum()) / result.supervised_tokens, int(facts[:, 1].max())
-    return float(facts[0]) / result.supervised_tokens, int(facts[1])
+    everyone = torch.stack(gathered)
+    return everyone[:, 0].tolist(), int(everyone[:, 1].max())
 
 
-def _steps(stage: Stage, first: int, saver: Saver, flag: StopFlag) -> tuple[int, HeldOut | None, int]:
+def _steps(stage: Stage, first: int, saver: Saver, health: Health, flag: StopFlag) -> tuple[int, HeldOut | None, int]:
     """Steps `first` to the end, with log rows, held-out losses and checkpoints.
 
     Returns the steps done, the last held-out loss, and the signal that stopped the run or 0.
@@ -143,9 +127,10 @@ def _steps(stage: Stage, first: int, saver: Saver, flag: StopFlag) -> tuple[int,
         start, done = time.perf_counter(), step + 1
         lr = learning_rate(step, stage.total, cfg.optim)
         result = train_step(stage.engine, stage.runtime, stage.train, stage.order, step, lr=lr, seed=cfg.train.seed)
-        loss, stop = _agreed(stage, result, flag)
-        _check(stage, done, result, loss)
-        if done % cfg.log.every == 0 or done in {1, stage.total}:
+        nlls, stop = _agreed(stage, result, flag)
+        loss = sum(nlls) / result.supervised_tokens
+        made = health.check(done, result, nlls, loss)
+        if made and (done % cfg.log.every == 0 or done in {1, stage.total}):
             _log_step(stage, done, result, loss, time.perf_counter() - start)
         if done == stage.total or (cfg.train.eval_every and done % cfg.train.eval_every == 0):
             held_out = _evaluate(stage, done)
@@ -159,7 +144,6 @@ def _steps(stage: Stage, first: int, saver: Saver, flag: StopFlag) -> tuple[int,
 
 
 def _record_start(folder: RunFolder, stage: Stage, first: int) -> None:
-    folder.write("config.yaml", resolved_yaml(stage.cfg))
     folder.write_json("plan.json", {**stage.runtime.plan.to_dict(), "steps": stage.total})
     folder.record_environment()
     folder.heartbeat(first)
@@ -182,10 +166,10 @@ def _run(
     engine = make_engine(model, runtime, cfg.optim)
     order = Order(len(prepared.train.packs), cfg.train.global_batch, cfg.train.seed, cfg.train.shuffle)
     total = cfg.train.max_steps or order.steps(cfg.train.epochs or 1.0)
-    first = 0
+    first, health_then = 0, {}
     if start is not None:
-        import_state(engine, read_state(start), start.step)
-        first = start.step
+        first, health_then = start.step, start.trainer.get("health", {})
+        import_state(engine, read_state(start), first - health_then.get("skipped", 0))
     with StopFlag() as flag, Metrics(folder.metrics, total, runtime.accelerator, active=runtime.is_main) as metrics:
         stage = Stage(cfg, runtime, engine, prepared.train, prepared.validation, order, total, metrics, folder, facts)
         if runtime.is_main:
@@ -193,8 +177,10 @@ def _run(
         announce(metrics, runtime.plan, prepared, counts, total)
         if start is not None:
             metrics.say(f"resumed after step {first} of {total}, from {start.folder.name}")
-        saver = Saver(stage)
-        done, held_out, stopped = _steps(stage, first, saver, flag)
+        health = Health(stage, health_then)
+        saver = Saver(stage, health, start)
+        done, held_out, stopped = _steps(stage, first, saver, health, flag)
+        saver.report(done)
         if stopped:
             saver.finish()
             metrics.say(f"stopped by {signal.Signals(stopped).name} after step {done}; go on with --resume")
@@ -271,6 +257,8 @@ def train(
         weights = base_fingerprint(base, cache) if runtime.is_main else ""
         facts = identity(cfg, prepared, runtime.broadcast(weights))
         start = _start_of(runtime, folder, facts, allow_changed) if resume else None
+        if runtime.is_main:  # the first file: it makes the folder a run's, which --resume can go on in
+            folder.write("config.yaml", resolved_yaml(cfg))
         runtime.accelerator.init_trackers(cfg.log.project)
         result = _run(
             cfg, base, runtime, prepared=prepared, tokenizer=tokenizer, folder=folder, facts=facts, start=start

@@ -94,6 +94,11 @@ class Metrics:
         left = elapsed / done * (self.total - done)
         self.say(f"step {done}/{self.total}  {text}  left {left:.0f} s")
 
+    def note(self, kind: str, row: dict[str, Any]) -> None:
+        """A row of another kind: `skipped` and `spike` (training/health.py), `saves` (training/saving.py)."""
+        if self.active:
+            self._write({"kind": kind, **row})
+
     def save(self, row: dict[str, Any]) -> None:
         """A row of kind `save`: how long training stood still, and for how many bytes."""
         if self.active:

@@ -28,6 +28,8 @@ FREE = (
     "data.train",
     "data.validation",
     "data.on_",
+    "data.format",
+    "data.columns",
     "data.split",
     "data.revision",
     "data.max_rows",
@@ -38,6 +40,7 @@ FREE = (
     "model.attention",
     "model.activation_checkpointing",
     "train.eval_every",
+    "train.max_bad_steps",
     "train.micro_batch",
 )
 

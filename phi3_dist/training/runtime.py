@@ -55,7 +55,8 @@ class Runtime:
     @property
     def device(self) -> torch.device:
         device: torch.device = self.accelerator.device
-        return device
+        # Accelerate says cpu:0, and torch copies a tensor from cpu to cpu:0: the mapped base would be copied
+        return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def dtype(self) -> torch.dtype:

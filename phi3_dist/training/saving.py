@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
 
 from phi3_dist.errors import Problem, TrainingError
-from phi3_dist.training.checkpoint import prune, write_checkpoint
+from phi3_dist.training.checkpoint import Checkpoint, prune, write_checkpoint
 from phi3_dist.training.evaluate import HeldOut
+from phi3_dist.training.health import Health
 from phi3_dist.training.stage import Stage
 from phi3_dist.training.state import export_state
 
@@ -18,12 +20,15 @@ __all__ = ["Saver"]
 class Saver:
     """Writes checkpoints of one run. A failed one is told and tried again at the next interval; the run goes on."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
+    def __init__(self, stage: Stage, health: Health, start: Checkpoint | None) -> None:
+        """`start` is the checkpoint that the run goes on from: it knows which one has been the best so far."""
+        self.stage, self.health = stage, health
         self.failed: str | None = None
-        self.last_step = 0
+        self.saves = 0
         self.stood_s = 0.0
-        self._best: tuple[float, int] | None = None
+        self.started = time.perf_counter()
+        best = start.trainer.get("best") if start else None
+        self._best: tuple[float, int] | None = (float(best[0]), int(best[1])) if best else None
 
     def due(self, done: int) -> bool:
         every = self.stage.cfg.save.every
@@ -32,8 +37,11 @@ class Saver:
     def save(self, done: int, held_out: HeldOut | None) -> None:
         """Write the checkpoint of `done` steps. Collective; only rank 0 holds the state and writes."""
         stage, start = self.stage, time.perf_counter()
-        if held_out is not None and (self._best is None or held_out.loss < self._best[0]):
-            self._best = (held_out.loss, done)
+        if self.health.skipped == done:
+            stage.metrics.say(f"no checkpoint of step {done}: every step was skipped, so there is nothing to keep")
+            return
+        if held_out is not None and math.isfinite(held_out.loss):
+            self._best = min(self._best or (math.inf, 0), (held_out.loss, done))
         state = export_state(stage.engine, keep=stage.runtime.is_main)
         error: list[str | None] = [None]
         if stage.runtime.is_main:
@@ -42,6 +50,8 @@ class Saver:
                 "world_size": stage.runtime.world,
                 "strategy": stage.runtime.plan.strategy,
                 "heldout_loss": held_out.loss if held_out else None,
+                "best": self._best,
+                "health": self.health.facts(),
             }
             try:
                 write_checkpoint(stage.folder.checkpoints, done, state, trainer)
@@ -54,11 +64,23 @@ class Saver:
         took = time.perf_counter() - start
         self.stood_s += took
         if self.failed is None:
-            self.last_step = done
+            self.saves += 1
             size = sum(t.nbytes for t in state.values())
             stage.metrics.save({"step": done, "save_s": round(took, 4), "save_bytes": size})
         else:
             stage.metrics.say(f"checkpoint of step {done} not written: {self.failed}; trying again at the next one")
+
+    def report(self, done: int) -> None:
+        """How long training stood still for its checkpoints, and the share of this run's time so far."""
+        if not self.saves:
+            return
+        run_s = time.perf_counter() - self.started
+        row = {"step": done, "saves": self.saves, "stood_s": round(self.stood_s, 4), "run_s": round(run_s, 3)}
+        self.stage.metrics.note("saves", row)
+        self.stage.metrics.say(
+            f"checkpoints: {self.saves}, for which training stood still {self.stood_s:.2f} s of {run_s:.1f} s "
+            f"({self.stood_s / run_s:.1%})"
+        )
 
     def finish(self) -> None:
         """Raises TrainingError, on every rank, when the last checkpoint could not be written."""

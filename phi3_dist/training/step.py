@@ -84,7 +84,9 @@ def train_step(
         seed_micro_batch(seed, step, number * runtime.world + runtime.rank)
         engine.start_micro_batch(last=number == len(slots) - 1)
         loss = engine.model(**to_device(packs, which, runtime.device))
-        engine.backward(loss / denominator)
+        # 1, or nan for a loss that is no number, so that such a loss always shows in the gradients of all ranks
+        sound = 1 + (loss.detach() - loss.detach())
+        engine.backward(loss / denominator * sound)
         nll += loss.detach()
     return StepResult(
         nll=nll,

@@ -2,18 +2,19 @@
 
 Each holds one contract: `backward` takes the loss of a micro batch, already divided by the global count of
 supervised tokens; `update` applies the *sum* of those losses' gradients over ranks and micro batches, clipped, and
-gives back their global norm before clipping.
+gives back their global norm before clipping. Where that norm is not finite no update is made, on any rank.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from phi3_dist.config.schema import OptimConfig
-from phi3_dist.errors import MachineError, Problem
+from phi3_dist.errors import MachineError, Problem, TrainingError
 from phi3_dist.modeling.loss import PackedLoss
 from phi3_dist.training.runtime import Runtime, is_deepspeed, is_fsdp
 
@@ -89,10 +90,12 @@ class TorchEngine:
         norm: Any = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm or float("inf"))
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
-        _set_lr(self.optimizer, lr)
-        self.optimizer.step()
+        value = float(norm)  # the same on every rank: gradients are summed before they are measured
+        if math.isfinite(value):
+            _set_lr(self.optimizer, lr)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return value
 
 
 class DeepSpeedEngine:
@@ -112,7 +115,12 @@ class DeepSpeedEngine:
         _set_lr(self.optimizer, lr)
         self.model.step()
         norm = self.model.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        value = float(norm) if norm is not None else float("nan")
+        # deepspeed 0.19.8 drops a step of non-finite norm by itself, in fp32 too: its norm is then infinity
+        if not math.isfinite(value) and self.model.was_step_applied():
+            what = f"the gradient norm is {value}, and DeepSpeed has made the update all the same"
+            raise TrainingError(Problem("optimizer", what, "go on from the last checkpoint with --resume"))
+        return value
 
 
 def shard_fsdp2(model: PackedLoss, runtime: Runtime) -> PackedLoss:
@@ -144,7 +152,8 @@ def _wrap_ddp(model: nn.Module, runtime: Runtime) -> nn.Module:
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     frozen += [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
-    wrapped: nn.Module = runtime.accelerator.prepare_model(model)
+    # it is where it should be: placing it again would copy a base that is mapped from its file
+    wrapped: nn.Module = runtime.accelerator.prepare_model(model, device_placement=False)
     return wrapped
 
 

@@ -136,6 +136,43 @@ def test_long_rows() -> None:
         make_packs(token_rows(), 1, "drop")
 
 
+def test_long_rows_cut_after_an_answer_that_fits() -> None:
+    # answers end (exclusive) at 3 and 6; the last run of the row ends with it
+    long = Encoded([1, 2, 3, 4, 5, 6, 7, 8, 9], [False, True, True, False, False, True, False, True, True])
+    none = Encoded([1, 2, 3, 4, 5, 6, 7, 8, 9], [False] * 7 + [True] * 2)
+    rows = TokenRows.of([long, Encoded([10, 11], [False, True]), none], ["a:1", "a:2", "a:3"])
+    for length, ids in ((3, [1, 2, 3]), (5, [1, 2, 3]), (6, [1, 2, 3, 4, 5, 6]), (8, [1, 2, 3, 4, 5, 6])):
+        after, which = rows.cut(length)
+        assert which == [0]
+        assert after.ids[: after.offsets[1]].tolist() == ids
+        assert after.supervised[: len(ids)].tolist() == long.supervised[: len(ids)]
+        assert after.select(np.array([1, 2])).fingerprint == rows.select(np.array([1, 2])).fingerprint
+        assert after.places == rows.places
+    assert rows.cut(9) == (rows, [])
+    assert rows.cut(2) == (rows, [])
+    packs, dropped = make_packs(rows.cut(6)[0], 6, "cut_turn")
+    assert (packs.rows.places, dropped) == (("a:1", "a:2"), ["a:3"])
+
+
+def test_prepare_counts_and_names_what_it_cut(tmp_path: Path) -> None:
+    turns = [(r, f"{r[0]}{i}") for i in range(4) for r in ("user", "assistant")]
+    chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    one = {"messages": [{"role": "user", "content": "x" * 40}, {"role": "assistant", "content": "a"}]}
+    file = tmp_path / "a.jsonl"
+    file.write_text(f"{json.dumps(chat)}\n{json.dumps(one)}\n")
+    cfg = config(file, pack_length=20, on_long_row="cut_turn", validation_share=0)
+    for _ in range(2):
+        prepared = prepare(cfg, TOKENIZER, tmp_path / "cache")
+        assert (prepared.cut, prepared.dropped) == (("a.jsonl:1",), ("a.jsonl:2",))
+        assert prepared.notices == (
+            "1 rows longer than data.pack_length end after the last answer that fits: a.jsonl:1: 33 to 16 tokens",
+        )
+    text = TOKENIZER.decode(prepared.train.rows.ids.tolist(), skip_special_tokens=False)
+    assert text == "<|user|>u0<|end|><|assistant|>a0<|end|><|user|>u1<|end|><|assistant|>a1<|end|>"
+    whole = prepare(config(file, pack_length=64, on_long_row="cut_turn", validation_share=0), TOKENIZER, None)
+    assert (whole.cut, whole.dropped, whole.notices) == ((), (), ())
+
+
 def test_fingerprint_of_packs_holds_rows_and_layout() -> None:
     first, same = (make_packs(token_rows(), 7, "error")[0].fingerprint for _ in range(2))
     assert first == same

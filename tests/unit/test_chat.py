@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from phi3_dist.data.chat import ChatFormat, Encoded, encode_chats
-from phi3_dist.data.sources import Chat, Message
+from phi3_dist.data.chat import ChatFormat, Encoded, encode_blocks, encode_chats, encode_rows
+from phi3_dist.data.sources import BadRow, Chat, Message
 from phi3_dist.errors import DataError
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 
@@ -133,6 +135,34 @@ def test_many_rows_keep_their_order() -> None:
     rows = encode_chats(PHI3, [chat(f"Q{i}", f"A{i}") for i in range(30)], "all")
     assert [learned(PHI3, row) for row in rows] == [f"A{i}<|end|><|endoftext|>" for i in range(30)]
     assert encode_chats(PHI3, [], "all") == []
+
+
+@pytest.mark.parametrize("form", ["phi3", "chatml", "medium"])
+@pytest.mark.parametrize("supervise", ["all", "last"])
+def test_rows_in_blocks_are_the_rows_one_by_one(form: str, supervise: Literal["all", "last"]) -> None:
+    tokenizer = {"phi3": PHI3, "chatml": chatml(merge_newlines=True), "medium": with_template(MEDIUM)}[form]
+    fmt = ChatFormat.of(tokenizer)
+    chats = [
+        chat(
+            *("xyz"[: 1 + i % 3] * (1 + i % 4) for _ in range(2 + i % 5)),
+            system="S" * (i % 2),
+            weights=(1, i % 3 % 2, 1),
+        )
+        for i in range(40)
+    ]
+    chats[7:7] = [chat("<|end|>", "<|im_end|>"), chat("Q", "\nA", "R", "\nB")]
+    blocks = list(encode_blocks(fmt, tokenizer, chats, supervise, 9))
+    assert [len(chunk) for chunk, _ in blocks] == [9, 9, 9, 9, 6]
+    found: list[Encoded | BadRow] = []
+    for chunk, block in blocks:
+        for i, one in enumerate(chunk):
+            span = slice(*block.offsets[i : i + 2])
+            good = Encoded(block.ids[span].tolist(), block.supervised[span].tolist())
+            found.append(BadRow(one.place, block.reasons[i]) if block.reasons[i] else good)
+    alone = [encode_rows(fmt, tokenizer, [one], supervise)[0] for one in chats]
+    assert found == alone
+    assert isinstance(alone[7], BadRow)
+    assert isinstance(alone[8], BadRow) == (form == "chatml")
 
 
 def test_rows_that_cannot_be_masked_are_all_named() -> None:

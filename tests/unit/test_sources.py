@@ -135,23 +135,26 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     write(tmp_path / "chats.jsonl", row())
     write(tmp_path / "empty.jsonl", b"")
     (tmp_path / "nothing").mkdir()
-    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.txt").write_text("x")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "x"}]), tmp_path / "columns.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"words": "x"}]), tmp_path / "other.parquet")
 
     def message(*names: str) -> str:
         with pytest.raises(DataError) as caught:
             read_chats(config(tuple(str(tmp_path / name) for name in names)))
         return str(caught.value)
 
-    several = message("chat.jsonl", "nothing", "a.csv")
+    several = message("chat.jsonl", "nothing", "a.txt")
     assert "did you mean" in several
     assert "chats.jsonl" in several
-    assert "holds no .jsonl or .parquet file" in several
-    assert "a.csv is neither .jsonl nor .parquet" in several
+    assert "holds no .jsonl, .csv, .parquet file" in several
+    assert "a.txt is no .jsonl, .json, .csv, .parquet file" in several
     assert "holds no rows" in message("empty.jsonl")
     assert "not a Parquet file" in message("broken.parquet")
-    assert "no column `messages`; its columns are text" in message("columns.parquet")
+    assert "is raw text, which is not supported" in message("columns.parquet")
+    assert "no column `messages`, or `conversations`" in message("other.parquet")
+    assert "its columns are words" in message("other.parquet")
     assert "does not exist either" in message("no/such/file.jsonl")
     with pytest.raises(DataError, match="no usable row"):
         read_chats(config(write(tmp_path / "bad.jsonl", b"bad"), on_bad_row="skip"))
