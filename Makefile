@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-full test-gpu demo bench-gather wheel clean
+.PHONY: help setup lint types test test-full test-gpu test-slurm demo bench-gather wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name what; do \
@@ -45,7 +45,7 @@ lint: setup ## ruff, import contracts, shellcheck
 	@echo "[lint] import contracts"
 	@out=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$out"; exit 1; }
 	@echo "[lint] shellcheck"
-	@$(BIN)/shellcheck --external-sources .ci/run $$(find launch -type f \( -name "*.sh" -o -name "*.sbatch" \))
+	@$(BIN)/shellcheck --external-sources .ci/run tests/slurm/packages.sh $$(find launch -type f \( -name "*.sh" -o -name "*.sbatch" \))
 
 types: setup ## mypy --strict
 	@echo "[types] mypy --strict"
@@ -61,6 +61,10 @@ test-full: lint types ## make test and the long tests
 
 test-gpu: setup ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu
+
+test-slurm: setup ## everything on a real Slurm of two nodes (Debian, root: installs its packages)
+	@tests/slurm/packages.sh
+	@$(BIN)/python -m pytest -q tests/slurm
 
 demo: setup ## train a LoRA on two processes and show before and after
 	@$(BIN)/python -m phi3_dist.demo

@@ -10,7 +10,8 @@ from __future__ import annotations
 __all__ = ["JOB_BODY", "STOPPED_EARLY"]
 
 STOPPED_EARLY = 75
-"""Exit code of a job whose run was stopped, saved, and not requeued (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code of a run that stopped after its checkpoint (EX_TEMPFAIL of sysexits.h), and of its job where nothing goes
+on with it."""
 
 JOB_BODY = r"""
 # ---- one launcher a node; the same text in every job of this toolkit ------------------------------------------------
@@ -68,18 +69,24 @@ free_port() {
     return 1
 }
 
-# run_rank ARGS…: rank 0 writes to the job's output, every other rank to a file of its own
-# shellcheck disable=SC2317 # called on the nodes
+# run_rank ARGS…: rank 0 writes to the job's output, every other rank to a file of its own. A rank that saved and
+# stopped (75) ends well for the launcher, which would kill the others for any other code, amid their last words.
+# shellcheck disable=SC2317,SC2329 # called on the nodes
 run_rank() {
-    local log
+    local log code
     # shellcheck disable=SC2153 # set by the launcher
     log=$(printf '%s/rank_%03d.%s.log' "$LOGS" "$RANK" "${SLURMD_NODENAME:-$(hostname)}")
     [ "$RANK" = 0 ] || exec >>"$log" 2>&1
-    exec python -m phi3_dist train "$@"
+    python -m phi3_dist train "$@"
+    code=$?
+    [ "$code" = 75 ] || exit "$code"
+    [ "$RANK" != 0 ] || : >"$LOGS/stopped"
+    exit 0
 }
 
-# run_node ARGS…: this node's launcher. The launcher must not see USR1, which would kill it; the ranks handle it.
-# shellcheck disable=SC2317 # called on the nodes
+# run_node ARGS…: this node's launcher. It must not see USR1, which would kill it, nor TERM, after which it kills its
+# ranks within 30 s, whatever the grace time: the ranks handle both, as soon as they train.
+# shellcheck disable=SC2317,SC2329 # called on the nodes
 run_node() {
     local have=${SLURM_GPUS_ON_NODE:-$PROCESSES} rank
     if [ -n "$ENV_FILE" ]; then
@@ -92,11 +99,12 @@ run_node() {
         refuse "$SLURMD_NODENAME has $have GPUs in this job, the plan is $PROCESSES processes on every node" \
             "ask for --gpus-per-node=$PROCESSES (--gpus and --ntasks can spread unevenly)"
     fi
-    trap 'woken=1; : >"$LOGS/stop"' USR1
-    trap 'woken=1' TERM
+    trap 'woken=1; : >"$LOGS/stop"' USR1 TERM
     rank="$(declare -p LOGS); $(declare -f run_rank); run_rank \"\$@\""
     (
-        trap '' USR1
+        trap '' USR1 TERM
+        # torchrun's own option; accelerate has none for it
+        export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
         if [ "$((NODES * PROCESSES))" = 1 ]; then RANK=0 run_rank "$@"; fi
         exec accelerate launch --config_file "$CONFIG" --num_machines "$NODES" --machine_rank "$SLURM_NODEID" \
             --num_processes "$((NODES * PROCESSES))" --main_process_ip "$MASTER" --main_process_port "$PORT" \
@@ -106,10 +114,18 @@ run_node() {
     await $!
 }
 
+# nudge: says it again to ranks that were still starting when they were asked to stop, and so didn't hear it
+nudge() {
+    trap '' USR1 TERM
+    while sleep 10; do
+        [ ! -e "$LOGS/stop" ] || scancel --signal=USR1 "$JOB" 2>/dev/null
+    done
+}
+
 # preempted: Slurm tells the tasks (TERM) and not this script, and calls a job that ends within the grace time finished
 preempted() {
     local facts start when
-    facts=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null)
+    facts=$(scontrol show job "$JOB" 2>/dev/null)
     start=$(sed -n 's/.* StartTime=\([0-9T:-]*\).*/\1/p' <<<"$facts")
     when=$(sed -n 's/.*PreemptTime=\([0-9T:-]*\).*/\1/p' <<<"$facts")
     # not the preemption of an earlier start
@@ -119,7 +135,7 @@ preempted() {
 # after_stop CODE: a run that was asked to stop goes on as the same job, from this one place, MAX_REQUEUES times at most
 after_stop() {
     local state
-    state=$(squeue -h -j "$SLURM_JOB_ID" -o %T 2>/dev/null)
+    state=$(squeue -h -j "$JOB" -o %T 2>/dev/null)
     # cancelled, or requeued by Slurm itself
     [ "$state" = RUNNING ] || exit "$1"
     if [ "$STOP" = limit ] && [ "$AT_LIMIT" = next ]; then
@@ -134,7 +150,7 @@ after_stop() {
     fi
     trap '' TERM USR1
     say "stopped early; requeued ($((RESTARTS + 1)) of $MAX_REQUEUES)"
-    scontrol requeue "$SLURM_JOB_ID" && exit 0
+    scontrol requeue "$JOB" && exit 0
     say "Slurm refused the requeue" && exit "$((${1} ? ${1} : 75))"
 }
 
@@ -160,14 +176,15 @@ else
     MASTER=127.0.0.1
 fi
 PORT=$(free_port) || refuse "20 ports from $((20000 + SLURM_JOB_ID % 10000)) on are taken" "end what listens there"
-mkdir -p "$LOGS" && rm -f "$LOGS/stop"
+mkdir -p "$LOGS" && rm -f "$LOGS/stop" "$LOGS/stopped"
 # from Slurm 22.05 on a step no longer inherits this
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 say "$NODES x $PROCESSES processes on $SLURM_JOB_NODELIST, master $MASTER:$PORT, other ranks' logs in $LOGS"
 
 STOP=
 # the time limit is near (--signal=B:USR1@…): tell the tasks, which that signal doesn't reach
-trap 'woken=1; STOP=limit; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+trap 'woken=1; STOP=limit; : >"$LOGS/stop"; say "time is up: asking the ranks to save and stop"
+    scancel --signal=USR1 "$JOB"' USR1
 # cancelled or requeued by hand: Slurm ends the tasks itself, and this script waits for them
 trap 'woken=1' TERM
 srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none --export=ALL \
@@ -175,10 +192,16 @@ srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1
         $(declare -p JOB CONFIG NODES PROCESSES MASTER PORT LOGS ENV_FILE)
         $(declare -f refuse await run_rank run_node)
         run_node \"\$@\"" node "${ARGS[@]}" &
-await $!
+step=$!
+nudge &
+nudge=$!
+await "$step"
 rc=$?
+kill -KILL "$nudge" && wait "$nudge" 2>/dev/null
 [ -n "$STOP" ] || [ ! -e "$LOGS/stop" ] || STOP=signal
 ! preempted || STOP=preempted
+# the last step was done before the ranks could stop
+[ "$rc" != 0 ] || [ -e "$LOGS/stopped" ] || STOP=
 if [ "$rc" != 0 ]; then
     say "exit code $rc; the last lines of other ranks:"
     find "$LOGS" -name 'rank_*.log' | sort | head -n 4 | xargs -r tail -v -n 5

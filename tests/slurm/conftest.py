@@ -38,7 +38,8 @@ class Desk:
         self.job = SlurmJob("run.yaml", "story", "runs/story")
         self.topology = SlurmTopology(
             processes_per_node=1, config=str(REPO / "configs/accelerate/cpu_2.yaml"), workdir=str(folder), time="10m",
-            env=(("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1")), env_file=str(folder / "env.sh"),
+            env=(("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1"), ("XDG_CACHE_HOME", str(folder / "cache"))),
+            env_file=str(folder / "env.sh"),
         )  # fmt: skip
         (folder / "runs" / "slurm").mkdir(parents=True)
         self._env_file(f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH")
@@ -81,6 +82,13 @@ class Desk:
     def output(self, job_id: str) -> str:
         logs = sorted((self.folder / "runs" / "slurm").glob(f"*-{job_id}*.out"))
         return "\n".join(log.read_text() for log in logs)
+
+    def wait_for_text(self, job_id: str, text: str, seconds: float = 40) -> None:
+        """Returns once `text` stands in the output of a job."""
+        end = time.monotonic() + seconds
+        while text not in self.output(job_id):
+            assert time.monotonic() < end, f"no {text!r} of job {job_id}, {self.states(job_id)}\n{self.output(job_id)}"
+            time.sleep(0.1)
 
     def rank_logs(self, job_id: str) -> dict[str, str]:
         folder = self.folder / "runs" / "slurm" / f"{self.job.name}-{job_id}.ranks"

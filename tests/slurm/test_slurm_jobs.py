@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +35,7 @@ exec "$REAL" - "$@" <<'PY'
 import os, signal, sys, time
 def stop(number, frame):
     print("saved after", signal.Signals(number).name, flush=True)
-    sys.exit(0)
+    sys.exit(75)
 signal.signal(signal.SIGUSR1, stop)
 signal.signal(signal.SIGTERM, stop)
 print(f"start {os.environ.get('SLURM_RESTART_COUNT', 0)}: {' '.join(sys.argv[1:])}", flush=True)
@@ -167,13 +166,6 @@ def test_shipped_script(desk: Desk) -> None:
     assert "train run.yaml name=a b --overwrite" in desk.output(job_id)
 
 
-def _wait_for_text(desk: Desk, job_id: str, text: str, seconds: float = 40) -> None:
-    end = time.monotonic() + seconds
-    while text not in desk.output(job_id):
-        assert time.monotonic() < end, f"no {text!r} in\n{desk.output(job_id)}"
-        time.sleep(0.1)
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("to", ["--batch", "--full", ""])
 def test_signal_requeues_up_to_the_cap(desk: Desk, to: str) -> None:
@@ -181,9 +173,9 @@ def test_signal_requeues_up_to_the_cap(desk: Desk, to: str) -> None:
     desk.stand_in(PATIENT)
     desk.job = replace(desk.job, arguments=("--resume",))
     job_id = desk.submit(max_requeues=1)
-    _wait_for_text(desk, job_id, "start 0: run.yaml --resume")
+    desk.wait_for_text(job_id, "start 0: run.yaml --resume")
     desk.cluster.client("scancel", "--signal=USR1", *([to] if to else []), job_id)
-    _wait_for_text(desk, job_id, "start 1: run.yaml --resume")
+    desk.wait_for_text(job_id, "start 1: run.yaml --resume")
     desk.cluster.client("scancel", "--signal=USR1", *([to] if to else []), job_id)
     assert desk.wait(job_id) == ["FAILED"]
     assert "requeued (1 of 1)" in desk.output(job_id)
@@ -192,11 +184,69 @@ def test_signal_requeues_up_to_the_cap(desk: Desk, to: str) -> None:
 
 
 @pytest.mark.full
+def test_signal_to_one_task_of_an_array(desk: Desk) -> None:
+    """The last task's own job id is the array's too: a script that used it would stop and requeue every task."""
+    desk.stand_in(PATIENT)
+    sweep = parse_sweep(["optim.lr=1,2"])
+    desk.job = replace(desk.job, arguments=("--resume",), sweep=sweep)
+    job_id = desk.submit(directives=("--requeue",))
+    for task in (0, 1):
+        desk.wait_for_text(f"{job_id}_{task}", "start 0: run.yaml --resume")
+    desk.cluster.client("scancel", "--signal=USR1", "--batch", f"{job_id}_1")
+    desk.wait_for_text(f"{job_id}_1", "start 1: run.yaml --resume")
+    assert "requeued (1 of 3)" in desk.output(f"{job_id}_1")
+    assert "saved" not in desk.output(f"{job_id}_0")
+    assert desk.states(f"{job_id}_0") == ["RUNNING"]
+
+
+# hears no signal for its first seconds, as a rank that still imports and loads
+DEAF = PATIENT.replace("signal.signal(signal.SIGUSR1", "time.sleep(6)\nsignal.signal(signal.SIGUSR1")
+
+
+@pytest.mark.full
+def test_signal_while_the_ranks_start(desk: Desk) -> None:
+    desk.stand_in('echo "born"' + DEAF)
+    desk.job = replace(desk.job, arguments=("--resume",))
+    job_id = desk.submit(max_requeues=1)
+    desk.wait_for_text(job_id, "born")
+    desk.cluster.client("scancel", "--signal=USR1", job_id)
+    desk.wait_for_text(job_id, "requeued (1 of 1)")
+    assert "saved after SIGUSR1" in desk.output(job_id)
+
+
+# takes its time to save, and says how often it was asked to
+SLOW = """
+exec "$REAL" - "$@" <<'PY'
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda number, frame: print("asked", flush=True))
+print(f"start {os.environ.get('SLURM_RESTART_COUNT', 0)}", flush=True)
+signal.pause()
+end = time.monotonic() + 3
+while time.monotonic() < end:
+    time.sleep(0.1)
+sys.exit(75)
+PY
+"""
+
+
+@pytest.mark.full
+def test_the_launcher_leaves_time_to_save(desk: Desk) -> None:
+    """A launcher that took the TERM itself would send it to its ranks again, and kill them 30 s later."""
+    desk.stand_in(SLOW)
+    desk.job = replace(desk.job, arguments=("--resume",))
+    job_id = desk.submit(nodes=2, max_requeues=1)
+    desk.wait_for_text(job_id, "start 0")
+    desk.cluster.client("scancel", "--signal=TERM", job_id)
+    desk.wait_for_text(job_id, "requeued (1 of 1)")
+    assert desk.output(job_id).count("asked") == 1, desk.output(job_id)
+
+
+@pytest.mark.full
 def test_time_limit_requeues(desk: Desk) -> None:
     desk.stand_in(PATIENT)
     desk.job = replace(desk.job, arguments=("--resume",))
     job_id = desk.submit(time="2m", slack_s=100)
-    _wait_for_text(desk, job_id, "start 1: run.yaml --resume")
+    desk.wait_for_text(job_id, "start 1: run.yaml --resume")
     assert "saved after SIGUSR1" in desk.output(job_id)
     assert "requeued (1 of 3)" in desk.output(job_id)
 
@@ -208,7 +258,7 @@ def test_time_limit_hands_over_in_a_chain(desk: Desk) -> None:
     result = slurm_command(desk.job, replace(desk.topology, time="2m", slack_s=100), submit=True, chain=2)
     assert desk.wait(result.job_ids[0], seconds=60) == ["COMPLETED"]
     assert "the next job of the chain goes on" in desk.output(result.job_ids[0])
-    _wait_for_text(desk, result.job_ids[1], "start 0: run.yaml --resume")
+    desk.wait_for_text(result.job_ids[1], "start 0: run.yaml --resume")
 
 
 @pytest.mark.full
@@ -216,10 +266,10 @@ def test_preempted_job_goes_on_by_itself(desk: Desk) -> None:
     desk.stand_in(PATIENT)
     desk.job = replace(desk.job, arguments=("--resume",))
     job_id = desk.submit(nodes=1, directives=("--exclusive", "--nodelist=node1"))
-    _wait_for_text(desk, job_id, "start 0: run.yaml --resume")
+    desk.wait_for_text(job_id, "start 0: run.yaml --resume")
     higher = desk.cluster.client("sbatch", "--parsable", "-p", "high", "--exclusive", "--nodelist=node1",
                                  "--output=/dev/null", "--wrap=sleep 2")  # fmt: skip
-    _wait_for_text(desk, job_id, "start 1: run.yaml --resume")
+    desk.wait_for_text(job_id, "start 1: run.yaml --resume")
     assert desk.wait(higher) == ["COMPLETED"]
     assert "requeued (1 of 3)" in desk.output(job_id)
 
@@ -229,7 +279,7 @@ def test_cancelled_job_stays_cancelled(desk: Desk) -> None:
     desk.stand_in(PATIENT)
     desk.job = replace(desk.job, arguments=("--resume",))
     job_id = desk.submit()
-    _wait_for_text(desk, job_id, "start 0: run.yaml --resume")
+    desk.wait_for_text(job_id, "start 0: run.yaml --resume")
     desk.cluster.client("scancel", job_id)
     assert desk.wait(job_id) == ["CANCELLED"]
     assert "requeued" not in desk.output(job_id)
@@ -239,7 +289,7 @@ def test_cancelled_job_stays_cancelled(desk: Desk) -> None:
 def test_stop_without_resume_is_not_a_success(desk: Desk) -> None:
     desk.stand_in(PATIENT)
     job_id = desk.submit()
-    _wait_for_text(desk, job_id, "start 0: run.yaml")
+    desk.wait_for_text(job_id, "start 0: run.yaml")
     desk.cluster.client("scancel", "--signal=USR1", "--batch", job_id)
     assert desk.wait(job_id) == ["FAILED"]
     assert "not requeued, since the run has no --resume" in desk.output(job_id)
@@ -274,8 +324,8 @@ def test_power_failure(desk: Desk) -> None:
     desk.job = replace(desk.job, arguments=("--resume",))
     kept = desk.submit(directives=("--nodelist=node2",))
     for job_id in (lost, kept):
-        _wait_for_text(desk, job_id, "start 0: run.yaml")
+        desk.wait_for_text(job_id, "start 0: run.yaml")
     desk.cluster.power_off("node2")
     assert desk.wait(lost) == ["NODE_FAIL"]
     desk.cluster.power_on("node2")
-    _wait_for_text(desk, kept, "start 1: run.yaml --resume", seconds=60)
+    desk.wait_for_text(kept, "start 1: run.yaml --resume", seconds=60)

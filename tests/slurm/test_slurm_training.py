@@ -13,7 +13,7 @@ import pytest
 
 from tests.slurm.conftest import REPO, Desk
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.full]
 
 OVERRIDES = (
     f"data.train={REPO}/configs/run/debug_chats.jsonl", "data.max_rows=24", "data.pack_length=512",

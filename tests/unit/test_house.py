@@ -20,7 +20,10 @@ PACKAGE = REPO / "phi3_dist"
 MODULE_LINES = 400
 FUNCTION_LINES = 60
 # path, or path:function, and why it may be longer. Empty is how it should be.
-LONGER: dict[str, str] = {}
+LONGER: dict[str, str] = {
+    "phi3_dist/cli.py": "one line an option and no logic; to be split when a verb is added",
+    "phi3_dist/cli.py:slurm": "one line an option",
+}
 
 
 @cache

@@ -30,6 +30,18 @@ RUN_ELSEWHERE = {
     "make setup": "Makefile: setup",  # this session runs in what it made
     ". .venv/bin/activate": "Makefile: setup",
     "make test": "Makefile: test",  # this session
+    **dict.fromkeys(
+        (
+            "phi3-dist slurm configs/run/debug.yaml save.folder=runs/two_nodes --resume --nodes 2 "
+            "--processes-per-node 1 --config_file configs/accelerate/cpu_2.yaml --time 1h --submit",
+            "phi3-dist slurm configs/run/debug.yaml save.folder=runs/sweep --array optim.lr=1e-2,1e-3 "
+            "--processes-per-node 1 --submit",
+            "phi3-dist slurm configs/run/debug.yaml save.folder=runs/long --resume --chain 2 --time 1h "
+            "--processes-per-node 1 --submit",
+            "phi3-dist logs runs/two_nodes --rank 1",
+        ),
+        "tests/slurm/test_slurm_readme.py::test_the_commands_of_the_readme",
+    ),
     "make demo": "tests/ranks/test_demo.py::test_the_demo_learns_the_tickets",  # minutes
     ".venv/bin/pre-commit install": "tests/unit/test_house.py::test_hooks_run_the_tools_of_the_virtual_environment",
 }

@@ -13,7 +13,7 @@ from phi3_dist.config.schema import DataConfig, ModelConfig, RunConfig
 from phi3_dist.errors import MachineError, PlanError
 from phi3_dist.machine.cluster import Check, Rendered, slurm_command, slurm_facts, submit_script
 from phi3_dist.planning.job_script import JOB_BODY
-from phi3_dist.planning.slurm import SlurmJob, SlurmTopology, parse_sweep, render_sbatch, slurm_time
+from phi3_dist.planning.slurm import SlurmJob, SlurmTopology, parse_env, parse_sweep, render_sbatch, slurm_time
 
 REPO = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -113,6 +113,13 @@ def test_sweep_names_every_mistake() -> None:
         "is not key.path=value,value", "has an empty value", "has the same value twice",
         "has an empty value", "has an empty value",
     ]  # fmt: skip
+
+
+def test_env_names_every_mistake() -> None:
+    assert parse_env(["A=1", "B=x=y", "C="]) == (("A", "1"), ("B", "x=y"), ("C", ""))
+    with pytest.raises(PlanError) as caught:
+        parse_env(["A", "B=1", "C"])
+    assert [problem.what for problem in caught.value.problems] == ["'A' has no value", "'C' has no value"]
 
 
 def test_topology_names_every_mistake() -> None:
