@@ -53,7 +53,7 @@ types: setup ## mypy --strict
 
 test: lint types ## what every change must pass: lint, types, tests
 	@echo "[test] pytest"
-	@$(BIN)/python -m pytest -q -m "not full and not gpu"
+	@$(BIN)/python -m pytest -q -m "not full and not gpu and not slurm"
 
 test-full: lint types ## make test and the long tests
 	@echo "[test-full] pytest"

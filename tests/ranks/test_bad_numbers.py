@@ -15,7 +15,7 @@ from phi3_dist.modeling.tokenizer import tiny_tokenizer
 from tests.ranks.test_resume import interrupted, same_bits
 from tests.ranks.test_strategies import launch, rows, tiny_base
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.full]
 
 POISON = "~"  # stands in one row alone, and its embedding is no number
 OPTIONS = (
