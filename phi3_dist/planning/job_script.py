@@ -197,7 +197,7 @@ nudge &
 nudge=$!
 await "$step"
 rc=$?
-kill -KILL "$nudge" && wait "$nudge" 2>/dev/null
+kill -KILL "$nudge" 2>/dev/null && wait "$nudge" 2>/dev/null
 [ -n "$STOP" ] || [ ! -e "$LOGS/stop" ] || STOP=signal
 ! preempted || STOP=preempted
 # the last step was done before the ranks could stop

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "srun", "setpriv")
-PACKAGES = "slurmctld slurmd slurm-client munge"
+PACKAGES = "slurmctld slurmd slurm-client munge iproute2"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CPUS, MEMORY_MIB, GPUS = 8, 8000, 2
 BRIDGE = "phi3sl"
@@ -89,7 +89,7 @@ def why_not() -> str:
     if os.geteuid() != 0:
         return "a Slurm cluster needs root"
     missing = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
-    return f"no {', '.join(missing)} (apt-get install --no-install-recommends {PACKAGES})" if missing else ""
+    return f"no {', '.join(missing)} (make test-slurm installs {PACKAGES})" if missing else ""
 
 
 def namespaces_work() -> bool:

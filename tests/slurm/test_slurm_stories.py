@@ -214,14 +214,9 @@ def test_chain(desk: Desk, undisturbed: Path) -> None:
 def test_sweep(desk: Desk) -> None:
     """Each value trains into a folder of its own, and `runs` and `logs` find every one."""
     (job_id,) = phi3_dist_slurm(
-        desk,
-        "train.max_steps=3",
-        "save.folder=runs/sweep",
-        "--array",
-        "optim.lr=1e-2,1e-3",
-        "--processes-per-node",
-        "1",
-    )
+        desk, "train.max_steps=3", "save.folder=runs/sweep", "--array", "optim.lr=1e-2,1e-3",
+        "--processes-per-node", "1", "--config_file", CPU_2,
+    )  # fmt: skip
     assert desk.wait(job_id, seconds=200) == ["COMPLETED", "COMPLETED"], desk.output(job_id)
     found = list_runs(desk.folder / "runs")
     assert [(row.folder.name, row.state, row.step) for row in found] == [
