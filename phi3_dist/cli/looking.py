@@ -1,0 +1,76 @@
+"""Verbs that show something and change nothing: run files, rows, this machine, the support matrix."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from phi3_dist.cli.app import Overrides, RunFile, app, config_app, data_app
+from phi3_dist.errors import MachineError
+
+
+@config_app.command("show")
+def config_show(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Print the resolved run, with every default filled in."""
+    from phi3_dist.config.load import load_run, resolved_yaml
+
+    typer.echo(resolved_yaml(load_run(run_file, overrides or ())), nl=False)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of run files, for editors."""
+    import json
+
+    from phi3_dist.config.load import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@config_app.command("diff")
+def config_diff(first: RunFile, second: RunFile) -> None:
+    """Print each key in which two run files differ."""
+    from phi3_dist.config.load import diff, load_run
+
+    for path, ours, theirs in diff(load_run(first), load_run(second)):
+        typer.echo(f"{path}: {ours} -> {theirs}")
+
+
+@data_app.command("show")
+def data_show(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option("-n", "--rows", min=1, help="Rows to print.")] = 3,
+) -> None:
+    """Print rows with their supervised tokens in colour, and statistics of lengths."""
+    from phi3_dist.config.load import load_run
+
+    cfg = load_run(run_file, overrides or ())
+    from rich.console import Console
+
+    from phi3_dist.data.show import show
+    from phi3_dist.modeling.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.source, cfg.model.revision)
+    Console(soft_wrap=True, highlight=False).print(show(cfg.data, tokenizer, rows))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine is and what is wrong with it."""
+    from phi3_dist.machine.doctor import diagnose
+
+    findings = diagnose()
+    for finding in findings:
+        typer.echo(f"{finding.level:<5} {finding.what}" + (f"\n      fix: {finding.fix}" if finding.fix else ""))
+    if any(finding.level == "bad" for finding in findings):
+        raise typer.Exit(MachineError.exit_code)
+
+
+@app.command()
+def support() -> None:
+    """Print which strategy goes with which quantisation, device and precision, as Markdown."""
+    from phi3_dist.planning.support import matrix_markdown
+
+    typer.echo(matrix_markdown(), nl=False)

@@ -1,0 +1,79 @@
+"""Verbs that read what other tools wrote: recipes, and loralib's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phi3_dist.cli.app import app
+from phi3_dist.errors import ConfigError, Problem
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="A script, notebook, JSON or YAML of another tool.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run file to write; else printed.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Devices that the recipe was meant for.")] = 1,
+) -> None:
+    """Make a run file of another tool's recipe, and say of each key what became of it. Nothing of it is run."""
+    from rich.console import Console
+
+    from phi3_dist.config.importing import findings_table, import_run
+
+    imported = import_run(source, devices=devices)
+    Console(stderr=True).print(findings_table(imported))
+    if output is None:
+        typer.echo(imported.run_yaml, nl=False)
+    elif output.exists():
+        raise ConfigError(Problem(str(output), "exists", "give another name"))
+    else:
+        output.write_text(imported.run_yaml, encoding="utf-8")
+
+
+@app.command()
+def lint(source: Annotated[Path, typer.Argument(help="A script, notebook, JSON or YAML of another tool.")]) -> None:
+    """Report the known faults of a recipe: Llama targets, "32000" as text, fp16 weights, naive packing, …"""
+    from rich.console import Console
+
+    from phi3_dist.config.faults import faults, faults_table
+
+    found = faults(source)
+    Console().print(faults_table(found))
+    if found:
+        raise typer.Exit(ConfigError.exit_code)
+
+
+@app.command()
+def convert(
+    direction: Annotated[str, typer.Argument(help="loralib-to-peft or peft-to-loralib.", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="loralib file, or PEFT adapter folder.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="What to write.", show_default=False)],
+    alpha: Annotated[list[str] | None, typer.Option(help="32, or module=8; a loralib file does not hold it.")] = None,
+    enable_lora: Annotated[
+        list[str] | None, typer.Option(help="Groups of a MergedLinear: module=true,false,true.")
+    ] = None,
+    kinds: Annotated[list[str] | None, typer.Option(help="module=linear, embedding or conv2d.")] = None,
+    r: Annotated[int | None, typer.Option(min=1, help="Rank of each group of a MergedLinear.")] = None,
+    base_config: Annotated[Path | None, typer.Option(help="config.json of the base, or its folder.")] = None,
+    base_name: Annotated[str | None, typer.Option(help="Base model that the adapter's config names.")] = None,
+) -> None:
+    """Convert an adapter between loralib and PEFT, exactly or not at all."""
+    from phi3_dist.adapters.loralib_files import by_module, convert_file
+
+    words = by_module(alpha=alpha or (), enable_lora=enable_lora or (), kinds=kinds or ())
+    done = convert_file(
+        source,
+        target,
+        direction,
+        alpha=words.alpha,
+        enable_lora=words.enable_lora,
+        kinds=words.kinds,
+        r=r,
+        base_config=base_config,
+        base_name=base_name,
+    )
+    for note in done.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"written: {done.target} ({done.tensors} tensors)")

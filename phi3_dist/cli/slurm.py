@@ -1,0 +1,76 @@
+"""The verb that renders and submits sbatch scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phi3_dist.cli.app import Overrides, RunFile, app
+
+
+@app.command()
+def slurm(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=0, help="GPUs and processes a node.")] = 0,
+    processes_per_node: Annotated[int | None, typer.Option(min=1, help="Processes a node of a CPU job.")] = None,
+    config: Annotated[str, typer.Option("--config_file", help="Accelerate config.")] = "configs/accelerate/ddp.yaml",
+    time: Annotated[str | None, typer.Option(help="Time limit: 90m, 4h, 1d12h.")] = None,
+    partition: Annotated[str | None, typer.Option()] = None,
+    account: Annotated[str | None, typer.Option()] = None,
+    qos: Annotated[str | None, typer.Option()] = None,
+    constraint: Annotated[str | None, typer.Option()] = None,
+    container_image: Annotated[str | None, typer.Option(help="Image for srun's pyxis plugin.")] = None,
+    env_file: Annotated[str | None, typer.Option(help="Shell file that every node sources first.")] = None,
+    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE to export. May be repeated.")] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="CPUs a node, for all its processes.")] = None,
+    mem: Annotated[str | None, typer.Option(help="Memory a node, in Slurm's form: 64G.")] = None,
+    exclusive: Annotated[bool, typer.Option("--exclusive", help="Whole nodes.")] = False,
+    master: Annotated[str | None, typer.Option(help="Address of the first node; else it is looked up.")] = None,
+    directive: Annotated[list[str] | None, typer.Option(help="One more #SBATCH line, as --name=value.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after a time limit, a preemption or a lost node, as the same job.")
+    ] = False,
+    slack: Annotated[int, typer.Option(help="Seconds before the time limit at which to save and stop.")] = 180,
+    max_requeues: Annotated[int, typer.Option(help="How often the job may start again, with --resume.")] = 3,
+    array: Annotated[list[str] | None, typer.Option(help="A sweep: key.path=value,value. May be repeated.")] = None,
+    chain: Annotated[int, typer.Option(help="Jobs that go on one from another, for runs beyond a time limit.")] = 1,
+    script: Annotated[Path | None, typer.Option(help="Where to write the script.")] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Hand it to Slurm.")] = False,
+) -> None:
+    """Render an sbatch script from the run file and a topology, check it, and submit it if asked."""
+    from dataclasses import replace
+
+    from phi3_dist.config.load import load_run
+    from phi3_dist.machine.cluster import slurm_command
+    from phi3_dist.planning.slurm import SlurmJob, SlurmTopology, parse_env, parse_sweep
+
+    arguments = [*(overrides or ()), *(["--resume"] if resume else [])]
+    job = SlurmJob.of(load_run(run_file, overrides or ()), str(run_file), arguments)
+    topology = SlurmTopology(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        processes_per_node=processes_per_node,
+        config=config,
+        time=time,
+        partition=partition,
+        account=account,
+        qos=qos,
+        constraint=constraint,
+        container_image=container_image,
+        env_file=env_file,
+        env=parse_env(env or ()),
+        cpus_per_task=cpus_per_task,
+        mem=mem,
+        exclusive=exclusive,
+        master=master,
+        slack_s=slack,
+        max_requeues=max_requeues,
+        directives=tuple(directive or ()),
+    )
+    job = replace(job, sweep=parse_sweep(array)) if array else job
+    for line in slurm_command(job, topology, script=script, submit=submit, chain=chain).lines():
+        typer.echo(line)

@@ -1,0 +1,140 @@
+"""Verbs that train, and those around a run: its plan, its preparation, its report, its log."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phi3_dist.cli.app import Overrides, RunFile, app
+from phi3_dist.errors import ConfigError, Problem
+
+
+@app.command()
+def train(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint that verifies, or start.")
+    ] = False,
+    allow_changed: Annotated[
+        list[str] | None, typer.Option(help="A key that may differ from the checkpoint's run; may be repeated.")
+    ] = None,
+) -> None:
+    """Train a LoRA adapter: on one device, or on every process of `accelerate launch … -m phi3_dist train`."""
+    from phi3_dist.config.load import load_run
+
+    cfg = load_run(run_file, overrides or ())
+    from phi3_dist.machine.probe import launch_facts, probe
+    from phi3_dist.training.loop import train as run_training
+
+    if overwrite and resume:
+        raise ConfigError(Problem("--overwrite --resume", "exclude each other", "give one of them"))
+    result = run_training(
+        cfg,
+        probe(),
+        launch_facts(os.environ),
+        overwrite=overwrite,
+        resume=resume,
+        allow_changed=allow_changed or (),
+    )
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+    if result.steps == 0:
+        typer.echo(f"{result.folder} has finished already")
+    elif result.receipt is not None:
+        from phi3_dist.report.curves import draw_curves
+        from phi3_dist.report.page import write_page
+
+        typer.echo(f"curves: {draw_curves(result.folder)}")
+        typer.echo(f"page: {write_page(result.folder)}")
+
+
+@app.command()
+def plan(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option("--config_file", help="Accelerate config of the launch.")] = None,
+    processes: Annotated[int | None, typer.Option("--num_processes", min=1, help="Processes over all nodes.")] = None,
+    nodes: Annotated[int | None, typer.Option("--num_machines", min=1, help="Nodes.")] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    memory_gib: Annotated[float, typer.Option("--memory-gib", min=0.1, help="Memory of one device, GiB.")] = 80.0,
+) -> None:
+    """Print what would run and whether it fits, before a GPU is held. Imports no torch."""
+    from rich.console import Console
+
+    from phi3_dist.config.load import load_run
+    from phi3_dist.machine.probe import package_versions
+    from phi3_dist.planning.plan import make_plan
+    from phi3_dist.planning.preview import assumed_machine, launch_of_config, plan_table, shape_of_source
+
+    cfg = load_run(run_file, overrides or ())
+    launch = launch_of_config(config, processes, nodes)
+    kind = "cpu" if launch.use_cpu else device
+    machine = assumed_machine(kind, launch.world_size // launch.nodes, memory_gib, package_versions())
+    Console(highlight=False).print(plan_table(make_plan(cfg, machine, launch, family_or_shape=shape_of_source(cfg))))
+
+
+@app.command("prepare")
+def prepare_run(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Do what a run needs before a GPU is held: download the base, tokenize and pack the data, hash the weights."""
+    from phi3_dist.config.load import load_run
+
+    cfg = load_run(run_file, overrides or ())
+    from phi3_dist.data.batches import prepare
+    from phi3_dist.modeling.base import find_base
+    from phi3_dist.modeling.tokenizer import load_tokenizer
+    from phi3_dist.training.folder import cache_folder
+    from phi3_dist.training.resume import base_fingerprint
+
+    base = find_base(cfg.model.source, cfg.model.revision)
+    tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.source, cfg.model.revision)
+    data = prepare(cfg.data, tokenizer, cache_folder())
+    base_fingerprint(base, cache_folder())
+    typer.echo(f"base   {base.folder or base.source}")
+    held_out = len(data.validation.packs) if data.validation else 0
+    typer.echo(f"data   {len(data.train.packs)} packs to train on, {held_out} held out, in {cache_folder()}")
+    for notice in data.notices:
+        typer.echo(f"       {notice}")
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]) -> None:
+    """Draw the curves and the page of a run, also of one that is still running."""
+    from phi3_dist.report.curves import draw_curves
+    from phi3_dist.report.page import write_page
+
+    typer.echo(f"curves: {draw_curves(run_folder)}")
+    typer.echo(f"page: {write_page(run_folder)}")
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder that holds run folders.")] = Path("runs"),
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
+) -> None:
+    """List run folders: state, step, loss, tokens/s, last checkpoint, job and nodes."""
+    from rich.console import Console
+
+    from phi3_dist.report.runs import list_runs, runs_table, watch_runs
+
+    if watch:
+        watch_runs(folder, Console())
+    else:
+        Console().print(runs_table(list_runs(folder), base=folder))
+
+
+@app.command()
+def logs(
+    run_folder: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    rank: Annotated[int, typer.Option(min=0, help="Rank whose log to print.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing what is appended.")] = False,
+) -> None:
+    """Print the log of one rank of a run's Slurm job."""
+    from phi3_dist.report.runs import find_log, follow_log
+
+    for piece in follow_log(find_log(run_folder, rank), follow=follow):
+        typer.echo(piece, nl=False)
