@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-full test-gpu test-slurm demo bench-gather wheel clean
+.PHONY: help setup lint types test test-full test-gpu test-slurm torture fuzz audit demo bench-gather wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name what; do \
@@ -66,6 +66,20 @@ test-slurm: setup ## everything on a real Slurm of two nodes (Debian, root: inst
 	@tests/slurm/packages.sh
 	@$(BIN)/python -m pytest -q tests/slurm
 
+torture: setup ## kill a run at a hundred random moments; what was saved must survive (ten minutes)
+	@$(BIN)/python -m pytest -q tests/torture
+
+fuzz: setup ## more than 10,000 damaged run files, rows, tokenizers, adapters and checkpoints (some minutes)
+	@$(BIN)/python -m pytest -q --hypothesis-profile=fuzz tests/unit/test_fuzz.py
+
+# An environment of its own: what pip-audit needs is no part of what is tested.
+audit: ## known vulnerabilities of the tested versions, where the service can be reached
+	@test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet pip-audit; }
+	@out=$$(.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --vulnerability-service osv \
+		--progress-spinner off 2>&1); rc=$$?; case "$$out" in \
+		*"ould not connect"*|*"resolve host"*|*ConnectionError*|*"ailed to resolve"*) echo "[audit] SKIPPED: the vulnerability service can't be reached from here" ;; \
+		*) echo "$$out"; exit $$rc ;; esac
+
 demo: setup ## train a LoRA on two processes and show before and after
 	@$(BIN)/python -m phi3_dist.demo
 
@@ -77,4 +91,4 @@ wheel: setup ## build dist/*.whl
 	@ls dist/*.whl
 
 clean: ## remove caches, builds and .venv (runs/ stays)
-	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-audit .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

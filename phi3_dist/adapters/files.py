@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from phi3_dist.adapters.gather import gather_adapter, raised_together
 from phi3_dist.adapters.select import Bias, check_tensors, find_peft_model
 from phi3_dist.errors import AdapterError, Problem
 
-__all__ = ["AdapterReceipt", "read_adapter", "recover", "save_adapter", "write_adapter"]
+__all__ = ["AdapterReceipt", "read_adapter", "recover", "save_adapter", "write_adapter", "write_tensors"]
 
 WEIGHTS, CONFIG, CARD, CHECKSUMS = "adapter_model.safetensors", "adapter_config.json", "README.md", "checksums.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -148,7 +149,7 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _fill(partial: Path, tensors: Mapping[str, Tensor], config: str, card: str, tokenizer: Any) -> AdapterReceipt:
     """Write all files of the folder, each synced; the weights are read back and compared, the checksums come last."""
     weights = partial / WEIGHTS
-    save_file(dict(tensors), weights, metadata={"format": "pt"})
+    write_tensors(weights, tensors)
     (partial / CONFIG).write_text(config, encoding="utf-8")
     (partial / CARD).write_text(card, encoding="utf-8")
     if tokenizer is not None:
@@ -163,6 +164,17 @@ def _fill(partial: Path, tensors: Mapping[str, Tensor], config: str, card: str, 
     _sync(partial / CHECKSUMS)
     _sync(partial)
     return receipt
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file with the user's umask: safetensors 0.8 gives its files mode 600, whoever else may read them.
+
+    Raises OSError, and SafetensorError for a disk that is full.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(stat.S_IMODE(mode))
 
 
 def _sync(path: Path) -> None:

@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from phi3_dist.adapters.card import adapter_card
-from phi3_dist.adapters.files import read_adapter, write_adapter
+from phi3_dist.adapters.files import read_adapter, write_adapter, write_tensors
 from phi3_dist.adapters.loralib import loralib_from_peft, peft_from_loralib
 from phi3_dist.adapters.loralib_layers import KINDS, Kind, Layer
 from phi3_dist.config.families import Shape
@@ -174,7 +174,7 @@ def _write_loralib(target: Path, state: Mapping[str, Tensor]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             if target.suffix == ".safetensors":
-                save_file(own, partial, metadata={"format": "pt"})
+                write_tensors(partial, own)
             else:
                 torch.save(own, partial)
             with partial.open("rb") as file:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from phi3_dist.config.foreign import Entry, Foreign, read_script
+from phi3_dist.config.load import flatten
 from phi3_dist.errors import ConfigError, Problem
 
 __all__ = [
@@ -166,15 +167,7 @@ def _entries(dialect: str, values: Mapping[str, Any], place: Callable[[str], str
             else:
                 yield Entry(section, inner, place(section))
     elif dialect == DEEPSPEED:
-        yield from (Entry(key, value, place(key.split(".")[0]), "deepspeed") for key, value in _flat(values))
+        yield from (Entry(key, value, place(key.split(".")[0]), "deepspeed") for key, value in flatten(values).items())
     else:
         section = {PEFT: "lora", TRAINING_ARGUMENTS: "training"}.get(dialect, "")
         yield from (Entry(key, value, place(key), section) for key, value in values.items())
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

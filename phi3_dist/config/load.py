@@ -5,7 +5,6 @@ Nothing here imports torch, so that a misspelt key is answered in a fraction of 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from phi3_dist.config import messages
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import ConfigError, Problem
 
-__all__ = ["load_run", "resolved_yaml", "json_schema", "config_hash", "diff"]
+__all__ = ["load_run", "resolved_yaml", "json_schema", "diff", "flatten"]
 
 
 @dataclass
@@ -227,20 +226,15 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
-def config_hash(cfg: RunConfig) -> str:
-    """sha256 (hex) of the config as canonical JSON: equal configs have equal hashes on every machine."""
-    text = json.dumps(cfg.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def diff(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:
     """(dotted path, value in a, value in b) for each field that differs, in the schema's order."""
-    flat_a, flat_b = dict(_flat(a.model_dump(mode="json"))), dict(_flat(b.model_dump(mode="json")))
+    flat_a, flat_b = flatten(a.model_dump(mode="json")), flatten(b.model_dump(mode="json"))
     return [(path, value, flat_b[path]) for path, value in flat_a.items() if value != flat_b[path]]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    out: list[tuple[str, Any]] = []
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings by their dotted paths, in order; a list is one leaf, and so is an empty mapping."""
+    out: dict[str, Any] = {}
     for key, value in values.items():
-        out.extend(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)])
+        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
     return out

@@ -219,7 +219,12 @@ def _probes(tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
 
 
 def _check(tokenizer: PreTrainedTokenizerFast, reference: tokenizers.Tokenizer, source: str) -> None:
-    for text in _probes(tokenizer):
+    try:
+        probes = list(_probes(tokenizer))
+    except Exception as error:  # the template is a program out of the folder: it can raise anything
+        what = f"its chat template fails on a plain chat: {error}"
+        raise ModelError(Problem(source, what, "take the tokenizer's files from a published revision")) from error
+    for text in probes:
         ours = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         files = reference.encode(text, add_special_tokens=False).ids
         if ours != files:

@@ -176,10 +176,23 @@ def parse_sweep(specs: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     return tuple(itertools.product(*axes)) if axes else ()
 
 
+_SECRET = re.compile(r"TOKEN|API_?KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+
+
 def parse_env(specs: Iterable[str]) -> tuple[tuple[str, str], ...]:
-    """Pairs for `SlurmTopology.env`: `["GLOO_SOCKET_IFNAME=ib0"]`. Raises PlanError naming every spec without a `=`."""
+    """Pairs for `SlurmTopology.env`: `["GLOO_SOCKET_IFNAME=ib0"]`.
+
+    Raises PlanError naming every spec without a `=`, and every one that looks like a secret: scripts are shown around.
+    """
     pairs = [(spec, *spec.partition("=")) for spec in specs]
     problems = [Problem("--env", f"{spec!r} has no value", "NAME=VALUE") for spec, _, equals, _ in pairs if not equals]
+    problems += [
+        Problem(
+            "--env", f"{name} would be written into the script for all to read", "put it into a file for --env-file"
+        )
+        for _, name, equals, _ in pairs
+        if equals and _SECRET.search(name)
+    ]
     if problems:
         raise PlanError(*problems)
     return tuple((name, value) for _, name, _, value in pairs)

@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from phi3_dist.config.load import flatten
 from phi3_dist.errors import Problem, RunFolderError
 from phi3_dist.report.curves import Row, draw_curves, read_metrics, run_name
 
@@ -36,7 +37,7 @@ def write_page(run_folder: Path) -> Path:
         samples=_columns(evaluation.get("samples", [])),
         choices=_json(run_folder / "plan.json").get("choices", []),
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
-        environment=_flat(_json(run_folder / "environment.json")),
+        environment=_leaves(_json(run_folder / "environment.json")),
         adapter=_files(run_folder / "adapter"),
     )
     page = run_folder / "report.html"
@@ -96,16 +97,9 @@ def _columns(samples: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
     return heads, [[_show(sample.get(key, "")) for key in heads] for sample in samples]
 
 
-def _flat(tree: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
-    """Leaves of nested mappings with their dotted paths; a list is one leaf."""
-    leaves: list[tuple[str, str]] = []
-    for key, value in tree.items():
-        path = f"{above}.{key}" if above else str(key)
-        if isinstance(value, dict):
-            leaves += _flat(value, path)
-        else:
-            leaves.append((path, " ".join(map(str, value)) if isinstance(value, list) else _show(value)))
-    return leaves
+def _leaves(tree: Mapping[str, Any]) -> list[tuple[str, str]]:
+    leaves = flatten(tree).items()
+    return [(path, " ".join(map(str, value)) if isinstance(value, list) else _show(value)) for path, value in leaves]
 
 
 def _files(folder: Path) -> list[tuple[str, str]]:

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from phi3_dist.adapters.files import write_tensors
 from phi3_dist.errors import Problem, TrainingError
 
 __all__ = ["Checkpoint", "find_checkpoint", "prune", "read_state", "verify", "write_checkpoint"]
@@ -57,16 +58,20 @@ def _sync(path: Path) -> None:
 def write_checkpoint(root: Path, step: int, state: Mapping[str, Tensor], trainer: Mapping[str, Any]) -> Path:
     """Write `root/step_NNNNNN`. Rank 0 alone. On any error nothing stands under that name and no older one is touched.
 
-    Raises OSError (no space, read-only, a mount that went).
+    `root` lies in a run folder that exists: under a mount that went no new one is made. A link under one of the two
+    names is removed and never followed. Raises OSError (no space, read-only, a mount that went).
     """
     target = root / f"step_{step:06d}"
     partial = root / f"step_{step:06d}.tmp"
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(exist_ok=True)
     try:
+        for link in (target, partial):
+            if link.is_symlink():
+                link.unlink()
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
-            save_file(dict(state), partial / STATE)
+            write_tensors(partial / STATE, state)
         except SafetensorError as error:  # safetensors reports a full disk as its own error
             raise OSError(str(error)) from error
         (partial / TRAINER).write_text(json.dumps({"step": step, **trainer}, indent=2) + "\n", encoding="utf-8")

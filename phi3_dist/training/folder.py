@@ -99,11 +99,26 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
+    def _refuse_links(self) -> None:
+        """Raises RunFolderError for links by which a run would write, or remove, outside of its folder's parent."""
+        problems = []
+        if self.path.is_symlink() and not self.path.resolve().is_relative_to(self.path.parent.resolve()):
+            what = f"is a link to {self.path.resolve()}, outside of the folder it lies in"
+            problems.append(Problem(str(self.path), what, "name that folder itself in save.folder"))
+        elif self.path.is_dir():
+            links = sorted(p for p in self.path.iterdir() if p.is_symlink())
+            problems += [
+                Problem(str(p), "is a link, and a run writes only into its own folder", "remove it") for p in links
+            ]
+        if problems:
+            raise RunFolderError(*problems)
+
     def reopen(self) -> None:
         """Take a folder to go on in: a run's, or a new one.
 
-        Raises RunFolderError for a folder of something else, or one in which another process trains.
+        Raises RunFolderError for a folder of something else, one with links, or one in which another process trains.
         """
+        self._refuse_links()
         if self._in_use() and not (self.path / "config.yaml").is_file():
             raise RunFolderError(
                 Problem(str(self.path), "--resume goes on in a run folder, and this holds no config.yaml", "")
@@ -118,6 +133,7 @@ class RunFolder:
         Overwriting removes only what looks like a run of ours: a folder with a config.yaml.
         """
         where = str(self.path)
+        self._refuse_links()
         try:
             if self.path.exists() and (not self.path.is_dir() or self._in_use()):
                 if not overwrite:
@@ -150,19 +166,21 @@ class RunFolder:
         self.write(name, json.dumps(value, indent=2, default=str) + "\n")
 
     def heartbeat(self, step: int) -> None:
-        """Who runs here and how far: `phi3-dist runs` tells a living run from a dead one by it."""
+        """Who runs here and how far: `phi3-dist runs` tells a living run from a dead one by it.
+
+        A disk that is full or gone ends no training here: the next checkpoint tells of it, and may find room.
+        """
         job = slurm_facts()
-        self.write_json(
-            "heartbeat.json",
-            {
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "time": time.time(),
-                "step": step,
-                "job_id": job.job_id if job else None,
-                "nodes": job.nodes if job else None,
-            },
-        )
+        beat = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "time": time.time(),
+            "step": step,
+            "job_id": job.job_id if job else None,
+            "nodes": job.nodes if job else None,
+        }
+        with contextlib.suppress(RunFolderError):
+            self.write_json("heartbeat.json", beat)
 
     def record_exit(self, code: int, state: str) -> None:
         self.write_json("exit.json", {"code": code, "state": state, "time": time.time()})
@@ -174,7 +192,8 @@ class RunFolder:
             yield
         except BaseException as error:
             if active and (self.path / "config.yaml").is_file():
-                self.record_exit(getattr(error, "exit_code", 1), "failed")
+                with contextlib.suppress(RunFolderError):  # a full disk may be why it failed: `error` is what counts
+                    self.record_exit(getattr(error, "exit_code", 1), "failed")
             raise
         finally:
             self._release()

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.files import AdapterReceipt, recover, save_adapter
-from phi3_dist.config.load import config_hash, resolved_yaml
+from phi3_dist.config.load import flatten, resolved_yaml
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Order, Prepared, prepare
 from phi3_dist.errors import DataError, Problem
@@ -253,7 +253,8 @@ def train(
         folder=folder.path,
     )
     with folder.recording_failure(active=runtime.is_main):
-        agree(runtime, {"config": config_hash(cfg), "data": prepared.fingerprint, **versions()})
+        config = {key: str(value) for key, value in flatten(cfg.model_dump(mode="json")).items()}
+        agree(runtime, {**config, "data": prepared.fingerprint, **versions()})
         weights = base_fingerprint(base, cache) if runtime.is_main else ""
         facts = identity(cfg, prepared, runtime.broadcast(weights))
         start = _start_of(runtime, folder, facts, allow_changed) if resume else None
@@ -263,7 +264,7 @@ def train(
         result = _run(
             cfg, base, runtime, prepared=prepared, tokenizer=tokenizer, folder=folder, facts=facts, start=start
         )
+        if runtime.is_main:  # before the last barrier: no rank has ended when this stands
+            folder.record_exit(result.exit_code, "preempted" if result.stopped_by else "finished")
     _release(runtime)
-    if runtime.is_main:
-        folder.record_exit(result.exit_code, "preempted" if result.stopped_by else "finished")
     return result

@@ -33,6 +33,7 @@ class Metrics:
         self.active, self.total, self.tracker = active, total, tracker
         self.started = time.perf_counter()
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._path, self._told = path, False
         self._file = path.open("a", encoding="utf-8") if active else None
         self._progress: Progress | None = None
         if active and self.console.is_terminal:
@@ -62,7 +63,10 @@ class Metrics:
         if self._progress is not None:
             self._progress.stop()
         if self._file is not None:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as error:
+                self._tell(error)
 
     def say(self, text: str) -> None:
         """One line to the person, on rank 0."""
@@ -70,13 +74,22 @@ class Metrics:
             return
         (self._progress.console if self._progress is not None else self.console).print(text, markup=False)
 
+    def _tell(self, error: OSError) -> None:
+        if not self._told:
+            self.say(f"{self._path}: rows can't be written now: {error.strerror or error}; training goes on")
+        self._told = True
+
     def _write(self, row: dict[str, Any]) -> None:
+        """A disk that is full or gone is told once and ends no training. Rows wait in the file's buffer for room."""
         assert self._file is not None
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
         kind = row["kind"]
         values = {f"{kind}/{k}": v for k, v in row.items() if k not in {"kind", "step"} and isinstance(v, (int, float))}
-        self.tracker.log(values, step=row["step"])
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            self.tracker.log(values, step=row["step"])
+        except OSError as error:
+            self._tell(error)
 
     def train(self, row: dict[str, Any]) -> None:
         """A row of kind `train`: see the keys in loop.py. `elapsed_s` is added."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from phi3_dist.config.load import flatten
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Prepared
 from phi3_dist.errors import Problem, TrainingError
@@ -45,16 +46,6 @@ FREE = (
 )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
-
-
 def base_fingerprint(base: Base, cache: Path) -> str:
     """sha256 over the base's weight files, remembered by path, size and time so that it is computed once."""
     if base.folder is None:
@@ -81,7 +72,7 @@ def base_fingerprint(base: Base, cache: Path) -> str:
 
 def identity(cfg: RunConfig, prepared: Prepared, weights: str) -> dict[str, Any]:
     """What a resumed run must share with the first: the config without topology, the data, the base, the libraries."""
-    facts = {k: v for k, v in _flat(cfg.model_dump(mode="json")).items() if not k.startswith(FREE)}
+    facts = {k: v for k, v in flatten(cfg.model_dump(mode="json")).items() if not k.startswith(FREE)}
     facts["data"] = prepared.fingerprint
     facts["base weights"] = weights
     for name in ("torch", "transformers", "peft"):
@@ -110,16 +101,16 @@ def agree_on_checkpoint(runtime: Runtime, root: Path) -> tuple[Checkpoint | None
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Remove the rows of steps after `step`, which will be made again, and a torn last line."""
+    """Remove the rows of steps after `step`, which will be made again, and lines that are torn or damaged."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if row.get("step", 0) <= step:
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
             kept.append(line + "\n")
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
