@@ -46,3 +46,34 @@ config_path() {
     [ -f "$path" ] || fail "no Accelerate config '$1'" "one of: $(cd "$ROOT/configs/accelerate" && echo *.yaml | sed 's/\.yaml//g')"
     echo "$path"
 }
+
+# check_run RUN.yaml …: the run file and its overrides are read once before a launcher starts, whose own report of a
+# user's mistake is long. The run's own exit code and message.
+check_run() {
+    local words=() word
+    for word in "$@"; do case $word in *=*) words+=("$word") ;; esac done
+    python -m phi3_dist config show "$1" ${words[@]+"${words[@]}"} >/dev/null || exit
+}
+
+# supervise RESTARTS FUNCTION ARGS…: `FUNCTION ATTEMPT ARGS…` until it ends well, at most RESTARTS times more, each time
+# with --resume. A new launcher each time: torchrun's own --max_restarts keeps the store in which gloo's ranks then find
+# the addresses of the dead (torch 2.13). A signal is handed on, and ends it.
+supervise() {
+    local restarts=$1 function=$2 attempt=0 status stopped='' child=''
+    shift 2
+    trap 'stopped=1; kill -TERM "$child" 2>/dev/null || true' TERM HUP
+    trap 'stopped=1; kill -INT "$child" 2>/dev/null || true' INT
+    case " $* " in *" --resume "*) ;; *) set -- "$@" --resume ;; esac
+    while :; do
+        "$function" "$attempt" "$@" &
+        child=$!
+        while :; do
+            status=0
+            wait "$child" || status=$?
+            kill -0 "$child" 2>/dev/null || break
+        done
+        [ "$status" != 0 ] && [ -z "$stopped" ] && [ "$attempt" -lt "$restarts" ] || exit "$status"
+        attempt=$((attempt + 1))
+        echo "$(basename -- "$0"): ended with $status; restart $attempt of $restarts, from the last checkpoint" >&2
+    done
+}

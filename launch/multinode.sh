@@ -8,6 +8,8 @@
 #   --port P                  a free port on node 0                            default: 29500
 #   --processes-per-node K    the same on every node                           default: the GPUs of this machine
 #   --config NAME             configs/accelerate/NAME.yaml, or a file          default: ddp
+#   --restarts N              start again after a rank of any node has died, with --resume; the same on every node.
+#                             Uses the ports from P to P+N                     default: 0
 # What follows goes to `phi3-dist train`. The exit code is 0 only if every process of this node ended well.
 # Interfaces: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME are read by NCCL and gloo themselves and left alone here.
 
@@ -15,7 +17,7 @@ set -euo pipefail
 # shellcheck source=launch/environment.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
-nodes='' node_rank='' master='' port=29500 processes='' config=ddp
+nodes='' node_rank='' master='' port=29500 processes='' config=ddp restarts=0
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage && exit 0 ;;
@@ -25,6 +27,7 @@ while [ $# -gt 0 ]; do
         --port) needs_value "$@" && port=$2 && shift 2 ;;
         --processes-per-node) needs_value "$@" && processes=$2 && shift 2 ;;
         --config) needs_value "$@" && config=$2 && shift 2 ;;
+        --restarts) needs_value "$@" && restarts=$2 && shift 2 ;;
         *) break ;;
     esac
 done
@@ -32,6 +35,7 @@ done
 whole_number --nodes "$nodes" 1
 whole_number --node-rank "$node_rank" 0
 whole_number --port "$port" 1
+whole_number --restarts "$restarts" 0
 [ "$node_rank" -lt "$nodes" ] || fail "--node-rank $node_rank, but with --nodes $nodes the last is $((nodes - 1))"
 processes=${processes:-$(gpu_count)}
 [ "$processes" != 0 ] || fail "no GPU on this machine" "give --processes-per-node, and --config with a CPU config"
@@ -48,7 +52,15 @@ if [ "$nodes" -gt 1 ]; then
     esac
     [ -n "$address" ] || fail "--master $master can't be resolved on $(hostname)" "an address in place of the name"
 fi
-# "standard": one launcher a node for DeepSpeed too, instead of pdsh from node 0; other strategies don't read it
-exec accelerate launch --config_file "$config" --num_machines "$nodes" --machine_rank "$node_rank" \
-    --num_processes $((nodes * processes)) --main_process_ip "${master:-127.0.0.1}" --main_process_port "$port" \
-    --same_network --rdzv_backend static --deepspeed_multinode_launcher standard -m phi3_dist train "$@"
+# "standard": one launcher a node for DeepSpeed too, instead of pdsh from node 0; other strategies don't read it.
+# A port for each attempt, so that no launcher meets another one's last attempt.
+this_node() {
+    local at=$((port + $1))
+    shift
+    exec accelerate launch --config_file "$config" --num_machines "$nodes" --machine_rank "$node_rank" \
+        --num_processes $((nodes * processes)) --main_process_ip "${master:-127.0.0.1}" --main_process_port "$at" \
+        --same_network --rdzv_backend static --deepspeed_multinode_launcher standard -m phi3_dist train "$@"
+}
+check_run "$@"
+[ "$restarts" = 0 ] || supervise "$restarts" this_node "$@"
+this_node 0 "$@"

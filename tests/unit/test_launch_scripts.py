@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -176,3 +177,67 @@ def test_no_hyperparameters() -> None:
     for script in SCRIPTS:
         for word in ("optim.", "lora.", "micro_batch", "global_batch", "learning", "yq ", "yaml.load"):
             assert word not in script.read_text(), (script.name, word)
+
+
+# --- restarts -----------------------------------------------------------------------------------------------------
+
+
+def failing(shell: Shell, times: int, code: int = 1) -> None:
+    """A launcher that fails so many times before it ends well, and shows each time what it was called with."""
+    count = shell.bin / "count"
+    count.write_text("0")
+    body = (
+        f'n=$(($(cat {count}) + 1)); echo $n >{count}; printf "%s " start "$@"; echo; [ $n -gt {times} ] || exit {code}'
+    )
+    shell.program("accelerate", body)
+
+
+def test_a_launcher_that_fails_is_started_again_with_resume(shell: Shell) -> None:
+    failing(shell, 2)
+    shell.program("python", ":")
+    code, lines, error = shell("local.sh", "--config", "ddp", "--restarts", "3", "run.yaml", "optim.lr=1")
+    assert code == 0
+    assert len(lines) == 3
+    assert all(line.endswith("train run.yaml optim.lr=1 --resume ") for line in lines)
+    assert error.count("from the last checkpoint") == 2
+    assert "restart 2 of 3" in error
+
+
+def test_restarts_end_with_the_last_exit_code(shell: Shell) -> None:
+    failing(shell, 9, code=7)
+    shell.program("python", ":")
+    arguments = ("--master", "192.0.2.9", "--port", "29700", "--restarts", "2", "run.yaml", "--resume")
+    code, lines, _ = shell("multinode.sh", *NODE, *arguments)
+    assert code == 7
+    assert [_option(line.split(), "--main_process_port") for line in lines] == ["29700", "29701", "29702"]
+    assert all(line.count("--resume") == 1 for line in lines)
+
+
+def test_without_restarts_nothing_is_added(shell: Shell) -> None:
+    failing(shell, 9)
+    shell.program("python", ":")
+    code, lines, _ = shell("local.sh", "--config", "ddp", "run.yaml")
+    assert (code, len(lines)) == (1, 1)
+    assert lines[0].endswith("train run.yaml ")
+
+
+def test_a_mistake_in_the_run_file_starts_no_launcher(shell: Shell) -> None:
+    shell.program("python", 'printf "%s\\n" "$@" >&2; exit 2')
+    for script, options in (("local.sh", ("--config", "ddp")), ("multinode.sh", (*NODE, "--master", "192.0.2.9"))):
+        code, lines, error = shell(script, *options, "--restarts", "2", "run.yaml", "optim.lr=x", "--overwrite")
+        assert (code, lines) == (2, [])
+        assert error.split() == ["-m", "phi3_dist", "config", "show", "run.yaml", "optim.lr=x"]
+
+
+def test_a_signal_ends_the_restarts(shell: Shell, tmp_path: Path) -> None:
+    shell.program("python", ":")
+    shell.program("accelerate", f'trap "exit 75" TERM; : >{tmp_path}/up; while :; do sleep 0.05; done')
+    env = {"PATH": f"{shell.bin}:/usr/bin:/bin", "VIRTUAL_ENV": str(tmp_path), "HOME": str(tmp_path)}
+    command = ["bash", str(LAUNCH / "local.sh"), "--config", "ddp", "--restarts", "5", "run.yaml"]
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "up").exists():
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(timeout=20) == 75
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
