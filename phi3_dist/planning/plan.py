@@ -13,7 +13,7 @@ from phi3_dist.config.families import Family, Shape
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.planning.memory import Term, Workload, adapter_parameters, fits, memory_terms, total_gib
-from phi3_dist.planning.support import STRATEGIES, No, support, support_optimizer
+from phi3_dist.planning.support import STRATEGIES, No, Yes, support, support_optimizer
 
 __all__ = ["MachineFacts", "LaunchFacts", "Choice", "RunPlan", "make_plan", "check_reality", "STRATEGIES"]
 
@@ -108,7 +108,8 @@ def make_plan(
     problems = [*_launch_problems(machine, launch), *_zero_file_problems(launch)]
     precision = _precision(cfg, machine)
     attention = _attention(cfg, machine, precision.value, problems)
-    choices = [precision, attention, _strategy_choice(launch), _optimizer_choice(cfg, machine, launch)]
+    strategy = _strategy_choice(launch, cfg.model.quantization, machine.device, precision.value)
+    choices = [precision, attention, strategy, _optimizer_choice(cfg, machine, launch)]
     problems += _support_problems(cfg, machine, launch, precision.value)
     accumulation = _accumulation(cfg, launch.world_size, problems)
     memory = None
@@ -215,12 +216,15 @@ def _attention(cfg: RunConfig, machine: MachineFacts, precision: str, problems: 
     return Choice("attention", asked, "as the run file says")
 
 
-def _strategy_choice(launch: LaunchFacts) -> Choice:
+def _strategy_choice(launch: LaunchFacts, quantization: str, device: str, precision: str) -> Choice:
     why = {
         "single": "one process",
         "ddp": f"{launch.world_size} processes without DeepSpeed or FSDP in the Accelerate config",
     }
-    return Choice("strategy", launch.strategy, why.get(launch.strategy, "as the Accelerate config says"))
+    words = why.get(launch.strategy, "as the Accelerate config says")
+    answer = support(launch.strategy, quantization, device, precision)
+    note = f"; {answer.note}" if isinstance(answer, Yes) and answer.note else ""
+    return Choice("strategy", launch.strategy, words + note)
 
 
 def _optimizer_choice(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts) -> Choice:

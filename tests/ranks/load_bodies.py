@@ -1,4 +1,4 @@
-"""What each rank does in test_load_at_scale.py."""
+"""What each rank does in test_load_at_scale.py and test_quantized_shards.py."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from safetensors import safe_open
 from phi3_dist.bench.load import measured_load, start
 from phi3_dist.modeling.base import find_base
 from phi3_dist.training.build import build_model
+from phi3_dist.training.strategy import make_engine
 
 PROBED = ("model.embed_tokens.weight", "model.layers.1.mlp.gate_up_proj.weight", "lm_head.weight")
 
@@ -56,3 +57,70 @@ def _in_file(folder: Path, name: str) -> torch.Tensor:
                 tensor: torch.Tensor = file.get_tensor(name)
                 return tensor
     raise AssertionError(f"{name} is in no file")
+
+
+# --- a quantised base ---------------------------------------------------------------------------------------------
+
+
+def quantized(strategy: str, folder: str, steps: int) -> dict[str, Any]:
+    """Train on an NF4 base: losses, gradient norms, and this rank's bytes of the 4-bit weights before and after.
+
+    After half of the steps there is a forward pass in eval mode, as for a held-out loss.
+    """
+    import bitsandbytes as bnb
+
+    plain, runtime = start(strategy, Path(folder))
+    parts = {"model": {"quantization": "nf4"}, "lora": {"dropout": 0.0}}
+    cfg = plain.model_copy(
+        update={name: getattr(plain, name).model_copy(update=values) for name, values in parts.items()}
+    )
+    model = build_model(cfg, find_base(folder), runtime, longest_row=64)
+    linears = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    engine = make_engine(model, runtime, cfg.optim)
+    facts: dict[str, Any] = {"layers": len(linears), "before": _held(linears), "losses": [], "norms": []}
+    for step in range(steps):
+        ids = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(step))
+        mine = list(ids) if runtime.world == 1 else [ids[runtime.rank]]
+        nll = torch.zeros(())
+        for number, ids_T in enumerate(mine):
+            engine.start_micro_batch(last=number == len(mine) - 1)
+            loss = engine.model(**_row(ids_T))
+            engine.backward(loss / ids.numel())
+            nll += loss.detach()
+        facts["losses"].append(float(runtime.sum(nll)) / ids.numel())
+        facts["norms"].append(engine.update(1e-3))
+        if step == steps // 2:
+            engine.model.eval()
+            with torch.no_grad():
+                engine.model(**_row(ids[0]))
+            engine.model.train()
+    facts["after"] = _held(linears)
+    runtime.barrier()
+    if runtime.world > 1:
+        dist.destroy_process_group()
+    return facts
+
+
+def _row(ids_T: torch.Tensor) -> dict[str, Any]:
+    """One document of T tokens, all but the first of them supervised."""
+    T = ids_T.numel()
+    return {
+        "ids_T": ids_T,
+        "positions_T": torch.arange(T),
+        "predict_S": torch.arange(T - 1),
+        "target_S": ids_T[1:],
+        "cu_seqlens": torch.tensor([0, T], dtype=torch.int32),
+        "lengths": (T,),
+    }
+
+
+def _held(linears: list[Any]) -> int:
+    """Bytes of the storages behind this rank's part of the packed weights."""
+    found = 0
+    for linear in linears:
+        weight = linear.weight
+        local = weight.ds_tensor if hasattr(weight, "ds_tensor") else getattr(weight, "to_local", lambda w=weight: w)()
+        found += local.untyped_storage().nbytes()
+        if hasattr(weight, "ds_tensor"):
+            found += weight.untyped_storage().nbytes()  # nothing, unless DeepSpeed keeps it whole as well
+    return found

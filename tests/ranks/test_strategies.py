@@ -134,7 +134,9 @@ def test_tied_embeddings_survive_sharding(config: str, tmp_path: Path, deepspeed
     ("quantization", "config"),
     [
         ("nf4", "cpu_2"),
-        ("nf4", "zero2"),
+        pytest.param("nf4", "zero2", marks=pytest.mark.full),
+        ("nf4", "zero3"),
+        pytest.param("nf4", "zero3_offload", marks=pytest.mark.full),
         pytest.param("nf4", "zero1", marks=pytest.mark.full),
         pytest.param("int8", "cpu_2", marks=pytest.mark.full),
         pytest.param("int8", "zero2", marks=pytest.mark.full),

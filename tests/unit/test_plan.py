@@ -99,7 +99,7 @@ def test_one_process_where_two_were_asked_for() -> None:
 
 def test_every_problem_at_once() -> None:
     cfg = run(
-        model={"source": "x", "quantization": "nf4", "attention": "flash_attention_2"},
+        model={"source": "x", "quantization": "int8", "attention": "flash_attention_2"},
         optim={"name": "paged_adamw_8bit"},
         train={"global_batch": 5},
         lora={"dora": True},

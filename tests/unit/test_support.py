@@ -38,11 +38,30 @@ def test_quantised_weights_where_they_are_replicated(strategy: str, quantization
     assert support(strategy, quantization, device, "fp32")
 
 
-@pytest.mark.parametrize("strategy", ["zero2_offload", "zero3", "zero3_offload", "fsdp2", "fsdp2_offload"])
-def test_quantised_weights_are_refused_where_they_would_be_sharded(strategy: str) -> None:
-    answer = support(strategy, "nf4", "cuda", "bf16")
+@pytest.mark.parametrize(
+    ("strategy", "quantization", "nearest"),
+    [
+        ("zero2_offload", "nf4", "zero2"),
+        ("zero3", "int8", "zero2"),
+        ("fsdp2", "nf4", "zero3"),
+        ("fsdp2_offload", "nf4", "zero3_offload"),
+        ("fsdp2", "int8", "zero2"),
+    ],
+)
+def test_quantised_weights_are_refused_where_they_are_not_proven(
+    strategy: str, quantization: str, nearest: str
+) -> None:
+    answer = support(strategy, quantization, "cuda", "bf16")
     assert isinstance(answer, No)
-    assert answer.nearest == "zero2"
+    assert answer.nearest == nearest
+    assert support(nearest, quantization, "cuda", "bf16")
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "zero3_offload"])
+def test_zero3_shards_4_bit_weights(strategy: str) -> None:
+    answer = support(strategy, "nf4", "cpu", "fp32")
+    assert isinstance(answer, Yes)
+    assert "keeps its part" in answer.note
 
 
 def test_packages_devices_and_names() -> None:
