@@ -201,9 +201,9 @@ def _finish(model: Phi3ForCausalLM, device: torch.device) -> None:
 
 
 def load_zero3(base: Base, dtype: torch.dtype, ds_config: Mapping[str, Any]) -> Phi3ForCausalLM:
-    """The base sharded by DeepSpeed ZeRO-3 as it is read: rank 0 reads, one tensor at a time. Collective.
+    """The base sharded by DeepSpeed ZeRO-3: each rank reads its own shards from the files. Collective.
 
-    A rank's peak is its shards and twice the largest weight (measured).
+    While the model is made, the largest weight is whole on each rank for a moment, and empty.
     """
     import deepspeed
 
@@ -212,12 +212,20 @@ def load_zero3(base: Base, dtype: torch.dtype, ds_config: Mapping[str, Any]) -> 
         with deepspeed.zero.Init(config_dict_or_path=dict(ds_config), dtype=dtype):
             model = _empty(base, dtype)
         for name, param in model.named_parameters():
-            with deepspeed.zero.GatheredParameters([param], modifier_rank=0), torch.no_grad():
-                if torch.distributed.get_rank() == 0:
-                    param.copy_(base.weights.whole(name))
+            _fill_zero3_shard(param, base.weights.whole(name))
             base.weights.close()
     _finish(model, torch.device("cpu"))
     return model
+
+
+def _fill_zero3_shard(param: Any, whole: torch.Tensor) -> None:
+    """Copy this rank's part of a weight. DeepSpeed cuts the flat weight into equal parts, the last one padded."""
+    shard, rank = param.ds_tensor, torch.distributed.get_rank(param.ds_process_group)
+    assert shard.dtype == param.dtype, "a shard that DeepSpeed has quantised: the plan refuses it"
+    start = rank * shard.ds_numel
+    mine = whole.reshape(-1)[start : start + shard.ds_numel]
+    with torch.no_grad():
+        shard.view(-1)[: mine.numel()].copy_(mine)
 
 
 def rows_of_rank(rows: int, rank: int, world: int) -> tuple[int, int]:

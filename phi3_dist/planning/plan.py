@@ -24,6 +24,12 @@ _ZERO_FILE_AUTO = (
     "gradient_accumulation_steps",
     "gradient_clipping",
 )
+_ZERO_UNPROVEN = {
+    "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
+    "zero_hpz_partition_size": 1,
+}
+"""Settings of ZeRO++, as they are where they do nothing."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,11 @@ def _zero_file_problems(launch: LaunchFacts) -> list[Problem]:
         if enabled is True or (key == "bf16" and enabled is False):
             what = f"is {str(enabled).lower()}, which the run file decides (model.precision)"
             problems.append(Problem(f"DeepSpeed config: {key}.enabled", what, fix))
+    zero: Mapping[str, Any] = settings.get("zero_optimization") or {}
+    for key, harmless in _ZERO_UNPROVEN.items():
+        if zero.get(key, harmless) != harmless:
+            what = f"is {zero[key]!r}: shards of another kind, which this toolkit neither fills nor gathers"
+            problems.append(Problem(f"DeepSpeed config: zero_optimization.{key}", what, "leave it out"))
     return problems
 
 

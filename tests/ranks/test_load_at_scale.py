@@ -13,7 +13,7 @@ import pytest
 from phi3_dist.bench.load import write_base
 from tests.ranks.launcher import run_ranks
 
-pytestmark = [pytest.mark.ranks, pytest.mark.full]
+pytestmark = pytest.mark.ranks
 MIB = 2**20
 
 

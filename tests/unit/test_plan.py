@@ -127,6 +127,13 @@ def test_deepspeed_file_may_hold_auto_only() -> None:
     assert "model.precision" in found["DeepSpeed config: bf16.enabled"][0]
 
 
+def test_shards_of_another_kind_are_refused() -> None:
+    zero = {"stage": 3, "zero_quantized_weights": True, "zero_hpz_partition_size": 1}
+    found = problems(run(), CPU, LaunchFacts(2, 1, "zero3", 2, "x.yaml", {"zero_optimization": zero}))
+    assert "neither fills nor gathers" in found["DeepSpeed config: zero_optimization.zero_quantized_weights"][0]
+    assert not any("hpz" in key for key in found)
+
+
 def test_topology_that_cannot_be() -> None:
     assert "evenly" in problems(run(), CPU, LaunchFacts(3, 2, "ddp"))["nodes"][0]
     too_many = problems(run(train={"global_batch": 32}), GPU, LaunchFacts(16, 1, "ddp"))
