@@ -39,8 +39,9 @@ class ModelConfig(Section):
     """Compute dtype. `auto`: bf16 where the hardware has it fast, else fp32; the reason is shown at start."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Storage of the frozen base. `nf4` is QLoRA (double quantised NF4), `int8` is LLM.int8()."""
-    attention: Literal["auto", "flash_attention_2", "sdpa"] = "auto"
-    """Attention backend. Documents of a pack never attend to each other in any of them."""
+    attention: Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "flex", "sdpa"] = "auto"
+    """Attention backend: `varlen` is torch's own flash-attention, `sdpa` one call for each document. `auto` takes the
+    best that can run, and says why. Documents of a pack never attend to each other in any of them."""
     activation_checkpointing: StrictBool = False
     """Recompute each decoder layer in backward (non-reentrant): less memory, about a fifth more time."""
     adapter: StrictStr | None = None

@@ -20,11 +20,11 @@ import psutil
 from packaging.requirements import Requirement
 
 from phi3_dist.machine.probe import probe
+from phi3_dist.planning.attention import backends, choose_backend
 from phi3_dist.planning.plan import MachineFacts
 
 __all__ = ["Finding", "diagnose", "extensions_root", "stale_extension_locks"]
 
-FLASH_INSTALL = "pip install flash-attn --no-build-isolation"
 COMPILERS = ("ninja", "nvcc", "cicc", "ptxas", "c++", "g++", "gcc", "cc1plus", "clang", "clang++", "as", "ld")
 _YOUNG_S = 60.0
 """A lock younger than this may belong to a build whose ninja hasn't started yet."""
@@ -96,15 +96,13 @@ def _device(machine: MachineFacts) -> Iterator[Finding]:
 
 
 def _flash(machine: MachineFacts) -> Iterator[Finding]:
-    version = machine.packages.get("flash-attn")
-    if machine.device != "cuda":
-        yield Finding("ok", "attention auto is sdpa: flash-attention needs CUDA")
-    elif not machine.fast_bf16:
-        yield Finding("ok", "attention auto is sdpa: flash-attention 2 needs compute capability 8")
-    elif version:
-        yield Finding("ok", f"attention auto is flash_attention_2: flash-attn {version}")
-    else:
-        yield Finding("warn", "attention auto is sdpa: flash-attn is not installed (optional)", FLASH_INSTALL)
+    """What `attention: auto` would be for Phi-3-mini, whose head size is 96."""
+    dtype = "bf16" if machine.fast_bf16 else "fp32"
+    found = backends(machine.device, 96, dtype, None, machine.packages, capability=machine.capability)
+    chosen = choose_backend("auto", found)
+    slower = machine.device == "cuda" and machine.fast_bf16 and chosen.name == "sdpa"
+    fix = next(one.fix for one in found if one.name == "flash_attention_2") if slower else ""
+    yield Finding("warn" if slower else "ok", f"attention auto is {chosen.name}: {chosen.reason}", fix)
 
 
 def _deepspeed(machine: MachineFacts) -> Iterator[Finding]:

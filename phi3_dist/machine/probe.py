@@ -17,12 +17,13 @@ import psutil
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.machine import launch_request
 from phi3_dist.machine.launch_request import LaunchRequest
+from phi3_dist.planning.attention import PACKAGES as ATTENTION_PACKAGES
 from phi3_dist.planning.plan import LaunchFacts, MachineFacts
 
 __all__ = ["launch_facts", "package_versions", "probe"]
 
 GIB = 1024**3
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes", "flash-attn")
+PACKAGES = (*ATTENTION_PACKAGES, "transformers", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes")
 """Distributions whose presence or version decides something."""
 
 
@@ -62,6 +63,7 @@ def probe(*, use_cpu: bool | None = None) -> MachineFacts:
             fast_bf16=fast,
             fast_bf16_reason=f"{device.name} (compute capability {device.major}.{device.minor}) {tensor_cores}",
             packages=package_versions(),
+            capability=(device.major, device.minor),
         )
     fast, reason = _cpu_bf16()
     return MachineFacts(

@@ -12,6 +12,7 @@ from typing import Any
 from phi3_dist.config.families import Family, Shape
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
+from phi3_dist.planning.attention import backends, choose_backend
 from phi3_dist.planning.memory import Term, Workload, adapter_parameters, fits, memory_terms, total_gib
 from phi3_dist.planning.support import STRATEGIES, No, Yes, support, support_optimizer
 
@@ -34,7 +35,10 @@ _ZERO_UNPROVEN = {
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """What this node is. Memory in GiB; `packages` maps a distribution to its version, absent where not installed."""
+    """What this node is. Memory in GiB; `packages` maps a distribution to its version, absent where not installed.
+
+    `capability` is the CUDA compute capability; None on a CPU, and where it isn't known.
+    """
 
     device: str
     device_name: str
@@ -45,6 +49,7 @@ class MachineFacts:
     fast_bf16: bool
     fast_bf16_reason: str
     packages: Mapping[str, str] = field(default_factory=dict)
+    capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def make_plan(
     """
     problems = [*_launch_problems(machine, launch), *_zero_file_problems(launch)]
     precision = _precision(cfg, machine)
-    attention = _attention(cfg, machine, precision.value, problems)
+    attention = _attention(cfg, machine, precision.value, family_or_shape, problems)
     strategy = _strategy_choice(launch, cfg.model.quantization, machine.device, precision.value)
     choices = [precision, attention, strategy, _optimizer_choice(cfg, machine, launch)]
     problems += _support_problems(cfg, machine, launch, precision.value)
@@ -206,25 +211,21 @@ def _precision(cfg: RunConfig, machine: MachineFacts) -> Choice:
     return Choice("precision", asked, "as the run file says" + (f"; slow: {machine.fast_bf16_reason}" if slow else ""))
 
 
-def _attention(cfg: RunConfig, machine: MachineFacts, precision: str, problems: list[Problem]) -> Choice:
-    """flash-attention 2 needs 16-bit tensors and compute capability 8, which is also what makes bf16 fast on CUDA."""
-    obstacle = ""
-    if machine.device != "cuda":
-        obstacle = f"flash-attention needs CUDA, and the device is {machine.device}"
-    elif "flash-attn" not in machine.packages:
-        obstacle = "flash-attn is not installed (`pip install flash-attn --no-build-isolation`)"
-    elif not machine.fast_bf16:
-        obstacle = f"flash-attention 2 needs compute capability 8: {machine.device_name} has less"
-    elif precision != "bf16":
-        obstacle = f"flash-attention works in 16 bits, and the precision is {precision}"
+def _attention(
+    cfg: RunConfig,
+    machine: MachineFacts,
+    precision: str,
+    model: Family | Shape | Mapping[str, Any] | None,
+    problems: list[Problem],
+) -> Choice:
+    head_dim = None if model is None else _shape(model).head_dim
+    window = model.get("sliding_window") if isinstance(model, Mapping) else getattr(model, "sliding_window", None)
+    found = backends(machine.device, head_dim, precision, window, machine.packages, capability=machine.capability)
     asked = cfg.model.attention
-    if asked == "auto":
-        if obstacle:
-            return Choice("attention", "sdpa", obstacle)
-        return Choice("attention", "flash_attention_2", f"flash-attn {machine.packages['flash-attn']} on CUDA in bf16")
-    if asked == "flash_attention_2" and obstacle:
-        problems.append(Problem("model.attention", f"is flash_attention_2: {obstacle}", "use sdpa or auto"))
-    return Choice("attention", asked, "as the run file says")
+    chosen = choose_backend(asked, found)
+    if not chosen.available:
+        problems.append(Problem("model.attention", f"is {asked}: {chosen.reason}", chosen.fix))
+    return Choice("attention", chosen.name, chosen.reason if asked == "auto" else "as the run file says")
 
 
 def _strategy_choice(launch: LaunchFacts, quantization: str, device: str, precision: str) -> Choice:

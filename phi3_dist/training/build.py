@@ -70,7 +70,7 @@ def build_model(cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: in
     """
     values = _adapter_values(cfg) if cfg.model.adapter else None
     causal_lm = _load(cfg, base, runtime)
-    use_backend(causal_lm, runtime.plan.attention)
+    use_backend(causal_lm, runtime.plan.attention, runtime.device)
     if cfg.model.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     model = PackedLoss(add_lora(causal_lm, cfg.lora, base.source))

@@ -21,7 +21,17 @@ from phi3_dist.machine.cluster import slurm_facts
 
 __all__ = ["PACKAGES", "RunFolder", "cache_folder", "versions"]
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "flash-attn")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "bitsandbytes",
+    "datasets",
+    "flash-attn",
+    "flash-attn-3",
+)
 
 
 def cache_folder() -> Path:

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from phi3_dist.errors import ModelError
-from phi3_dist.modeling.attention import packed_sdpa, use_backend
+from phi3_dist.modeling.attention import KERNELS, Documents, Settings, block_mask, packed_sdpa, use_backend
+from phi3_dist.planning.attention import BACKENDS, backends, choose_backend
 
 LENGTHS = (5, 1, 12, 7)
 
@@ -81,7 +82,96 @@ def test_lengths_that_do_not_cover_the_row_are_refused() -> None:
         packed_sdpa(nn.Module(), q, q, q, None, scaling=1.0, lengths=(5,))
 
 
-def test_flash_attention_without_its_package_is_refused_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModelError, match="flash-attn is not installed"):
-        use_backend(_model(), "flash_attention_2")
+@pytest.mark.parametrize("window", [None, 1, 5, 40, 200])
+@pytest.mark.parametrize("lengths", [(1,), (128,), (5, 1, 12, 7), (300, 20, 1, 129), (64,) * 6, (257, 128)])
+def test_flex_blocks_and_their_mask_say_what_every_query_sees(lengths: tuple[int, ...], window: int | None) -> None:
+    mask = block_mask(lengths, window, torch.device("cpu"))
+    total = sum(lengths)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    q, k = torch.arange(total)[:, None], torch.arange(total)[None, :]
+    seen = (document[:, None] == document) & (k <= q)
+    if window is not None:
+        seen &= k > q - window
+    assert torch.equal(mask.mask_mod(None, None, q, k), seen)
+    count = -(-total // 128)
+    for row in range(count):
+        partial = mask.kv_indices[0, 0, row, : mask.kv_num_blocks[0, 0, row]].tolist()
+        full = mask.full_kv_indices[0, 0, row, : mask.full_kv_num_blocks[0, 0, row]].tolist()
+        assert len({*partial, *full}) == len(partial) + len(full)
+        for column in range(count):
+            block = seen[row * 128 : (row + 1) * 128, column * 128 : (column + 1) * 128]
+            assert (column in partial or column in full) or not block.any()
+            assert column not in full or bool(block.all())
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 16), (4, 2, 24), (2, 1, 96)])
+def test_flex_gives_what_per_document_sdpa_gives(heads: int, kv_heads: int, size: int, window: int | None) -> None:
+    torch.manual_seed(2)
+    documents, settings = Documents((5, 1, 150, 30)), Settings(0.2, window)
+    q, k, v = (torch.randn(186, n, size) for n in (heads, kv_heads, kv_heads))
+    with torch.no_grad():
+        ours, theirs = (KERNELS[name](q, k, v, documents, settings) for name in ("flex", "sdpa"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+ALL = {"torch": "2.13.0", "flash-attn": "2.8.3", "flash-attn-3": "3.0.0"}
+
+
+@pytest.mark.parametrize(
+    ("device", "head_dim", "dtype", "packages", "capability", "first"),
+    [
+        ("cpu", 96, "fp32", ALL, None, "sdpa"),
+        ("cuda", 96, "bf16", ALL, (9, 0), "flash_attention_3"),
+        ("cuda", 96, "bf16", ALL, (8, 0), "flash_attention_2"),
+        ("cuda", 96, "bf16", ALL, (10, 0), "flash_attention_2"),
+        ("cuda", 96, "bf16", {"torch": "2.13.0+cu130"}, (9, 0), "varlen"),
+        ("cuda", 96, "bf16", {"torch": "2.9.1"}, (9, 0), "sdpa"),
+        ("cuda", 96, "fp32", ALL, (9, 0), "sdpa"),
+        ("cuda", 100, "bf16", ALL, (9, 0), "sdpa"),
+        ("cuda", 96, "fp16", ALL, (7, 5), "sdpa"),
+        ("cuda", None, "bf16", ALL, None, "flash_attention_2"),
+    ],
+)
+def test_auto_takes_the_first_that_can_run_and_says_why_not_the_others(  # noqa: PLR0917 (pytest passes them by name)
+    device: str,
+    head_dim: int | None,
+    dtype: str,
+    packages: dict[str, str],
+    capability: tuple[int, int] | None,
+    first: str,
+) -> None:
+    found = backends(device, head_dim, dtype, 2047, packages, capability=capability)
+    assert tuple(one.name for one in found) == BACKENDS
+    chosen = choose_backend("auto", found)
+    assert chosen.name == first
+    assert chosen.available
+    for one in found[: BACKENDS.index(first)]:
+        assert not one.available
+        assert one.name in chosen.reason
+        assert f": {one.reason}" in chosen.reason
+    assert all(one.reason for one in found)
+
+
+def test_what_is_asked_for_by_name_is_never_replaced() -> None:
+    found = backends("cuda", 96, "bf16", None, {"torch": "2.13.0"}, capability=(9, 0))
+    asked = choose_backend("flash_attention_3", found)
+    assert (asked.name, asked.available) == ("flash_attention_3", False)
+    assert asked.reason.startswith("flash-attn-3 is not installed (pip install")
+    assert asked.fix.startswith("pip install")
+
+
+@pytest.mark.parametrize("name", [n for n in BACKENDS if n != "sdpa"])
+def test_a_backend_that_cannot_run_here_is_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(ModelError, match=rf"{name} was asked for: .*the device is cpu") as caught:
+        use_backend(_model(), name, torch.device("cpu"))
+    assert caught.value.problems[0].fix == "model.attention=sdpa"
+
+
+def test_attention_dropout_is_refused_where_there_is_none() -> None:
+    from phi3_dist.modeling.attention import _packed
+
+    q = torch.randn(1, 2, 6, 8)
+    with pytest.raises(ValueError, match="flex has no dropout"):
+        _packed("flex")(nn.Module(), q, q, q, None, scaling=1.0, dropout=0.1, lengths=(6,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -80,6 +81,10 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flash_attention_is_optional_with_its_command() -> None:
     (finding,) = doctor._flash(GPU)
     assert (finding.level, finding.fix) == ("warn", "pip install flash-attn --no-build-isolation")
+    assert "attention auto is sdpa" in finding.what
+    (finding,) = doctor._flash(dataclasses.replace(GPU, packages={"torch": "2.13.0"}, capability=(9, 0)))
+    assert (finding.level, finding.fix) == ("ok", "")
+    assert "attention auto is varlen" in finding.what
 
 
 def test_missing_build_tools_are_bad_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

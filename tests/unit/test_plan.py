@@ -75,7 +75,12 @@ def test_on_a_gpu() -> None:
     assert plan.memory is not None
     assert {"base weights", "gathered weights"} <= {term.name for term in plan.memory}
     no_flash = dataclasses.replace(GPU, packages=PACKAGES)
-    assert "pip install flash-attn" in why(make_plan(run(), no_flash, LaunchFacts(8, 1, "ddp")), "attention")[1]
+    value, reason = why(make_plan(run(), no_flash, LaunchFacts(8, 1, "ddp")), "attention")
+    assert value == "varlen"
+    assert "flash_attention_2: flash-attn is not installed (pip install flash-attn" in reason
+    hopper = dataclasses.replace(GPU, capability=(9, 0), packages={**PACKAGES, "flash-attn-3": "3.0.0"})
+    value, reason = why(make_plan(run(), hopper, LaunchFacts(8, 1, "ddp"), family_or_shape=MINI), "attention")
+    assert (value, reason) == ("flash_attention_3", "head size 96 in bf16 on CUDA, window of 2,047 positions")
     fp32 = make_plan(run(model={"precision": "fp32"}), GPU, LaunchFacts(8, 1, "ddp"))
     assert fp32.attention == "sdpa"
     old = dataclasses.replace(GPU, fast_bf16=False, fast_bf16_reason="old")
@@ -86,7 +91,25 @@ def test_explicit_choices_are_kept_or_refused() -> None:
     slow = make_plan(run(model={"precision": "bf16"}), CPU, LaunchFacts())
     assert why(slow, "precision") == ("bf16", "as the run file says; slow: no AMX here")
     found = problems(run(model={"attention": "flash_attention_2"}), CPU, LaunchFacts())
-    assert "needs CUDA" in found["model.attention"][0]
+    assert found["model.attention"] == (
+        "is flash_attention_2: needs CUDA, and the device is cpu",
+        "model.attention=sdpa",
+    )
+    found = problems(run(model={"attention": "flash_attention_3"}), GPU, LaunchFacts(), family_or_shape=MINI)
+    assert "that is not known here" in found["model.attention"][0]
+    hopper = dataclasses.replace(GPU, capability=(9, 0))
+    what, fix = problems(run(model={"attention": "flash_attention_3"}), hopper, LaunchFacts())["model.attention"]
+    assert "flash-attn-3 is not installed" in what
+    assert fix.startswith("pip install --no-build-isolation 'git+https")
+    odd = {
+        "num_hidden_layers": 2,
+        "hidden_size": 400,
+        "intermediate_size": 8,
+        "num_attention_heads": 4,
+        "vocab_size": 9,
+    }
+    what, _ = problems(run(model={"attention": "varlen"}), GPU, LaunchFacts(), family_or_shape=odd)["model.attention"]
+    assert "multiples of 8 up to 256, and this is 100" in what
 
 
 def test_one_process_where_two_were_asked_for() -> None:
