@@ -17,13 +17,15 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from phi3_dist.planning.plan import Choice
+
 __all__ = ["CHUNK_ROWS", "HeadLoss", "PackedLoss", "chunked_nll", "plain_head"]
 
 CHUNK_ROWS = {"cpu": 128}
 """Rows of logits that exist at a time, where it is not 512 (63 MiB of 32,064 in float32).
 
-On two CPU cores 1,024 rows took 310 ms in chunks of 128, 328 in 256, 348 in 512, 378 in 64, and 413 unchunked: the
-passes over a small chunk stay in the cache.
+On two CPU cores 1,024 rows, 576 wide, took 267 ms in chunks of 128, 288 in 256 or 512, 298 in 64, 371 in 32, and 376
+through the plain call: the passes over a small chunk stay in the cache.
 """
 
 
@@ -53,7 +55,7 @@ class _ChunkedNll(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             hidden_CH, target_C1 = hidden_SH[rows], target_S[rows, None]
             logits_CV = F.linear(hidden_CH, weight_VH, bias_V).float()
-            # in place, and half the time of logsumexp followed by sub_ and exp_
+            # in place, which takes half the time of logsumexp, sub_ and exp_
             logits_CV.sub_(logits_CV.amax(dim=-1, keepdim=True))
             of_target_C1 = logits_CV.gather(1, target_C1)
             sum_C1 = logits_CV.exp_().sum(dim=-1, keepdim=True)
@@ -156,12 +158,21 @@ class HeadLoss(nn.Module):
 
 
 class PackedLoss(nn.Module):
-    """The module that is wrapped and sharded: a PEFT model (or a plain one) whose forward gives the loss."""
+    """The module that is wrapped and sharded: a PEFT model (or a plain one) whose forward gives the loss.
+
+    `choices` is what was decided about the model itself, for the lines at start.
+    """
 
     def __init__(self, model: nn.Module, chunk_rows: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.head_loss = HeadLoss(chunk_rows)
+        self.choices: tuple[Choice, ...] = ()
+
+    def loss_choice(self) -> Choice:
+        """How the loss is computed and why, for the lines at start."""
+        linear, why = plain_head(self.causal_lm.lm_head)
+        return Choice("loss", "in chunks" if linear is not None else "all logits at once", why)
 
     @property
     def config(self) -> Any:

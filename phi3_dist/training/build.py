@@ -19,9 +19,11 @@ from phi3_dist.modeling.base import (
     load_zero3,
     meta_model,
 )
+from phi3_dist.modeling.fused_lora import install_fused
 from phi3_dist.modeling.lora import add_lora, fill_adapter, start_dora_magnitudes
 from phi3_dist.modeling.loss import PackedLoss
 from phi3_dist.modeling.rope import pin_longrope
+from phi3_dist.planning.plan import Choice
 from phi3_dist.training.runtime import Runtime, is_fsdp
 from phi3_dist.training.strategy import shard_fsdp2
 
@@ -63,6 +65,13 @@ def _adapter_values(cfg: RunConfig) -> dict[str, torch.Tensor]:
     return values
 
 
+def _lora_linear(cfg: RunConfig, model: PackedLoss) -> Choice:
+    if cfg.model.fused_lora == "off":
+        return Choice("LoRA linear", "PEFT's", "as the run file says")
+    report = install_fused(model)
+    return Choice("LoRA linear", "fused" if report.fused else "PEFT's", str(report))
+
+
 def build_model(cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: int) -> PackedLoss:
     """The model with its adapter at its start, before DDP or DeepSpeed wrap it; FSDP2 shards are made here.
 
@@ -74,6 +83,7 @@ def build_model(cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: in
     if cfg.model.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     model = PackedLoss(add_lora(causal_lm, cfg.lora, base.source))
+    model.choices = (_lora_linear(cfg, model), model.loss_choice())
     if is_fsdp(runtime.plan.strategy):
         model = shard_fsdp2(model, runtime)
         device = torch.device("cpu") if runtime.plan.strategy.endswith("offload") else runtime.device

@@ -6,7 +6,7 @@ import gc
 import signal
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Order, Prepared, prepare
 from phi3_dist.errors import DataError, Problem
 from phi3_dist.modeling.base import Base, find_base, meta_model
+from phi3_dist.modeling.fused_lora import declined
 from phi3_dist.modeling.lora import count_parameters, peft_config
 from phi3_dist.modeling.tokenizer import load_tokenizer
-from phi3_dist.planning.plan import LaunchFacts, MachineFacts, make_plan
+from phi3_dist.planning.plan import Choice, LaunchFacts, MachineFacts, make_plan
 from phi3_dist.training.agree import agree
 from phi3_dist.training.build import build_model
 from phi3_dist.training.checkpoint import Checkpoint, read_state
@@ -127,6 +128,9 @@ def _steps(stage: Stage, first: int, saver: Saver, health: Health, flag: StopFla
         start, done = time.perf_counter(), step + 1
         lr = learning_rate(step, stage.total, cfg.optim)
         result = train_step(stage.engine, stage.runtime, stage.train, stage.order, step, lr=lr, seed=cfg.train.seed)
+        if step == first:
+            for why, layers in declined(stage.engine.model).items():
+                stage.metrics.say(f"note: {layers} LoRA linears ran as PEFT's after all: {why}")
         nlls, stop = _agreed(stage, result, flag)
         loss = sum(nlls) / result.supervised_tokens
         made = health.check(done, result, nlls, loss)
@@ -143,8 +147,9 @@ def _steps(stage: Stage, first: int, saver: Saver, health: Health, flag: StopFla
     return stage.total, held_out, 0
 
 
-def _record_start(folder: RunFolder, stage: Stage, first: int) -> None:
-    folder.write_json("plan.json", {**stage.runtime.plan.to_dict(), "steps": stage.total})
+def _record_start(folder: RunFolder, stage: Stage, first: int, of_model: tuple[Choice, ...]) -> None:
+    plan = replace(stage.runtime.plan, steps=stage.total, choices=(*stage.runtime.plan.choices, *of_model))
+    folder.write_json("plan.json", plan.to_dict())
     folder.record_environment()
     folder.heartbeat(first)
 
@@ -173,8 +178,8 @@ def _run(
     with StopFlag() as flag, Metrics(folder.metrics, total, runtime.accelerator, active=runtime.is_main) as metrics:
         stage = Stage(cfg, runtime, engine, prepared.train, prepared.validation, order, total, metrics, folder, facts)
         if runtime.is_main:
-            _record_start(folder, stage, first)
-        announce(metrics, runtime.plan, prepared, counts, total)
+            _record_start(folder, stage, first, model.choices)
+        announce(metrics, runtime.plan, prepared, counts, total, of_model=model.choices)
         if start is not None:
             metrics.say(f"resumed after step {first} of {total}, from {start.folder.name}")
         health = Health(stage, health_then)

@@ -39,6 +39,7 @@ FREE = (
     "model.tokenizer",
     "model.adapter",
     "model.attention",
+    "model.fused_lora",
     "model.activation_checkpointing",
     "train.eval_every",
     "train.max_bad_steps",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from phi3_dist.data.batches import Order, Packs, Prepared
 from phi3_dist.errors import MachineError, Problem
 from phi3_dist.modeling.base import Base
 from phi3_dist.modeling.lora import Counts
-from phi3_dist.planning.plan import RunPlan
+from phi3_dist.planning.plan import Choice, RunPlan
 from phi3_dist.training.evaluate import HeldOut
 from phi3_dist.training.folder import RunFolder, versions
 from phi3_dist.training.metrics import Metrics
@@ -53,9 +53,11 @@ def check_trackers(names: tuple[str, ...]) -> None:
         raise MachineError(*problems)
 
 
-def announce(metrics: Metrics, plan: RunPlan, prepared: Prepared, counts: Counts, total: int) -> None:
+def announce(
+    metrics: Metrics, plan: RunPlan, prepared: Prepared, counts: Counts, total: int, *, of_model: Sequence[Choice] = ()
+) -> None:
     """The choices with their reasons, the data, the model and the batch arithmetic, once, on rank 0."""
-    for choice in plan.choices:
+    for choice in (*plan.choices, *of_model):
         metrics.say(f"{choice.name}: {choice.value} ({choice.why})")
     packs = prepared.train
     metrics.say(

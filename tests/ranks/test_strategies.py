@@ -24,6 +24,7 @@ pytestmark = pytest.mark.ranks
 
 RUN = "configs/run/debug.yaml"
 SAME = ("model.precision=fp32", "lora.dropout=0.0", "train.micro_batch=1", "train.max_steps=20", "optim.lr=0.001")
+FUSED, NOT_FUSED = "LoRA linear: fused (8 layers)", "ran as PEFT's after all"
 DEEPSPEED = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 
 
@@ -104,6 +105,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_give_one_process_numbers(config: str, reference: Path, tmp_path: Path) -> None:
     done = launch(config, tmp_path / "run", options=("--num_processes", "2"))
     assert done.returncode == 0, done.stderr
+    assert FUSED in done.stdout
+    assert NOT_FUSED not in done.stdout
     compare(tmp_path / "run", reference)
 
 
@@ -112,6 +115,8 @@ def test_deepspeed_gives_one_process_numbers(config: str, reference: Path, tmp_p
     done = launch(config, tmp_path / "run", options=("--num_processes", "2"))
     assert done.returncode == 0, done.stderr
     assert f"strategy: {config}" in done.stdout
+    assert FUSED in done.stdout
+    assert NOT_FUSED not in done.stdout
     compare(tmp_path / "run", reference)
 
 
@@ -149,6 +154,8 @@ def test_a_quantised_base_on_two_processes_gives_one_process_numbers(
     for name, kind, options in (("one", None, ()), ("two", config, ("--num_processes", "2"))):
         done = launch(kind, tmp_path / name, *overrides, options=options)
         assert done.returncode == 0, done.stderr
+        assert (FUSED in done.stdout) == (quantization == "nf4")
+        assert NOT_FUSED not in done.stdout
     assert rows(tmp_path / "one")[-1]["loss"] < rows(tmp_path / "one")[0]["loss"] - 0.05
     compare(tmp_path / "two", tmp_path / "one")
 
@@ -206,6 +213,17 @@ def test_activation_checkpointing_changes_no_number(reference: Path, tmp_path: P
     done = launch(None, tmp_path / "run", "model.activation_checkpointing=true")
     assert done.returncode == 0, done.stderr
     compare(tmp_path / "run", reference, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("dropout", ["0.0", "0.3"])
+def test_fused_lora_gives_pefts_numbers_and_leaves_no_trace(dropout: str, tmp_path: Path) -> None:
+    for name in ("auto", "off"):
+        done = launch(None, tmp_path / name, f"model.fused_lora={name}", f"lora.dropout={dropout}")
+        assert done.returncode == 0, done.stderr
+        assert (FUSED in done.stdout) == (name == "auto")
+    compare(tmp_path / "auto", tmp_path / "off", tolerance=1e-5)
+    configs = [(tmp_path / name / "adapter" / "adapter_config.json").read_bytes() for name in ("auto", "off")]
+    assert configs[0] == configs[1]
 
 
 @pytest.mark.parametrize("config", [None, "fsdp2", pytest.param("zero3", marks=pytest.mark.full)])

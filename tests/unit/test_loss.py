@@ -155,6 +155,10 @@ def test_a_model_learns_the_same_through_every_kind_of_head(tied: bool, head: st
     linear, why = plain_head(model.causal_lm.lm_head)
     assert (linear is not None) == chunked
     assert ("no plain nn.Linear" in why) != chunked
+    assert (model.loss_choice().value, model.loss_choice().why) == (
+        "in chunks" if chunked else "all logits at once",
+        why,
+    )
     got = model(**batch)
     got.backward()
     ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -1,0 +1,255 @@
+"""PEFT's LoRA linear as one autograd function: the input saved once, LoRA added to the base's output in place.
+
+PEFT stays the owner of names, configuration, merging and files. Only `forward` of a stock `lora.Linear` (over a plain
+linear, or over bitsandbytes' NF4) is replaced, as an attribute of that instance: `nn.Module.__call__` looks it up
+there, so the hooks of DDP, DeepSpeed and FSDP2 run as before, state dicts and `isinstance` see PEFT's own layer, and
+`del layer.forward` undoes it. Whatever is not the plain case when a forward is called (merged, disabled, mixed
+adapters, a weight that is a shard) goes to PEFT's forward, and `declined` tells why.
+
+Sharded weights: FSDP2 holds a decoder layer's weights whole while that layer runs, forward and backward. ZeRO-3
+gathers a parameter when a forward touches it and registers it with the module whose forward that is (DeepSpeed's
+"external parameters"), which is the LoRA layer, so that it is gathered before that layer's backward too.
+
+Shapes: T tokens, I inputs, O outputs, R the adapter's rank.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+__all__ = ["FusedReport", "declined", "install_fused", "lora_linear", "remove_fused", "why_not_fused"]
+
+_DECLINED = "_fused_declined"
+
+
+@dataclass(frozen=True)
+class FusedReport:
+    """How many LoRA layers got the fused forward, and the reasons of those that keep PEFT's."""
+
+    fused: int
+    kept: dict[str, int]
+
+    def __str__(self) -> str:
+        parts = [f"{self.fused} layers"] if self.fused or not self.kept else []
+        return "; ".join([*parts, *(f"{count} as PEFT's: {why}" for why, count in self.kept.items())])
+
+
+def _dense(weight: Tensor, quant_state: Any, dtype: torch.dtype) -> Tensor:
+    """The weight as (O, I): itself, or dequantised where it is bitsandbytes' 4-bit storage."""
+    if quant_state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    dense_OI: Tensor = dequantize_4bit(weight, quant_state=quant_state).to(dtype)
+    return dense_OI
+
+
+class _LoraLinear(torch.autograd.Function):
+    """`x Wᵀ + bias + scaling · (x where not dropped) Aᵀ Bᵀ` for a frozen W. All floating tensors are of one dtype.
+
+    W is dequantised anew in backward where it is quantised: kept, it would cost what quantisation saves.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        weight: Tensor,
+        bias_O: Tensor | None,
+        a_RI: Tensor,
+        b_OR: Tensor,
+        scaling: float,
+        dropped_TI: Tensor | None,
+        quant_state: Any,
+    ) -> Tensor:
+        out_TO = F.linear(x_TI, _dense(weight, quant_state, x_TI.dtype), bias_O)
+        lora_x_TI = x_TI if dropped_TI is None else x_TI.masked_fill(dropped_TI, 0)
+        down_TR = lora_x_TI @ a_RI.T
+        out_TO.addmm_(down_TR, b_OR.T, alpha=scaling)
+        ctx.save_for_backward(x_TI, weight, a_RI, b_OR, dropped_TI, down_TR)
+        ctx.scaling, ctx.quant_state = scaling, quant_state
+        return out_TO
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, weight, a_RI, b_OR, dropped_TI, down_TR = ctx.saved_tensors
+        grad_TO = grad_TO.contiguous()
+        grad_down_TR = (grad_TO @ b_OR).mul_(ctx.scaling)
+        grad_x = grad_a = grad_b = None
+        if ctx.needs_input_grad[3]:
+            grad_a = grad_down_TR.T @ (x_TI if dropped_TI is None else x_TI.masked_fill(dropped_TI, 0))
+        if ctx.needs_input_grad[4]:
+            grad_b = (grad_TO.T @ down_TR).mul_(ctx.scaling)
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_TO @ _dense(weight, ctx.quant_state, grad_TO.dtype)
+            if dropped_TI is None:
+                grad_x.addmm_(grad_down_TR, a_RI)
+            else:
+                grad_x += (grad_down_TR @ a_RI).masked_fill_(dropped_TI, 0)
+        return grad_x, None, None, grad_a, grad_b, None, None, None
+
+
+def _dropped(x: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
+    """Where `F.dropout(x.to(dtype), dropout)` would put zeros, drawing from the generator as it does.
+
+    On a CPU dropout draws Bernoulli numbers, of whatever type; elsewhere its own kernel is asked what it does to ones.
+    """
+    if x.device.type == "cpu":
+        return torch.empty(x.shape, dtype=torch.bool).bernoulli_(1.0 - dropout).logical_not_()
+    return F.dropout(torch.ones(x.shape, dtype=dtype, device=x.device), dropout) == 0
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias_O: Tensor | None,
+    a_RI: Tensor,
+    b_OR: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    quant_state: Any = None,
+) -> Tensor:
+    """`linear(x, weight, bias) + scaling · linear(linear(dropout(x), A), B)`; weight and bias get no gradient.
+
+    x (..., I) gives (..., O); `weight` is (O, I), or bitsandbytes' 4-bit storage with its `quant_state`. Under
+    autocast all is computed in its dtype, as `F.linear` does. With `dropout` the generator is advanced as by PEFT's
+    `nn.Dropout`, so that the same seed drops the same positions; a mask of one byte an element is kept, not a second
+    copy of x.
+    """
+    dropped = None
+    if dropout > 0:
+        dropped = _dropped(x, a_RI.dtype, dropout).reshape(-1, x.shape[-1])
+        # the survivors' scale is applied to R columns instead of I
+        scaling = scaling / (1.0 - dropout)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, a_RI, b_OR = x.to(dtype), a_RI.to(dtype), b_OR.to(dtype)
+        weight = weight if quant_state is not None else weight.to(dtype)
+        bias_O = None if bias_O is None else bias_O.to(dtype)
+    out_TO: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+        x.reshape(-1, x.shape[-1]), weight, bias_O, a_RI, b_OR, scaling, dropped, quant_state
+    )
+    return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
+
+
+def _is_nf4(layer: LoraLayer) -> bool:
+    """PEFT's layer over bitsandbytes' 4-bit linear. By name: neither class exists where bitsandbytes does not."""
+    return (type(layer).__module__, type(layer).__name__) == ("peft.tuners.lora.bnb", "Linear4bit")
+
+
+def why_not_fused(layer: LoraLayer) -> str:
+    """The reason why a LoRA layer must keep PEFT's own forward; empty where it need not."""
+    base = layer.get_base_layer()
+    if type(layer) is not PeftLinear and not _is_nf4(layer):
+        return f"PEFT's {type(layer).__name__} over {type(base).__module__.split('.')[0]}'s {type(base).__name__}"
+    if layer.base_layer is not base or not (_is_nf4(layer) or type(base) is nn.Linear):
+        return f"its base is a {type(layer.base_layer).__name__}, no plain nn.Linear"
+    if any(p.requires_grad for p in base.parameters()):
+        return "its base trains too (bias, or in full)"
+    adapters = list(layer.lora_A)
+    return _why_not_adapter(layer, adapters[0]) if len(adapters) == 1 else f"{len(adapters)} adapters"
+
+
+def _why_not_adapter(layer: LoraLayer, name: str) -> str:
+    if name in layer.lora_variant:
+        return f"a LoRA variant ({type(layer.lora_variant[name]).__name__.removesuffix('LinearVariant')})"
+    if layer.lora_A[name].bias is not None or layer.lora_B[name].bias is not None:
+        return "a bias in the adapter"
+    if type(layer.lora_dropout[name]) not in {nn.Dropout, nn.Identity}:
+        return f"dropout of the kind {type(layer.lora_dropout[name]).__name__}"
+    return ""
+
+
+def _quant_state(base: nn.Linear) -> Any:
+    state = getattr(base.weight, "quant_state", None)
+    return state if state is not None else getattr(base, "quant_state", None)
+
+
+def _is_whole(linear: nn.Linear, *, four_bit: bool = False) -> bool:
+    weight: Any = linear.weight
+    if hasattr(weight, "device_mesh"):
+        return False
+    if four_bit:  # two weights a byte, in storage of any dtype, rounded up to a whole element
+        size = weight.element_size()
+        return bool(weight.numel() == -(-linear.out_features * linear.in_features // (2 * size)))
+    return tuple(weight.shape) == (linear.out_features, linear.in_features)
+
+
+def _why_not_now(layer: Any, x: Tensor) -> str:
+    """Why this call is not the plain one (the one adapter active and unmerged, one dtype, no shard); or empty."""
+    names = list(layer.lora_A)
+    plain = not layer.disable_adapters and not layer.merged and not layer.lora_variant
+    if not plain or len(names) != 1 or layer.active_adapters != names:
+        return "merged, switched off, or with other adapters than the one it began with"
+    base, four_bit = layer.base_layer, _is_nf4(layer)
+    linears = (layer.lora_A[names[0]], layer.lora_B[names[0]])
+    if not (_is_whole(base, four_bit=four_bit) and all(map(_is_whole, linears))):
+        return "this rank holds only a shard of a weight"
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtypes = set() if torch.is_autocast_enabled(kind) else {linear.weight.dtype for linear in linears}
+    if four_bit:
+        dtypes.add(base.compute_dtype or dtype)
+        state = _quant_state(base)
+        if state is None or getattr(state, "packing_format_for_cpu", False):
+            return "4-bit weights packed for inference"
+    elif not torch.is_autocast_enabled(kind):
+        dtypes.add(base.weight.dtype)
+    if dtypes - {dtype}:
+        return f"weights of another dtype than the input's {str(dtype).removeprefix('torch.')}"
+    return ""
+
+
+def _fused_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What stands in for the layer's own `forward`. It looks at the layer's state anew each time."""
+    why = "extra arguments" if args or kwargs else _why_not_now(layer, x)
+    if why:
+        if layer.training and torch.is_grad_enabled():
+            setattr(layer, _DECLINED, why)
+        out: Tensor = type(layer).forward(layer, x, *args, **kwargs)
+        return out
+    (name,) = layer.lora_A
+    base, lora_a, lora_b, dropout = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    drop = float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    state = _quant_state(base) if _is_nf4(layer) else None
+    return lora_linear(x, base.weight, base.bias, lora_a.weight, lora_b.weight, layer.scaling[name], drop, state)
+
+
+def install_fused(model: nn.Module) -> FusedReport:
+    """Give every stock LoRA linear of `model` the fused forward. Call it once adapters are added; again is harmless."""
+    kept: Counter[str] = Counter()
+    fused = 0
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        why = why_not_fused(layer)
+        if why:
+            kept[why] += 1
+            continue
+        layer.forward = MethodType(_fused_forward, layer)
+        fused += 1
+    return FusedReport(fused, dict(kept))
+
+
+def remove_fused(model: nn.Module) -> None:
+    """Give every LoRA layer its own forward back."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.__dict__.pop("forward", None)
+            layer.__dict__.pop(_DECLINED, None)
+
+
+def declined(model: nn.Module) -> dict[str, int]:
+    """Fused layers that went to PEFT's forward in training all the same: how many, by the last reason."""
+    whys = (vars(layer).get(_DECLINED) for layer in model.modules() if isinstance(layer, LoraLayer))
+    return dict(Counter(why for why in whys if why))
