@@ -57,7 +57,8 @@ check_run() {
 
 # supervise RESTARTS FUNCTION ARGS…: `FUNCTION ATTEMPT ARGS…` until it ends well, at most RESTARTS times more, each time
 # with --resume. A new launcher each time: torchrun's own --max_restarts keeps the store in which gloo's ranks then find
-# the addresses of the dead (torch 2.13). A signal is handed on, and ends it.
+# the addresses of the dead (torch 2.13). A signal is handed on, and ends it; so does an exit code that another start
+# would give again (see the README): a mistake of the user's, or a stop after a checkpoint.
 supervise() {
     local restarts=$1 function=$2 attempt=0 status stopped='' child=''
     shift 2
@@ -72,7 +73,8 @@ supervise() {
             wait "$child" || status=$?
             kill -0 "$child" 2>/dev/null || break
         done
-        [ "$status" != 0 ] && [ -z "$stopped" ] && [ "$attempt" -lt "$restarts" ] || exit "$status"
+        case $status in 0 | [2-9] | 75 | 130 | 143) exit "$status" ;; esac
+        [ -z "$stopped" ] && [ "$attempt" -lt "$restarts" ] || exit "$status"
         attempt=$((attempt + 1))
         echo "$(basename -- "$0"): ended with $status; restart $attempt of $restarts, from the last checkpoint" >&2
     done

@@ -32,7 +32,7 @@ one_process() { shift && exec python -m phi3_dist train "$@"; }
 # port 0: any free one, so that two runs on one machine don't meet
 all_processes() {
     shift
-    exec accelerate launch --config_file "$config" --num_machines 1 --machine_rank 0 --main_process_port 0 \
+    exec python -m phi3_dist launch --config_file "$config" --num_machines 1 --machine_rank 0 --main_process_port 0 \
         ${processes:+--num_processes "$processes"} -m phi3_dist train "$@"
 }
 start=all_processes

@@ -57,7 +57,7 @@ fi
 this_node() {
     local at=$((port + $1))
     shift
-    exec accelerate launch --config_file "$config" --num_machines "$nodes" --machine_rank "$node_rank" \
+    exec python -m phi3_dist launch --config_file "$config" --num_machines "$nodes" --machine_rank "$node_rank" \
         --num_processes $((nodes * processes)) --main_process_ip "${master:-127.0.0.1}" --main_process_port "$at" \
         --same_network --rdzv_backend static --deepspeed_multinode_launcher standard -m phi3_dist train "$@"
 }

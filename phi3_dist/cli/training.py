@@ -53,6 +53,20 @@ def train(
         typer.echo(f"page: {write_page(result.folder)}")
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def launch(context: typer.Context) -> None:
+    """Run `accelerate launch` with the same options, and end with the exit code of the rank that failed first."""
+    from phi3_dist.machine.launcher import launch as run_launcher
+
+    ended = run_launcher(context.args)
+    if ended.why:
+        typer.echo(f"phi3-dist launch: {ended.why}", err=True)
+    if ended.code:
+        raise typer.Exit(ended.code)
+
+
 @app.command()
 def plan(
     run_file: RunFile,

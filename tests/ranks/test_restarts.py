@@ -27,8 +27,8 @@ def address() -> str:
     return found[0]
 
 
-def started(script: str, folder: Path, log: Path, *options: str) -> subprocess.Popen[bytes]:
-    command = ["bash", f"launch/{script}", *options, RUN, *SAME, *LONG, f"save.folder={folder}"]
+def started(script: str, folder: Path, log: Path, *options: str, more: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+    command = ["bash", f"launch/{script}", *options, RUN, *SAME, *LONG, *more, f"save.folder={folder}"]
     env = clean_environment() | {"VIRTUAL_ENV": "active", "ACCELERATE_USE_CPU": "true"}
     with log.open("w") as out:
         return subprocess.Popen(command, cwd=REPO, env=env, stdout=out, stderr=out, start_new_session=True)
@@ -73,6 +73,28 @@ def test_a_killed_rank_is_restarted_on_one_machine(undisturbed: Path, tmp_path: 
     assert "restart 1 of 2, from the last checkpoint" in log.read_text()
     assert "resumed after step" in log.read_text()
     same_bits(tmp_path / "run", undisturbed)
+
+
+def test_without_restarts_the_end_is_told_in_a_line(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = started("local.sh", tmp_path / "run", log, "--config", "cpu_2")
+    kill_a_rank(process, log, after="3")
+    assert ended(process) == 128 + signal.SIGKILL, log.read_text()
+    last = log.read_text().splitlines()[-1]
+    assert last == "phi3-dist launch: rank 1 was killed by SIGKILL, and the others were stopped"
+    assert "ChildFailedError" not in log.read_text()
+
+
+def test_a_mistake_that_ranks_find_has_its_own_exit_code_and_no_traceback(tmp_path: Path) -> None:
+    """lora.targets are compared with the model, which no launcher opens."""
+    log = tmp_path / "log"
+    process = started(
+        "local.sh", tmp_path / "run", log, "--config", "cpu_2", "--restarts", "2", more=("lora.targets=[q_proj]",)
+    )
+    assert ended(process) == 4
+    assert "name qkv_proj" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert "restart" not in log.read_text()
 
 
 @pytest.mark.full

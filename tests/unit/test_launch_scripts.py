@@ -14,6 +14,7 @@ LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 CONFIGS = LAUNCH.parent / "configs" / "accelerate"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("slurm/*.sbatch")])
 LAUNCHERS = [script for script in SCRIPTS if script.name != "environment.sh"]
+LAUNCHER = ["python", "-m", "phi3_dist", "launch"]
 NODE = ("--nodes", "2", "--node-rank", "1", "--processes-per-node", "4")
 
 
@@ -23,8 +24,8 @@ class Shell:
     def __init__(self, folder: Path) -> None:
         self.bin = folder / "bin"
         self.bin.mkdir()
-        for name in ("python", "accelerate"):
-            self.program(name, f'printf "%s\\n" {name} "$@"')
+        # the run file is read before a launcher starts
+        self.program("python", '[ "$3" = config ] || printf "%s\\n" python "$@"')
         self.gpus(0)
 
     def program(self, name: str, text: str) -> None:
@@ -92,7 +93,7 @@ def test_exit_codes_pass_through(shell: Shell, script: str) -> None:
 
 
 def test_exit_code_of_the_launcher_passes_through(shell: Shell) -> None:
-    shell.program("accelerate", "exit 7")
+    shell.program("python", '[ "$3" = config ] || exit 7')
     assert shell("local.sh", "--processes", "2", "run.yaml")[0] == 7
     assert shell("multinode.sh", *NODE, "--master", "192.0.2.9", "run.yaml")[0] == 7
 
@@ -115,7 +116,7 @@ def _option(lines: list[str], name: str) -> str | None:
 def test_local(shell: Shell, gpus: int, options: list[str], config: str, processes: str | None) -> None:
     shell.gpus(gpus)
     code, lines, _ = shell("local.sh", *options, "run.yaml")
-    assert (code, lines[:2]) == (0, ["accelerate", "launch"])
+    assert (code, lines[:4]) == (0, LAUNCHER)
     assert _option(lines, "--config_file") == str(CONFIGS / f"{config}.yaml")
     assert _option(lines, "--num_processes") == processes
 
@@ -135,7 +136,7 @@ def test_local_counts_visible_gpus(shell: Shell) -> None:
 
 def test_multinode(shell: Shell) -> None:
     code, lines, _ = shell("multinode.sh", *NODE, "--master", "192.0.2.9", "--config", "zero3", "run.yaml")
-    assert (code, lines[:2]) == (0, ["accelerate", "launch"])
+    assert (code, lines[:4]) == (0, LAUNCHER)
     found = {name: _option(lines, f"--{name}") for name in ("num_machines", "machine_rank", "num_processes")}
     assert found == {"num_machines": "2", "machine_rank": "1", "num_processes": "8"}
     assert (_option(lines, "--main_process_ip"), _option(lines, "--main_process_port")) == ("192.0.2.9", "29500")
@@ -186,15 +187,13 @@ def failing(shell: Shell, times: int, code: int = 1) -> None:
     """A launcher that fails so many times before it ends well, and shows each time what it was called with."""
     count = shell.bin / "count"
     count.write_text("0")
-    body = (
-        f'n=$(($(cat {count}) + 1)); echo $n >{count}; printf "%s " start "$@"; echo; [ $n -gt {times} ] || exit {code}'
-    )
-    shell.program("accelerate", body)
+    body = f"""[ "$3" = launch ] || exit 0
+n=$(($(cat {count}) + 1)); echo $n >{count}; printf "%s " "$@"; echo; [ $n -gt {times} ] || exit {code}"""
+    shell.program("python", body)
 
 
 def test_a_launcher_that_fails_is_started_again_with_resume(shell: Shell) -> None:
     failing(shell, 2)
-    shell.program("python", ":")
     code, lines, error = shell("local.sh", "--config", "ddp", "--restarts", "3", "run.yaml", "optim.lr=1")
     assert code == 0
     assert len(lines) == 3
@@ -204,18 +203,23 @@ def test_a_launcher_that_fails_is_started_again_with_resume(shell: Shell) -> Non
 
 
 def test_restarts_end_with_the_last_exit_code(shell: Shell) -> None:
-    failing(shell, 9, code=7)
-    shell.program("python", ":")
+    failing(shell, 9, code=137)
     arguments = ("--master", "192.0.2.9", "--port", "29700", "--restarts", "2", "run.yaml", "--resume")
     code, lines, _ = shell("multinode.sh", *NODE, *arguments)
-    assert code == 7
+    assert code == 137
     assert [_option(line.split(), "--main_process_port") for line in lines] == ["29700", "29701", "29702"]
     assert all(line.count("--resume") == 1 for line in lines)
 
 
+@pytest.mark.parametrize("code", [2, 5, 9, 75, 130])
+def test_what_would_end_the_same_way_is_not_started_again(shell: Shell, code: int) -> None:
+    failing(shell, 9, code=code)
+    found, lines, _ = shell("local.sh", "--config", "ddp", "--restarts", "3", "run.yaml")
+    assert (found, len(lines)) == (code, 1)
+
+
 def test_without_restarts_nothing_is_added(shell: Shell) -> None:
     failing(shell, 9)
-    shell.program("python", ":")
     code, lines, _ = shell("local.sh", "--config", "ddp", "run.yaml")
     assert (code, len(lines)) == (1, 1)
     assert lines[0].endswith("train run.yaml ")
@@ -230,14 +234,15 @@ def test_a_mistake_in_the_run_file_starts_no_launcher(shell: Shell) -> None:
 
 
 def test_a_signal_ends_the_restarts(shell: Shell, tmp_path: Path) -> None:
-    shell.program("python", ":")
-    shell.program("accelerate", f'trap "exit 75" TERM; : >{tmp_path}/up; while :; do sleep 0.05; done')
+    wait = f'trap "exit 143" TERM; : >{tmp_path}/up; while :; do sleep 0.05; done'
+    shell.program("python", f'[ "$3" = launch ] || exit 0; {wait}')
     env = {"PATH": f"{shell.bin}:/usr/bin:/bin", "VIRTUAL_ENV": str(tmp_path), "HOME": str(tmp_path)}
     command = ["bash", str(LAUNCH / "local.sh"), "--config", "ddp", "--restarts", "5", "run.yaml"]
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
         while not (tmp_path / "up").exists():
+            assert process.poll() is None
             time.sleep(0.02)
         process.terminate()
-        assert process.wait(timeout=20) == 75
+        assert process.wait(timeout=20) == 143
         assert process.stderr is not None
         assert process.stderr.read() == ""
