@@ -36,6 +36,7 @@ _DATA = {
 _RUN = {
     "steps": "optimizer steps",
     "global_batch": "packs in a step",
+    "longrope": "LongRoPE",
     "strategy": "strategy",
     "world_size": "processes",
     "optim": "optimizer",

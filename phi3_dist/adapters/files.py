@@ -32,7 +32,15 @@ from phi3_dist.adapters.gather import gather_adapter, raised_together
 from phi3_dist.adapters.select import Bias, check_tensors, find_peft_model
 from phi3_dist.errors import AdapterError, Problem
 
-__all__ = ["AdapterReceipt", "read_adapter", "recover", "save_adapter", "write_adapter", "write_tensors"]
+__all__ = [
+    "AdapterReceipt",
+    "read_adapter",
+    "read_metadata",
+    "recover",
+    "save_adapter",
+    "write_adapter",
+    "write_tensors",
+]
 
 WEIGHTS, CONFIG, CARD, CHECKSUMS = "adapter_model.safetensors", "adapter_config.json", "README.md", "checksums.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -57,6 +65,7 @@ def save_adapter(
     bucket_mib: int = 64,
     adapter_name: str = "default",
     base_hint: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> AdapterReceipt | None:
     """Gather the adapter of `model` and write it on rank 0. The receipt on rank 0, None elsewhere.
 
@@ -77,7 +86,15 @@ def save_adapter(
             card = (
                 adapter_card({"base": config.get("base_model_name_or_path"), "lora": config}) if card is None else card
             )
-            receipt = write_adapter(Path(folder), tensors, config, card=card, tokenizer=tokenizer, base_hint=base_hint)
+            receipt = write_adapter(
+                Path(folder),
+                tensors,
+                config,
+                card=card,
+                tokenizer=tokenizer,
+                base_hint=base_hint,
+                metadata=metadata,
+            )
     return receipt
 
 
@@ -89,12 +106,14 @@ def write_adapter(
     card: str,
     tokenizer: Any = None,
     base_hint: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> AdapterReceipt:
     """Write an adapter folder that plain `PeftModel.from_pretrained` loads. Call it on one rank.
 
     tensors: PEFT's saved names → CPU tensors, as `gather_adapter` returns them. peft_config: PEFT's configuration
     object, or its dict. card: the README.md. base_hint: keys of adapter_config.json that say where the base is
-    (`base_model_name_or_path`, `revision`), in place of the configuration's own.
+    (`base_model_name_or_path`, `revision`), in place of the configuration's own. metadata: facts that the weights' file
+    carries beside the tensors (see `read_metadata`).
     An adapter that stands in `folder` is replaced once the new one is complete.
     Raises AdapterError: tensors that are empty or not finite, a disk that is full or read-only, a file that reads
     back different. Then `folder` is as it was, and nothing is left beside it.
@@ -111,7 +130,7 @@ def write_adapter(
         _refuse_strangers(folder)
         partial.mkdir()
         try:
-            receipt = _fill(partial, _separate(tensors), config, card, tokenizer)
+            receipt = _fill(partial, _separate(tensors), config, card, tokenizer=tokenizer, metadata=metadata or {})
             _swap(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -146,10 +165,18 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _fill(partial: Path, tensors: Mapping[str, Tensor], config: str, card: str, tokenizer: Any) -> AdapterReceipt:
+def _fill(
+    partial: Path,
+    tensors: Mapping[str, Tensor],
+    config: str,
+    card: str,
+    *,
+    tokenizer: Any,
+    metadata: Mapping[str, str],
+) -> AdapterReceipt:
     """Write all files of the folder, each synced; the weights are read back and compared, the checksums come last."""
     weights = partial / WEIGHTS
-    write_tensors(weights, tensors)
+    write_tensors(weights, tensors, metadata)
     (partial / CONFIG).write_text(config, encoding="utf-8")
     (partial / CARD).write_text(card, encoding="utf-8")
     if tokenizer is not None:
@@ -166,14 +193,14 @@ def _fill(partial: Path, tensors: Mapping[str, Tensor], config: str, card: str, 
     return receipt
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file with the user's umask: safetensors 0.8 gives its files mode 600, whoever else may read them.
 
     Raises OSError, and SafetensorError for a disk that is full.
     """
     path.touch()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
     path.chmod(stat.S_IMODE(mode))
 
 
@@ -304,6 +331,15 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     if problems:
         raise AdapterError(*problems)
     return tensors, config
+
+
+def read_metadata(folder: str | Path) -> dict[str, str]:
+    """What an adapter's weights file says beside its tensors, such as `longrope`; {} where it cannot be read."""
+    try:
+        with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError):
+        return {}
 
 
 def _read_config(folder: Path, problems: list[Problem]) -> dict[str, Any]:

@@ -45,6 +45,9 @@ class ModelConfig(Section):
     fused_lora: Literal["auto", "off"] = "auto"
     """LoRA and its base linear as one function, where PEFT's layer is the plain one: less time and memory, the same
     numbers and files. `off`: PEFT's own forward everywhere."""
+    longrope: Literal["auto", "short", "long"] = "auto"
+    """Factors of a LongRoPE model, one choice for the whole run: `auto` takes the long ones where a row is longer than
+    the model's original context. An adapter serves the factors it was trained with."""
     activation_checkpointing: StrictBool = False
     """Recompute each decoder layer in backward (non-reentrant): less memory, about a fifth more time."""
     adapter: StrictStr | None = None

@@ -14,16 +14,18 @@ from torch import Tensor, nn
 from transformers import Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-__all__ = ["PinnedRotary", "pin_longrope", "regime_for"]
+__all__ = ["PinnedRotary", "Regime", "pin_longrope", "pinned_regime", "regime_for"]
 
 Regime = Literal["short", "long"]
 
 
-def regime_for(config: Phi3Config, longest_row: int) -> Regime | None:
-    """The factors that serve rows of up to `longest_row` tokens; None for a model without LongRoPE."""
+def regime_for(config: Phi3Config, longest_row: int, asked: Literal["auto"] | Regime = "auto") -> Regime | None:
+    """The factors that serve rows of up to `longest_row` tokens, or those asked for; None without LongRoPE."""
     rope = config.rope_parameters
     if rope.get("rope_type") != "longrope":
         return None
+    if asked != "auto":
+        return asked
     original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
     return "long" if longest_row > original else "short"
 
@@ -52,9 +54,14 @@ class PinnedRotary(nn.Module):
         return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
 
 
-def pin_longrope(model: Any, longest_row: int) -> Regime | None:
+def pinned_regime(model: nn.Module) -> Regime | None:
+    """The factors that a model is pinned to, whatever wraps it; None where it has no LongRoPE."""
+    return next((module.regime for module in model.modules() if isinstance(module, PinnedRotary)), None)
+
+
+def pin_longrope(model: Any, longest_row: int, asked: Literal["auto"] | Regime = "auto") -> Regime | None:
     """Replace the rotary module of a `Phi3ForCausalLM` where it has LongRoPE. Returns the regime."""
-    regime = regime_for(model.config, longest_row)
+    regime = regime_for(model.config, longest_row, asked)
     if regime is not None:
         model.model.rotary_emb = PinnedRotary(model.config, regime)
     return regime

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from phi3_dist.adapters.files import read_adapter
+from phi3_dist.adapters.files import read_adapter, read_metadata
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import ModelError, Problem
 from phi3_dist.modeling.attention import use_backend
@@ -22,7 +22,7 @@ from phi3_dist.modeling.base import (
 from phi3_dist.modeling.fused_lora import install_fused
 from phi3_dist.modeling.lora import add_lora, fill_adapter, start_dora_magnitudes
 from phi3_dist.modeling.loss import PackedLoss
-from phi3_dist.modeling.rope import pin_longrope
+from phi3_dist.modeling.rope import Regime, pin_longrope, regime_for
 from phi3_dist.planning.plan import Choice
 from phi3_dist.training.runtime import Runtime, is_fsdp
 from phi3_dist.training.strategy import shard_fsdp2
@@ -72,6 +72,19 @@ def _lora_linear(cfg: RunConfig, model: PackedLoss) -> Choice:
     return Choice("LoRA linear", "fused" if report.fused else "PEFT's", str(report))
 
 
+def _rotary(cfg: RunConfig, regime: Regime | None, longest_row: int) -> tuple[Choice, ...]:
+    """The choice of LongRoPE's factors. Raises ModelError where the adapter to train on from serves the others."""
+    if regime is None:
+        return ()
+    saved = read_metadata(cfg.model.adapter).get("longrope", regime) if cfg.model.adapter else regime
+    if saved != regime:
+        what = f"are the {regime} ones, and the adapter in {cfg.model.adapter} was trained with the {saved} ones"
+        raise ModelError(Problem("model.longrope", what, f"model.longrope={saved}"))
+    asked = cfg.model.longrope != "auto"
+    why = "as the run file says" if asked else f"for the whole run: the longest row has {longest_row:,} tokens"
+    return (Choice("LongRoPE", f"{regime} factors", why),)
+
+
 def build_model(cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: int) -> PackedLoss:
     """The model with its adapter at its start, before DDP or DeepSpeed wrap it; FSDP2 shards are made here.
 
@@ -83,7 +96,8 @@ def build_model(cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: in
     if cfg.model.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     model = PackedLoss(add_lora(causal_lm, cfg.lora, base.source))
-    model.choices = (_lora_linear(cfg, model), model.loss_choice())
+    regime = regime_for(causal_lm.config, longest_row, cfg.model.longrope)
+    model.choices = (_lora_linear(cfg, model), model.loss_choice(), *_rotary(cfg, regime, longest_row))
     if is_fsdp(runtime.plan.strategy):
         model = shard_fsdp2(model, runtime)
         device = torch.device("cpu") if runtime.plan.strategy.endswith("offload") else runtime.device
@@ -93,6 +107,6 @@ def build_model(cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: in
         rotary = causal_lm.model.rotary_emb
         causal_lm.model.rotary_emb = type(rotary)(base.config).to(runtime.device)
     fill_adapter(model, cfg.train.seed, values)
-    pin_longrope(causal_lm, longest_row)
+    pin_longrope(causal_lm, longest_row, cfg.model.longrope)
     model.train()
     return model

@@ -22,6 +22,7 @@ from phi3_dist.errors import DataError, Problem
 from phi3_dist.modeling.base import Base, find_base, meta_model
 from phi3_dist.modeling.fused_lora import declined
 from phi3_dist.modeling.lora import count_parameters, peft_config
+from phi3_dist.modeling.rope import pinned_regime
 from phi3_dist.modeling.tokenizer import load_tokenizer
 from phi3_dist.planning.plan import Choice, LaunchFacts, MachineFacts, make_plan
 from phi3_dist.training.agree import agree
@@ -166,7 +167,9 @@ def _run(
     start: Checkpoint | None,
 ) -> TrainResult:
     """Build, train and save. The wrapped model lives in here alone: see `_release`."""
-    model = build_model(cfg, base, runtime, longest_row=int(prepared.train.rows.lengths.max()))
+    rows = [packs.rows.lengths for packs in (prepared.train, prepared.validation) if packs is not None]
+    model = build_model(cfg, base, runtime, longest_row=max(int(lengths.max()) for lengths in rows))
+    regime = pinned_regime(model)
     counts = count_parameters(model)
     engine = make_engine(model, runtime, cfg.optim)
     order = Order(len(prepared.train.packs), cfg.train.global_batch, cfg.train.seed, cfg.train.shuffle)
@@ -190,8 +193,9 @@ def _run(
             saver.finish()
             metrics.say(f"stopped by {signal.Signals(stopped).name} after step {done}; go on with --resume")
             return TrainResult(folder.path, done, held_out, None, stopped)
-        card = adapter_card(card_facts(stage, base, held_out))
-        receipt = save_adapter(engine.model, folder.adapter, tokenizer=tokenizer, card=card)
+        card = adapter_card(card_facts(stage, base, held_out, regime))
+        metadata = {"longrope": regime} if regime else None
+        receipt = save_adapter(engine.model, folder.adapter, tokenizer=tokenizer, card=card, metadata=metadata)
         if receipt is not None:
             metrics.say(f"adapter: {folder.adapter} ({receipt.bytes / 2**20:.1f} MiB, {receipt.tensors} tensors)")
         saver.finish()

@@ -82,7 +82,7 @@ def announce(
     )
 
 
-def card_facts(stage: Stage, base: Base, held_out: HeldOut | None) -> Mapping[str, Any]:
+def card_facts(stage: Stage, base: Base, held_out: HeldOut | None, regime: str | None) -> Mapping[str, Any]:
     """What the adapter's card tells: see adapters/card.py."""
     return {
         "name": stage.cfg.name,
@@ -96,6 +96,7 @@ def card_facts(stage: Stage, base: Base, held_out: HeldOut | None) -> Mapping[st
         "rows": len(stage.train.rows.lengths),
         "supervised_tokens": int(stage.train.targets.sum()),
         "data_fingerprint": stage.facts["data"],
+        "longrope": f"{regime} factors: serve it with these, whatever the length" if regime else None,
         "strategy": stage.runtime.plan.strategy,
         "world_size": stage.runtime.world,
         "heldout_loss": held_out.loss if held_out else None,

@@ -1,0 +1,60 @@
+"""LongRoPE's factors are one choice for a run: equal on every rank, at evaluation, and told with the adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Phi3Config, Phi3ForCausalLM
+
+from phi3_dist.adapters.files import read_metadata
+from phi3_dist.modeling.base import tiny_config
+from phi3_dist.modeling.tokenizer import tiny_tokenizer
+from tests.ranks.test_strategies import compare, launch
+
+pytestmark = pytest.mark.ranks
+ORIGINAL = 128  # tokens; the debug chats have shorter and longer rows
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("longrope")
+    values = tiny_config().to_dict()
+    half = values["hidden_size"] // values["num_attention_heads"] // 2
+    values["rope_parameters"] = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + 0.1 * i for i in range(half)],
+        "long_factor": [4.0 + i for i in range(half)],
+        "original_max_position_embeddings": ORIGINAL,
+    }
+    values |= {"original_max_position_embeddings": ORIGINAL}
+    torch.manual_seed(1)
+    Phi3ForCausalLM(Phi3Config.from_dict(values)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_the_factors_are_one_choice_on_every_rank_and_stand_in_the_adapter(base: Path, tmp_path: Path) -> None:
+    source = f"model.source={base}"
+    one = launch(None, tmp_path / "one", source)
+    assert one.returncode == 0, one.stderr
+    assert "LongRoPE: long factors (for the whole run: the longest row has" in one.stdout
+    two = launch("fsdp2", tmp_path / "two", source, options=("--num_processes", "2"))
+    assert two.returncode == 0, two.stderr
+    compare(tmp_path / "two", tmp_path / "one")
+    for name in ("one", "two"):
+        adapter = tmp_path / name / "adapter"
+        assert read_metadata(adapter)["longrope"] == "long"
+        assert "long factors: serve it with these" in (adapter / "README.md").read_text()
+    choices = {c["name"]: c["value"] for c in json.loads((tmp_path / "one" / "plan.json").read_text())["choices"]}
+    assert choices["LongRoPE"] == "long factors"
+
+    going_on = (source, f"model.adapter={tmp_path / 'one' / 'adapter'}", "train.max_steps=1")
+    other = launch(None, tmp_path / "other", *going_on, "model.longrope=short")
+    assert other.returncode == 4, other.stdout
+    assert "was trained with the long ones" in other.stderr
+    assert "fix: model.longrope=long" in other.stderr
+    assert launch(None, tmp_path / "same", *going_on).returncode == 0
