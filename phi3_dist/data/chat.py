@@ -32,6 +32,7 @@ Turn = dict[str, str]
 _SYSTEM: Turn = {"role": "system", "content": "zebra system probe"}
 _USER: Turn = {"role": "user", "content": "zebra user probe"}
 _ANSWER: Turn = {"role": "assistant", "content": "zebra answer probe"}
+_TOOL: Turn = {"role": "tool", "content": "zebra tool probe"}
 _OTHER_ANSWER: Turn = {"role": "assistant", "content": "Quite another reply"}
 
 
@@ -61,6 +62,8 @@ class ChatFormat:
     """The same for a conversation with a system message, that message included."""
     system: Literal["kept", "dropped", "refused"]
     """What becomes of system messages."""
+    tools: str
+    """Why rows with a `tool` message can't be used; "" where the template renders them."""
     notices: tuple[str, ...]
     """Facts about the template that a user should see at start."""
 
@@ -88,7 +91,17 @@ class ChatFormat:
         if added_turns > 0:
             notices.append("the chat template puts a default system message before conversations that have none")
         final_end = tail[-1] if tail and tail[-1] in added else None
-        fmt = cls(end, final_end, generation_prompt, tail, added_turns, added_turns_with_system, system, tuple(notices))
+        fmt = cls(
+            end_of_turn=end,
+            final_end=final_end,
+            generation_prompt=generation_prompt,
+            tail=tail,
+            added_turns=added_turns,
+            added_turns_with_system=added_turns_with_system,
+            system=system,
+            tools=_tools(tokenizer, end, generation_prompt, added_turns),
+            notices=tuple(notices),
+        )
         _prove(fmt, tokenizer)
         return fmt
 
@@ -261,6 +274,8 @@ def _refused(chat: Chat, fmt: ChatFormat, control: re.Pattern[str]) -> str:
     if fmt.system == "refused" and chat.messages[0].role == "system":
         return "has a system message, which the chat template refuses"
     for i, message in enumerate(chat.messages):
+        if message.role == "tool" and fmt.tools:
+            return f"messages[{i}]: role tool, which {fmt.tools}"
         hit = control.search(message.content)
         if hit:
             return f"messages[{i}]: content holds {hit[0]!r}, which the tokenizer would read as a control token"
@@ -286,6 +301,21 @@ def _system(
     if _SYSTEM["content"] in text:
         return "kept", extra, []
     return "dropped", extra, ["the chat template drops system messages: the model never sees them"]
+
+
+def _tools(tokenizer: PreTrainedTokenizerFast, end: int, header: tuple[int, ...], added_turns: int) -> str:
+    """Why a tool's message between two answers is not rendered as a turn of its own; "" where it is (Phi-4-mini)."""
+    try:
+        text = str(tokenizer.apply_chat_template([_USER, _ANSWER, _TOOL, _OTHER_ANSWER], tokenize=False))
+    except TemplateError as error:
+        return f"the chat template refuses ({error})"
+    if _TOOL["content"] not in text:
+        return "the chat template drops: the model would never see it (Phi-4-mini's template renders it)"
+    ids = _batch_ids(tokenizer, [text])[0]
+    ends = [i for i, token in enumerate(ids) if token == end]
+    if len(ends) != 4 + added_turns or tuple(ids[ends[-2] + 1 :][: len(header)]) != header:
+        return "the chat template renders as no turn of its own"
+    return ""
 
 
 def _prove(fmt: ChatFormat, tokenizer: PreTrainedTokenizerFast) -> None:

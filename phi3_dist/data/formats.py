@@ -8,7 +8,8 @@
 | `prompt_completion` | `prompt`, `completion`: two texts, or two lists of messages, of which the second is learned |
 
 All but the first may have a `system` text. A conversation is at most one system message, which comes first, then user
-and assistant in turn, beginning with the user. `weight: 0` on an assistant message keeps it out of the loss.
+and assistant in turn, beginning with the user; what tools gave back (`tool`) may stand between two answers.
+`weight: 0` on an assistant message keeps it out of the loss.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Any, Literal
 
 __all__ = ["BadRow", "Chat", "Format", "Message", "RowReader", "unfit_columns"]
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 _TOOL_KEYS = ("tool_calls", "function_call")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"} | {role: role for role in ROLES}
 
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
 _REQUIRED: dict[Format, tuple[str, ...]] = {
@@ -224,11 +225,14 @@ def _text(value: Any, name: str) -> str:
 def _check_turns(messages: tuple[Message, ...], name: str) -> None:
     turns = messages[1:] if messages[0].role == "system" else messages
     first = len(messages) - len(turns)
+    expected = "user"
     for i, message in enumerate(turns):
-        expected = ("user", "assistant")[i % 2]
-        if message.role != expected:
+        of_tool = message.role == "tool" and i > 0 and turns[i - 1].role in ("assistant", "tool")
+        if message.role != expected and not of_tool:
             rule = "system may only come first" if message.role == "system" else "user and assistant take turns"
+            rule = "tool follows an assistant turn or another tool" if message.role == "tool" else rule
             raise _UnusableError(f"{name}[{first + i}] is {message.role} where {expected} is due ({rule})")
+        expected = "user" if message.role == "assistant" else "assistant"
     answers = [m for m in turns if m.role == "assistant"]
     if not answers:
         raise _UnusableError("no assistant turn")

@@ -242,3 +242,31 @@ PROMPT = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 def test_templates_that_cannot_be_masked_safely(template: str, reason: str) -> None:
     with pytest.raises(DataError, match=f"chat template: can't be used.*{reason}"):
         encode_chats(with_template(template), [chat("Q", "A")], "all")
+
+
+def tool_row() -> Chat:
+    turns = (("user", "2+3?"), ("assistant", "add(2,3)"), ("tool", "5"), ("tool", "really 5"), ("assistant", "It is 5"))
+    return Chat(tuple(Message(role, content) for role, content in turns), "a.jsonl:1")
+
+
+def test_a_tools_words_are_rendered_and_never_learned() -> None:
+    tokenizer = chatml()
+    (row,) = encode_chats(tokenizer, [tool_row()], "all")
+    assert learned(tokenizer, row) == "add(2,3)<|im_end|>|It is 5<|im_end|>"
+    messages = [{"role": m.role, "content": m.content} for m in tool_row().messages]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    assert "really 5" in text
+    assert row.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+REFUSES_TOOLS = "{% for m in messages if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [("", "the chat template drops: the model would never see it"), (REFUSES_TOOLS, "the chat template refuses")],
+)
+def test_a_tool_message_that_a_template_does_not_render_is_refused(before: str, reason: str) -> None:
+    tokenizer = with_template(before + PHI3.chat_template)
+    with pytest.raises(DataError, match=rf"messages\[2\]: role tool, which {reason}"):
+        encode_chats(tokenizer, [tool_row()], "all")

@@ -94,7 +94,11 @@ BAD: list[tuple[str, object, str]] = [
     ("sharegpt", {"conversations": "x"}, "conversations is text, not a list"),
     ("sharegpt", {"conversations": []}, "conversations is empty"),
     ("sharegpt", {"conversations": ["x"]}, "conversations[0]: not an object but text"),
-    ("sharegpt", {"conversations": [{"from": "tool", "value": "x"}]}, "conversations[0]: unknown from 'tool'; known"),
+    (
+        "sharegpt",
+        {"conversations": [{"from": "critic", "value": "x"}]},
+        "conversations[0]: unknown from 'critic'; known",
+    ),
     ("sharegpt", {"conversations": [{"from": ["x"], "value": "x"}]}, "conversations[0]: unknown from ['x']"),
     ("sharegpt", {"conversations": SHAREGPT["conversations"][1:]}, "conversations[0] is assistant where user is due"),
     ("sharegpt", {"conversations": [{"from": "human"}]}, "conversations[0]: empty content (user)"),

@@ -44,7 +44,9 @@ BAD = [
     ({"messages": "hi"}, "messages is text, not a list"),
     ({"messages": []}, "messages is empty"),
     ({"messages": ["hi"]}, "messages[0]: not an object but text"),
-    (turns("user", "tool"), "messages[1]: unknown role 'tool'; known are system, user, assistant"),
+    (turns("user", "critic"), "messages[1]: unknown role 'critic'; known are system, user, assistant, tool"),
+    (turns("user", "tool"), "messages[1] is tool where assistant is due (tool follows an assistant turn"),
+    (turns("user", "assistant", "tool", "user"), "messages[3] is user where assistant is due"),
     ({"messages": [{"content": "x"}]}, "unknown role None"),
     (row(answer=" \n"), "messages[1]: empty content (assistant)"),
     (row(user=None), "messages[0]: empty content (user)"),  # type: ignore[arg-type]
