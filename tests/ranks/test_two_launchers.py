@@ -112,8 +112,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("zero3_multinode", 1),
         pytest.param("ddp_multinode", 2, marks=pytest.mark.full),
         pytest.param("zero3_multinode", 2, marks=pytest.mark.full),
-        pytest.param("zero2_multinode", 1, marks=pytest.mark.full),
-        pytest.param("fsdp2_multinode", 1, marks=pytest.mark.full),
+        *(
+            pytest.param(f"{name}_multinode", 1, marks=pytest.mark.full)
+            for name in ("zero1", "zero2", "zero2_offload", "zero3_offload", "fsdp2")
+        ),
     ],
 )
 def test_two_nodes_give_one_process_numbers(
