@@ -191,10 +191,13 @@ def fill_adapter(model: nn.Module, seed: int, values: Mapping[str, Tensor] | Non
 def count_parameters(model: nn.Module) -> Counts:
     """Counts over the whole model: ZeRO-3's and FSDP2's shards count in full, 4-bit weights by what they stand for."""
     total = trainable = 0
+    packed: dict[int, int] = {}
+    for module in model.modules():
+        state: Any = getattr(module, "quant_state", None)
+        if state is not None:
+            packed[id(module.weight)] = math.prod(state.shape)
     for param in model.parameters():
-        size = getattr(param, "ds_numel", None) or param.numel()
-        shape = getattr(getattr(param, "quant_state", None), "shape", None)
-        size = math.prod(shape) if shape is not None else size
+        size = packed.get(id(param)) or getattr(param, "ds_numel", None) or param.numel()
         total += size
         trainable += size if param.requires_grad else 0
     return Counts(total, trainable)

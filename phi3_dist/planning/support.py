@@ -1,8 +1,8 @@
 """The support matrix: strategy × quantisation × device × precision → yes, or no with the reason and the nearest choice.
 
-nf4 and int8 with DDP, ZeRO-1 and ZeRO-2, and nf4 with ZeRO-3, were trained on two CPU processes, in fp32 and bf16
-(bitsandbytes 0.50.2, DeepSpeed 0.19.8); the `cuda` columns say what should hold there. One function answers, and the
-table of the README is generated from it, so that the two can't differ.
+nf4 and int8 with DDP, ZeRO-1 and ZeRO-2, and nf4 with ZeRO-3 and FSDP2, were trained on two CPU processes, in fp32 and
+bf16 (bitsandbytes 0.50.2, DeepSpeed 0.19.8); the `cuda` columns say what should hold there. One function answers, and
+the table of the README is generated from it, so that the two can't differ.
 """
 
 from __future__ import annotations
@@ -76,16 +76,12 @@ def support(  # noqa: PLR0911 -- one return for each refusal, in the order a use
 
 def _sharded_quantized(strategy: str, quantization: str) -> Yes | No:
     """Quantised weights where each rank should hold a part: tests/ranks/test_quantized_shards.py counts the bytes."""
-    if strategy.startswith("zero3") and quantization == "nf4":
+    if strategy.startswith(("zero3", "fsdp2")) and quantization == "nf4":
         return Yes("every rank quantises the whole base while it loads, and keeps its part of the 4-bit weights")
     if strategy == "zero2_offload":
         return No("offload beside quantised weights has not been proven", "zero2")
-    if strategy.startswith("zero3"):
-        return No("ZeRO-3 is proven to shard 4-bit weights, not int8's with their scales beside them", "zero2")
-    if quantization == "nf4":
-        nearest = "zero3_offload" if strategy.endswith("_offload") else "zero3"
-        return No("FSDP2 shards rows of weights as they are read, and packed 4-bit weights have no rows", nearest)
-    return No("FSDP2 shards rows of weights as they are read, and int8 weights keep their scales elsewhere", "zero2")
+    name = "ZeRO-3" if strategy.startswith("zero3") else "FSDP2"
+    return No(f"{name} is proven to shard 4-bit weights, not int8's with their scales beside them", "zero2")
 
 
 def support_optimizer(name: str, strategy: str, device: str) -> Yes | No:

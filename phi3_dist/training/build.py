@@ -85,6 +85,16 @@ def _rotary(cfg: RunConfig, regime: Regime | None, longest_row: int) -> tuple[Ch
     return (Choice("LongRoPE", f"{regime} factors", why),)
 
 
+def _fill_shards(model: PackedLoss, base: Base, runtime: Runtime) -> None:
+    """Give FSDP2's shards, which have no storage yet, their rows of the base."""
+    device = torch.device("cpu") if runtime.plan.strategy.endswith("offload") else runtime.device
+    model.to_empty(device=device)
+    load_into_fsdp2(model, base, runtime.rank, runtime.world)
+    start_dora_magnitudes(model)
+    inner = model.causal_lm.model
+    inner.rotary_emb = type(inner.rotary_emb)(base.config).to(runtime.device)
+
+
 def build_model(cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: int) -> PackedLoss:
     """The model with its adapter at its start, before DDP or DeepSpeed wrap it; FSDP2 shards are made here.
 
@@ -100,12 +110,8 @@ def build_model(cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: in
     model.choices = (_lora_linear(cfg, model), model.loss_choice(), *_rotary(cfg, regime, longest_row))
     if is_fsdp(runtime.plan.strategy):
         model = shard_fsdp2(model, runtime)
-        device = torch.device("cpu") if runtime.plan.strategy.endswith("offload") else runtime.device
-        model.to_empty(device=device)
-        load_into_fsdp2(model, base, runtime.rank, runtime.world)
-        start_dora_magnitudes(model)
-        rotary = causal_lm.model.rotary_emb
-        causal_lm.model.rotary_emb = type(rotary)(base.config).to(runtime.device)
+        if cfg.model.quantization == "none":  # a quantised base is whole, and cut as it is
+            _fill_shards(model, base, runtime)
     fill_adapter(model, cfg.train.seed, values)
     pin_longrope(causal_lm, longest_row, cfg.model.longrope)
     model.train()

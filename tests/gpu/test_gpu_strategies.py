@@ -51,7 +51,11 @@ def test_bf16_learns(config: str | None, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("quantization", "config"),
-    [("nf4", None), ("int8", None), ("nf4", "ddp"), ("nf4", "zero2"), ("nf4", "zero3"), ("nf4", "zero3_offload")],
+    [
+        ("nf4", None),
+        ("int8", None),
+        *(("nf4", name) for name in ("ddp", "zero2", "zero3", "zero3_offload", "fsdp2", "fsdp2_offload")),
+    ],
 )
 def test_a_quantised_base_learns(quantization: str, config: str | None, tmp_path: Path) -> None:
     source = f"model.source={tiny_base(tmp_path / 'base')}"

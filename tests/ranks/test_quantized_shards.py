@@ -1,4 +1,4 @@
-"""ZeRO-3 shards 4-bit weights: half of the bytes on each of two ranks, and one process's numbers."""
+"""ZeRO-3 and FSDP2 shard 4-bit weights: half of the bytes on each of two ranks, and one process's numbers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def single(base: Path) -> dict[str, Any]:
     return facts
 
 
-@pytest.mark.parametrize("strategy", ["zero3", pytest.param("zero3_offload", marks=pytest.mark.full)])
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2", pytest.param("zero3_offload", marks=pytest.mark.full)])
 def test_nf4_weights_are_sharded_and_train_alike(
     strategy: str, base: Path, single: dict[str, Any], deepspeed_ops: Path
 ) -> None:

@@ -141,6 +141,7 @@ def test_tied_embeddings_survive_sharding(config: str, tmp_path: Path, deepspeed
         ("nf4", "cpu_2"),
         pytest.param("nf4", "zero2", marks=pytest.mark.full),
         ("nf4", "zero3"),
+        ("nf4", "fsdp2"),
         pytest.param("nf4", "zero3_offload", marks=pytest.mark.full),
         pytest.param("nf4", "zero1", marks=pytest.mark.full),
         pytest.param("int8", "cpu_2", marks=pytest.mark.full),

@@ -43,8 +43,6 @@ def test_quantised_weights_where_they_are_replicated(strategy: str, quantization
     [
         ("zero2_offload", "nf4", "zero2"),
         ("zero3", "int8", "zero2"),
-        ("fsdp2", "nf4", "zero3"),
-        ("fsdp2_offload", "nf4", "zero3_offload"),
         ("fsdp2", "int8", "zero2"),
     ],
 )
@@ -57,8 +55,8 @@ def test_quantised_weights_are_refused_where_they_are_not_proven(
     assert support(nearest, quantization, "cuda", "bf16")
 
 
-@pytest.mark.parametrize("strategy", ["zero3", "zero3_offload"])
-def test_zero3_shards_4_bit_weights(strategy: str) -> None:
+@pytest.mark.parametrize("strategy", ["zero3", "zero3_offload", "fsdp2"])
+def test_strategies_that_shard_4_bit_weights(strategy: str) -> None:
     answer = support(strategy, "nf4", "cpu", "fp32")
     assert isinstance(answer, Yes)
     assert "keeps its part" in answer.note
