@@ -42,9 +42,9 @@ class ModelConfig(Section):
     attention: Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "flex", "sdpa"] = "auto"
     """Attention backend: `varlen` is torch's own flash-attention, `sdpa` one call for each document. `auto` takes the
     best that can run, and says why. Documents of a pack never attend to each other in any of them."""
-    fused_lora: Literal["auto", "off"] = "auto"
+    fused_lora: StrictBool = True
     """LoRA and its base linear as one function, where PEFT's layer is the plain one: less time and memory, the same
-    numbers and files. `off`: PEFT's own forward everywhere."""
+    numbers and files. `false`: PEFT's own forward everywhere."""
     longrope: Literal["auto", "short", "long"] = "auto"
     """Factors of a LongRoPE model, one choice for the whole run: `auto` takes the long ones where a row is longer than
     the model's original context. An adapter serves the factors it was trained with."""

@@ -66,7 +66,7 @@ def _adapter_values(cfg: RunConfig) -> dict[str, torch.Tensor]:
 
 
 def _lora_linear(cfg: RunConfig, model: PackedLoss) -> Choice:
-    if cfg.model.fused_lora == "off":
+    if not cfg.model.fused_lora:
         return Choice("LoRA linear", "PEFT's", "as the run file says")
     report = install_fused(model)
     return Choice("LoRA linear", "fused" if report.fused else "PEFT's", str(report))

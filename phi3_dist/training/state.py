@@ -40,6 +40,8 @@ def export_state(engine: Engine, *, keep: bool) -> dict[str, Tensor]:
     Collective under ZeRO and FSDP2: every rank calls it, and holds one tensor at a time.
     """
     state: dict[str, Tensor] = {}
+    if isinstance(engine, DeepSpeedEngine):
+        _link_moments(engine.optimizer)
     for module in engine.model.modules():
         # after an evaluation FSDP2's outermost group is still whole, in parameters that the optimizer doesn't know
         if isinstance(module, FSDPModule):
@@ -50,6 +52,16 @@ def export_state(engine: Engine, *, keep: bool) -> dict[str, Tensor]:
             if keep:
                 state[f"{kind}/{name}"] = full.to(device="cpu", dtype=torch.float32, copy=True).contiguous()
     return state
+
+
+def _link_moments(zero: Any) -> None:
+    """Let ZeRO-1/2 find the moments of every parameter group.
+
+    deepspeed 0.19.8 links them once, after the step of the first group, when those of the others are not yet made.
+    """
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _export_one(engine: Engine, param: nn.Parameter, kind: str) -> Tensor:
@@ -126,8 +138,7 @@ def _import_deepspeed(engine: DeepSpeedEngine, state: Mapping[str, Tensor], step
     for flat in flats:
         zero.optimizer.state[flat] = {"step": torch.tensor(float(steps))}
         zero.optimizer.state[flat] |= {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
-    if not third:
-        zero._lazy_init_hp_params_optimizer_state()
+    _link_moments(zero)
     for name, param in trained(engine.model):
         weight = state[f"{WEIGHT}/{name}"].to(engine.model.device)
         if third:

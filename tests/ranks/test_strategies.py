@@ -195,7 +195,7 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         ("dora", "fsdp2"),
         ("head", "fsdp2"),
         pytest.param("dora", "cpu_2", marks=pytest.mark.full),
-        pytest.param("dora", "zero2", marks=pytest.mark.full),
+        ("dora", "zero2"),  # two groups of parameters, whose moments DeepSpeed must link
         ("head", "zero3"),
         pytest.param("head", "zero2", marks=pytest.mark.full),
         pytest.param("rslora", "zero3", marks=pytest.mark.full),
@@ -218,12 +218,12 @@ def test_activation_checkpointing_changes_no_number(reference: Path, tmp_path: P
 
 @pytest.mark.parametrize("dropout", ["0.0", "0.3"])
 def test_fused_lora_gives_pefts_numbers_and_leaves_no_trace(dropout: str, tmp_path: Path) -> None:
-    for name in ("auto", "off"):
+    for name in ("true", "false"):
         done = launch(None, tmp_path / name, f"model.fused_lora={name}", f"lora.dropout={dropout}")
         assert done.returncode == 0, done.stderr
-        assert (FUSED in done.stdout) == (name == "auto")
-    compare(tmp_path / "auto", tmp_path / "off", tolerance=1e-5)
-    configs = [(tmp_path / name / "adapter" / "adapter_config.json").read_bytes() for name in ("auto", "off")]
+        assert (FUSED in done.stdout) == (name == "true")
+    compare(tmp_path / "true", tmp_path / "false", tolerance=1e-5)
+    configs = [(tmp_path / name / "adapter" / "adapter_config.json").read_bytes() for name in ("true", "false")]
     assert configs[0] == configs[1]
 
 
