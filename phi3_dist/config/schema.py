@@ -48,6 +48,8 @@ class ModelConfig(Section):
     longrope: Literal["auto", "short", "long"] = "auto"
     """Factors of a LongRoPE model, one choice for the whole run: `auto` takes the long ones where a row is longer than
     the model's original context. An adapter serves the factors it was trained with."""
+    fused_layers: StrictBool = True
+    """Norms, rotary embedding and SwiGLU in fewer passes over memory. `false`: transformers' own modules."""
     activation_checkpointing: StrictBool = False
     """Recompute each decoder layer in backward (non-reentrant): less memory, about a fifth more time."""
     adapter: StrictStr | None = None
@@ -164,6 +166,9 @@ class TrainConfig(Section):
     """Steps between two measurements of the held-out loss. 0: only at the end."""
     max_bad_steps: Count = 3
     """A step whose loss or gradient is no finite number is skipped; the run stops at this many in a row."""
+    profile: Annotated[StrictInt, Field(ge=0)] = 0
+    """Steps, from the second on, that torch's profiler records on rank 0: a trace and a table of where the time went,
+    in `profile/` of the run folder. 0: none."""
     seed: Annotated[StrictInt, Field(ge=0)] = 0
     """Seed of the adapter's start, the order of packs and dropout."""
     shuffle: StrictBool = True

@@ -29,8 +29,10 @@ __all__ = [
     "KERNELS",
     "Documents",
     "Settings",
+    "attend",
     "backends",
     "block_mask",
+    "kernel_name",
     "packed_sdpa",
     "register_backends",
     "registered_name",
@@ -267,11 +269,25 @@ KERNELS: dict[str, Kernel] = {
 assert set(KERNELS) == set(BACKENDS)
 
 
+def attend(
+    name: str, query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, *, documents: Documents, settings: Settings
+) -> Tensor:
+    """A pack through backend `name`; gives (T, N, D).
+
+    Raises ValueError when the lengths do not cover the pack: then documents would see each other.
+    """
+    if sum(documents.lengths) != query_TND.shape[0]:
+        what = f"cover {query_TND.shape[0]} tokens, got {sum(documents.lengths)}"
+        raise ValueError(f"packed attention wants document lengths that {what}")
+    if settings.dropout and name not in _WITH_DROPOUT:
+        raise ValueError(f"{name} has no dropout, and the base's attention_dropout is {settings.dropout}")
+    return KERNELS[name](query_TND, key_TKD, value_TKD, documents, settings)
+
+
 def _packed(name: str) -> Callable[..., tuple[Tensor, None]]:
     """The kernel as transformers calls an attention function."""
-    kernel = KERNELS[name]
 
-    def attend(
+    def attention(
         module: nn.Module,
         query: Tensor,
         key: Tensor,
@@ -289,18 +305,15 @@ def _packed(name: str) -> Callable[..., tuple[Tensor, None]]:
 
         Raises ValueError when the lengths do not cover the row: then documents would see each other.
         """
-        if attention_mask is not None or sum(lengths) != query.shape[2]:
-            raise ValueError(
-                f"packed attention wants document lengths that cover {query.shape[2]} tokens, got {sum(lengths)}"
-            )
+        if attention_mask is not None:
+            raise ValueError("packed attention takes document lengths and no mask")
         settings = Settings(scaling, sliding_window, dropout if module.training else 0.0)
-        if settings.dropout and name not in _WITH_DROPOUT:
-            raise ValueError(f"{name} has no dropout, and the base's attention_dropout is {dropout}")
         query_TND, key_TKD, value_TKD = (t[0].transpose(0, 1) for t in (query, key, value))
-        out_TND = kernel(query_TND, key_TKD, value_TKD, Documents(tuple(lengths), cu_seqlens), settings)
+        documents = Documents(tuple(lengths), cu_seqlens)
+        out_TND = attend(name, query_TND, key_TKD, value_TKD, documents=documents, settings=settings)
         return out_TND[None].contiguous(), None
 
-    return attend
+    return attention
 
 
 packed_sdpa = _packed("sdpa")
@@ -309,6 +322,12 @@ packed_sdpa = _packed("sdpa")
 def registered_name(name: str) -> str:
     """The name under which transformers knows a backend."""
     return f"phi3_dist_packed_{name}"
+
+
+def kernel_name(config: Any) -> str:
+    """The packed backend that a model's configuration names, or empty where it is one of transformers' own."""
+    name = str(config._attn_implementation or "")
+    return next((kernel for kernel in KERNELS if name == registered_name(kernel)), "")
 
 
 def register_backends() -> None:

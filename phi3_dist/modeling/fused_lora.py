@@ -33,14 +33,15 @@ _DECLINED = "_fused_declined"
 
 @dataclass(frozen=True)
 class FusedReport:
-    """How many LoRA layers got the fused forward, and the reasons of those that keep PEFT's."""
+    """How many modules got the fused forward, and the reasons of those that keep the library's own."""
 
     fused: int
     kept: dict[str, int]
+    unit: str = "layers"
 
     def __str__(self) -> str:
-        parts = [f"{self.fused} layers"] if self.fused or not self.kept else []
-        return "; ".join([*parts, *(f"{count} as PEFT's: {why}" for why, count in self.kept.items())])
+        parts = [f"{self.fused} {self.unit}"] if self.fused or not self.kept else []
+        return "; ".join([*parts, *(f"{count} as they were: {why}" for why, count in self.kept.items())])
 
 
 def _dense(weight: Tensor, quant_state: Any, dtype: torch.dtype) -> Tensor:

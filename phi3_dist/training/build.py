@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from phi3_dist.modeling.base import (
     load_zero3,
     meta_model,
 )
+from phi3_dist.modeling.fused_layers import install_fused_layers
 from phi3_dist.modeling.fused_lora import install_fused
 from phi3_dist.modeling.lora import add_lora, fill_adapter, start_dora_magnitudes
 from phi3_dist.modeling.loss import PackedLoss
@@ -65,11 +67,18 @@ def _adapter_values(cfg: RunConfig) -> dict[str, torch.Tensor]:
     return values
 
 
-def _lora_linear(cfg: RunConfig, model: PackedLoss) -> Choice:
+def _fused(cfg: RunConfig, model: PackedLoss) -> Iterator[Choice]:
+    """Install what `model.fused_*` asks for; each with what kept the library's own forward, and why."""
+    off = "as the run file says"
     if not cfg.model.fused_lora:
-        return Choice("LoRA linear", "PEFT's", "as the run file says")
-    report = install_fused(model)
-    return Choice("LoRA linear", "fused" if report.fused else "PEFT's", str(report))
+        yield Choice("LoRA linear", "PEFT's", off)
+    else:
+        lora = install_fused(model)
+        yield Choice("LoRA linear", "fused" if lora.fused else "PEFT's", str(lora))
+    if not cfg.model.fused_layers:
+        yield Choice("norm, rotary, MLP", "transformers'", off)
+    else:
+        yield Choice("norm, rotary, MLP", "fused", str(install_fused_layers(model)))
 
 
 def _rotary(cfg: RunConfig, regime: Regime | None, longest_row: int) -> tuple[Choice, ...]:
@@ -107,7 +116,7 @@ def build_model(cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: in
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     model = PackedLoss(add_lora(causal_lm, cfg.lora, base.source))
     regime = regime_for(causal_lm.config, longest_row, cfg.model.longrope)
-    model.choices = (_lora_linear(cfg, model), model.loss_choice(), *_rotary(cfg, regime, longest_row))
+    model.choices = (*_fused(cfg, model), model.loss_choice(), *_rotary(cfg, regime, longest_row))
     if is_fsdp(runtime.plan.strategy):
         model = shard_fsdp2(model, runtime)
         if cfg.model.quantization == "none":  # a quantised base is whole, and cut as it is

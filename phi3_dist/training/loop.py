@@ -32,11 +32,13 @@ from phi3_dist.training.evaluate import HeldOut, held_out_loss
 from phi3_dist.training.folder import RunFolder, cache_folder, versions
 from phi3_dist.training.health import Health
 from phi3_dist.training.metrics import Metrics
+from phi3_dist.training.profiling import StepProfile
 from phi3_dist.training.resume import agree_on_checkpoint, base_fingerprint, check_identity, cut_metrics, identity
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.saving import Saver
 from phi3_dist.training.signals import StopFlag
 from phi3_dist.training.stage import Stage, announce, card_facts, check_trackers
+from phi3_dist.training.startup import StartClock
 from phi3_dist.training.state import import_state
 from phi3_dist.training.step import StepResult, learning_rate, train_step
 from phi3_dist.training.strategy import make_engine
@@ -119,6 +121,16 @@ def _agreed(stage: Stage, result: StepResult, flag: StopFlag) -> tuple[list[floa
     return everyone[:, 0].tolist(), int(everyone[:, 1].max())
 
 
+def _say_first_step(stage: Stage, step: int) -> None:
+    """Where the start's time went, and what turned out otherwise than announced."""
+    stage.clock.mark("first step")
+    stage.metrics.say(stage.clock.line())
+    spans = {f"{name.replace(' ', '_')}_s": round(seconds, 3) for name, seconds in stage.clock.spans_s.items()}
+    stage.metrics.note("start", {"step": step, **spans, "total_s": round(stage.clock.total_s, 3)})
+    for why, layers in declined(stage.engine.model).items():
+        stage.metrics.say(f"note: {layers} LoRA linears ran as PEFT's after all: {why}")
+
+
 def _steps(stage: Stage, first: int, saver: Saver, health: Health, flag: StopFlag) -> tuple[int, HeldOut | None, int]:
     """Steps `first` to the end, with log rows, held-out losses and checkpoints.
 
@@ -129,14 +141,15 @@ def _steps(stage: Stage, first: int, saver: Saver, health: Health, flag: StopFla
         start, done = time.perf_counter(), step + 1
         lr = learning_rate(step, stage.total, cfg.optim)
         result = train_step(stage.engine, stage.runtime, stage.train, stage.order, step, lr=lr, seed=cfg.train.seed)
-        if step == first:
-            for why, layers in declined(stage.engine.model).items():
-                stage.metrics.say(f"note: {layers} LoRA linears ran as PEFT's after all: {why}")
+        if stage.profile.step():
+            stage.metrics.say(f"profile: {stage.profile.folder}/table.txt and trace.json.gz")
         nlls, stop = _agreed(stage, result, flag)
         loss = sum(nlls) / result.supervised_tokens
         made = health.check(done, result, nlls, loss)
         if made and (done % cfg.log.every == 0 or done in {1, stage.total}):
             _log_step(stage, done, result, loss, time.perf_counter() - start)
+        if step == first:
+            _say_first_step(stage, done)
         if done == stage.total or (cfg.train.eval_every and done % cfg.train.eval_every == 0):
             held_out = _evaluate(stage, done)
         if saver.due(done) or (stop and done < stage.total):
@@ -165,12 +178,12 @@ def _run(
     folder: RunFolder,
     facts: dict[str, Any],
     start: Checkpoint | None,
+    clock: StartClock,
 ) -> TrainResult:
     """Build, train and save. The wrapped model lives in here alone: see `_release`."""
     rows = [packs.rows.lengths for packs in (prepared.train, prepared.validation) if packs is not None]
     model = build_model(cfg, base, runtime, longest_row=max(int(lengths.max()) for lengths in rows))
     regime = pinned_regime(model)
-    counts = count_parameters(model)
     engine = make_engine(model, runtime, cfg.optim)
     order = Order(len(prepared.train.packs), cfg.train.global_batch, cfg.train.seed, cfg.train.shuffle)
     total = cfg.train.max_steps or order.steps(cfg.train.epochs or 1.0)
@@ -178,11 +191,29 @@ def _run(
     if start is not None:
         first, health_then = start.step, start.trainer.get("health", {})
         import_state(engine, read_state(start), first - health_then.get("skipped", 0))
-    with StopFlag() as flag, Metrics(folder.metrics, total, runtime.accelerator, active=runtime.is_main) as metrics:
-        stage = Stage(cfg, runtime, engine, prepared.train, prepared.validation, order, total, metrics, folder, facts)
+    clock.mark("model")
+    with (
+        StopFlag() as flag,
+        Metrics(folder.metrics, total, runtime.accelerator, active=runtime.is_main) as metrics,
+        StepProfile(cfg.train.profile, folder.path / "profile", active=runtime.is_main) as profile,
+    ):
+        stage = Stage(
+            cfg,
+            runtime,
+            engine,
+            prepared.train,
+            prepared.validation,
+            order,
+            total,
+            metrics,
+            folder,
+            facts,
+            clock,
+            profile,
+        )
         if runtime.is_main:
             _record_start(folder, stage, first, model.choices)
-        announce(metrics, runtime.plan, prepared, counts, total, of_model=model.choices)
+        announce(metrics, runtime.plan, prepared, count_parameters(model), total, of_model=model.choices)
         if start is not None:
             metrics.say(f"resumed after step {first} of {total}, from {start.folder.name}")
         health = Health(stage, health_then)
@@ -244,12 +275,16 @@ def train(
     With `resume` the run goes on from its newest checkpoint that verifies, or starts where there is none.
     Raises the errors of the tree in phi3_dist.errors; a user's mistakes come before the process group exists.
     """
+    clock = StartClock()
+    clock.mark("imports")
     folder, cache = RunFolder(Path(cfg.save.folder)), cache or cache_folder()
     check_trackers(cfg.log.trackers)
     base = find_base(cfg.model.source, cfg.model.revision)
     peft_config(meta_model(base, torch.float32), cfg.lora, base.source)  # wrong targets are said before all else
     plan = make_plan(cfg, machine, launch, family_or_shape=base.config.to_dict())
+    clock.mark("plan")
     tokenizer, prepared = _prepare(cfg, cache)
+    clock.mark("data")
     if resume and folder.finished():
         return TrainResult(folder.path, 0, None, None)
     if launch.rank == 0:
@@ -270,8 +305,17 @@ def train(
         if runtime.is_main:  # the first file: it makes the folder a run's, which --resume can go on in
             folder.write("config.yaml", resolved_yaml(cfg))
         runtime.accelerator.init_trackers(cfg.log.project)
+        clock.mark("processes")
         result = _run(
-            cfg, base, runtime, prepared=prepared, tokenizer=tokenizer, folder=folder, facts=facts, start=start
+            cfg,
+            base,
+            runtime,
+            prepared=prepared,
+            tokenizer=tokenizer,
+            folder=folder,
+            facts=facts,
+            start=start,
+            clock=clock,
         )
         if runtime.is_main:  # before the last barrier: no rank has ended when this stands
             folder.record_exit(result.exit_code, "preempted" if result.stopped_by else "finished")

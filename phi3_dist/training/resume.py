@@ -40,10 +40,12 @@ FREE = (
     "model.adapter",
     "model.attention",
     "model.fused_lora",
+    "model.fused_layers",
     "model.activation_checkpointing",
     "train.eval_every",
     "train.max_bad_steps",
     "train.micro_batch",
+    "train.profile",
 )
 
 

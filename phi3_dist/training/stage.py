@@ -16,7 +16,9 @@ from phi3_dist.planning.plan import Choice, RunPlan
 from phi3_dist.training.evaluate import HeldOut
 from phi3_dist.training.folder import RunFolder, versions
 from phi3_dist.training.metrics import Metrics
+from phi3_dist.training.profiling import StepProfile
 from phi3_dist.training.runtime import Runtime
+from phi3_dist.training.startup import StartClock
 from phi3_dist.training.strategy import Engine
 
 __all__ = ["Stage", "announce", "card_facts", "check_trackers"]
@@ -36,6 +38,8 @@ class Stage:
     metrics: Metrics
     folder: RunFolder
     facts: Mapping[str, Any]
+    clock: StartClock
+    profile: StepProfile
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
