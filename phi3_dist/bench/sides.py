@@ -1,0 +1,298 @@
+"""The sides of the throughput benchmark: each a process that trains one pass over the rows when it is told to.
+
+All load the same random base, and all measure themselves in the same way; see throughput.py, which gives them turns.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "LORA_RANK",
+    "PACK_LENGTH",
+    "SHAPE",
+    "Round",
+    "linear_sizes",
+    "save_base",
+    "train_ours",
+    "train_peft",
+    "train_trl",
+]
+
+MIB = 2**20
+PACK_LENGTH = 1024
+LORA_RANK = 16
+LR = 1e-4
+SHAPE = {
+    "vocab_size": 32064,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "max_position_embeddings": 4096,
+    "sliding_window": None,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+@dataclass(frozen=True)
+class Round:
+    """One pass over all rows. Memory in MiB above the weights; supervised tokens are those that are predicted."""
+
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    peak_mib: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+def linear_sizes() -> list[tuple[int, int]]:
+    """(inputs, outputs) of a layer's four linears; the first is qkv_proj."""
+    hidden, inner = int(SHAPE["hidden_size"] or 0), int(SHAPE["intermediate_size"] or 0)
+    return [(hidden, 3 * hidden), (hidden, hidden), (hidden, 2 * inner), (inner, hidden)]
+
+
+def save_base(pipe: Connection, folder: Path) -> None:
+    """Write the random Phi-3 that both sides load."""
+    import torch
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    Phi3ForCausalLM(Phi3Config(**SHAPE)).save_pretrained(folder)
+    pipe.send("saved")
+    pipe.recv()
+
+
+# --- what all sides measure with --------------------------------------------------------------------------------------
+
+
+def _status_kib(name: str) -> int:
+    """A field of /proc/self/status, in KiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {name}: this benchmark needs Linux")
+
+
+class _Meter:
+    """Time and peak memory of rounds, above what there was before the model was loaded and the weights."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        self.before_mib = _status_kib("VmRSS") / 1024
+        self.weights_mib = 0.0
+        self.start_s = 0.0
+
+    def count_weights(self, model: Any) -> None:
+        self.weights_mib = sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
+
+    def start(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+        self.start_s = time.perf_counter()
+
+    def stop(self, tokens: int, supervised_tokens: int) -> Round:
+        seconds = time.perf_counter() - self.start_s
+        peak_mib = _status_kib("VmHWM") / 1024 - self.before_mib - self.weights_mib
+        return Round(tokens, supervised_tokens, seconds, peak_mib)
+
+
+def _packs(rows: list[tuple[list[int], int]]) -> Any:
+    from phi3_dist.data.batches import TokenRows, make_packs
+    from phi3_dist.data.chat import Encoded
+
+    encoded = [Encoded(ids, [i >= answer for i in range(len(ids))]) for ids, answer in rows]
+    packs, _ = make_packs(TokenRows.of(encoded, [str(i) for i in range(len(rows))]), PACK_LENGTH, "error")
+    return packs
+
+
+def _matrix_flops_per_s() -> float:
+    """The rate of a layer's base products at the length of a pack, forward and for the input's gradient."""
+    import torch
+
+    pairs = []
+    for inputs, outputs in linear_sizes():
+        weight = torch.randn(outputs, inputs)
+        pairs += [(torch.randn(PACK_LENGTH, inputs), weight.T), (torch.randn(PACK_LENGTH, outputs), weight)]
+    flops = sum(2 * left.shape[0] * left.shape[1] * right.shape[1] for left, right in pairs)
+    times = []
+    for _ in range(9):
+        start_s = time.perf_counter()
+        for left, right in pairs:
+            torch.mm(left, right)
+        times.append(time.perf_counter() - start_s)
+    return flops / statistics.median(times[1:])
+
+
+# --- this project's side ----------------------------------------------------------------------------------------------
+
+
+def train_ours(pipe: Connection, folder: Path, rows: list[tuple[list[int], int]]) -> None:
+    """Build the model as `phi3-dist train` does, then one round for each "round" received."""
+    from phi3_dist.config.schema import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+    from phi3_dist.data.batches import Order
+    from phi3_dist.machine.probe import probe
+    from phi3_dist.modeling.base import find_base
+    from phi3_dist.planning.plan import LaunchFacts, make_plan
+    from phi3_dist.training.build import build_model
+    from phi3_dist.training.runtime import start_runtime
+    from phi3_dist.training.step import train_step
+    from phi3_dist.training.strategy import make_engine
+
+    cfg = RunConfig(
+        model=ModelConfig(source=str(folder), precision="fp32"),
+        data=DataConfig(train="none", pack_length=PACK_LENGTH),
+        lora=LoraConfig(r=LORA_RANK, alpha=2 * LORA_RANK, dropout=0.0),
+        optim=OptimConfig(lr=LR, schedule="constant"),
+        train=TrainConfig(global_batch=1, micro_batch=1),
+    )
+    plan = make_plan(cfg, probe(use_cpu=True), LaunchFacts(use_cpu=True))
+    runtime = start_runtime(plan, {}, max_grad_norm=cfg.optim.max_grad_norm, trackers=(), folder=folder)
+    meter = _Meter()
+    model = build_model(cfg, find_base(str(folder)), runtime, longest_row=PACK_LENGTH)
+    engine = make_engine(model, runtime, cfg.optim)
+    meter.count_weights(model)
+    packs = _packs(rows)
+    order = Order(len(packs), global_batch=1, seed=0, shuffle=True)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    pipe.send({"trainable": trainable, "parameters": sum(p.numel() for p in model.parameters())})
+    next_step = 0
+    while (command := pipe.recv()) != "stop":
+        if command == "rate":
+            pipe.send(_matrix_flops_per_s())
+            continue
+        meter.start()
+        steps = range(next_step, next_step + len(packs))
+        done = [train_step(engine, runtime, packs, order, step, lr=LR, seed=0) for step in steps]
+        next_step = steps.stop
+        pipe.send(meter.stop(sum(d.tokens for d in done), sum(d.supervised_tokens for d in done)))
+
+
+# --- PEFT's side: what one writes by hand -----------------------------------------------------------------------------
+
+
+def train_peft(pipe: Connection, folder: Path, rows: list[tuple[list[int], int]]) -> None:
+    """PEFT in a plain loop over the same packs: transformers keeps documents apart by their positions, all logits."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import Phi3ForCausalLM
+
+    from phi3_dist.data.batches import assemble
+
+    meter = _Meter()
+    base = Phi3ForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="sdpa")
+    settings = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, settings).train()
+    meter.count_weights(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+    batches = []
+    packs = _packs(rows)
+    for pack in range(len(packs.packs)):
+        batch = assemble(packs, [pack])
+        ids, predict = torch.from_numpy(batch.ids_T), torch.from_numpy(batch.predict_S)
+        labels = torch.full_like(ids, -100)
+        labels[predict + 1] = ids[predict + 1]
+        batches.append((ids[None], torch.from_numpy(batch.positions_T)[None], labels[None], len(predict)))
+    pipe.send({"trainable": sum(p.numel() for p in trained), "parameters": sum(p.numel() for p in model.parameters())})
+    while pipe.recv() != "stop":
+        meter.start()
+        for ids, positions, labels, _ in batches:
+            model(input_ids=ids, position_ids=positions, labels=labels, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        pipe.send(meter.stop(sum(ids.numel() for ids, *_ in batches), sum(count for *_, count in batches)))
+
+
+# --- TRL's side -------------------------------------------------------------------------------------------------------
+
+
+def _trl_settings(folder: Path) -> Any:
+    """What TRL is fastest with on a CPU."""
+    return import_module("trl").SFTConfig(
+        output_dir=str(folder / "trl"),
+        packing=True,
+        packing_strategy="bfd",
+        padding_free=True,
+        max_length=PACK_LENGTH,
+        per_device_train_batch_size=1,
+        num_train_epochs=1000,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        gradient_checkpointing=False,  # on by default, and then it computes every layer's forward twice
+        bf16=False,
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _turns(pipe: Connection, meter: _Meter) -> Any:
+    """A Trainer callback that sends the round that has ended, and waits until the next may begin."""
+    from transformers import TrainerCallback
+
+    class Turns(TrainerCallback):  # type: ignore[misc]
+        tokens = supervised = steps = 0
+
+        def _wait(self, control: Any) -> None:
+            if pipe.recv() == "stop":
+                control.should_training_stop = True
+            meter.start()
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._wait(control)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step % self.steps == 0:
+                pipe.send(meter.stop(self.tokens, self.supervised))
+                self._wait(control)
+
+    return Turns()
+
+
+def train_trl(pipe: Connection, folder: Path, rows: list[tuple[list[int], int]]) -> None:
+    """SFTTrainer over the same rows; a callback lets it wait for its turn between two passes."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import Phi3ForCausalLM
+
+    from phi3_dist.modeling.tokenizer import tiny_tokenizer
+
+    trl = import_module("trl")
+    meter = _Meter()
+    model = Phi3ForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="sdpa")
+    labels = [[-100] * answer + ids[answer:] for ids, answer in rows]
+    turns = _turns(pipe, meter)
+    trainer = trl.SFTTrainer(
+        model,
+        args=_trl_settings(folder),
+        train_dataset=Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "labels": labels}),
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(
+            r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+        callbacks=[turns],
+    )
+    meter.count_weights(trainer.model)
+    batches = list(trainer.get_train_dataloader())
+    turns.steps = len(batches)
+    turns.tokens = sum(batch["input_ids"].numel() for batch in batches)
+    turns.supervised = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    pipe.send({"trainable": trainable, "parameters": sum(p.numel() for p in trainer.model.parameters())})
+    trainer.train()
