@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-full test-gpu test-slurm torture fuzz audit demo bench-gather bench-throughput wheel clean
+.PHONY: help setup lint types test test-full test-gpu test-slurm torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-gpu bench-prepare wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name what; do \
@@ -89,6 +89,9 @@ bench-gather: setup ## save an adapter under ZeRO-3: this gather against gatheri
 bench-throughput: setup ## tokens per second of a LoRA step, beside TRL's best setting in the same run
 	@$(INSTALL) --editable '.[bench]'
 	@$(BIN)/python -m phi3_dist.bench.throughput
+
+bench-scaling: setup ## the cost of a token by pack length, model size and processes; draws docs/scaling.png
+	@$(BIN)/python -m phi3_dist.bench.scaling --plot docs/scaling.png
 
 wheel: setup ## build dist/*.whl
 	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

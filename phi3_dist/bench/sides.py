@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
@@ -30,7 +31,7 @@ MIB = 2**20
 PACK_LENGTH = 1024
 LORA_RANK = 16
 LR = 1e-4
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 32064,
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -59,19 +60,20 @@ class Round:
         return self.tokens / self.seconds
 
 
-def linear_sizes() -> list[tuple[int, int]]:
-    """(inputs, outputs) of a layer's four linears; the first is qkv_proj."""
-    hidden, inner = int(SHAPE["hidden_size"] or 0), int(SHAPE["intermediate_size"] or 0)
+def linear_sizes(shape: Mapping[str, Any] = SHAPE) -> list[tuple[int, int]]:
+    """(inputs, outputs) of a layer's four linears; the first is qkv_proj. Without grouped queries."""
+    hidden, inner = int(shape["hidden_size"]), int(shape["intermediate_size"])
     return [(hidden, 3 * hidden), (hidden, hidden), (hidden, 2 * inner), (inner, hidden)]
 
 
-def save_base(pipe: Connection, folder: Path) -> None:
-    """Write the random Phi-3 that both sides load."""
+def save_base(pipe: Connection, folder: Path, shapes: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Write the random Phi-3 that all sides load into `folder`; with `shapes`, one for each name into `folder`/name."""
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    torch.manual_seed(0)
-    Phi3ForCausalLM(Phi3Config(**SHAPE)).save_pretrained(folder)
+    for name, shape in (shapes or {"": SHAPE}).items():
+        torch.manual_seed(0)
+        Phi3ForCausalLM(Phi3Config(**shape)).save_pretrained(folder / name)
     pipe.send("saved")
     pipe.recv()
 
@@ -87,7 +89,7 @@ def _status_kib(name: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {name}: this benchmark needs Linux")
 
 
-class _Meter:
+class Meter:
     """Time and peak memory of rounds, above what there was before the model was loaded and the weights."""
 
     def __init__(self) -> None:
@@ -109,12 +111,13 @@ class _Meter:
         return Round(tokens, supervised_tokens, seconds, peak_mib)
 
 
-def _packs(rows: list[tuple[list[int], int]]) -> Any:
+def make_token_packs(rows: list[tuple[list[int], int]], pack_length: int = PACK_LENGTH) -> Any:
+    """The rows as `phi3-dist train` packs them."""
     from phi3_dist.data.batches import TokenRows, make_packs
     from phi3_dist.data.chat import Encoded
 
     encoded = [Encoded(ids, [i >= answer for i in range(len(ids))]) for ids, answer in rows]
-    packs, _ = make_packs(TokenRows.of(encoded, [str(i) for i in range(len(rows))]), PACK_LENGTH, "error")
+    packs, _ = make_packs(TokenRows.of(encoded, [str(i) for i in range(len(rows))]), pack_length, "error")
     return packs
 
 
@@ -139,45 +142,59 @@ def _matrix_flops_per_s() -> float:
 # --- this project's side ----------------------------------------------------------------------------------------------
 
 
-def train_ours(pipe: Connection, folder: Path, rows: list[tuple[list[int], int]]) -> None:
-    """Build the model as `phi3-dist train` does, then one round for each "round" received."""
-    from phi3_dist.config.schema import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-    from phi3_dist.data.batches import Order
-    from phi3_dist.machine.probe import probe
-    from phi3_dist.modeling.base import find_base
-    from phi3_dist.planning.plan import LaunchFacts, make_plan
-    from phi3_dist.training.build import build_model
-    from phi3_dist.training.runtime import start_runtime
-    from phi3_dist.training.step import train_step
-    from phi3_dist.training.strategy import make_engine
+class Stand:
+    """A model as `phi3-dist train` builds it on the CPU, ready to take steps. Collective with more ranks than one."""
 
-    cfg = RunConfig(
-        model=ModelConfig(source=str(folder), precision="fp32"),
-        data=DataConfig(train="none", pack_length=PACK_LENGTH),
-        lora=LoraConfig(r=LORA_RANK, alpha=2 * LORA_RANK, dropout=0.0),
-        optim=OptimConfig(lr=LR, schedule="constant"),
-        train=TrainConfig(global_batch=1, micro_batch=1),
-    )
-    plan = make_plan(cfg, probe(use_cpu=True), LaunchFacts(use_cpu=True))
-    runtime = start_runtime(plan, {}, max_grad_norm=cfg.optim.max_grad_norm, trackers=(), folder=folder)
-    meter = _Meter()
-    model = build_model(cfg, find_base(str(folder)), runtime, longest_row=PACK_LENGTH)
-    engine = make_engine(model, runtime, cfg.optim)
-    meter.count_weights(model)
-    packs = _packs(rows)
-    order = Order(len(packs), global_batch=1, seed=0, shuffle=True)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    pipe.send({"trainable": trainable, "parameters": sum(p.numel() for p in model.parameters())})
-    next_step = 0
+    def __init__(self, folder: Path, *, longest_row: int = PACK_LENGTH, world: int = 1) -> None:
+        from phi3_dist.config.schema import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+        from phi3_dist.machine.probe import probe
+        from phi3_dist.modeling.base import find_base
+        from phi3_dist.planning.plan import LaunchFacts, make_plan
+        from phi3_dist.training.build import build_model
+        from phi3_dist.training.runtime import start_runtime
+        from phi3_dist.training.strategy import make_engine
+
+        cfg = RunConfig(
+            model=ModelConfig(source=str(folder), precision="fp32"),
+            data=DataConfig(train="none", pack_length=longest_row),
+            lora=LoraConfig(r=LORA_RANK, alpha=2 * LORA_RANK, dropout=0.0),
+            optim=OptimConfig(lr=LR, schedule="constant"),
+            train=TrainConfig(global_batch=world, micro_batch=1),
+        )
+        launch = LaunchFacts(world_size=world, strategy="ddp" if world > 1 else "single", use_cpu=True)
+        plan = make_plan(cfg, probe(use_cpu=True), launch)
+        self.runtime = start_runtime(plan, {}, max_grad_norm=cfg.optim.max_grad_norm, trackers=(), folder=folder)
+        self.meter = Meter()
+        self.model = build_model(cfg, find_base(str(folder)), self.runtime, longest_row=longest_row)
+        self.engine = make_engine(self.model, self.runtime, cfg.optim)
+        self.meter.count_weights(self.model)
+        self.world, self.next_step = world, 0
+
+    @property
+    def facts(self) -> dict[str, int]:
+        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        return {"trainable": sum(n for n, trained in sizes if trained), "parameters": sum(n for n, _ in sizes)}
+
+    def round(self, packs: Any) -> Round:
+        """One pass over the packs; tokens are those of all ranks."""
+        from phi3_dist.data.batches import Order
+        from phi3_dist.training.step import train_step
+
+        order = Order(len(packs), global_batch=self.world, seed=0, shuffle=True)
+        count = max(len(packs) // self.world, 1)
+        self.meter.start()
+        steps = range(self.next_step, self.next_step + count)
+        done = [train_step(self.engine, self.runtime, packs, order, step, lr=LR, seed=0) for step in steps]
+        self.next_step = steps.stop
+        return self.meter.stop(sum(d.tokens for d in done), sum(d.supervised_tokens for d in done))
+
+
+def train_ours(pipe: Connection, folder: Path, rows: list[tuple[list[int], int]]) -> None:
+    """One round for each "round" received, the matrix rate for each "rate"."""
+    stand, packs = Stand(folder), make_token_packs(rows)
+    pipe.send(stand.facts)
     while (command := pipe.recv()) != "stop":
-        if command == "rate":
-            pipe.send(_matrix_flops_per_s())
-            continue
-        meter.start()
-        steps = range(next_step, next_step + len(packs))
-        done = [train_step(engine, runtime, packs, order, step, lr=LR, seed=0) for step in steps]
-        next_step = steps.stop
-        pipe.send(meter.stop(sum(d.tokens for d in done), sum(d.supervised_tokens for d in done)))
+        pipe.send(_matrix_flops_per_s() if command == "rate" else stand.round(packs))
 
 
 # --- PEFT's side: what one writes by hand -----------------------------------------------------------------------------
@@ -191,7 +208,7 @@ def train_peft(pipe: Connection, folder: Path, rows: list[tuple[list[int], int]]
 
     from phi3_dist.data.batches import assemble
 
-    meter = _Meter()
+    meter = Meter()
     base = Phi3ForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="sdpa")
     settings = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, settings).train()
@@ -199,7 +216,7 @@ def train_peft(pipe: Connection, folder: Path, rows: list[tuple[list[int], int]]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
     batches = []
-    packs = _packs(rows)
+    packs = make_token_packs(rows)
     for pack in range(len(packs.packs)):
         batch = assemble(packs, [pack])
         ids, predict = torch.from_numpy(batch.ids_T), torch.from_numpy(batch.predict_S)
@@ -242,7 +259,7 @@ def _trl_settings(folder: Path) -> Any:
     )
 
 
-def _turns(pipe: Connection, meter: _Meter) -> Any:
+def _turns(pipe: Connection, meter: Meter) -> Any:
     """A Trainer callback that sends the round that has ended, and waits until the next may begin."""
     from transformers import TrainerCallback
 
@@ -274,7 +291,7 @@ def train_trl(pipe: Connection, folder: Path, rows: list[tuple[list[int], int]])
     from phi3_dist.modeling.tokenizer import tiny_tokenizer
 
     trl = import_module("trl")
-    meter = _Meter()
+    meter = Meter()
     model = Phi3ForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="sdpa")
     labels = [[-100] * answer + ids[answer:] for ids, answer in rows]
     turns = _turns(pipe, meter)

@@ -23,7 +23,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -46,7 +46,7 @@ from phi3_dist.bench.sides import (
     train_trl,
 )
 
-__all__ = ["main", "make_rows", "step_flops"]
+__all__ = ["ask", "main", "make_rows", "side_process", "step_flops"]
 
 
 def make_rows(count: int, seed: int = 0) -> list[tuple[list[int], int]]:
@@ -67,15 +67,15 @@ def make_rows(count: int, seed: int = 0) -> list[tuple[list[int], int]]:
     return rows
 
 
-def step_flops(lengths: list[int], supervised_tokens: int) -> float:
+def step_flops(lengths: list[int], supervised_tokens: int, shape: Mapping[str, Any] = SHAPE) -> float:
     """What LoRA on every linear layer needs at least for documents of these lengths, forward and backward.
 
     A frozen weight: 2 FLOPs a token forward, 2 for the input's gradient, which the first layer's qkv_proj does not
     need. An adapter weight: 6. The head: 4 a supervised token. Causal attention: half of 4·S²·h forward and of 10·S²·h
     backward.
     """
-    sizes, layers = linear_sizes(), int(SHAPE["num_hidden_layers"] or 0)
-    hidden, vocab, tokens = int(SHAPE["hidden_size"] or 0), int(SHAPE["vocab_size"] or 0), sum(lengths)
+    sizes, layers = linear_sizes(shape), int(shape["num_hidden_layers"])
+    hidden, vocab, tokens = int(shape["hidden_size"]), int(shape["vocab_size"]), sum(lengths)
     base = 4 * tokens * layers * sum(i * o for i, o in sizes) - 2 * tokens * sizes[0][0] * sizes[0][1]
     lora = 6 * tokens * layers * sum(LORA_RANK * (i + o) for i, o in sizes)
     head = 4 * supervised_tokens * hidden * vocab
@@ -97,11 +97,13 @@ def _side(worker: Callable[..., None], log: Path, pipe: Connection, threads: int
 
 
 @contextmanager
-def _process(worker: Callable[..., None], threads: int, folder: Path, *arguments: Any) -> Iterator[Connection]:
+def side_process(worker: Callable[..., None], threads: int, folder: Path, *arguments: Any) -> Iterator[Connection]:
     """A process of its own for one side, ended with the block. Raises RuntimeError with its output where it failed."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    log = folder.with_name(f"{worker.__name__}.log")
+    handle, name = tempfile.mkstemp(".log", f"{worker.__name__}_", folder.parent)
+    os.close(handle)
+    log = Path(name)
     process = context.Process(target=_side, args=(worker, log, there, threads, folder, *arguments), daemon=True)
     process.start()
     there.close()
@@ -117,7 +119,7 @@ def _process(worker: Callable[..., None], threads: int, folder: Path, *arguments
         process.kill()
 
 
-def _ask(pipe: Connection, command: str) -> Any:
+def ask(pipe: Connection, command: str) -> Any:
     pipe.send(command)
     return pipe.recv()
 
@@ -140,22 +142,22 @@ def _run(rows: list[tuple[list[int], int]], rounds: int, threads: int, *, with_t
     workers = {"ours": train_ours, "peft": train_peft, **({"trl": train_trl} if with_trl else {})}
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name) / "base"
-        with _process(save_base, threads, folder) as maker:
+        with side_process(save_base, threads, folder) as maker:
             maker.recv()
         sides, facts = {}, {}
         for side, worker in workers.items():
-            sides[side] = stack.enter_context(_process(worker, threads, folder, rows))
+            sides[side] = stack.enter_context(side_process(worker, threads, folder, rows))
             facts[side] = sides[side].recv()
         return _take_turns(sides, facts, rounds, threads)
 
 
 def _take_turns(sides: dict[str, Connection], facts: dict[str, dict[str, int]], rounds: int, threads: int) -> _Result:
-    rates, others, found = [], [], {name: [_ask(pipe, "round")] for name, pipe in sides.items()}
+    rates, others, found = [], [], {name: [ask(pipe, "round")] for name, pipe in sides.items()}
     for number in range(rounds):
-        rates.append(_ask(sides["ours"], "rate"))
+        rates.append(ask(sides["ours"], "rate"))
         turns = list(sides.items())
         for name, pipe in turns if number % 2 == 0 else reversed(turns):
-            found[name].append(_ask(pipe, "round"))
+            found[name].append(ask(pipe, "round"))
         others.append(max(os.getloadavg()[0] - threads, 0.0))
     ours = found["ours"][0]
     for done in found.values():

@@ -49,7 +49,8 @@ class ModelConfig(Section):
     """Factors of a LongRoPE model, one choice for the whole run: `auto` takes the long ones where a row is longer than
     the model's original context. An adapter serves the factors it was trained with."""
     fused_layers: StrictBool = True
-    """Norms, rotary embedding and SwiGLU in fewer passes over memory. `false`: transformers' own modules."""
+    """Norms, rotary embedding and SwiGLU in fewer passes over memory, and the last layer's MLP over supervised tokens
+    alone: the same numbers but for the dropout drawn there. `false`: transformers' own modules."""
     activation_checkpointing: StrictBool = False
     """Recompute each decoder layer in backward (non-reentrant): less memory, about a fifth more time."""
     adapter: StrictStr | None = None

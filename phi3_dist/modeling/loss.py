@@ -160,7 +160,8 @@ class HeadLoss(nn.Module):
 class PackedLoss(nn.Module):
     """The module that is wrapped and sharded: a PEFT model (or a plain one) whose forward gives the loss.
 
-    `choices` is what was decided about the model itself, for the lines at start.
+    `choices` is what was decided about the model itself, for the lines at start. With `last_layer_selects` the model
+    takes `predict_S` too and gives those rows alone.
     """
 
     def __init__(self, model: nn.Module, chunk_rows: int | None = None) -> None:
@@ -168,6 +169,7 @@ class PackedLoss(nn.Module):
         self.model = model
         self.head_loss = HeadLoss(chunk_rows)
         self.choices: tuple[Choice, ...] = ()
+        self.last_layer_selects = False
 
     def loss_choice(self) -> Choice:
         """How the loss is computed and why, for the lines at start."""
@@ -205,6 +207,8 @@ class PackedLoss(nn.Module):
             use_cache=False,
             cu_seqlens=cu_seqlens,
             lengths=tuple(lengths),
+            **({"predict_S": predict_S} if self.last_layer_selects else {}),
         ).last_hidden_state[0]
-        loss: Tensor = self.head_loss(hidden_TH.index_select(0, predict_S), target_S, causal_lm.lm_head)
+        hidden_SH = hidden_TH if self.last_layer_selects else hidden_TH.index_select(0, predict_S)
+        loss: Tensor = self.head_loss(hidden_SH, target_S, causal_lm.lm_head)
         return loss

@@ -20,7 +20,7 @@ from phi3_dist.modeling.base import (
     load_zero3,
     meta_model,
 )
-from phi3_dist.modeling.fused_layers import install_fused_layers
+from phi3_dist.modeling.fused_layers import install_fused_layers, select_in_last_layer
 from phi3_dist.modeling.fused_lora import install_fused
 from phi3_dist.modeling.lora import add_lora, fill_adapter, start_dora_magnitudes
 from phi3_dist.modeling.loss import PackedLoss
@@ -79,6 +79,7 @@ def _fused(cfg: RunConfig, model: PackedLoss) -> Iterator[Choice]:
         yield Choice("norm, rotary, MLP", "transformers'", off)
     else:
         yield Choice("norm, rotary, MLP", "fused", str(install_fused_layers(model)))
+        select_in_last_layer(model)
 
 
 def _rotary(cfg: RunConfig, regime: Regime | None, longest_row: int) -> tuple[Choice, ...]:

@@ -12,7 +12,13 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP, Phi3RMSNorm, apply_r
 
 from phi3_dist.config.schema import LoraConfig
 from phi3_dist.modeling.attention import use_backend
-from phi3_dist.modeling.fused_layers import install_fused_layers, rms_norm, rotate, swiglu
+from phi3_dist.modeling.fused_layers import (
+    install_fused_layers,
+    rms_norm,
+    rotate,
+    select_in_last_layer,
+    swiglu,
+)
 from phi3_dist.modeling.fused_lora import install_fused
 from phi3_dist.modeling.lora import add_lora, fill_adapter
 from phi3_dist.modeling.loss import PackedLoss
@@ -150,16 +156,24 @@ def _loss_and_grads(model: PackedLoss) -> tuple[Tensor, dict[str, Tensor]]:
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_model_learns_the_same(checkpointing: bool, lora: bool) -> None:
+@pytest.mark.parametrize("last", [False, True])
+def test_a_model_learns_the_same(checkpointing: bool, lora: bool, last: bool) -> None:
     plain, fused = _model(), _model()
     report = install_fused_layers(fused)
     assert (report.fused, report.kept) == (2 * 4 + 1, {})
     assert str(report) == "9 modules"
     if lora:
         install_fused(fused)
+    if last:
+        select_in_last_layer(fused)
+        rows: list[int] = []
+        mlp = fused.causal_lm.model.layers[-1].mlp
+        mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
     if checkpointing:
         fused.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     (want, want_grads), (got, got_grads) = _loss_and_grads(plain), _loss_and_grads(fused)
+    if last:
+        assert set(rows) == {8}
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
     assert set(got_grads) == set(want_grads)
     for name, grad in want_grads.items():

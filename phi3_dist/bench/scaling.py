@@ -1,0 +1,188 @@
+"""How the cost of a token grows: with the length of a pack, the size of the model, and the number of processes.
+
+    python -m phi3_dist.bench.scaling [--plot FILE.png]
+
+LoRA r=16 on every linear layer of random Phi-3s in float32 on the CPU, one thread a process, rows as in throughput.py
+(220 tokens on average). In each round every case takes one turn; the first round is warm-up, medians are of the others.
+What would be flat if nothing but the arithmetic counted is the time for a token by pack length, and the time for a
+FLOP (see `step_flops`) by model size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from phi3_dist.bench.sides import PACK_LENGTH, SHAPE, Round, Stand, make_token_packs, save_base
+from phi3_dist.bench.throughput import make_rows, side_process, step_flops
+
+__all__ = ["LENGTHS", "SIZES", "Case", "main", "rows_of_length", "table"]
+
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+SIZES: dict[str, dict[str, Any]] = {
+    "25M": {"hidden_size": 320, "intermediate_size": 864, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "47M": {"hidden_size": 480, "intermediate_size": 1280, "num_hidden_layers": 6, "num_attention_heads": 5},
+    "81M": {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "134M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8},
+}
+SMALLEST = "25M"
+
+
+def shape_of(size: str) -> dict[str, Any]:
+    """The Phi-3 configuration of one of `SIZES`."""
+    heads = SIZES[size]["num_attention_heads"]
+    return {**SHAPE, **SIZES[size], "num_key_value_heads": heads, "max_position_embeddings": max(LENGTHS)}
+
+
+@dataclass
+class Case:
+    """One point of a curve: its rounds, and the FLOPs that one of them needs at least."""
+
+    name: str
+    flops: float
+    rounds: list[Round]
+
+    @property
+    def us_per_token(self) -> float:
+        return statistics.median(1e6 * one.seconds / one.tokens for one in self.rounds)
+
+    @property
+    def gflops_per_s(self) -> float:
+        return statistics.median(self.flops / one.seconds / 1e9 for one in self.rounds)
+
+
+def rows_of_length(length: int) -> list[tuple[list[int], int]]:
+    """Rows that fill one pack of `length` tokens to the last: their mean length is the same for every pack length."""
+    rows: list[tuple[list[int], int]] = []
+    left = length
+    for ids, answer in make_rows(2 * length // 220 + 8):
+        if len(ids) + 24 <= left:
+            rows.append((ids, answer))
+            left -= len(ids)
+    ids = [3 + i % 30000 for i in range(left)]
+    return [*rows, (ids, left // 2)]
+
+
+def _supervised(rows: list[tuple[list[int], int]]) -> int:
+    return sum(len(ids) - answer for ids, answer in rows)
+
+
+def _flops(rows: list[tuple[list[int], int]], size: str) -> float:
+    return step_flops([len(ids) for ids, _ in rows], _supervised(rows), shape_of(size))
+
+
+def serve(pipe: Connection, folder: Path, environment: dict[str, str], world: int) -> None:
+    """A rank that holds every model it is asked about, and runs one pack for each (size, length) received."""
+    os.environ.update(environment)
+    stands: dict[str, Stand] = {}
+    pipe.send("ready")
+    while (asked := pipe.recv()) != "stop":
+        size, length = asked
+        if size not in stands:
+            stands[size] = Stand(folder / size, longest_row=max(LENGTHS), world=world)
+        pipe.send(stands[size].round(make_token_packs(rows_of_length(length) * world, length)))
+
+
+@contextmanager
+def _ranks(folder: Path, world: int) -> Iterator[list[Connection]]:
+    """The pipes of `world` ranks of one thread each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with ExitStack() as stack:
+        pipes = []
+        for rank in range(world):
+            launched = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            environment = {**launched, **{k: str(v) for k, v in numbers.items()}} if world > 1 else {}
+            pipes.append(stack.enter_context(side_process(serve, 1, folder, environment, world)))
+        for pipe in pipes:
+            pipe.recv()
+        yield pipes
+
+
+def _together(pipes: list[Connection], asked: tuple[str, int]) -> Round:
+    """One round on every rank at once: rank 0's tokens, the slowest rank's time."""
+    for pipe in pipes:
+        pipe.send(asked)
+    done = [pipe.recv() for pipe in pipes]
+    slowest = max(one.seconds for one in done)
+    return Round(done[0].tokens, done[0].supervised_tokens, slowest, max(one.peak_mib for one in done))
+
+
+def measure(rounds: int) -> dict[str, list[Case]]:
+    """The three curves."""
+    by_length = [Case(f"{n:,}", _flops(rows_of_length(n), SMALLEST), []) for n in LENGTHS]
+    by_size = [Case(size, _flops(rows_of_length(PACK_LENGTH), size), []) for size in SIZES]
+    by_world = [Case(str(n), n * _flops(rows_of_length(PACK_LENGTH), "47M"), []) for n in (1, 2)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "bases"
+        with side_process(save_base, 1, folder, {size: shape_of(size) for size in SIZES}) as maker:
+            maker.recv()
+        with _ranks(folder, 1) as one, _ranks(folder, 2) as two:
+            for number in range(rounds + 1):
+                turns = [(case, one, (SMALLEST, n)) for case, n in zip(by_length, LENGTHS, strict=True)]
+                turns += [(case, one, (case.name, PACK_LENGTH)) for case in by_size]
+                turns += [(by_world[0], one, ("47M", PACK_LENGTH)), (by_world[1], two, ("47M", PACK_LENGTH))]
+                for case, pipes, asked in turns:
+                    done = _together(pipes, asked)
+                    if number:
+                        case.rounds.append(done)
+    return {"pack length, tokens": by_length, "model": by_size, "processes": by_world}
+
+
+def table(curves: dict[str, list[Case]]) -> list[str]:
+    """The curves as lines of text: time for a token and rate, each beside the first case's."""
+    lines = []
+    for what, cases in curves.items():
+        lines.append(f"{what:<22} {'µs/token':>9} {'of first':>9} {'GFLOP/s':>9} {'of first':>9}")
+        first = cases[0]
+        for case in cases:
+            times, rate = case.us_per_token / first.us_per_token, case.gflops_per_s / first.gflops_per_s
+            lines.append(f"{case.name:<22} {case.us_per_token:9.0f} {times:9.2f} {case.gflops_per_s:9.1f} {rate:9.2f}")
+    return lines
+
+
+def plot(curves: dict[str, list[Case]], file: Path) -> None:
+    """The three curves side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    shown = (("µs per token", "us_per_token"), ("GFLOP/s", "gflops_per_s"), ("µs per token", "us_per_token"))
+    for axes, (what, cases), (label, field) in zip(panels, curves.items(), shown, strict=True):
+        values = [getattr(case, field) for case in cases]
+        axes.plot([case.name for case in cases], values, marker="o")
+        axes.set(xlabel=what, ylabel=label, ylim=(0, 1.15 * max(values)))
+        axes.grid(alpha=0.3)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print the table, and draw it where `--plot` says."""
+    parser = argparse.ArgumentParser(prog="python -m phi3_dist.bench.scaling", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds that count (default 3)")
+    parser.add_argument("--plot", type=Path, help="draw the curves into this PNG")
+    options = parser.parse_args(arguments)
+    curves = measure(options.rounds)
+    for line in table(curves):
+        sys.stdout.write(f"{line}\n")
+    sys.stdout.write(f"load average at the end: {os.getloadavg()[0]:.1f}\n")
+    if options.plot:
+        plot(curves, options.plot)
+        sys.stdout.write(f"plot: {options.plot}\n")
+
+
+if __name__ == "__main__":
+    main()
