@@ -1,7 +1,7 @@
 """PEFT's LoRA linear as one autograd function: the input saved once, LoRA added to the base's output in place.
 
 PEFT stays the owner of names, configuration, merging and files. Only `forward` of a stock `lora.Linear` (over a plain
-linear, or over bitsandbytes' NF4) is replaced, as an attribute of that instance: `nn.Module.__call__` looks it up
+linear, bitsandbytes' NF4 or FP8) is replaced, as an attribute of that instance: `nn.Module.__call__` looks it up
 there, so the hooks of DDP, DeepSpeed and FSDP2 run as before, state dicts and `isinstance` see PEFT's own layer, and
 `del layer.forward` undoes it. Whatever is not the plain case when a forward is called (merged, disabled, mixed
 adapters, a weight that is a shard) goes to PEFT's forward, and `declined` tells why.
@@ -26,6 +26,8 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from phi3_dist.modeling.fp8 import Fp8Linear, Fp8Scale, fp8_grad_input, fp8_product
+
 __all__ = ["FusedReport", "declined", "install_fused", "lora_linear", "remove_fused", "why_not_fused"]
 
 _DECLINED = "_fused_declined"
@@ -44,14 +46,26 @@ class FusedReport:
         return "; ".join([*parts, *(f"{count} as they were: {why}" for why, count in self.kept.items())])
 
 
-def _dense(weight: Tensor, quant_state: Any, dtype: torch.dtype) -> Tensor:
+def _dense(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     """The weight as (O, I): itself, or dequantised where it is bitsandbytes' 4-bit storage."""
-    if quant_state is None:
+    if state is None:
         return weight
     from bitsandbytes.functional import dequantize_4bit
 
-    dense_OI: Tensor = dequantize_4bit(weight, quant_state=quant_state).to(dtype)
+    dense_OI: Tensor = dequantize_4bit(weight, quant_state=state).to(dtype)
     return dense_OI
+
+
+def _product(x_TI: Tensor, weight: Tensor, state: Any, bias_O: Tensor | None) -> Tensor:
+    if isinstance(state, Fp8Scale):
+        return fp8_product(x_TI, weight, state, bias_O)
+    return F.linear(x_TI, _dense(weight, state, x_TI.dtype), bias_O)
+
+
+def _grad_input(grad_TO: Tensor, weight: Tensor, state: Any) -> Tensor:
+    if isinstance(state, Fp8Scale):
+        return fp8_grad_input(grad_TO, weight, state)
+    return grad_TO @ _dense(weight, state, grad_TO.dtype)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -72,7 +86,7 @@ class _LoraLinear(torch.autograd.Function):
         dropped_TI: Tensor | None,
         quant_state: Any,
     ) -> Tensor:
-        out_TO = F.linear(x_TI, _dense(weight, quant_state, x_TI.dtype), bias_O)
+        out_TO = _product(x_TI, weight, quant_state, bias_O)
         lora_x_TI = x_TI if dropped_TI is None else x_TI.masked_fill(dropped_TI, 0)
         down_TR = lora_x_TI @ a_RI.T
         out_TO.addmm_(down_TR, b_OR.T, alpha=scaling)
@@ -92,7 +106,7 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_b = (grad_TO.T @ down_TR).mul_(ctx.scaling)
         if ctx.needs_input_grad[0]:
-            grad_x = grad_TO @ _dense(weight, ctx.quant_state, grad_TO.dtype)
+            grad_x = _grad_input(grad_TO, weight, ctx.quant_state)
             if dropped_TI is None:
                 grad_x.addmm_(grad_down_TR, a_RI)
             else:
@@ -122,8 +136,8 @@ def lora_linear(
 ) -> Tensor:
     """`linear(x, weight, bias) + scaling · linear(linear(dropout(x), A), B)`; weight and bias get no gradient.
 
-    x (..., I) gives (..., O); `weight` is (O, I), or bitsandbytes' 4-bit storage with its `quant_state`. Under
-    autocast all is computed in its dtype, as `F.linear` does. With `dropout` the generator is advanced as by PEFT's
+    x (..., I) gives (..., O); `weight` is (O, I), or bitsandbytes' 4-bit storage or FP8 bytes with a `quant_state`.
+    Under autocast all is computed in its dtype, as `F.linear` does. With `dropout` the generator advances as by PEFT's
     `nn.Dropout`, so that the same seed drops the same positions; a mask of one byte an element is kept, not a second
     copy of x.
     """
@@ -153,7 +167,7 @@ def why_not_fused(layer: LoraLayer) -> str:
     base = layer.get_base_layer()
     if type(layer) is not PeftLinear and not _is_nf4(layer):
         return f"PEFT's {type(layer).__name__} over {type(base).__module__.split('.')[0]}'s {type(base).__name__}"
-    if layer.base_layer is not base or not (_is_nf4(layer) or type(base) is nn.Linear):
+    if layer.base_layer is not base or not (_is_nf4(layer) or type(base) in {nn.Linear, Fp8Linear}):
         return f"its base is a {type(layer.base_layer).__name__}, no plain nn.Linear"
     if any(p.requires_grad for p in base.parameters()):
         return "its base trains too (bias, or in full)"
@@ -171,7 +185,10 @@ def _why_not_adapter(layer: LoraLayer, name: str) -> str:
     return ""
 
 
-def _quant_state(base: nn.Linear) -> Any:
+def _quant_state(base: nn.Linear | Fp8Linear) -> Any:
+    """What turns the stored weight into numbers: bitsandbytes' state, an FP8 scale, or None where it is the numbers."""
+    if isinstance(base, Fp8Linear):
+        return base.scale
     state = getattr(base.weight, "quant_state", None)
     return state if state is not None else getattr(base, "quant_state", None)
 
@@ -204,7 +221,7 @@ def _why_not_now(layer: Any, x: Tensor) -> str:
         state = _quant_state(base)
         if state is None or getattr(state, "packing_format_for_cpu", False):
             return "4-bit weights packed for inference"
-    elif not torch.is_autocast_enabled(kind):
+    elif not torch.is_autocast_enabled(kind) and not isinstance(base, Fp8Linear):
         dtypes.add(base.weight.dtype)
     if dtypes - {dtype}:
         return f"weights of another dtype than the input's {str(dtype).removeprefix('torch.')}"
@@ -222,7 +239,7 @@ def _fused_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     (name,) = layer.lora_A
     base, lora_a, lora_b, dropout = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     drop = float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    state = _quant_state(base) if _is_nf4(layer) else None
+    state = _quant_state(base)
     return lora_linear(x, base.weight, base.bias, lora_a.weight, lora_b.weight, layer.scaling[name], drop, state)
 
 

@@ -14,7 +14,7 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.planning.attention import backends, choose_backend
 from phi3_dist.planning.memory import Term, Workload, adapter_parameters, fits, memory_terms, total_gib
-from phi3_dist.planning.support import STRATEGIES, No, Yes, support, support_optimizer
+from phi3_dist.planning.support import STRATEGIES, No, Yes, support, support_fp8, support_optimizer
 
 __all__ = ["MachineFacts", "LaunchFacts", "Choice", "RunPlan", "make_plan", "check_reality", "STRATEGIES"]
 
@@ -267,6 +267,10 @@ def _support_problems(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts
         )
     if cfg.optim.name != "adamw" and "bitsandbytes" not in machine.packages:
         problems.append(Problem("optim.name", f"is {cfg.optim.name}, and bitsandbytes is not installed", "use adamw"))
+    torch = machine.packages.get("torch", "0.0")
+    fp8 = support_fp8(launch.strategy, cfg.model.quantization, machine.device, machine.capability, torch)
+    if cfg.model.fp8 and isinstance(fp8, No):
+        problems.append(Problem("model.fp8", f"is true: {fp8.reason}", f"nearest: {fp8.nearest}"))
     if cfg.lora.dora and launch.strategy.startswith("zero3"):
         what = (
             "is true: DoRA reads each base weight outside its layer's own forward, when ZeRO-3 holds only shards of it"
@@ -297,7 +301,7 @@ def _memory(
         strategy=launch.strategy,
         world_size=launch.world_size,
         precision=precision,
-        quantization=cfg.model.quantization,
+        quantization="int8" if cfg.model.fp8 else cfg.model.quantization,  # both: a byte a weight, a float32 a row
         pack_length=cfg.data.pack_length,
         micro_batch=cfg.train.micro_batch,
         activation_checkpointing=cfg.model.activation_checkpointing,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["STRATEGIES", "Yes", "No", "support", "support_optimizer", "matrix_markdown"]
+__all__ = ["STRATEGIES", "Yes", "No", "support", "support_fp8", "support_optimizer", "matrix_markdown"]
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2", "fsdp2_offload")
 """Every way to place one model on the ranks, simplest first."""
@@ -82,6 +82,21 @@ def _sharded_quantized(strategy: str, quantization: str) -> Yes | No:
         return No("offload beside quantised weights has not been proven", "zero2")
     name = "ZeRO-3" if strategy.startswith("zero3") else "FSDP2"
     return No(f"{name} is proven to shard 4-bit weights, not int8's with their scales beside them", "zero2")
+
+
+def support_fp8(
+    strategy: str, quantization: str, device: str, capability: tuple[int, int] | None, torch_version: str
+) -> Yes | No:
+    """Whether `model.fp8` runs. Compute capability 8.9 brought FP8 products; torch before 2.13 was not tried."""
+    if quantization != "none":
+        return No(f"the base is in {quantization} already", "model.quantization=none")
+    if strategy not in ("single", "ddp"):
+        return No(f"FP8 weights have not been proven under {strategy}", "ddp")
+    if device == "cuda" and capability is not None and capability < (8, 9):
+        return No(f"FP8 products need compute capability 8.9, and this is {capability[0]}.{capability[1]}", "bf16")
+    if tuple(int(n) for n in torch_version.split(".")[:2]) < (2, 13):
+        return No(f"needs torch 2.13, and this is {torch_version}", "pip install 'torch>=2.13'")
+    return Yes("on a CPU for checks: slower than fp32" if device == "cpu" else "")
 
 
 def support_optimizer(name: str, strategy: str, device: str) -> Yes | No:

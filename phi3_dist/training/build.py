@@ -20,8 +20,9 @@ from phi3_dist.modeling.base import (
     load_zero3,
     meta_model,
 )
+from phi3_dist.modeling.fp8 import use_fp8
 from phi3_dist.modeling.fused_layers import install_fused_layers, select_in_last_layer
-from phi3_dist.modeling.fused_lora import install_fused
+from phi3_dist.modeling.fused_lora import FusedReport, install_fused
 from phi3_dist.modeling.lora import add_lora, fill_adapter, start_dora_magnitudes
 from phi3_dist.modeling.loss import PackedLoss
 from phi3_dist.modeling.rope import Regime, pin_longrope, regime_for
@@ -68,8 +69,11 @@ def _adapter_values(cfg: RunConfig) -> dict[str, torch.Tensor]:
 
 
 def _fused(cfg: RunConfig, model: PackedLoss) -> Iterator[Choice]:
-    """Install what `model.fused_*` asks for; each with what kept the library's own forward, and why."""
+    """Install what `model.fp8` and `model.fused_*` ask for; each with what stayed as the library made it, and why."""
     off = "as the run file says"
+    if cfg.model.fp8:
+        taken, kept = use_fp8(model)
+        yield Choice("base", "FP8", str(FusedReport(taken, kept, "linears")))
     if not cfg.model.fused_lora:
         yield Choice("LoRA linear", "PEFT's", off)
     else:

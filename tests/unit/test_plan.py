@@ -112,6 +112,24 @@ def test_explicit_choices_are_kept_or_refused() -> None:
     assert "multiples of 8 up to 256, and this is 100" in what
 
 
+def test_fp8_is_refused_where_it_has_not_been_proven() -> None:
+    assert make_plan(run(model={"fp8": True}), CPU, LaunchFacts()).strategy == "single"
+    ada = dataclasses.replace(GPU, capability=(8, 9))
+    small = make_plan(run(model={"fp8": True}), ada, LaunchFacts(), family_or_shape=MINI)
+    whole = make_plan(run(), ada, LaunchFacts(), family_or_shape=MINI)
+    assert small.memory is not None
+    assert whole.memory is not None
+    assert small.memory[0].gib < 0.56 * whole.memory[0].gib
+    for machine, launch, model, reason in (
+        (dataclasses.replace(GPU, capability=(8, 0)), LaunchFacts(), {}, "compute capability 8.9, and this is 8.0"),
+        (ada, LaunchFacts(2, 1, "zero3"), {}, "under zero3"),
+        (ada, LaunchFacts(), {"quantization": "nf4"}, "in nf4 already"),
+        (dataclasses.replace(CPU, packages={"torch": "2.9.1+cpu"}), LaunchFacts(), {}, "needs torch 2.13"),
+    ):
+        found = problems(run(model={"fp8": True, **model}), machine, launch)
+        assert reason in found["model.fp8"][0]
+
+
 def test_one_process_where_two_were_asked_for() -> None:
     launch = LaunchFacts(1, 1, "single", 2, "accelerate launch --num_processes 2")
     what, fix = problems(run(), CPU, launch)["world size"]
