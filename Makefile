@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-full test-gpu test-slurm torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-gpu bench-prepare wheel clean
+.PHONY: help setup lint types test test-full test-gpu test-slurm torture fuzz audit demo bench-gather bench-throughput bench-scaling wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name what; do \

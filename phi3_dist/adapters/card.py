@@ -26,6 +26,12 @@ _LORA = {
     "use_rslora": "rank-stabilised",
     "dora": "DoRA",
     "use_dora": "DoRA",
+    "rank_pattern": "other ranks",
+    "alpha_pattern": "other alphas",
+    "layers": "layers",
+    "plus_ratio": "learning rate of B to that of A",
+    "freeze_a": "A frozen",
+    "init": "start",
 }
 _DATA = {
     "data_fingerprint": "fingerprint (SHA-256 of the prepared data)",
@@ -105,7 +111,7 @@ def _section(title: str, facts: Mapping[str, Any], labels: Mapping[str, str]) ->
     rows = [
         f"| {labels.get(key, key)} | {_cell(value)} |"
         for key, value in facts.items()
-        if (not labels or key in labels) and value is not None and value not in ((), [])
+        if (not labels or key in labels) and value is not None and value not in ((), [], {})
     ]
     return "\n".join([f"## {title}\n", "| | |", "|---|---|", *rows, ""]) if rows else ""
 

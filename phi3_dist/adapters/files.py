@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.gather import gather_adapter, raised_together
+from phi3_dist.adapters.residual import on_plain_base
 from phi3_dist.adapters.select import Bias, check_tensors, find_peft_model
 from phi3_dist.errors import AdapterError, Problem
 
@@ -65,9 +66,13 @@ def save_adapter(
     bucket_mib: int = 64,
     adapter_name: str = "default",
     base_hint: Mapping[str, str] | None = None,
+    taken_out: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> AdapterReceipt | None:
     """Gather the adapter of `model` and write it on rank 0. The receipt on rank 0, None elsewhere.
+
+    taken_out: A and B that were subtracted from the base before training (PiSSA), under their saved names: the adapter
+    is then written for the plain base, with twice the rank.
 
     Collective: every rank must call it, between steps; when it returns, the adapter is on disk. The arguments are
     those of `gather_adapter` and `write_adapter`. Raises AdapterError on every rank when it fails on one.
@@ -83,6 +88,8 @@ def save_adapter(
             config = _as_dict(peft_model.peft_config[adapter_name])
             if bias is not None:
                 config["bias"] = bias
+            if taken_out:
+                tensors, config = on_plain_base(tensors, config, taken_out)
             card = (
                 adapter_card({"base": config.get("base_model_name_or_path"), "lora": config}) if card is None else card
             )
@@ -334,12 +341,13 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def read_metadata(folder: str | Path) -> dict[str, str]:
-    """What an adapter's weights file says beside its tensors, such as `longrope`; {} where it cannot be read."""
+    """The facts in the header of an adapter's weights, such as `longrope`. Raises AdapterError."""
+    path = Path(folder) / WEIGHTS
     try:
-        with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
-    except (OSError, SafetensorError):
-        return {}
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(Problem(str(path), f"cannot be read: {error}", "save the adapter again")) from error
 
 
 def _read_config(folder: Path, problems: list[Problem]) -> dict[str, Any]:

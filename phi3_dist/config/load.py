@@ -236,5 +236,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The leaves of nested mappings by their dotted paths, in order; a list is one leaf, and so is an empty mapping."""
     out: dict[str, Any] = {}
     for key, value in values.items():
-        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+        is_section = isinstance(value, Mapping) and value and not key.endswith("_pattern")
+        out |= flatten(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
     return out

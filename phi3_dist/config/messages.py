@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from phi3_dist.config.families import LINEARS
-from phi3_dist.config.schema import RunConfig
+from phi3_dist.config.schema import STARTS, DataSource, RunConfig
 
 __all__ = ["Cross", "cross_checks", "explain", "kind", "shown"]
 
@@ -70,6 +70,11 @@ _ADVICE: Mapping[str, str] = {
     "zero_stage": _TOPOLOGY,
     "<<": "merge keys are not read; write the keys out",
 }
+_FORMS: Mapping[str, str] = {
+    STARTS: "default, pissa, pissa_niter_16, loftq or eva",
+}
+"""What a regular expression of the schema means, in words."""
+_IN_UNIONS: Mapping[str, type[BaseModel]] = {"DataSource": DataSource}
 _FP16 = ("fp16", "float16", "half", "16", "16-mixed")
 
 
@@ -102,19 +107,10 @@ def _all_paths(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator
             yield f"{prefix}{name}"
 
 
-def _model_at(parents: tuple[str, ...]) -> type[BaseModel]:
-    model: type[BaseModel] = RunConfig
-    for parent in parents:
-        annotation = model.model_fields[parent].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        model = annotation
-    return model
-
-
-def _unknown_key_fix(parents: tuple[str, ...], key: str) -> str:
-    siblings = _model_at(parents).model_fields
-    prefix = "".join(f"{parent}." for parent in parents)
+def _unknown_key_fix(path: str, section: type[BaseModel]) -> str:
+    above, _, key = path.rpartition(".")
+    prefix = f"{above}." if above else ""
+    siblings = section.model_fields
     if key in _ADVICE:
         return _ADVICE[key]
     close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
@@ -123,29 +119,36 @@ def _unknown_key_fix(parents: tuple[str, ...], key: str) -> str:
     if key in _ELSEWHERE:
         return f"did you mean {_ELSEWHERE[key]}?"
     by_last: dict[str, str] = {}
-    for path in _all_paths():
-        by_last.setdefault(path.rsplit(".", 1)[-1], path)
+    for known in _all_paths():
+        by_last.setdefault(known.rsplit(".", 1)[-1], known)
     elsewhere = difflib.get_close_matches(key, by_last, n=1, cutoff=0.75)
     if elsewhere:
         return f"did you mean {by_last[elsewhere[0]]}?"
     return f"the keys of {prefix.rstrip('.') or 'a run file'} are {', '.join(siblings)}"
 
 
-def _path_of(loc: tuple[int | str, ...]) -> tuple[str, tuple[str, ...]]:
-    """The dotted path of a pydantic location without its union tags, and the names of the sections above."""
-    model: type[BaseModel] | None = RunConfig
-    parts, parents = "", []
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _path_of(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
+    """The dotted path of a pydantic location without its union tags, and the section that its last key stands in."""
+    inside: type[BaseModel] | None = RunConfig
+    section: type[BaseModel] = RunConfig
+    path = ""
     for part in loc:
-        if model is not None and isinstance(part, str):
-            parts += f".{part}" if parts else part
-            info = model.model_fields.get(part)
-            inner = info.annotation if info else None
-            model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
-            if model is not None:
-                parents.append(part)
-        elif isinstance(part, int):
-            parts += f"[{part}]"
-    return parts, tuple(parents)
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part == "str" or part.startswith(("tuple[", "literal[")):
+            continue  # which type of a union was tried
+        elif part in _IN_UNIONS:
+            inside = _IN_UNIONS[part]
+        else:
+            path += f".{part}" if path else part
+            section = inside or section
+            field = inside.model_fields.get(part) if inside else None
+            inside = _inner_model(field.annotation) if field else None
+    return path, section
 
 
 def _wanted(error: ErrorDetails) -> str:
@@ -165,6 +168,10 @@ def _wanted(error: ErrorDetails) -> str:
         "greater_than": f"above {context.get('gt')}",
         "greater_than_equal": f"{context.get('ge')} or more",
         "less_than": f"below {context.get('lt')}",
+        "string_pattern_mismatch": _FORMS.get(
+            context.get("pattern", ""), f"a text of the form {context.get('pattern')}"
+        ),
+        "dict_type": "a section with keys under it",
         "too_long": f"a list of {context.get('max_length')}",
         "value_error": "a number",
     }
@@ -189,26 +196,21 @@ def explain(error: ValidationError, values: Mapping[str, Any]) -> list[tuple[str
     unknown: list[tuple[str, str, str]] = []
     grouped: dict[str, list[ErrorDetails]] = {}
     for item in error.errors(include_url=False):
-        path, parents = _path_of(item["loc"])
+        path, section = _path_of(item["loc"])
         if item["type"] == "extra_forbidden":
-            unknown.append(
-                (
-                    path,
-                    f"unknown key (value {shown(item['input'])})",
-                    _unknown_key_fix(parents, path.rsplit(".", 1)[-1]),
-                )
-            )
+            unknown.append((path, f"unknown key (value {shown(item['input'])})", _unknown_key_fix(path, section)))
         elif item["type"] == "missing" and path.endswith("]"):
             field = path.rpartition("[")[0]
-            unknown.append((field, "has too few values", _about(field)))
+            unknown.append((field, "has too few values", _about(field, section)))
         elif item["type"] == "missing":
-            unknown.append((path, "is required, and missing", _about(path)))
+            unknown.append((path, "is required, and missing", _about(path, section)))
         else:
             grouped.setdefault(path, []).append(item)
     found = []
+    everywhere = [*grouped, *(path for path, _, _ in unknown)]
     for path, items in grouped.items():
-        if any(other.startswith(f"{path}[") for other in grouped):
-            continue  # a union of text and list: the list's own item says it better
+        if any(other.startswith((f"{path}[", f"{path}.")) for other in everywhere):
+            continue  # a union of text, list and section: what is wrong inside says it better
         wanted = " or ".join(dict.fromkeys(_wanted(item) for item in items))
         value = items[0]["input"]
         fix = next((text for text in (_fix_for(item, path) for item in items) if text), "")
@@ -216,10 +218,9 @@ def explain(error: ValidationError, values: Mapping[str, Any]) -> list[tuple[str
     return _in_file_order(unknown + found, values)
 
 
-def _about(path: str) -> str:
-    *parents, last = path.split(".")
-    info = _model_at(tuple(parents)).model_fields[last]
-    return info.description or f"add the section `{last}:`"
+def _about(path: str, section: type[BaseModel]) -> str:
+    last = path.rpartition(".")[2]
+    return section.model_fields[last].description or f"add the section `{last}:`"
 
 
 def _in_file_order(found: list[tuple[str, str, str]], values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -256,11 +257,47 @@ def _model_pairs(cfg: RunConfig) -> Iterator[Cross]:
 
 def _lora_pairs(cfg: RunConfig) -> Iterator[Cross]:
     targets = cfg.lora.targets
+    yield from _pattern_faults(cfg)
+    yield from _start_pairs(cfg)
     if targets == ():
         yield Cross(("lora.targets",), "is an empty list: nothing would be adapted", "use all-linear")
     elif isinstance(targets, tuple) and "all-linear" in targets:
         fix = f"write `targets: all-linear`, or a list out of {', '.join(LINEARS)}"
         yield Cross(("lora.targets",), "all-linear stands in a list", fix)
+
+
+def _pattern_faults(cfg: RunConfig) -> Iterator[Cross]:
+    for name, pattern in (("rank_pattern", cfg.lora.rank_pattern), ("alpha_pattern", cfg.lora.alpha_pattern)):
+        for key in pattern:
+            try:
+                re.compile(key)
+            except re.error as error:
+                what = f"{key!r} is no regular expression: {error}"
+                yield Cross((f"lora.{name}",), what, "write the end of a module's name, such as down_proj")
+    layers = cfg.lora.layers
+    if layers == ():
+        yield Cross(("lora.layers",), "is an empty list: nothing would be adapted", "leave it out for every layer")
+    elif layers is not None and len(set(layers)) < len(layers):
+        yield Cross(("lora.layers",), "names a layer twice", f"use {sorted(set(layers))}")
+
+
+def _start_pairs(cfg: RunConfig) -> Iterator[Cross]:
+    lora = cfg.lora
+    if lora.freeze_a and lora.plus_ratio != 1:
+        what = f"is {lora.plus_ratio:g}, and lora.freeze_a leaves no A that could learn more slowly than B"
+        yield Cross(("lora.plus_ratio", "lora.freeze_a"), what, "keep one of them, and raise optim.lr for B")
+    if lora.init == "default":
+        return
+    if cfg.model.adapter is not None:
+        what = f"is {lora.init}, and model.adapter brings the start itself"
+        yield Cross(("lora.init", "model.adapter"), what, "leave it out when training on from an adapter")
+    if lora.dora and lora.init != "eva":
+        what = f"is {lora.init}, and DoRA's magnitudes start from the plain weight, which that start takes apart"
+        yield Cross(("lora.init", "lora.dora"), what, "leave out one of them")
+    other = [t for t in lora.targets if t.rsplit(".", 1)[-1] not in LINEARS] if lora.targets != "all-linear" else []
+    if other and lora.init != "eva":
+        what = f"is {lora.init}, which starts decoder linears only, and lora.targets has {other[0]}"
+        yield Cross(("lora.init", "lora.targets"), what, f"keep to {', '.join(LINEARS)}")
 
 
 def _train_pairs(cfg: RunConfig) -> Iterator[Cross]:

@@ -21,6 +21,7 @@ def _refuse_bool(value: object) -> object:
 Count = Annotated[StrictInt, Field(ge=1)]
 Real = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
 """A finite number. PyYAML reads `1e-4` as text, which becomes a number here; `true` does not become 1."""
+STARTS = r"^(default|pissa|pissa_niter_[1-9][0-9]*|loftq|eva)$"
 Share = Annotated[Real, Field(ge=0, lt=1)]
 
 
@@ -136,6 +137,21 @@ class LoraConfig(Section):
     """Rank-stabilised scale, alpha / sqrt(r)."""
     dora: StrictBool = False
     """Weight-decomposed LoRA: trains a magnitude vector beside A and B."""
+    rank_pattern: dict[StrictStr, Count] = {}
+    """Other ranks than `r` for some modules, by the end of their name or a regular expression, as PEFT matches them:
+    `{down_proj: 8}`, `{'layers.[0-3].*': 4}`. The first match counts."""
+    alpha_pattern: dict[StrictStr, Annotated[Real, Field(gt=0)]] = {}
+    """The same for `alpha`."""
+    layers: tuple[Annotated[StrictInt, Field(ge=0)], ...] | None = None
+    """Decoder layers that get an adapter, counted from 0. By default every one."""
+    plus_ratio: Annotated[Real, Field(ge=1)] = 1.0
+    """LoRA+: B learns with `optim.lr` times this. 1 is plain LoRA; the paper (arXiv 2402.12354) suggests about 16."""
+    freeze_a: StrictBool = False
+    """LoRA-FA (arXiv 2308.03303): A stays as it starts and B alone trains: half the optimizer's memory."""
+    init: Annotated[StrictStr, Field(pattern=STARTS)] = "default"
+    """How A and B start. `default`: A drawn, B zero. `pissa`: the largest singular vectors of the weight, which are
+    taken out of it; `pissa_niter_16` finds them approximately, in 16 iterations, and faster. `loftq`: what NF4 lost of
+    the weight. `eva`: A from the activations of the training rows, B zero. See the table of `phi3-dist support`."""
 
 
 class OptimConfig(Section):

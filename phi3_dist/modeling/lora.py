@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,9 @@ from phi3_dist.config.schema import LoraConfig
 from phi3_dist.errors import ModelError, Problem
 
 __all__ = [
+    "Adapted",
     "Counts",
+    "adapted",
     "add_lora",
     "count_parameters",
     "fill_adapter",
@@ -68,6 +71,7 @@ def peft_config(model: nn.Module, cfg: LoraConfig, base_name: str) -> Any:
     from peft import LoraConfig as PeftLoraConfig
 
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    _check_layers(model, cfg)
     missing = [m for m in cfg.modules_to_save if m not in names]
     if missing:
         raise ModelError(
@@ -76,9 +80,12 @@ def peft_config(model: nn.Module, cfg: LoraConfig, base_name: str) -> Any:
                 for m in missing
             )
         )
-    return PeftLoraConfig(
+    config = PeftLoraConfig(
         r=cfg.r,
-        lora_alpha=cfg.alpha if not float(cfg.alpha).is_integer() else int(cfg.alpha),
+        lora_alpha=_as_peft_writes(cfg.alpha),
+        rank_pattern=dict(cfg.rank_pattern),
+        alpha_pattern={key: _as_peft_writes(alpha) for key, alpha in cfg.alpha_pattern.items()},
+        layers_to_transform=None if cfg.layers is None else list(cfg.layers),
         lora_dropout=cfg.dropout,
         bias=cfg.bias,
         target_modules=lora_targets(model, cfg.targets),
@@ -88,6 +95,66 @@ def peft_config(model: nn.Module, cfg: LoraConfig, base_name: str) -> Any:
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
     )
+    _check_patterns(adapted(model, config), cfg)
+    return config
+
+
+def _as_peft_writes(alpha: float) -> float | int:
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _check_layers(model: Any, cfg: LoraConfig) -> None:
+    layers = model.config.num_hidden_layers
+    beyond = [str(layer) for layer in cfg.layers or () if layer >= layers]
+    if beyond:
+        what = f"names layer {', '.join(beyond)}, and the model has {layers}, counted from 0"
+        raise ModelError(Problem("lora.layers", what, f"stay below {layers}"))
+
+
+def _check_patterns(found: Sequence[Adapted], cfg: LoraConfig) -> None:
+    """Raises ModelError for a target that `layers` leaves nothing of, and a pattern that matches no adapted module."""
+    names = [module.name for module in found]
+    problems = []
+    for target in cfg.targets if cfg.targets != "all-linear" else ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            what = f"{target!r} is in none of lora.layers"
+            problems.append(Problem("lora.targets", what, "take it out, or leave lora.layers out"))
+    for field, keys in (("rank_pattern", cfg.rank_pattern), ("alpha_pattern", cfg.alpha_pattern)):
+        for key in keys:
+            # as peft 0.21's get_pattern_key does
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
+                ends = sorted({name.rsplit(".", 1)[-1] for name in names})
+                what = f"{key!r} matches none of the adapted modules"
+                problems.append(Problem(f"lora.{field}", what, f"they end in {', '.join(ends)}"))
+    if problems:
+        raise ModelError(*problems)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A module that gets an adapter: its name in the base, its rank, and the scale of its update."""
+
+    name: str
+    r: int
+    scale: float
+
+
+def adapted(model: nn.Module, config: Any) -> list[Adapted]:
+    """The modules that PEFT's `config` adapts, before or after they are, in the model's order."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    found = []
+    for full_name, module in model.named_modules():
+        name = full_name.split("base_model.model.", 1)[-1]
+        if not isinstance(module, nn.Linear | nn.Embedding) and not hasattr(module, "base_layer"):
+            continue
+        if check_target_module_exists(config, name) is not True:
+            continue
+        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
+        found.append(Adapted(name, r, alpha / (math.sqrt(r) if config.use_rslora else r)))
+    return found
 
 
 def add_lora(model: nn.Module, cfg: LoraConfig, base_name: str) -> Any:
@@ -102,6 +169,10 @@ def add_lora(model: nn.Module, cfg: LoraConfig, base_name: str) -> Any:
     for name, module in peft_model.named_modules():
         if name.endswith((".resid_attn_dropout", ".resid_mlp_dropout")):
             module.p = 0.0
+    if cfg.freeze_a:
+        for name, param in peft_model.named_parameters():
+            if ".lora_A." in name:
+                param.requires_grad_(False)
     return peft_model
 
 
@@ -144,8 +215,15 @@ def _saved_name(name: str) -> str:
     return name.replace(".modules_to_save.default", "").replace(".default", "")
 
 
-def fill_adapter(model: nn.Module, seed: int, values: Mapping[str, Tensor] | None = None) -> None:
-    """Set every trainable tensor to its start: a saved adapter's `values`, or the seeded draw.
+def fill_adapter(
+    model: nn.Module,
+    seed: int,
+    values: Mapping[str, Tensor] | None = None,
+    start: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Set every tensor of the adapter to its start: a saved adapter's `values`, or `start`'s, or the seeded draw.
+
+    `start` may hold some tensors only, `values` must hold all. A frozen A (LoRA-FA) is set like one that trains.
 
     Works on whole parameters and on FSDP2's shards; a rank writes only its own rows.
     Raises ModelError where the saved adapter and the `lora` section differ in names or shapes.
@@ -157,11 +235,12 @@ def fill_adapter(model: nn.Module, seed: int, values: Mapping[str, Tensor] | Non
     problems: list[Problem] = []
     used: set[str] = set()
     for full_name, param in model.named_parameters():
-        if not param.requires_grad:
+        if not param.requires_grad and ".lora_A." not in full_name:
             continue
         name = _adapter_name(full_name)
         if values is None:
-            value = start_value(name, param.shape, seed)
+            value = (start or {}).get(_saved_name(name))
+            value = start_value(name, param.shape, seed) if value is None else value
         else:
             value = values.get(_saved_name(name))
             used.add(_saved_name(name))
@@ -176,8 +255,8 @@ def fill_adapter(model: nn.Module, seed: int, values: Mapping[str, Tensor] | Non
         with torch.no_grad():
             if isinstance(param, DTensor):
                 mesh = param.device_mesh
-                start, stop = rows_of_rank(param.shape[0], mesh.get_local_rank(), mesh.size())
-                param.to_local().copy_(value[start:stop])
+                first, stop = rows_of_rank(param.shape[0], mesh.get_local_rank(), mesh.size())
+                param.to_local().copy_(value[first:stop])
             else:
                 param.copy_(value)
     if values is not None:

@@ -8,7 +8,7 @@ Shapes: T tokens of a pack, S of them followed by a supervised token, C rows of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -169,6 +169,7 @@ class PackedLoss(nn.Module):
         self.model = model
         self.head_loss = HeadLoss(chunk_rows)
         self.choices: tuple[Choice, ...] = ()
+        self.begun: Mapping[str, Tensor] = {}  # what `lora.init` computed, by saved name
         self.last_layer_selects = False
 
     def loss_choice(self) -> Choice:

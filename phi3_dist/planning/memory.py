@@ -7,11 +7,12 @@ a test compares them again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from phi3_dist.config.families import LINEARS, Shape
+from phi3_dist.config.families import Shape
 
 __all__ = ["Term", "Workload", "adapter_parameters", "memory_terms", "fits", "total_gib", "activation_bytes"]
 
@@ -57,16 +58,25 @@ def adapter_parameters(
     *,
     dora: bool = False,
     modules_to_save: Iterable[str] = (),
+    rank_pattern: Mapping[str, int] | None = None,
+    layers: Sequence[int] | None = None,
+    freeze_a: bool = False,
 ) -> int:
-    """Trainable parameters of a LoRA: r·(in + out) for each adapted linear, out more with DoRA, and full modules."""
-    names = LINEARS if targets == "all-linear" else tuple(target.rsplit(".", 1)[-1] for target in targets)
-    sizes = shape.linear_sizes
-    per_layer = sum(
-        r * (columns + rows) + (rows if dora else 0)
-        for columns, rows in (sizes[name] for name in dict.fromkeys(names) if name in sizes)
-    )
-    full = sum(shape.vocab * shape.hidden for name in modules_to_save if name in ("lm_head", "embed_tokens"))
-    return shape.layers * per_layer + full
+    """Trainable parameters of a LoRA: r·(in + out) for each adapted linear, out more with DoRA, and full modules.
+
+    `rank_pattern` gives other ranks, matched as PEFT does; `layers` are those adapted; with `freeze_a` B alone counts.
+    """
+    total = sum(shape.vocab * shape.hidden for name in modules_to_save if name in ("lm_head", "embed_tokens"))
+    for layer in range(shape.layers) if layers is None else layers:
+        for name, (columns, rows) in shape.linear_sizes.items():
+            block = "self_attn" if name in ("qkv_proj", "o_proj") else "mlp"
+            full_name = f"model.layers.{layer}.{block}.{name}"
+            if targets != "all-linear" and not any(f".{full_name}".endswith(f".{target}") for target in targets):
+                continue
+            patterns = (rank for key, rank in (rank_pattern or {}).items() if re.match(rf"(.*\.)?({key})$", full_name))
+            rank = next(patterns, r)
+            total += rank * (rows if freeze_a else columns + rows) + (rows if dora else 0)
+    return total
 
 
 def activation_bytes(
@@ -105,8 +115,8 @@ def _base_bytes(shape: Shape, load: Workload) -> tuple[float, str]:
     return shape.linear_parameters * per_weight + scales + rest * width, words
 
 
-def memory_terms(shape: Shape, trainable: int, load: Workload) -> tuple[Term, ...]:
-    """The account of one rank. `trainable`: parameters of the adapter (see `adapter_parameters`).
+def memory_terms(shape: Shape, trainable: int, load: Workload, frozen: int = 0) -> tuple[Term, ...]:
+    """The account of one rank. `trainable`: parameters of the adapter (see `adapter_parameters`); `frozen`: its others.
 
     Outside DeepSpeed the adapter is float32 (PEFT's `autocast_adapter_dtype`); DeepSpeed keeps it in bf16 beside a
     float32 master. Offload moves a term to host memory; on a CPU every term is there.
@@ -131,7 +141,13 @@ def memory_terms(shape: Shape, trainable: int, load: Workload) -> tuple[Term, ..
 
     out = [
         term("base weights", base, base_words, parts, params_on_host),
-        term("adapter", trainable * width, f"{trainable:,} parameters × {width} B", parts, params_on_host),
+        term(
+            "adapter",
+            (trainable + frozen) * width,
+            f"{trainable + frozen:,} parameters × {width} B",
+            parts,
+            params_on_host,
+        ),
         term("gradients", trainable * width, f"{trainable:,} parameters × {width} B", gradient_parts, offload),
         term(
             "optimizer",

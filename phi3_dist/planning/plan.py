@@ -14,7 +14,7 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.planning.attention import backends, choose_backend
 from phi3_dist.planning.memory import Term, Workload, adapter_parameters, fits, memory_terms, total_gib
-from phi3_dist.planning.support import STRATEGIES, No, Yes, support, support_fp8, support_optimizer
+from phi3_dist.planning.support import STRATEGIES, No, Yes, support, support_adapter, support_fp8, support_optimizer
 
 __all__ = ["MachineFacts", "LaunchFacts", "Choice", "RunPlan", "make_plan", "check_reality", "STRATEGIES"]
 
@@ -271,11 +271,17 @@ def _support_problems(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts
     fp8 = support_fp8(launch.strategy, cfg.model.quantization, machine.device, machine.capability, torch)
     if cfg.model.fp8 and isinstance(fp8, No):
         problems.append(Problem("model.fp8", f"is true: {fp8.reason}", f"nearest: {fp8.nearest}"))
-    if cfg.lora.dora and launch.strategy.startswith("zero3"):
-        what = (
-            "is true: DoRA reads each base weight outside its layer's own forward, when ZeRO-3 holds only shards of it"
-        )
-        problems.append(Problem("lora.dora", what, "nearest: zero2"))
+    if cfg.model.fp8 and cfg.lora.init.startswith("pissa"):
+        what = f"is {cfg.lora.init}: what it takes out of the base is more than FP8 can hold"
+        problems.append(Problem("lora.init", what, "nearest: lora.init=default, or model.fp8=false"))
+    kinds = {"dora": "lora.dora"} if cfg.lora.dora else {}
+    if cfg.lora.init != "default":
+        kinds[cfg.lora.init.partition("_")[0]] = "lora.init"
+    for kind, key in kinds.items():
+        kind_answer = support_adapter(kind, launch.strategy, cfg.model.quantization)
+        if isinstance(kind_answer, No):
+            value = "true" if kind == "dora" else cfg.lora.init
+            problems.append(Problem(key, f"is {value}: {kind_answer.reason}", f"nearest: {kind_answer.nearest}"))
     return problems
 
 
@@ -296,7 +302,19 @@ def _memory(
     cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, precision: str, shape: Shape
 ) -> tuple[Term, ...]:
     lora = cfg.lora
-    trainable = adapter_parameters(shape, lora.r, lora.targets, dora=lora.dora, modules_to_save=lora.modules_to_save)
+    trainable, everything = (
+        adapter_parameters(
+            shape,
+            lora.r,
+            lora.targets,
+            dora=lora.dora,
+            modules_to_save=lora.modules_to_save,
+            rank_pattern=lora.rank_pattern,
+            layers=lora.layers,
+            freeze_a=freeze_a,
+        )
+        for freeze_a in (lora.freeze_a, False)
+    )
     load = Workload(
         strategy=launch.strategy,
         world_size=launch.world_size,
@@ -309,7 +327,7 @@ def _memory(
         optimizer=cfg.optim.name,
         device=machine.device,
     )
-    return memory_terms(shape, trainable, load)
+    return memory_terms(shape, trainable, load, everything - trainable)
 
 
 def _memory_choice(

@@ -10,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["STRATEGIES", "Yes", "No", "support", "support_fp8", "support_optimizer", "matrix_markdown"]
+__all__ = [
+    "STRATEGIES",
+    "Yes",
+    "No",
+    "support",
+    "support_adapter",
+    "support_fp8",
+    "support_optimizer",
+    "matrix_markdown",
+]
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2", "fsdp2_offload")
 """Every way to place one model on the ranks, simplest first."""
@@ -115,6 +124,49 @@ def support_optimizer(name: str, strategy: str, device: str) -> Yes | No:
     return Yes()
 
 
+ADAPTERS = ("dora", "pissa", "loftq", "eva")
+"""Kinds of LoRA that don't run everywhere. rsLoRA, LoRA+, LoRA-FA, patterns and a subset of layers do."""
+
+
+def support_adapter(kind: str, strategy: str, quantization: str = "none") -> Yes | No:
+    """Whether this kind of LoRA (`ADAPTERS`) runs under this strategy and quantisation."""
+    shards = strategy.startswith(("zero3", "fsdp2"))
+    if kind == "dora" and strategy.startswith("zero3"):
+        what = "DoRA reads each base weight outside its layer's own forward, when ZeRO-3 holds only shards of it"
+        return No(what, "zero2")
+    if kind == "dora" and strategy.startswith("fsdp2") and quantization != "none":
+        return No("DoRA has not been proven on shards of 4-bit weights", "zero2")
+    if kind == "pissa" and quantization != "none":
+        return No("PiSSA takes part of each weight away, and the rest would have to be quantised anew", "loftq")
+    if kind == "loftq" and quantization != "nf4":
+        return No("LoftQ makes up for what NF4 loses", "model.quantization nf4, or init pissa")
+    if kind == "eva" and shards:
+        return No("EVA passes rows through the base before the ranks share it out", "zero2")
+    return Yes()
+
+
+def _adapters_markdown() -> list[str]:
+    """The table of `support_adapter`, where the strategy and weights themselves are supported."""
+    reasons: list[str] = []
+    lines = [f"| strategy | weights | {' | '.join(ADAPTERS)} |", "|---|---|" + "---|" * len(ADAPTERS)]
+    for strategy in STRATEGIES:
+        for quantization in QUANTIZATIONS:
+            if not support(strategy, quantization):
+                continue
+            cells = []
+            for kind in ADAPTERS:
+                answer = support_adapter(kind, strategy, quantization)
+                if isinstance(answer, Yes):
+                    cells.append("yes")
+                    continue
+                reason = f"{answer.reason}; nearest: {answer.nearest}"
+                if reason not in reasons:
+                    reasons.append(reason)
+                cells.append(f"no [{'abcdefgh'[reasons.index(reason)]}]")
+            lines.append(f"| {strategy} | {quantization} | {' | '.join(cells)} |")
+    return [*lines, "", *(f"- {letter}: {reason}" for letter, reason in zip("abcdefgh", reasons, strict=False))]
+
+
 def matrix_markdown() -> str:
     """The matrix as a Markdown table, one row for each strategy and quantisation, with numbered reasons below it."""
     reasons: list[str] = []
@@ -140,4 +192,5 @@ def matrix_markdown() -> str:
             lines.append(f"| {strategy} | {quantization} | {' | '.join(cells)} |")
     lines.append("")
     lines.extend(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
+    lines += ["", "Starts and kinds of LoRA (`lora.dora`, `lora.init`):", "", *_adapters_markdown()]
     return "\n".join(lines) + "\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from phi3_dist.modeling.base import (
 from phi3_dist.modeling.fp8 import use_fp8
 from phi3_dist.modeling.fused_layers import install_fused_layers, select_in_last_layer
 from phi3_dist.modeling.fused_lora import FusedReport, install_fused
-from phi3_dist.modeling.lora import add_lora, fill_adapter, start_dora_magnitudes
+from phi3_dist.modeling.lora import adapted, add_lora, fill_adapter, start_dora_magnitudes
 from phi3_dist.modeling.loss import PackedLoss
 from phi3_dist.modeling.rope import Regime, pin_longrope, regime_for
+from phi3_dist.modeling.starts import take_out
 from phi3_dist.planning.plan import Choice
 from phi3_dist.training.runtime import Runtime, is_fsdp
 from phi3_dist.training.strategy import shard_fsdp2
@@ -57,6 +58,8 @@ def _adapter_values(cfg: RunConfig) -> dict[str, torch.Tensor]:
         ("lora.alpha", cfg.lora.alpha, saved.get("lora_alpha")),
         ("lora.rslora", cfg.lora.rslora, bool(saved.get("use_rslora"))),
         ("lora.dora", cfg.lora.dora, bool(saved.get("use_dora"))),
+        ("lora.rank_pattern", cfg.lora.rank_pattern, saved.get("rank_pattern") or {}),
+        ("lora.alpha_pattern", cfg.lora.alpha_pattern, saved.get("alpha_pattern") or {}),
     )
     problems = [
         Problem(name, f"is {asked}, and the adapter in {cfg.model.adapter} was trained with {found}", f"{name}={found}")
@@ -109,7 +112,13 @@ def _fill_shards(model: PackedLoss, base: Base, runtime: Runtime) -> None:
     inner.rotary_emb = type(inner.rotary_emb)(base.config).to(runtime.device)
 
 
-def build_model(cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: int) -> PackedLoss:
+Start = Callable[[Any], dict[str, torch.Tensor]]
+"""From the base before LoRA to the tensors that `lora.init` sets (training/start.py)."""
+
+
+def build_model(
+    cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: int, start_of: Start | None = None
+) -> PackedLoss:
     """The model with its adapter at its start, before DDP or DeepSpeed wrap it; FSDP2 shards are made here.
 
     `longest_row` in tokens fixes LongRoPE's regime for the run. Collective under ZeRO-3 and FSDP2.
@@ -119,14 +128,19 @@ def build_model(cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: in
     use_backend(causal_lm, runtime.plan.attention, runtime.device)
     if cfg.model.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    start = start_of(causal_lm) if start_of else {}
     model = PackedLoss(add_lora(causal_lm, cfg.lora, base.source))
+    model.begun = start
     regime = regime_for(causal_lm.config, longest_row, cfg.model.longrope)
     model.choices = (*_fused(cfg, model), model.loss_choice(), *_rotary(cfg, regime, longest_row))
     if is_fsdp(runtime.plan.strategy):
         model = shard_fsdp2(model, runtime)
         if cfg.model.quantization == "none":  # a quantised base is whole, and cut as it is
             _fill_shards(model, base, runtime)
-    fill_adapter(model, cfg.train.seed, values)
+    if cfg.lora.init.startswith("pissa") and start:
+        peft_model: Any = model.model
+        take_out(model, adapted(causal_lm, peft_model.peft_config["default"]), start)
+    fill_adapter(model, cfg.train.seed, values, start)
     pin_longrope(causal_lm, longest_row, cfg.model.longrope)
     model.train()
     return model

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import signal
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.files import AdapterReceipt, recover, save_adapter
@@ -37,7 +39,8 @@ from phi3_dist.training.resume import agree_on_checkpoint, base_fingerprint, che
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.saving import Saver
 from phi3_dist.training.signals import StopFlag
-from phi3_dist.training.stage import Stage, announce, card_facts, check_trackers
+from phi3_dist.training.stage import Stage, announce, card_facts, check_trackers, longest_row
+from phi3_dist.training.start import adapter_start
 from phi3_dist.training.startup import StartClock
 from phi3_dist.training.state import import_state
 from phi3_dist.training.step import StepResult, learning_rate, train_step
@@ -168,6 +171,30 @@ def _record_start(folder: RunFolder, stage: Stage, first: int, of_model: tuple[C
     folder.heartbeat(first)
 
 
+def _save(
+    stage: Stage,
+    base: Base,
+    tokenizer: Any,
+    held_out: HeldOut | None,
+    *,
+    begun: Mapping[str, Tensor],
+    regime: str | None,
+) -> AdapterReceipt | None:
+    """Write the adapter; one of PiSSA, which `begun` was taken out of the base for, as one for the plain base."""
+    receipt = save_adapter(
+        stage.engine.model,
+        stage.folder.adapter,
+        tokenizer=tokenizer,
+        card=adapter_card(card_facts(stage, base, held_out, regime)),
+        taken_out=begun if stage.cfg.lora.init.startswith("pissa") else None,
+        metadata={"longrope": regime} if regime else None,
+    )
+    if receipt is not None:
+        size = f"{receipt.bytes / 2**20:.1f} MiB, {receipt.tensors} tensors"
+        stage.metrics.say(f"adapter: {stage.folder.adapter} ({size})")
+    return receipt
+
+
 def _run(
     cfg: RunConfig,
     base: Base,
@@ -181,10 +208,13 @@ def _run(
     clock: StartClock,
 ) -> TrainResult:
     """Build, train and save. The wrapped model lives in here alone: see `_release`."""
-    rows = [packs.rows.lengths for packs in (prepared.train, prepared.validation) if packs is not None]
-    model = build_model(cfg, base, runtime, longest_row=max(int(lengths.max()) for lengths in rows))
-    regime = pinned_regime(model)
-    engine = make_engine(model, runtime, cfg.optim)
+    where, again = folder.path, start is not None
+    start_of = partial(
+        adapter_start, cfg, base=base, runtime=runtime, packs=prepared.train, folder=where, resumed=again
+    )
+    model = build_model(cfg, base, runtime, longest_row=longest_row(prepared), start_of=start_of)
+    regime, begun = pinned_regime(model), model.begun
+    engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
     order = Order(len(prepared.train.packs), cfg.train.global_batch, cfg.train.seed, cfg.train.shuffle)
     total = cfg.train.max_steps or order.steps(cfg.train.epochs or 1.0)
     first, health_then = 0, {}
@@ -197,20 +227,8 @@ def _run(
         Metrics(folder.metrics, total, runtime.accelerator, active=runtime.is_main) as metrics,
         StepProfile(cfg.train.profile, folder.path / "profile", active=runtime.is_main) as profile,
     ):
-        stage = Stage(
-            cfg,
-            runtime,
-            engine,
-            prepared.train,
-            prepared.validation,
-            order,
-            total,
-            metrics,
-            folder,
-            facts,
-            clock,
-            profile,
-        )
+        packs = (prepared.train, prepared.validation)
+        stage = Stage(cfg, runtime, engine, *packs, order, total, metrics, folder, facts, clock, profile)
         if runtime.is_main:
             _record_start(folder, stage, first, model.choices)
         announce(metrics, runtime.plan, prepared, count_parameters(model), total, of_model=model.choices)
@@ -224,11 +242,7 @@ def _run(
             saver.finish()
             metrics.say(f"stopped by {signal.Signals(stopped).name} after step {done}; go on with --resume")
             return TrainResult(folder.path, done, held_out, None, stopped)
-        card = adapter_card(card_facts(stage, base, held_out, regime))
-        metadata = {"longrope": regime} if regime else None
-        receipt = save_adapter(engine.model, folder.adapter, tokenizer=tokenizer, card=card, metadata=metadata)
-        if receipt is not None:
-            metrics.say(f"adapter: {folder.adapter} ({receipt.bytes / 2**20:.1f} MiB, {receipt.tensors} tensors)")
+        receipt = _save(stage, base, tokenizer, held_out, begun=begun, regime=regime)
         saver.finish()
     return TrainResult(folder.path, total, held_out, receipt)
 
@@ -243,6 +257,14 @@ def _release(runtime: Runtime) -> None:
     gc.collect()
     runtime.barrier()
     runtime.accelerator.end_training()
+
+
+def _agreed_facts(cfg: RunConfig, base: Base, runtime: Runtime, prepared: Prepared, cache: Path) -> dict[str, Any]:
+    """What this run is, once all ranks have said that they are in the same one. Collective."""
+    config = {key: str(value) for key, value in flatten(cfg.model_dump(mode="json")).items()}
+    agree(runtime, {**config, "data": prepared.fingerprint, **versions()})
+    weights = base_fingerprint(base, cache) if runtime.is_main else ""
+    return identity(cfg, prepared, runtime.broadcast(weights))
 
 
 def _start_of(
@@ -297,10 +319,7 @@ def train(
         folder=folder.path,
     )
     with folder.recording_failure(active=runtime.is_main):
-        config = {key: str(value) for key, value in flatten(cfg.model_dump(mode="json")).items()}
-        agree(runtime, {**config, "data": prepared.fingerprint, **versions()})
-        weights = base_fingerprint(base, cache) if runtime.is_main else ""
-        facts = identity(cfg, prepared, runtime.broadcast(weights))
+        facts = _agreed_facts(cfg, base, runtime, prepared, cache)
         start = _start_of(runtime, folder, facts, allow_changed) if resume else None
         if runtime.is_main:  # the first file: it makes the folder a run's, which --resume can go on in
             folder.write("config.yaml", resolved_yaml(cfg))

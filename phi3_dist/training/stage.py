@@ -21,7 +21,7 @@ from phi3_dist.training.runtime import Runtime
 from phi3_dist.training.startup import StartClock
 from phi3_dist.training.strategy import Engine
 
-__all__ = ["Stage", "announce", "card_facts", "check_trackers"]
+__all__ = ["Stage", "announce", "card_facts", "check_trackers", "longest_row"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,12 @@ class Stage:
     facts: Mapping[str, Any]
     clock: StartClock
     profile: StepProfile
+
+
+def longest_row(prepared: Prepared) -> int:
+    """Tokens of the longest row that is trained on or measured: LongRoPE's one regime has to serve both."""
+    parts = (prepared.train, *((prepared.validation,) if prepared.validation else ()))
+    return max(int(packs.rows.lengths.max()) for packs in parts)
 
 
 def check_trackers(names: tuple[str, ...]) -> None:

@@ -35,11 +35,20 @@ class Engine(Protocol):
     def update(self, lr: float) -> float: ...
 
 
-def make_optimizer(model: nn.Module, cfg: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over the trainable tensors, fused where the device has it. Vectors (biases, magnitudes) do not decay."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": cfg.weight_decay},
+def make_optimizer(
+    model: nn.Module, cfg: OptimConfig, device: torch.device, plus_ratio: float = 1.0
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable tensors, fused where the device has it. Vectors (biases, magnitudes) do not decay.
+
+    LoRA+: B is a group of its own, whose learning rate is always `plus_ratio` times the others'.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trainable = [p for _, p in named]
+    faster = [p for name, p in named if ".lora_B." in name] if plus_ratio != 1 else []
+    apart = {id(p) for p in faster}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trainable if p.ndim > 1 and id(p) not in apart], "weight_decay": cfg.weight_decay},
+        {"params": faster, "weight_decay": cfg.weight_decay, "lr_ratio": plus_ratio},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
@@ -64,7 +73,7 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig, device: torch.device) -> 
 
 def _set_lr(optimizer: Any, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
 
 
 class TorchEngine:
@@ -157,9 +166,9 @@ def _wrap_ddp(model: nn.Module, runtime: Runtime) -> nn.Module:
     return wrapped
 
 
-def make_engine(model: PackedLoss, runtime: Runtime, cfg: OptimConfig) -> Engine:
+def make_engine(model: PackedLoss, runtime: Runtime, cfg: OptimConfig, plus_ratio: float = 1.0) -> Engine:
     """Wrap the model for the plan's strategy. An FSDP2 model comes in sharded already. Collective."""
-    optimizer = make_optimizer(model, cfg, runtime.device)
+    optimizer = make_optimizer(model, cfg, runtime.device, plus_ratio)
     if is_deepspeed(runtime.plan.strategy):
         engine, wrapped = runtime.accelerator.prepare(model, optimizer)
         return DeepSpeedEngine(engine, wrapped.optimizer, runtime.world, runtime.plan.accumulation)

@@ -239,3 +239,55 @@ def test_config_and_planning_import_no_torch() -> None:
         "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("item", "where", "what"),
+    [
+        ("{path: a, wieght: 2}", "data.train[0].wieght", "unknown key (value 2)"),
+        ("{path: a, weight: -2}", "data.train[0].weight", "is -2; above 0 is wanted"),
+        ("{weight: 2}", "data.train[0].path", "is required, and missing"),
+        ("3", "data.train[0]", "is 3; text or a section with keys under it is wanted"),
+    ],
+)
+def test_a_mistake_inside_a_list_of_sources_is_named_once_at_its_place(
+    tmp_path: Path, item: str, where: str, what: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: {{source: tiny-random}}\ndata:\n  train:\n    - {item}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    (problem,) = caught.value.problems
+    assert problem.where.split(" ")[0] == where
+    assert problem.what == what
+
+
+@pytest.mark.parametrize(
+    ("lora", "where", "what"),
+    [
+        ("{rank_pattern: {o_proj: 0}}", "lora.rank_pattern.o_proj", "1 or more"),
+        ("{alpha_pattern: {'o_proj(': 2}}", "lora.alpha_pattern", "no regular expression"),
+        ("{layers: []}", "lora.layers", "empty list"),
+        ("{layers: [1, 1]}", "lora.layers", "names a layer twice"),
+        ("{init: pisa}", "lora.init", "default, pissa, pissa_niter_16, loftq or eva is wanted"),
+        ("{init: pissa, dora: true}", "lora.init", "DoRA's magnitudes start from the plain weight"),
+        ("{init: pissa, targets: [o_proj, lm_head]}", "lora.init", "decoder linears only"),
+        ("{freeze_a: true, plus_ratio: 16}", "lora.plus_ratio", "lora.freeze_a leaves no A"),
+        ("{plus_ratio: 0.5}", "lora.plus_ratio", "1 or more"),
+    ],
+)
+def test_relatives_of_lora_that_cannot_be(tmp_path: Path, lora: str, where: str, what: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: {{source: tiny-random}}\ndata: {{train: x}}\nlora: {lora}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    (problem,) = caught.value.problems
+    assert problem.where.split(" ")[0] == where
+    assert what in problem.what
+
+
+def test_patterns_are_compared_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {source: tiny-random}\ndata: {train: x}\nlora: {rank_pattern: {o_proj: 4}}\n")
+    pattern, plain = load_run(path), load_run(path, ["lora.rank_pattern={}"])
+    assert diff(pattern, plain) == [("lora.rank_pattern", {"o_proj": 4}, {})]

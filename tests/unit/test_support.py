@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from phi3_dist.planning.support import (
+    ADAPTERS,
     DEVICES,
     PRECISIONS,
     QUANTIZATIONS,
@@ -16,6 +17,7 @@ from phi3_dist.planning.support import (
     Yes,
     matrix_markdown,
     support,
+    support_adapter,
     support_optimizer,
 )
 
@@ -102,7 +104,7 @@ def test_optimizers(name: str, strategy: str, device: str, works: bool) -> None:
 
 
 def test_the_table_is_the_function() -> None:
-    lines = matrix_markdown().splitlines()
+    lines = matrix_markdown().split("Starts and kinds")[0].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert rows[0][2:] == [f"{device} {precision}" for device, precision in itertools.product(DEVICES, PRECISIONS)]
     assert len(rows) == 2 + len(STRATEGIES) * len(QUANTIZATIONS)
@@ -114,6 +116,21 @@ def test_the_table_is_the_function() -> None:
                 note = lines[lines.index("") + int(cell[4:-1])]
                 assert answer.reason in note
                 assert answer.nearest in note
+
+
+def test_kinds_of_lora_are_refused_with_a_choice_that_runs() -> None:
+    table = matrix_markdown().split("Starts and kinds")[1]
+    for kind, strategy, quantization in itertools.product(ADAPTERS, STRATEGIES, QUANTIZATIONS):
+        answer = support_adapter(kind, strategy, quantization)
+        if isinstance(answer, No) and support(strategy, quantization):
+            assert f"{answer.reason}; nearest: {answer.nearest}" in table
+        if isinstance(answer, No) and answer.nearest in STRATEGIES:
+            assert support_adapter(kind, answer.nearest, quantization)
+    assert not support_adapter("dora", "zero3")
+    assert not support_adapter("pissa", "ddp", "nf4")
+    assert not support_adapter("loftq", "ddp")
+    assert not support_adapter("eva", "fsdp2")
+    assert all(support_adapter(kind, "zero2") for kind in ("dora", "pissa", "eva"))
 
 
 def test_the_table_in_the_readme_is_the_generated_one() -> None:

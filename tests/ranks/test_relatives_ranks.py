@@ -1,0 +1,91 @@
+"""LoRA's relatives under every strategy: one process's numbers, and a resume bit for bit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.ranks.test_resume import SAVES, TWO, interrupted, same_bits
+from tests.ranks.test_strategies import compare, launch, rows, tiny_base
+
+pytestmark = pytest.mark.ranks
+
+VARIANTS = {
+    "patterns": ("lora.rank_pattern={down_proj: 4}", "lora.alpha_pattern={'layers.1.*': 8}", "lora.layers=[1]"),
+    "plus": ("lora.plus_ratio=8",),
+    "frozen": ("lora.freeze_a=true",),
+    "pissa": ("lora.init=pissa",),
+    "pissa_niter": ("lora.init=pissa_niter_8",),
+    "eva": ("lora.init=eva", "lora.freeze_a=true"),
+    "loftq": ("lora.init=loftq", "model.quantization=nf4"),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Callable[[str], Path]:
+    """One process's run of a variant, made once."""
+
+    @functools.cache
+    def made(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name) / "run"
+        done = launch(None, folder, f"model.source={base}", *VARIANTS[name])
+        assert done.returncode == 0, done.stderr
+        assert rows(folder)[-1]["loss"] < rows(folder)[0]["loss"] - 0.02, "nothing was learned"
+        return folder
+
+    return made
+
+
+def cells(*in_make_test: tuple[str, str]) -> list[object]:
+    everywhere = ("cpu_2", "zero2", "zero3", "fsdp2")
+    refused = {("eva", "zero3"), ("eva", "fsdp2"), ("loftq", "zero3"), ("loftq", "fsdp2")}
+    found = [(name, config) for name in VARIANTS for config in everywhere if (name, config) not in refused]
+    return [pytest.param(*cell, marks=() if cell in in_make_test else pytest.mark.full) for cell in found]
+
+
+@pytest.mark.usefixtures("deepspeed_ops")
+@pytest.mark.parametrize(("name", "config"), cells(("plus", "zero3"), ("pissa", "fsdp2")))
+def test_two_processes_give_one_process_numbers(
+    name: str, config: str, alone: Callable[[str], Path], base: Path, tmp_path: Path
+) -> None:
+    done = launch(config, tmp_path / "run", f"model.source={base}", *VARIANTS[name], options=TWO)
+    assert done.returncode == 0, done.stderr
+    compare(tmp_path / "run", alone(name))
+
+
+@pytest.mark.parametrize(("name", "config"), cells())
+def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
+    name: str, config: str, base: Path, tmp_path: Path, deepspeed_ops: Path
+) -> None:
+    overrides = (*SAVES, "lora.dropout=0.1", f"model.source={base}", *VARIANTS[name])
+    done = launch(config, tmp_path / "whole", *overrides, options=TWO)
+    assert done.returncode == 0, done.stderr
+    again = interrupted(tmp_path / "whole", tmp_path / "again")
+    done = launch(config, again, *overrides, "--resume", options=TWO)
+    assert done.returncode == 0, done.stderr
+    assert "resumed after step 14 of 20" in done.stdout
+    same_bits(again, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "config", "said"),
+    [
+        (("lora.init=eva",), "fsdp2", "lora.init: is eva: EVA passes rows"),
+        (("lora.init=loftq",), None, "lora.init: is loftq: LoftQ makes up for what NF4 loses"),
+    ],
+)
+def test_what_does_not_run_is_refused_with_the_nearest_that_does(
+    overrides: tuple[str, ...], config: str | None, said: str, tmp_path: Path
+) -> None:
+    done = launch(config, tmp_path / "run", *overrides, options=TWO if config else ())
+    assert done.returncode == (5 if config is None else 1)
+    assert said in done.stderr
+    assert "nearest: " in done.stderr
