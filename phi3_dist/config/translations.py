@@ -13,6 +13,7 @@ from typing import Any
 from phi3_dist.config.draft import Draft, Rule, as_flag, as_number, flag, number, text
 from phi3_dist.config.families import FUSED_TARGETS, LINEARS
 from phi3_dist.config.foreign import Entry
+from phi3_dist.config.lora_rules import LORA_ALIASES, LORA_RULES, LORA_UNSUPPORTED
 
 __all__ = ["ALIASES", "RULES", "UNSUPPORTED", "fused_targets", "unsupported_by_prefix"]
 
@@ -35,6 +36,7 @@ ALIASES: Mapping[str, str] = {
     "lora_rank": "r",
     **dict.fromkeys(("lora_target", "lora_target_modules"), "target_modules"),
     **dict.fromkeys(("lora_modules_to_save", "additional_target"), "modules_to_save"),
+    **LORA_ALIASES,
     "peft_use_rslora": "use_rslora",
     "peft_use_dora": "use_dora",
     "optimizer.params.lr": "learning_rate",
@@ -293,13 +295,6 @@ def _fixed(draft: Draft, entry: Entry) -> None:
     draft.note(entry, "taken", "what this toolkit does")
 
 
-def _init(draft: Draft, entry: Entry) -> None:
-    if entry.value is True:
-        draft.note(entry, "taken", "A is drawn as PEFT draws it, B starts at 0")
-    else:
-        draft.refuse(entry, "the adapter starts with a drawn A and B = 0; other starts are not offered")
-
-
 def _inputs(draft: Draft, entry: Entry) -> None:
     if as_flag(entry.value):
         draft.note(entry, "changed", "prompts are never learned, only what the assistant says")
@@ -334,7 +329,7 @@ RULES: Mapping[str, Rule] = {
     "modules_to_save": _modules_to_save,
     "use_rslora": flag("lora.rslora"),
     "use_dora": flag("lora.dora"),
-    "init_lora_weights": _init,
+    **LORA_RULES,
     **dict.fromkeys(("task_type", "peft_type", "finetuning_type", "use_peft", "adapter", "stage"), _adapter_kind),
     **dict.fromkeys(("do_train", "inference_mode"), _fixed),
     **dict.fromkeys(("template", "chat_template"), _template),
@@ -383,9 +378,7 @@ UNSUPPORTED: Mapping[str, str] = {
     "lr_scheduler_kwargs": "schedules have no further settings",
     "neftune_noise_alpha": "noise on embeddings is not offered",
     "data_seed": "train.seed also orders the packs",
-    "layers_to_transform": "every layer is adapted",
-    "rank_pattern": "all modules have one rank",
-    "alpha_pattern": "all modules have one alpha",
+    **LORA_UNSUPPORTED,
     "tf32": "float32 matrix products are left as torch has them",
 }
 

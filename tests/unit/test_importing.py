@@ -231,7 +231,8 @@ def test_an_adapter_config(tmp_path: Path) -> None:
         "use_rslora": True,
         "modules_to_save": ["lm_head"],
         "init_lora_weights": "pissa",
-        "rank_pattern": {},
+        "rank_pattern": {"q_proj": 8, "v_proj": 16, "layers.0.mlp.gate_up_proj": 4},
+        "alpha_pattern": {},
         "layers_to_transform": [1, 2],
     }
     done, run = imported(tmp_path, "adapter_config.json", config)
@@ -239,9 +240,35 @@ def test_an_adapter_config(tmp_path: Path) -> None:
     assert (run.lora.r, run.lora.alpha, run.lora.dropout, run.lora.rslora) == (32, 64.0, 0.1, True)
     assert run.lora.targets == ("qkv_proj", "gate_up_proj")
     assert run.lora.modules_to_save == ("lm_head",)
-    assert finding(done, "init_lora_weights").verdict == "not supported"
-    assert finding(done, "layers_to_transform").verdict == "not supported"
-    assert finding(done, "rank_pattern").verdict == "taken"
+    assert run.lora.init == "pissa"
+    assert run.lora.layers == (1, 2)
+    assert run.lora.rank_pattern == {"qkv_proj": 16, "layers.0.mlp.gate_up_proj": 4}
+    assert "q_proj is part of qkv_proj" in finding(done, "rank_pattern").reason
+    assert finding(done, "alpha_pattern").verdict == "taken"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("init_lora_weights", "olora", "default, pissa"),
+        ("layers_to_transform", [-1], "counted from 0"),
+        ("rank_pattern", {"o_proj": 0}, "above 0"),
+        ("alpha_pattern", {"o_proj(": 2}, "for each name"),
+        ("loftq_config", {"loftq_bits": 4}, "lora.init loftq"),
+    ],
+)
+def test_what_an_adapter_config_asks_in_vain_is_told(tmp_path: Path, key: str, value: object, said: str) -> None:
+    done, _ = imported(tmp_path, "adapter_config.json", {"peft_type": "LORA", "r": 8, "lora_alpha": 8, key: value})
+    assert any(f.verdict == "not supported" and said in f.reason for f in done.findings if f.key.startswith(key))
+
+
+def test_llama_factorys_pissa_and_lora_plus(tmp_path: Path) -> None:
+    recipe = {
+        **{"model_name_or_path": "m", "stage": "sft", "finetuning_type": "lora", "dataset": "d", "cutoff_len": 512},
+        **{"lora_rank": 8, "lora_target": "all", "pissa_init": True, "pissa_iter": 4, "loraplus_lr_ratio": 16.0},
+    }
+    _, run = imported(tmp_path, "recipe.yaml", recipe)
+    assert (run.lora.init, run.lora.plus_ratio) == ("pissa_niter_4", 16.0)
 
 
 def test_an_alignment_handbook_recipe(tmp_path: Path) -> None:
