@@ -52,7 +52,7 @@ def data_show(
     from phi3_dist.data.show import show
     from phi3_dist.modeling.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.source, cfg.model.revision)
+    tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.source, cfg.model.revision, cfg.model.new_tokens)
     Console(soft_wrap=True, highlight=False).print(show(cfg.data, tokenizer, rows))
 
 

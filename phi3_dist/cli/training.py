@@ -105,7 +105,7 @@ def prepare_run(run_file: RunFile, overrides: Overrides = None) -> None:
     from phi3_dist.training.resume import base_fingerprint
 
     base = find_base(cfg.model.source, cfg.model.revision)
-    tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.source, cfg.model.revision)
+    tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.source, cfg.model.revision, cfg.model.new_tokens)
     data = prepare(cfg.data, tokenizer, cache_folder())
     base_fingerprint(base, cache_folder())
     typer.echo(f"base   {base.folder or base.source}")

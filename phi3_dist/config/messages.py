@@ -241,7 +241,7 @@ def cross_checks(cfg: RunConfig) -> list[Cross]:
 
     DoRA goes with quantised weights (PEFT 0.21 adapts `Linear4bit` and `Linear8bitLt` with it), so it is not here.
     """
-    return [*_model_pairs(cfg), *_lora_pairs(cfg), *_train_pairs(cfg), *_save_pairs(cfg)]
+    return [*_model_pairs(cfg), *_token_faults(cfg), *_lora_pairs(cfg), *_train_pairs(cfg), *_save_pairs(cfg)]
 
 
 def _model_pairs(cfg: RunConfig) -> Iterator[Cross]:
@@ -298,6 +298,23 @@ def _start_pairs(cfg: RunConfig) -> Iterator[Cross]:
     if other and lora.init != "eva":
         what = f"is {lora.init}, which starts decoder linears only, and lora.targets has {other[0]}"
         yield Cross(("lora.init", "lora.targets"), what, f"keep to {', '.join(LINEARS)}")
+
+
+def _token_faults(cfg: RunConfig) -> Iterator[Cross]:
+    tokens, place = cfg.model.new_tokens, ("model.new_tokens",)
+    if len(set(tokens)) < len(tokens):
+        yield Cross(place, "names a token twice", "keep one of them")
+    for token in tokens:
+        if not token or token != token.strip():
+            what = f"has {token!r}, " + ("which begins or ends with white space" if token.strip() else "which is empty")
+            yield Cross(place, what, "write the token alone, such as <|tool|>")
+    named = {name.rsplit(".", 1)[-1] for name in cfg.lora.modules_to_save}
+    if cfg.lora.targets != "all-linear":
+        named |= {name.rsplit(".", 1)[-1] for name in cfg.lora.targets}
+    both = sorted(named & {"embed_tokens", "lm_head"})
+    if tokens and both:
+        what = f"trains single rows of embed_tokens and lm_head, and lora adapts {' and '.join(both)} as a whole"
+        yield Cross((*place, "lora.modules_to_save", "lora.targets"), what, f"take {both[0]} out of the lora section")
 
 
 def _train_pairs(cfg: RunConfig) -> Iterator[Cross]:

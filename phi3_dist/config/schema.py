@@ -59,6 +59,9 @@ class ModelConfig(Section):
     """Recompute each decoder layer in backward (non-reentrant): less memory, about a fifth more time."""
     adapter: StrictStr | None = None
     """Folder of an existing LoRA adapter to train on from. The `lora` section must then agree with it."""
+    new_tokens: tuple[StrictStr, ...] = ()
+    """Tokens to teach, such as `<|tool|>`: added to the tokenizer where it lacks them, in rows that the base has to
+    spare. Of embedding and head only these rows train; they are saved in the adapter, the tokenizer beside it."""
 
 
 class DataSource(Section):

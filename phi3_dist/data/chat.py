@@ -283,8 +283,13 @@ def _refused(chat: Chat, fmt: ChatFormat, control: re.Pattern[str]) -> str:
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
-    """All tokens that stand outside the vocabulary of text. Longest first, so that the message names the whole one."""
-    contents = sorted((t.content for t in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    """All tokens that stand outside the vocabulary of text, but for those that are being taught (model.new_tokens).
+
+    Longest first, so that the message names the whole one.
+    """
+    taught = set(tokenizer.init_kwargs.get("taught_tokens", ()))
+    found = {token.content for token in tokenizer.added_tokens_decoder.values()} - taught
+    contents = sorted(found, key=lambda content: (-len(content), content))
     return re.compile("|".join(re.escape(c) for c in contents if c) or r"(?!)")
 
 

@@ -236,9 +236,9 @@ def rows_of_rank(rows: int, rank: int, world: int) -> tuple[int, int]:
 
 def _base_name(name: str) -> str | None:
     """The name in the checkpoint of a parameter of the PEFT model; None for an adapter's own."""
-    if ".lora_" in name:
+    if ".lora_" in name or ".trainable_tokens_delta." in name:
         return None
-    for part in ("base_layer.", "original_module.", "modules_to_save.default."):
+    for part in ("token_adapter.", "base_layer.", "original_module.", "modules_to_save.default."):
         name = name.replace(part, "")
     return name.split("base_model.model.", 1)[-1]
 

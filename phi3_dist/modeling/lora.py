@@ -66,8 +66,8 @@ def lora_targets(model: nn.Module, asked: str | tuple[str, ...]) -> list[str]:
     return list(asked)
 
 
-def peft_config(model: nn.Module, cfg: LoraConfig, base_name: str) -> Any:
-    """PEFT's configuration for the `lora` section."""
+def peft_config(model: Any, cfg: LoraConfig, base_name: str, token_ids: Sequence[int] = ()) -> Any:
+    """PEFT's configuration for the `lora` section; `token_ids` are the rows of embedding and head that train."""
     from peft import LoraConfig as PeftLoraConfig
 
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
@@ -94,9 +94,18 @@ def peft_config(model: nn.Module, cfg: LoraConfig, base_name: str) -> Any:
         use_dora=cfg.dora,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
+        trainable_token_indices=_token_indices(model, token_ids),
     )
     _check_patterns(adapted(model, config), cfg)
     return config
+
+
+def _token_indices(model: Any, token_ids: Sequence[int]) -> dict[str, list[int]] | None:
+    if not token_ids:
+        return None
+    rows = {"embed_tokens": list(token_ids)}
+    # a tied head follows the embedding by itself
+    return rows if model.config.tie_word_embeddings else {**rows, "lm_head": list(token_ids)}
 
 
 def _as_peft_writes(alpha: float) -> float | int:
@@ -157,14 +166,14 @@ def adapted(model: nn.Module, config: Any) -> list[Adapted]:
     return found
 
 
-def add_lora(model: nn.Module, cfg: LoraConfig, base_name: str) -> Any:
+def add_lora(model: nn.Module, cfg: LoraConfig, base_name: str, token_ids: Sequence[int] = ()) -> Any:
     """The PEFT model around `model`. Its adapter is not yet at its start: see `fill_adapter`."""
     from peft import get_peft_model
 
     with warnings.catch_warnings():
         # peft 0.21 asks transformers 5.24 for a name that it has renamed
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        peft_model = get_peft_model(model, peft_config(model, cfg, base_name))
+        peft_model = get_peft_model(model, peft_config(model, cfg, base_name, token_ids))
     # dropout of the base is no part of LoRA
     for name, module in peft_model.named_modules():
         if name.endswith((".resid_attn_dropout", ".resid_mlp_dropout")):

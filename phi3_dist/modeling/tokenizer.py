@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ __all__ = ["TINY_RANDOM", "load_tokenizer", "tiny_tokenizer", "tokenizer_hash"]
 TINY_RANDOM = "tiny-random"
 """The source that stands for a random model with a byte tokenizer, made in code."""
 
+TAUGHT = "taught_tokens"
+"""Key of tokenizer_config.json: tokens that were taught (`model.new_tokens`)."""
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -63,15 +65,19 @@ _PHI3_TEMPLATE = (
 )
 
 
-def load_tokenizer(folder_or_id: str, revision: str | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    folder_or_id: str, revision: str | None = None, new_tokens: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """The tokenizer of a local folder, a hub id, or `tiny-random`, with the ids of its own tokenizer.json.
+
+    `new_tokens` become special tokens, after the ids that it has, where it lacks them. Rows may hold them as text.
 
     Hub files come through `huggingface_hub`, which honours HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN.
     Raises ModelError, with the fix, where the files are missing, gated or unreachable, where there is no
     tokenizer.json or no chat template, and where transformers and the `tokenizers` library give different ids.
     """
     if folder_or_id == TINY_RANDOM:
-        return tiny_tokenizer()
+        return _teach(tiny_tokenizer(), new_tokens)
     folder = _folder_of(folder_or_id, revision)
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -99,6 +105,16 @@ def load_tokenizer(folder_or_id: str, revision: str | None = None) -> PreTrained
             )
         )
     _check(tokenizer, reference, folder_or_id)
+    return _teach(tokenizer, new_tokens)
+
+
+def _teach(tokenizer: PreTrainedTokenizerFast, new_tokens: Sequence[str]) -> PreTrainedTokenizerFast:
+    known = tokenizer.get_vocab()
+    fresh = [tokenizers.AddedToken(token, special=True, normalized=False) for token in new_tokens if token not in known]
+    tokenizer.add_tokens(fresh, special_tokens=True)
+    if new_tokens:
+        # saved with it: whoever loads the adapter's tokenizer may write them in a text too
+        tokenizer.init_kwargs[TAUGHT] = list(new_tokens)
     return tokenizer
 
 
@@ -135,7 +151,8 @@ def tokenizer_hash(tok: PreTrainedTokenizerFast) -> str:
     # Calls leave their truncation and padding behind in the backend; they are no part of what the tokenizer is.
     backend.pop("truncation", None)
     backend.pop("padding", None)
-    text = json.dumps([backend, tok.chat_template], sort_keys=True)
+    taught = tok.init_kwargs.get(TAUGHT)
+    text = json.dumps([backend, tok.chat_template, *([taught] if taught else [])], sort_keys=True)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 

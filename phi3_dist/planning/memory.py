@@ -61,12 +61,15 @@ def adapter_parameters(
     rank_pattern: Mapping[str, int] | None = None,
     layers: Sequence[int] | None = None,
     freeze_a: bool = False,
+    new_tokens: int = 0,
 ) -> int:
     """Trainable parameters of a LoRA: r·(in + out) for each adapted linear, out more with DoRA, and full modules.
 
-    `rank_pattern` gives other ranks, matched as PEFT does; `layers` are those adapted; with `freeze_a` B alone counts.
+    `rank_pattern` gives other ranks, matched as PEFT does; `layers` are those adapted; with `freeze_a` B alone counts;
+    each of `new_tokens` trains a row of the embedding and, where it is not tied, of the head.
     """
     total = sum(shape.vocab * shape.hidden for name in modules_to_save if name in ("lm_head", "embed_tokens"))
+    total += new_tokens * shape.hidden * (1 if shape.tied else 2)
     for layer in range(shape.layers) if layers is None else layers:
         for name, (columns, rows) in shape.linear_sizes.items():
             block = "self_attn" if name in ("qkv_proj", "o_proj") else "mlp"

@@ -277,10 +277,12 @@ def _support_problems(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts
     kinds = {"dora": "lora.dora"} if cfg.lora.dora else {}
     if cfg.lora.init != "default":
         kinds[cfg.lora.init.partition("_")[0]] = "lora.init"
+    if cfg.model.new_tokens:
+        kinds["new tokens"] = "model.new_tokens"
     for kind, key in kinds.items():
         kind_answer = support_adapter(kind, launch.strategy, cfg.model.quantization)
         if isinstance(kind_answer, No):
-            value = "true" if kind == "dora" else cfg.lora.init
+            value = {"dora": "true", "new tokens": list(cfg.model.new_tokens)}.get(kind, cfg.lora.init)
             problems.append(Problem(key, f"is {value}: {kind_answer.reason}", f"nearest: {kind_answer.nearest}"))
     return problems
 
@@ -312,6 +314,7 @@ def _memory(
             rank_pattern=lora.rank_pattern,
             layers=lora.layers,
             freeze_a=freeze_a,
+            new_tokens=len(cfg.model.new_tokens),
         )
         for freeze_a in (lora.freeze_a, False)
     )

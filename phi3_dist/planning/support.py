@@ -124,7 +124,7 @@ def support_optimizer(name: str, strategy: str, device: str) -> Yes | No:
     return Yes()
 
 
-ADAPTERS = ("dora", "pissa", "loftq", "eva")
+ADAPTERS = ("dora", "pissa", "loftq", "eva", "new tokens")
 """Kinds of LoRA that don't run everywhere. rsLoRA, LoRA+, LoRA-FA, patterns and a subset of layers do."""
 
 
@@ -136,6 +136,8 @@ def support_adapter(kind: str, strategy: str, quantization: str = "none") -> Yes
         return No(what, "zero2")
     if kind == "dora" and strategy.startswith("fsdp2") and quantization != "none":
         return No("DoRA has not been proven on shards of 4-bit weights", "zero2")
+    if kind == "new tokens" and strategy.startswith("zero3"):
+        return No("new rows are put into a table outside its own forward, when ZeRO-3 holds only shards of it", "zero2")
     if kind == "pissa" and quantization != "none":
         return No("PiSSA takes part of each weight away, and the rest would have to be quantised anew", "loftq")
     if kind == "loftq" and quantization != "nf4":
@@ -192,5 +194,5 @@ def matrix_markdown() -> str:
             lines.append(f"| {strategy} | {quantization} | {' | '.join(cells)} |")
     lines.append("")
     lines.extend(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
-    lines += ["", "Starts and kinds of LoRA (`lora.dora`, `lora.init`):", "", *_adapters_markdown()]
+    lines += ["", "Starts and kinds of LoRA (`lora.dora`, `lora.init`, `model.new_tokens`):", "", *_adapters_markdown()]
     return "\n".join(lines) + "\n"

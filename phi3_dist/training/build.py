@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from phi3_dist.modeling.lora import adapted, add_lora, fill_adapter, start_dora_
 from phi3_dist.modeling.loss import PackedLoss
 from phi3_dist.modeling.rope import Regime, pin_longrope, regime_for
 from phi3_dist.modeling.starts import take_out
+from phi3_dist.modeling.tokens import token_rows
 from phi3_dist.planning.plan import Choice
 from phi3_dist.training.runtime import Runtime, is_fsdp
 from phi3_dist.training.strategy import shard_fsdp2
@@ -117,7 +118,13 @@ Start = Callable[[Any], dict[str, torch.Tensor]]
 
 
 def build_model(
-    cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: int, start_of: Start | None = None
+    cfg: RunConfig,
+    base: Base,
+    runtime: Runtime,
+    *,
+    longest_row: int,
+    start_of: Start | None = None,
+    token_ids: Sequence[int] = (),
 ) -> PackedLoss:
     """The model with its adapter at its start, before DDP or DeepSpeed wrap it; FSDP2 shards are made here.
 
@@ -129,7 +136,7 @@ def build_model(
     if cfg.model.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     start = start_of(causal_lm) if start_of else {}
-    model = PackedLoss(add_lora(causal_lm, cfg.lora, base.source))
+    model = PackedLoss(add_lora(causal_lm, cfg.lora, base.source, token_ids))
     model.begun = start
     regime = regime_for(causal_lm.config, longest_row, cfg.model.longrope)
     model.choices = (*_fused(cfg, model), model.loss_choice(), *_rotary(cfg, regime, longest_row))
@@ -140,7 +147,7 @@ def build_model(
     if cfg.lora.init.startswith("pissa") and start:
         peft_model: Any = model.model
         take_out(model, adapted(causal_lm, peft_model.peft_config["default"]), start)
-    fill_adapter(model, cfg.train.seed, values, start)
+    fill_adapter(model, cfg.train.seed, values, {**start, **token_rows(base, token_ids)})
     pin_longrope(causal_lm, longest_row, cfg.model.longrope)
     model.train()
     return model

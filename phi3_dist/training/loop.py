@@ -26,6 +26,7 @@ from phi3_dist.modeling.fused_lora import declined
 from phi3_dist.modeling.lora import count_parameters, peft_config
 from phi3_dist.modeling.rope import pinned_regime
 from phi3_dist.modeling.tokenizer import load_tokenizer
+from phi3_dist.modeling.tokens import new_token_ids
 from phi3_dist.planning.plan import Choice, LaunchFacts, MachineFacts, make_plan
 from phi3_dist.training.agree import agree
 from phi3_dist.training.build import build_model
@@ -71,7 +72,7 @@ class TrainResult:
 
 def _prepare(cfg: RunConfig, cache: Path | None) -> tuple[Any, Prepared]:
     """Tokenize and pack before the process group exists: a long preparation can time out no collective."""
-    tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.source, cfg.model.revision)
+    tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.source, cfg.model.revision, cfg.model.new_tokens)
     prepared = prepare(cfg.data, tokenizer, cache)
     if int(prepared.train.targets.sum()) == 0:
         raise DataError(Problem("data.train", "no token is supervised", "every row needs an assistant turn"))
@@ -208,11 +209,12 @@ def _run(
     clock: StartClock,
 ) -> TrainResult:
     """Build, train and save. The wrapped model lives in here alone: see `_release`."""
+    token_ids = new_token_ids(tokenizer, cfg.model.new_tokens, base)
     where, again = folder.path, start is not None
     start_of = partial(
         adapter_start, cfg, base=base, runtime=runtime, packs=prepared.train, folder=where, resumed=again
     )
-    model = build_model(cfg, base, runtime, longest_row=longest_row(prepared), start_of=start_of)
+    model = build_model(cfg, base, runtime, longest_row=longest_row(prepared), start_of=start_of, token_ids=token_ids)
     regime, begun = pinned_regime(model), model.begun
     engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
     order = Order(len(prepared.train.packs), cfg.train.global_batch, cfg.train.seed, cfg.train.shuffle)
@@ -306,6 +308,7 @@ def train(
     plan = make_plan(cfg, machine, launch, family_or_shape=base.config.to_dict())
     clock.mark("plan")
     tokenizer, prepared = _prepare(cfg, cache)
+    new_token_ids(tokenizer, cfg.model.new_tokens, base)
     clock.mark("data")
     if resume and folder.finished():
         return TrainResult(folder.path, 0, None, None)

@@ -20,6 +20,7 @@ VARIANTS = {
     "pissa": ("lora.init=pissa",),
     "pissa_niter": ("lora.init=pissa_niter_8",),
     "eva": ("lora.init=eva", "lora.freeze_a=true"),
+    "tokens": ("model.new_tokens=['<|tool|>']",),
     "loftq": ("lora.init=loftq", "model.quantization=nf4"),
 }
 
@@ -46,7 +47,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Callable[[str
 
 def cells(*in_make_test: tuple[str, str]) -> list[object]:
     everywhere = ("cpu_2", "zero2", "zero3", "fsdp2")
-    refused = {("eva", "zero3"), ("eva", "fsdp2"), ("loftq", "zero3"), ("loftq", "fsdp2")}
+    refused = {("eva", "zero3"), ("eva", "fsdp2"), ("loftq", "zero3"), ("loftq", "fsdp2"), ("tokens", "zero3")}
     found = [(name, config) for name in VARIANTS for config in everywhere if (name, config) not in refused]
     return [pytest.param(*cell, marks=() if cell in in_make_test else pytest.mark.full) for cell in found]
 
@@ -79,6 +80,7 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
     ("overrides", "config", "said"),
     [
         (("lora.init=eva",), "fsdp2", "lora.init: is eva: EVA passes rows"),
+        (("model.new_tokens=[a]",), "zero3", "model.new_tokens: is ['a']: new rows"),
         (("lora.init=loftq",), None, "lora.init: is loftq: LoftQ makes up for what NF4 loses"),
     ],
 )
