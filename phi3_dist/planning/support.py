@@ -128,7 +128,9 @@ ADAPTERS = ("dora", "pissa", "loftq", "eva", "new tokens")
 """Kinds of LoRA that don't run everywhere. rsLoRA, LoRA+, LoRA-FA, patterns and a subset of layers do."""
 
 
-def support_adapter(kind: str, strategy: str, quantization: str = "none") -> Yes | No:
+def support_adapter(  # noqa: PLR0911 -- one return for each refusal, as in `support`
+    kind: str, strategy: str, quantization: str = "none"
+) -> Yes | No:
     """Whether this kind of LoRA (`ADAPTERS`) runs under this strategy and quantisation."""
     shards = strategy.startswith(("zero3", "fsdp2"))
     if kind == "dora" and strategy.startswith("zero3"):

@@ -47,7 +47,7 @@ def _load(cfg: RunConfig, base: Base, runtime: Runtime) -> Any:
     return load_full(base, runtime.dtype, runtime.device)
 
 
-def _adapter_values(cfg: RunConfig) -> dict[str, torch.Tensor]:
+def _adapter_values(cfg: RunConfig, token_ids: Sequence[int]) -> dict[str, torch.Tensor]:
     """The tensors of the adapter to train on from. Raises ModelError where the `lora` section means another update.
 
     Shapes are compared later, with the model; a scale that differs would show nowhere but in the losses.
@@ -67,6 +67,11 @@ def _adapter_values(cfg: RunConfig) -> dict[str, torch.Tensor]:
         for name, asked, found in pairs
         if asked != found
     ]
+    taught = (saved.get("trainable_token_indices") or {}).get("embed_tokens") or []
+    if taught != list(token_ids):
+        what = f"have the rows {list(token_ids)}, and the adapter in {cfg.model.adapter} has taught {taught}"
+        fix = "name the same tokens in the same order, with the adapter's folder as model.tokenizer"
+        problems.append(Problem("model.new_tokens", what, fix))
     if problems:
         raise ModelError(*problems)
     return values
@@ -130,7 +135,7 @@ def build_model(
 
     `longest_row` in tokens fixes LongRoPE's regime for the run. Collective under ZeRO-3 and FSDP2.
     """
-    values = _adapter_values(cfg) if cfg.model.adapter else None
+    values = _adapter_values(cfg, token_ids) if cfg.model.adapter else None
     causal_lm = _load(cfg, base, runtime)
     use_backend(causal_lm, runtime.plan.attention, runtime.device)
     if cfg.model.activation_checkpointing:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from phi3_dist.adapters.files import WEIGHTS
 from phi3_dist.config.load import flatten
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Prepared
@@ -78,6 +79,9 @@ def identity(cfg: RunConfig, prepared: Prepared, weights: str) -> dict[str, Any]
     facts = {k: v for k, v in flatten(cfg.model_dump(mode="json")).items() if not k.startswith(FREE)}
     facts["data"] = prepared.fingerprint
     facts["base weights"] = weights
+    if cfg.lora.freeze_a and cfg.model.adapter is not None:
+        # A is no part of a checkpoint, since it does not train: it has to come from the same file again
+        facts["frozen A"] = hashlib.sha256((Path(cfg.model.adapter) / WEIGHTS).read_bytes()).hexdigest()
     for name in ("torch", "transformers", "peft"):
         facts[f"{name} major version"] = versions().get(name, "").split(".")[0]
     return facts

@@ -14,7 +14,7 @@ from phi3_dist.adapters.files import read_adapter, save_adapter
 from phi3_dist.adapters.gather import gather_adapter
 from phi3_dist.config.families import Shape
 from phi3_dist.config.load import load_run
-from phi3_dist.config.schema import DataConfig, LoraConfig
+from phi3_dist.config.schema import DataConfig, LoraConfig, RunConfig
 from phi3_dist.data.batches import prepare
 from phi3_dist.errors import ConfigError, DataError, ModelError
 from phi3_dist.modeling.base import Base, find_base, load_full, tiny_config
@@ -22,6 +22,7 @@ from phi3_dist.modeling.lora import add_lora, fill_adapter
 from phi3_dist.modeling.tokenizer import load_tokenizer, tiny_tokenizer
 from phi3_dist.modeling.tokens import new_token_ids, token_rows
 from phi3_dist.planning.memory import adapter_parameters
+from phi3_dist.training.build import _adapter_values
 from tests.unit.test_relatives import learn
 
 TOKENS = ("<|tool|>", "<|call|>")
@@ -123,3 +124,16 @@ def test_new_tokens_that_cannot_be(tmp_path: Path, override: str, said: str) -> 
     path.write_text("model: {source: x, new_tokens: [<a>]}\ndata: {train: x}\n")
     with pytest.raises(ConfigError, match=said):
         load_run(path, [override])
+
+
+def test_training_on_from_an_adapter_that_taught_other_tokens_is_refused(tmp_path: Path) -> None:
+    base = find_base("tiny-random")
+    model = add_lora(plain(base), LoraConfig(r=2), "tiny-random", [270])
+    fill_adapter(model, 0, None, token_rows(base, [270]))
+    save_adapter(model, tmp_path / "adapter")
+    model_section = {"source": "tiny-random", "adapter": str(tmp_path / "adapter")}
+    cfg = RunConfig.model_validate({"model": model_section, "data": {"train": "x"}, "lora": {"r": 2}})
+    fill_adapter(model, 0, _adapter_values(cfg, [270]))
+    for ids in ([], [271], [270, 271]):
+        with pytest.raises(ModelError, match=r"the adapter in .* has taught \[270\]"):
+            _adapter_values(cfg, ids)

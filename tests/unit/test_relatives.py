@@ -23,6 +23,7 @@ from phi3_dist.modeling.base import find_base, load_full, tiny_config
 from phi3_dist.modeling.lora import Adapted, adapted, add_lora, fill_adapter, peft_config
 from phi3_dist.modeling.starts import eva_start, loftq_start, pissa_start, saved_names, take_out
 from phi3_dist.planning.memory import adapter_parameters
+from phi3_dist.training.resume import identity
 from phi3_dist.training.start import START_FILE, adapter_start
 from phi3_dist.training.strategy import _set_lr, make_optimizer
 
@@ -233,3 +234,20 @@ def test_facts_of_the_run_stand_in_the_header_of_the_weights(tmp_path: Path) -> 
     save_adapter(model, tmp_path / "adapter", metadata={"longrope": "long"})
     assert read_metadata(tmp_path / "adapter") == {"format": "pt", "longrope": "long"}
     assert np.isfinite(logits(reloaded(tmp_path / "adapter")).numpy()).all()
+
+
+def test_a_frozen_a_that_another_file_brings_is_part_of_the_runs_identity(tmp_path: Path) -> None:
+    """It is in no checkpoint: a resumed run takes it from the adapter's folder again."""
+    prepared: Any = SimpleNamespace(fingerprint="data")
+    found = []
+    for seed in (0, 1):
+        model = add_lora(tiny(), LoraConfig(r=2, freeze_a=True), "tiny-random")
+        fill_adapter(model, seed)
+        save_adapter(model, tmp_path / "adapter")
+        model_section = {"source": "tiny-random", "adapter": str(tmp_path / "adapter")}
+        for freeze_a in (True, False):
+            lora = {"r": 2, "freeze_a": freeze_a}
+            cfg = RunConfig.model_validate({"model": model_section, "data": {"train": "x"}, "lora": lora})
+            found.append(identity(cfg, prepared, "weights"))
+    assert found[0]["frozen A"] != found[2]["frozen A"]
+    assert found[1] == found[3]
