@@ -19,8 +19,12 @@ __all__ = [
     "LORA_RANK",
     "PACK_LENGTH",
     "SHAPE",
+    "Meter",
     "Round",
+    "Stand",
     "linear_sizes",
+    "make_token_packs",
+    "matrix_flops_per_s",
     "save_base",
     "train_ours",
     "train_peft",
@@ -73,7 +77,8 @@ def save_base(pipe: Connection, folder: Path, shapes: Mapping[str, Mapping[str, 
 
     for name, shape in (shapes or {"": SHAPE}).items():
         torch.manual_seed(0)
-        Phi3ForCausalLM(Phi3Config(**shape)).save_pretrained(folder / name)
+        model = Phi3ForCausalLM(Phi3Config(**shape)).to(getattr(torch, shape.get("dtype", "float32")))
+        model.save_pretrained(folder / name)
     pipe.send("saved")
     pipe.recv()
 
@@ -90,24 +95,42 @@ def _status_kib(name: str) -> int:
 
 
 class Meter:
-    """Time and peak memory of rounds, above what there was before the model was loaded and the weights."""
+    """Time and peak memory of rounds, above what there was before the model was loaded and the weights.
 
-    def __init__(self) -> None:
+    On CUDA the memory is what torch has allocated, and the clock is read when the device has done its work.
+    """
+
+    def __init__(self, *, cuda: bool = False) -> None:
         gc.collect()
-        self.before_mib = _status_kib("VmRSS") / 1024
+        self.cuda = cuda
+        self.before_mib = self._peak_mib() if cuda else _status_kib("VmRSS") / 1024
         self.weights_mib = 0.0
         self.start_s = 0.0
 
     def count_weights(self, model: Any) -> None:
         self.weights_mib = sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
 
+    def _peak_mib(self) -> float:
+        if not self.cuda:
+            return _status_kib("VmHWM") / 1024
+        import torch
+
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / MIB
+
     def start(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+        if self.cuda:
+            import torch
+
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
         self.start_s = time.perf_counter()
 
     def stop(self, tokens: int, supervised_tokens: int) -> Round:
+        peak_mib = self._peak_mib() - self.before_mib - self.weights_mib
         seconds = time.perf_counter() - self.start_s
-        peak_mib = _status_kib("VmHWM") / 1024 - self.before_mib - self.weights_mib
         return Round(tokens, supervised_tokens, seconds, peak_mib)
 
 
@@ -121,20 +144,25 @@ def make_token_packs(rows: list[tuple[list[int], int]], pack_length: int = PACK_
     return packs
 
 
-def _matrix_flops_per_s() -> float:
-    """The rate of a layer's base products at the length of a pack, forward and for the input's gradient."""
+def matrix_flops_per_s(shape: Mapping[str, Any] = SHAPE, tokens: int = PACK_LENGTH, *, cuda: bool = False) -> float:
+    """The rate of a layer's base products, forward and for the input's gradient; float32, and bf16 on CUDA."""
     import torch
 
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, device="cuda", dtype=torch.bfloat16) if cuda else torch.randn(size)
+
     pairs = []
-    for inputs, outputs in linear_sizes():
-        weight = torch.randn(outputs, inputs)
-        pairs += [(torch.randn(PACK_LENGTH, inputs), weight.T), (torch.randn(PACK_LENGTH, outputs), weight)]
+    for inputs, outputs in linear_sizes(shape):
+        weight = random(outputs, inputs)
+        pairs += [(random(tokens, inputs), weight.T), (random(tokens, outputs), weight)]
     flops = sum(2 * left.shape[0] * left.shape[1] * right.shape[1] for left, right in pairs)
     times = []
     for _ in range(9):
         start_s = time.perf_counter()
         for left, right in pairs:
             torch.mm(left, right)
+        if cuda:
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start_s)
     return flops / statistics.median(times[1:])
 
@@ -143,9 +171,20 @@ def _matrix_flops_per_s() -> float:
 
 
 class Stand:
-    """A model as `phi3-dist train` builds it on the CPU, ready to take steps. Collective with more ranks than one."""
+    """A model as `phi3-dist train` builds it, ready to take steps. Collective with more ranks than one.
 
-    def __init__(self, folder: Path, *, longest_row: int = PACK_LENGTH, world: int = 1) -> None:
+    On the CPU in float32, or on a GPU as `model` (fields of the run file's section) says.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        longest_row: int = PACK_LENGTH,
+        world: int = 1,
+        use_cpu: bool = True,
+        model: Mapping[str, Any] | None = None,
+    ) -> None:
         from phi3_dist.config.schema import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
         from phi3_dist.machine.probe import probe
         from phi3_dist.modeling.base import find_base
@@ -155,16 +194,16 @@ class Stand:
         from phi3_dist.training.strategy import make_engine
 
         cfg = RunConfig(
-            model=ModelConfig(source=str(folder), precision="fp32"),
+            model=ModelConfig(source=str(folder), **(model or {"precision": "fp32"})),
             data=DataConfig(train="none", pack_length=longest_row),
             lora=LoraConfig(r=LORA_RANK, alpha=2 * LORA_RANK, dropout=0.0),
             optim=OptimConfig(lr=LR, schedule="constant"),
             train=TrainConfig(global_batch=world, micro_batch=1),
         )
-        launch = LaunchFacts(world_size=world, strategy="ddp" if world > 1 else "single", use_cpu=True)
-        plan = make_plan(cfg, probe(use_cpu=True), launch)
+        launch = LaunchFacts(world_size=world, strategy="ddp" if world > 1 else "single", use_cpu=use_cpu)
+        plan = make_plan(cfg, probe(use_cpu=use_cpu), launch)
         self.runtime = start_runtime(plan, {}, max_grad_norm=cfg.optim.max_grad_norm, trackers=(), folder=folder)
-        self.meter = Meter()
+        self.meter = Meter(cuda=not use_cpu)
         self.model = build_model(cfg, find_base(str(folder)), self.runtime, longest_row=longest_row)
         self.engine = make_engine(self.model, self.runtime, cfg.optim)
         self.meter.count_weights(self.model)
@@ -194,7 +233,7 @@ def train_ours(pipe: Connection, folder: Path, rows: list[tuple[list[int], int]]
     stand, packs = Stand(folder), make_token_packs(rows)
     pipe.send(stand.facts)
     while (command := pipe.recv()) != "stop":
-        pipe.send(_matrix_flops_per_s() if command == "rate" else stand.round(packs))
+        pipe.send(matrix_flops_per_s() if command == "rate" else stand.round(packs))
 
 
 # --- PEFT's side: what one writes by hand -----------------------------------------------------------------------------

@@ -87,9 +87,10 @@ def step_flops(lengths: list[int], supervised_tokens: int, shape: Mapping[str, A
 
 
 def _side(worker: Callable[..., None], log: Path, pipe: Connection, threads: int, *arguments: Any) -> None:
-    """A worker on the CPU whose libraries chatter into a file."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported
-    os.environ.update({"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+    """A worker whose libraries chatter into a file. On the CPU, but where `threads` is 0."""
+    if threads:
+        os.environ.update({"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""})  # before torch is imported
+    os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

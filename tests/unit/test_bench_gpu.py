@@ -1,0 +1,70 @@
+"""The GPU benchmark's worker, on a CPU and a small shape; its table; and that it says so where there is no GPU."""
+
+from __future__ import annotations
+
+from multiprocessing import Pipe
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+
+from phi3_dist.bench import gpu
+from phi3_dist.bench.sides import SHAPE, Round, save_base
+from phi3_dist.config.families import FAMILIES, Shape
+
+SMALL = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL |= {"num_key_value_heads": 2, "vocab_size": 32064}
+
+
+def test_the_shape_is_minis() -> None:
+    assert Shape.of(gpu.MINI) == FAMILIES[0].shape
+    assert gpu.MINI["sliding_window"] == FAMILIES[0].sliding_window
+
+
+def _saved(folder: Path) -> None:
+    here, there = Pipe()
+    here.send("go on")
+    save_base(there, folder, {"": SMALL})
+
+
+@pytest.mark.parametrize("name", ["LoRA", "LoRA, FP8 base"])
+def test_a_case_runs_and_tells_its_rate_memory_and_flops(name: str, tmp_path: Path) -> None:
+    _saved(tmp_path / "base")
+    here, there = Pipe()
+    found: list[Any] = []
+
+    def ask() -> None:
+        found.append(here.recv())
+        for _ in range(2):
+            here.send("round")
+            found.append(here.recv())
+        here.send("stop")
+
+    asking = Thread(target=ask)
+    asking.start()
+    gpu.serve(there, tmp_path / "base", SMALL, name, 256, cpu=True)
+    asking.join()
+    facts, *rounds = found
+    assert [one.tokens for one in rounds] == [256, 256]
+    assert facts["flops_per_s"] > 1e6
+    assert facts["flops"] > 1e6
+    case = gpu.Case(name, 256, rounds, **facts)
+    assert case.tokens_per_s > 0
+    assert facts["weights_mib"] * 2**20 > 2 * 32064 * 64 * 4
+
+
+def test_the_table_is_markdown_with_the_cards_name() -> None:
+    case = gpu.Case("LoRA", 4096, [Round(4096, 10, 0.5, 1500.0)], 1e12, 4e12, 7300.0, "a card")
+    lines = gpu.lines_of([case])
+    assert lines[0] == "a card:"
+    assert lines[-1] == "| LoRA | 4,096 | 8,192 | 50% | 7,300 | 1,500 |"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        gpu.main([])
+    assert caught.value.code == 1
+    assert "no CUDA device" in capsys.readouterr().out
