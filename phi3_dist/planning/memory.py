@@ -22,6 +22,9 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 LOSS_BYTES = {"fp32": 12, "bf16": 16}
 """Bytes a logit costs: the logit, its float32 copy (bf16), the log-softmax, and the gradients of each."""
 
+CHUNK_ROWS = 512
+"""Rows of logits that exist at a time, as modeling/loss.py has it; fewer on a CPU."""
+
 
 @dataclass(frozen=True)
 class Term:
@@ -49,6 +52,10 @@ class Workload:
     dropout: float = 0.0
     optimizer: str = "adamw"
     device: str = "cuda"
+    fused: bool = True
+    """Whether LoRA linears and layers are the fused ones (`model.fused_lora`, `model.fused_layers`)."""
+    chunked: bool = True
+    """Whether the loss is computed in chunks of rows: wherever the head has no adapter."""
 
 
 def adapter_parameters(
@@ -83,19 +90,22 @@ def adapter_parameters(
 
 
 def activation_bytes(
-    shape: Shape, tokens: int, precision: str, *, checkpointing: bool, dropout: float, device: str
+    shape: Shape, tokens: int, precision: str, *, checkpointing: bool, dropout: float, device: str, fused: bool = False
 ) -> float:
     """Bytes that autograd keeps from forward to backward for `tokens` tokens on one rank.
 
     Without checkpointing a layer keeps, for each token, 20·hidden + 12·(queries + keys) + 16·intermediate bytes in
     fp32 and 16·hidden + 10·queries + 6·keys + 10·intermediate in bf16 with a float32 adapter; dropout adds its mask on
-    the input of each adapted linear (float32 on a CPU, one byte on CUDA). With checkpointing each layer keeps its
-    input, and one layer at a time the rest.
+    the input of each adapted linear (float32 on a CPU, one byte on CUDA). The fused layers keep, of values w bytes
+    wide, w·(4·hidden + 3·queries + 2·keys + 3·intermediate), and one byte for a dropout. With checkpointing each layer
+    keeps its input, and one layer at a time the rest.
     """
     h, q, k, i = shape.hidden, shape.q_out, shape.kv_out, shape.intermediate
     per_token = 20 * h + 12 * q + 12 * k + 16 * i if precision == "fp32" else 16 * h + 10 * q + 6 * k + 10 * i
+    if fused:
+        per_token = _width(precision) * (4 * h + 3 * q + 2 * k + 3 * i)
     if dropout > 0:
-        per_token += (4 if device == "cpu" else 1) * (2 * h + q + i)
+        per_token += (4 if device == "cpu" and not fused else 1) * (2 * h + q + i)
     if not checkpointing:
         return float(tokens * shape.layers * per_token)
     return float(tokens * (shape.layers * h * _width(precision) + per_token))
@@ -177,14 +187,16 @@ def _pass_terms(shape: Shape, load: Workload) -> tuple[Term, Term]:
         checkpointing=load.activation_checkpointing,
         dropout=load.dropout,
         device=load.device,
+        fused=load.fused,
     )
     place: Literal["device", "host"] = "host" if load.device == "cpu" else "device"
     how = "each layer's input and one layer's insides" if load.activation_checkpointing else "every layer's insides"
     each = LOSS_BYTES[load.precision]
-    words = f"at most {tokens:,} supervised tokens × {shape.vocab:,} × {each} B"
+    rows = min(tokens, CHUNK_ROWS) if load.chunked else tokens
+    words = f"at most {rows:,} supervised tokens {'at a time ' if load.chunked else ''}× {shape.vocab:,} × {each} B"
     return (
         Term("activations (estimate)", kept / GIB, f"{tokens:,} tokens × {shape.layers} layers, {how}", place, True),
-        Term("logits (upper bound)", tokens * shape.vocab * each / GIB, words, place, True),
+        Term("logits (upper bound)", rows * shape.vocab * each / GIB, words, place, True),
     )
 
 

@@ -329,6 +329,8 @@ def _memory(
         dropout=lora.dropout,
         optimizer=cfg.optim.name,
         device=machine.device,
+        fused=cfg.model.fused_lora and cfg.model.fused_layers and not lora.dora,
+        chunked="lm_head" not in lora.targets,
     )
     return memory_terms(shape, trainable, load, everything - trainable)
 

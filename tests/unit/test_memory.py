@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from phi3_dist.config.families import FAMILIES, Shape
+from phi3_dist.modeling.attention import use_backend
+from phi3_dist.modeling.fused_layers import install_fused_layers
+from phi3_dist.modeling.fused_lora import install_fused
 from phi3_dist.planning.memory import (
     GIB,
     Term,
@@ -60,7 +65,9 @@ def test_terms_of_one_device() -> None:
     assert terms["base weights"] == pytest.approx(3_821_079_552 * 2 / GIB)
     assert terms["adapter"] == terms["gradients"] == pytest.approx(R16 * 4 / GIB)
     assert terms["optimizer"] == pytest.approx(R16 * 8 / GIB)
-    assert terms["logits (upper bound)"] == pytest.approx(2048 * 32064 * 16 / GIB)
+    assert terms["logits (upper bound)"] == pytest.approx(512 * 32064 * 16 / GIB)
+    whole = gib(Workload("zero2", 2, "bf16", chunked=False))
+    assert whole["logits (upper bound)"] == pytest.approx(2048 * 32064 * 16 / GIB)
     assert "gathered weights" not in terms
 
 
@@ -137,10 +144,16 @@ def hf_config(shape: Shape) -> Phi3Config:
     )
 
 
-def kept_by_autograd(shape: Shape, tokens: int, dtype: torch.dtype, dropout: float) -> int:
+def kept_by_autograd(shape: Shape, tokens: int, dtype: torch.dtype, dropout: float, *, fused: bool = False) -> int:
     """Bytes of distinct storages, parameters aside, that autograd saves in one forward pass of a PEFT Phi-3."""
     adapter = LoraConfig(r=2, lora_dropout=dropout, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"])
     model = get_peft_model(Phi3ForCausalLM(hf_config(shape)).to(dtype), adapter).train()
+    packed: dict[str, Any] = {}
+    if fused:
+        use_backend(model.get_base_model(), "sdpa")
+        install_fused(model)
+        install_fused_layers(model)
+        packed = {"position_ids": torch.arange(tokens)[None], "lengths": (tokens,)}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -151,8 +164,9 @@ def kept_by_autograd(shape: Shape, tokens: int, dtype: torch.dtype, dropout: flo
         return tensor
 
     ids_T = torch.arange(tokens)[None] % shape.vocab
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = model.base_model.model.model(input_ids=ids_T, use_cache=False).last_hidden_state
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=fused and dtype == torch.bfloat16)
+    with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.base_model.model.model(input_ids=ids_T, use_cache=False, **packed).last_hidden_state
     assert hidden.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -160,11 +174,16 @@ def kept_by_autograd(shape: Shape, tokens: int, dtype: torch.dtype, dropout: flo
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("kv_heads", [4, 1])
-def test_activation_estimate_is_within_three_percent(precision: str, dropout: float, kv_heads: int) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_activation_estimate_is_within_three_percent(
+    precision: str, dropout: float, kv_heads: int, fused: bool
+) -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     two, four = (Shape(layers, 192, 512, 4, kv_heads, 48, 64) for layers in (2, 4))
-    real = kept_by_autograd(four, 64, dtype, dropout) - kept_by_autograd(two, 64, dtype, dropout)
-    guess = activation_bytes(two, 64, precision, checkpointing=False, dropout=dropout, device="cpu")
+    tokens = 512 if fused else 64  # so that the adapter's 16-bit copies, which no token adds to, weigh little
+    real = kept_by_autograd(four, tokens, dtype, dropout, fused=fused)
+    real -= kept_by_autograd(two, tokens, dtype, dropout, fused=fused)
+    guess = activation_bytes(two, tokens, precision, checkpointing=False, dropout=dropout, device="cpu", fused=fused)
     assert real == pytest.approx(guess, rel=0.03)
 
 
