@@ -71,7 +71,7 @@ def serve(pipe: Connection, folder: Path, shape: Mapping[str, Any], name: str, l
     import torch
 
     rows = rows_of_length(length)
-    rate = matrix_flops_per_s(shape, length, cuda=not cpu)
+    rate, _ = matrix_flops_per_s(shape, length, cuda=not cpu)
     model = {"precision": "fp32" if cpu else "bf16", "activation_checkpointing": length >= _RECOMPUTE_FROM}
     stand = Stand(folder, longest_row=length, use_cpu=cpu, model={**model, **CASES[name]})
     packs = make_token_packs(rows, length)

@@ -4,8 +4,9 @@
 
 LoRA r=16 on every linear layer of random Phi-3s in float32 on the CPU, one thread a process, rows as in throughput.py
 (220 tokens on average). In each round every case takes one turn; the first round is warm-up, medians are of the others.
-What would be flat if nothing but the arithmetic counted is the time for a token by pack length, and the time for a
-FLOP (see `step_flops`) by model size.
+Times are processor time, summed over the processes, so that other work on the machine counts little. What would be flat
+if nothing but the arithmetic counted is the time for a token by pack length and by processes, and the rate in FLOPs
+(see `step_flops`) by model size.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ class Case:
 
     @property
     def us_per_token(self) -> float:
-        return statistics.median(1e6 * one.seconds / one.tokens for one in self.rounds)
+        return statistics.median(1e6 * one.cpu_seconds / one.tokens for one in self.rounds)
 
     @property
     def gflops_per_s(self) -> float:
-        return statistics.median(self.flops / one.seconds / 1e9 for one in self.rounds)
+        return statistics.median(self.flops / one.cpu_seconds / 1e9 for one in self.rounds)
 
 
 def rows_of_length(length: int) -> list[tuple[list[int], int]]:
@@ -112,12 +113,12 @@ def _ranks(folder: Path, world: int) -> Iterator[list[Connection]]:
 
 
 def _together(pipes: list[Connection], asked: tuple[str, int]) -> Round:
-    """One round on every rank at once: rank 0's tokens, the slowest rank's time."""
+    """One round on every rank at once: the tokens of the world, the slowest rank's clock, the sum of processor time."""
     for pipe in pipes:
         pipe.send(asked)
     done = [pipe.recv() for pipe in pipes]
-    slowest = max(one.seconds for one in done)
-    return Round(done[0].tokens, done[0].supervised_tokens, slowest, max(one.peak_mib for one in done))
+    slowest, cpu = max(one.seconds for one in done), sum(one.cpu_seconds for one in done)
+    return Round(done[0].tokens, done[0].supervised_tokens, slowest, max(one.peak_mib for one in done), cpu)
 
 
 def measure(rounds: int) -> dict[str, list[Case]]:

@@ -52,12 +52,16 @@ SHAPE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Round:
-    """One pass over all rows. Memory in MiB above the weights; supervised tokens are those that are predicted."""
+    """One pass over all rows. Memory in MiB above the weights; supervised tokens are those that are predicted.
+
+    `cpu_seconds` is the processor time of all threads of the process: other work on the machine hardly changes it.
+    """
 
     tokens: int
     supervised_tokens: int
     seconds: float
     peak_mib: float
+    cpu_seconds: float = 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -105,7 +109,7 @@ class Meter:
         self.cuda = cuda
         self.before_mib = self._peak_mib() if cuda else _status_kib("VmRSS") / 1024
         self.weights_mib = 0.0
-        self.start_s = 0.0
+        self.start_s = self.start_cpu_s = 0.0
 
     def count_weights(self, model: Any) -> None:
         self.weights_mib = sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
@@ -126,12 +130,12 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
         else:
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
-        self.start_s = time.perf_counter()
+        self.start_s, self.start_cpu_s = time.perf_counter(), time.process_time()
 
     def stop(self, tokens: int, supervised_tokens: int) -> Round:
         peak_mib = self._peak_mib() - self.before_mib - self.weights_mib
-        seconds = time.perf_counter() - self.start_s
-        return Round(tokens, supervised_tokens, seconds, peak_mib)
+        seconds, cpu_seconds = time.perf_counter() - self.start_s, time.process_time() - self.start_cpu_s
+        return Round(tokens, supervised_tokens, seconds, peak_mib, cpu_seconds)
 
 
 def make_token_packs(rows: list[tuple[list[int], int]], pack_length: int = PACK_LENGTH) -> Any:
@@ -144,8 +148,13 @@ def make_token_packs(rows: list[tuple[list[int], int]], pack_length: int = PACK_
     return packs
 
 
-def matrix_flops_per_s(shape: Mapping[str, Any] = SHAPE, tokens: int = PACK_LENGTH, *, cuda: bool = False) -> float:
-    """The rate of a layer's base products, forward and for the input's gradient; float32, and bf16 on CUDA."""
+def matrix_flops_per_s(
+    shape: Mapping[str, Any] = SHAPE, tokens: int = PACK_LENGTH, *, cuda: bool = False
+) -> tuple[float, float]:
+    """The rate of a layer's base products, forward and for the input's gradient; float32, and bf16 on CUDA.
+
+    FLOPs by second of the clock, and by second of the processor.
+    """
     import torch
 
     def random(*size: int) -> torch.Tensor:
@@ -156,15 +165,16 @@ def matrix_flops_per_s(shape: Mapping[str, Any] = SHAPE, tokens: int = PACK_LENG
         weight = random(outputs, inputs)
         pairs += [(random(tokens, inputs), weight.T), (random(tokens, outputs), weight)]
     flops = sum(2 * left.shape[0] * left.shape[1] * right.shape[1] for left, right in pairs)
-    times = []
+    times, cpu_times = [], []
     for _ in range(9):
-        start_s = time.perf_counter()
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
         for left, right in pairs:
             torch.mm(left, right)
         if cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start_s)
-    return flops / statistics.median(times[1:])
+        cpu_times.append(time.process_time() - start_cpu_s)
+    return flops / statistics.median(times[1:]), flops / statistics.median(cpu_times[1:])
 
 
 # --- this project's side ----------------------------------------------------------------------------------------------

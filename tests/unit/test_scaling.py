@@ -27,8 +27,8 @@ def test_a_model_has_the_size_it_is_called(size: str) -> None:
 
 
 def test_the_table_compares_with_the_first_case_and_is_drawn(tmp_path: Path) -> None:
-    slow = Case("512", 4e9, [Round(1000, 1, seconds, 0.0) for seconds in (1.0, 3.0, 2.0)])
-    fast = Case("1,024", 4e9, [Round(2000, 1, 2.0, 0.0)])
+    slow = Case("512", 4e9, [Round(1000, 1, 9.0, 0.0, seconds) for seconds in (1.0, 3.0, 2.0)])
+    fast = Case("1,024", 4e9, [Round(2000, 1, 9.0, 0.0, 2.0)])
     curves = {"pack length, tokens": [slow, fast], "model": [slow], "processes": [slow, fast]}
     lines = table(curves)
     assert lines[1].split() == ["512", "2000", "1.00", "2.0", "1.00"]

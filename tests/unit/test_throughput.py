@@ -40,22 +40,25 @@ def test_flops_are_those_of_a_count_by_hand() -> None:
 def test_the_report_ends_with_the_median_of_paired_ratios() -> None:
     rows = make_rows(3)
     tokens = sum(len(ids) for ids, _ in rows)
-    ours = [Round(tokens, 50, seconds, 100.0) for seconds in (1.0, 2.0, 1.0)]
+    ours = [Round(tokens, 50, seconds, 100.0, 2 * seconds) for seconds in (1.0, 2.0, 1.0)]
     theirs = [Round(tokens, 50, seconds, 400.0) for seconds in (2.0, 6.0, 9.0)]
     facts = {"parameters": 61_700_000, "trainable": 880_000}
     lines: list[str] = []
     peft = [Round(tokens, 50, seconds, 200.0) for seconds in (1.0, 4.0, 2.0)]
-    alone = _Result({"ours": ours, "peft": peft}, [1e10, 2e10, 4e10], {"ours": facts}, 2, [0.0, 3.0, 1.0])
+    alone = _Result(
+        {"ours": ours, "peft": peft}, [(1e10, 1e10), (2e10, 1e10), (4e10, 1e10)], {"ours": facts}, 2, [0.0, 3.0, 1.0]
+    )
     figures = _report(alone, rows, lines.append)
     assert "best peer" not in lines[-1]
     assert "others' load: 1.0 processes" in lines[2]
     assert figures["ours"]["tokens_per_s"] == tokens
-    assert figures["matrix_gflops"] == 20
+    assert "matrix rate: 20.0 GFLOP/s (median over the rounds), 10.0 by processor time" in lines[2]
     flops = step_flops([len(ids) for ids, _ in rows], 50)
     assert figures["ours"]["share"] == pytest.approx(statistics.median([flops / 1e10, flops / 4e10, flops / 4e10]))
+    assert figures["ours"]["cpu_share"] == pytest.approx(flops / 2 / 1e10)
     pytest.importorskip("trl")
     sides = {"ours": ours, "peft": peft, "trl": theirs}
-    figures = _report(_Result(sides, [1e10] * 3, {"ours": facts}, 2, [0.0] * 3), rows, lines.append)
+    figures = _report(_Result(sides, [(1e10, 1e10)] * 3, {"ours": facts}, 2, [0.0] * 3), rows, lines.append)
     assert figures["ratios"] == {"peft": 2, "trl": 3}
     assert figures["ratio"] == 3
     assert lines[-1] == "ratio to the best peer: 3.00"
