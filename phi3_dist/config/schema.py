@@ -88,8 +88,10 @@ class ColumnsConfig(Section):
     """`prompt_completion`: the question, a text or a list of messages."""
     completion: StrictStr = "completion"
     """`prompt_completion`: the answer, of the same kind as the prompt."""
+    text: StrictStr = "text"
+    """`text`: the document."""
     system: StrictStr = "system"
-    """Every format but `messages`: the system message; may be missing or empty."""
+    """Every format but `messages` and `text`: the system message; may be missing or empty."""
 
 
 class DataConfig(Section):
@@ -117,8 +119,9 @@ class DataConfig(Section):
     """Which assistant turns are learned: every one, or the last. A message with `weight: 0` never is."""
     max_rows: Count | None = None
     """Use only the first n training rows (before the split and the weights). For trying things."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
-    """What a row looks like. `auto`: that of the first good row of each source; anything but messages is shown."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    """What a row looks like. `auto`: that of the first good row of each source; anything but messages is shown. `text`
+    is a document of raw text, to which the tokenizer's end-of-document token is added; all but its first is learned."""
     columns: ColumnsConfig = ColumnsConfig()
     """Names of the columns that rows are read from, such as `{prompt: question, completion: answer}`."""
 

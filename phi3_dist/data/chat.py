@@ -5,6 +5,8 @@ mask is read off the ids: contents hold no control token (such a row is refused)
 end-of-turn token to the next, an assistant's begins with the ids of the generation prompt, and everything between
 that and its end-of-turn token, that included, is learned. String offsets play no part: Phi-3's role tokens swallow
 the newline after them, and offsets then point elsewhere.
+
+A document of raw text goes past the template: its text as it is, then the end-of-document token.
 """
 
 from __future__ import annotations
@@ -20,15 +22,17 @@ import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 
+from phi3_dist.data.formats import TEXT
 from phi3_dist.data.sources import BadRow, Chat, problems_of
 from phi3_dist.errors import DataError, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["ChatFormat", "Encoded", "EncodedBlock", "encode_blocks", "encode_chats", "encode_rows"]
+__all__ = ["ChatFormat", "Encoded", "EncodedBlock", "encode_blocks", "encode_chats", "document_end", "encode_rows"]
 
 Turn = dict[str, str]
+_END_OF_TEXT = "<|endoftext|>"
 _SYSTEM: Turn = {"role": "system", "content": "zebra system probe"}
 _USER: Turn = {"role": "user", "content": "zebra user probe"}
 _ANSWER: Turn = {"role": "assistant", "content": "zebra answer probe"}
@@ -158,7 +162,7 @@ def encode_blocks(
 
     While one block is tokenized, on all cores and outside the interpreter's lock, the next one is rendered.
     """
-    control = _control_tokens(tokenizer)
+    control, ending = _control_tokens(tokenizer), document_end(tokenizer)
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # lengths are judged against data.pack_length, not against the tokenizer's own idea
     backend.no_padding()
@@ -174,7 +178,7 @@ def encode_blocks(
         for start in range(0, len(chats), rows_at_a_time):
             chunk = chats[start : start + rows_at_a_time]
             reasons = [_refused(chat, fmt, control) for chat in chunk]
-            texts = _render_all(tokenizer, chunk, reasons)
+            texts = _render_all(tokenizer, chunk, reasons, ending)
             following = (chunk, reasons, pool.submit(tokenized, texts))
             if waiting:
                 yield waiting[0], _masked(fmt, waiting[0], waiting[1], *waiting[2].result(), supervise=supervise)
@@ -183,20 +187,37 @@ def encode_blocks(
             yield waiting[0], _masked(fmt, waiting[0], waiting[1], *waiting[2].result(), supervise=supervise)
 
 
-def _render_all(tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat], reasons: list[str]) -> list[str]:
+def document_end(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The token that ends a document of raw text; "" for a tokenizer without one.
+
+    `<|endoftext|>` where the tokenizer knows it as a control token: the whole Phi family ends its pretraining documents
+    with that, also where `eos_token` is the end of a turn (Phi-4's `<|im_end|>`). Else `eos_token`.
+    """
+    known = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return _END_OF_TEXT if _END_OF_TEXT in known else str(tokenizer.eos_token or "")
+
+
+def _render_all(
+    tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat], reasons: list[str], ending: str
+) -> list[str]:
     """The text of each row; an empty one for a row that is refused already."""
     good = [
         [{"role": m.role, "content": m.content} for m in chat.messages]
         for chat, reason in zip(chats, reasons, strict=True)
-        if not reason
+        if not reason and not _is_text(chat)
     ]
-    if not good:
-        return [""] * len(chats)
     try:
-        texts = iter(tokenizer.apply_chat_template(good, tokenize=False))
+        texts = iter(tokenizer.apply_chat_template(good, tokenize=False) if good else ())
     except TemplateError as error:
         raise _unfit(f"it stops with {error}") from error
-    return ["" if reason else str(next(texts)) for reason in reasons]
+    return [
+        "" if reason else chat.messages[0].content + ending if _is_text(chat) else str(next(texts))
+        for chat, reason in zip(chats, reasons, strict=True)
+    ]
+
+
+def _is_text(chat: Chat) -> bool:
+    return chat.messages[0].role == TEXT
 
 
 def _masked(
@@ -231,6 +252,8 @@ def _masked(
         end = ends[ends_before[1:][answered] - 1]
         final = ids_T[last] == fmt.final_end
         supervised_T[last[final]] = supervised_T[end[final]]
+    for row in (i for i, chat in enumerate(chats) if not reasons[i] and _is_text(chat)):
+        supervised_T[offsets[row] + 1 : offsets[row + 1]] = True
     learned_before = np.concatenate([np.zeros(1, np.int64), np.cumsum(supervised_T)])[offsets]
     for row in np.flatnonzero(np.diff(learned_before) == 0).tolist():
         reasons[row] = reasons[row] or f"supervises nothing (data.supervise: {supervise}, weight: 0)"
@@ -253,7 +276,7 @@ def _answers(
     answers: list[tuple[int, int, int, int]] = []
     answered: list[int] = []
     for row, chat in enumerate(chats):
-        if reasons[row]:
+        if reasons[row] or _is_text(chat):
             continue
         has_system = chat.messages[0].role == "system"
         turns = chat.messages[1:] if has_system else chat.messages
@@ -278,7 +301,8 @@ def _refused(chat: Chat, fmt: ChatFormat, control: re.Pattern[str]) -> str:
             return f"messages[{i}]: role tool, which {fmt.tools}"
         hit = control.search(message.content)
         if hit:
-            return f"messages[{i}]: content holds {hit[0]!r}, which the tokenizer would read as a control token"
+            where = "text" if message.role == TEXT else f"messages[{i}]: content"
+            return f"{where} holds {hit[0]!r}, which the tokenizer would read as a control token"
     return ""
 
 

@@ -6,10 +6,12 @@
 | `sharegpt` | `conversations`: a list of `{from, value, weight?}`; human and gpt are user and assistant |
 | `alpaca` | `instruction`, `output`, and perhaps `input`, which stands under the instruction after an empty line |
 | `prompt_completion` | `prompt`, `completion`: two texts, or two lists of messages, of which the second is learned |
+| `text` | `text`: a document, every token of which is learned but the first |
 
-All but the first may have a `system` text. A conversation is at most one system message, which comes first, then user
-and assistant in turn, beginning with the user; what tools gave back (`tool`) may stand between two answers.
-`weight: 0` on an assistant message keeps it out of the loss.
+Sharegpt, alpaca and prompt_completion may have a `system` text. A conversation is at most one system message, which
+comes first, then user and assistant in turn, beginning with the user; what tools gave back (`tool`) may stand between
+two answers. `weight: 0` on an assistant message keeps it out of the loss. A document of raw text is a conversation of
+one message whose role is `TEXT`: no template goes around it.
 """
 
 from __future__ import annotations
@@ -18,24 +20,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-__all__ = ["BadRow", "Chat", "Format", "Message", "RowReader", "unfit_columns"]
+__all__ = ["TEXT", "BadRow", "Chat", "Format", "Message", "RowReader", "unfit_columns"]
 
+TEXT = "text"
+"""The role of the one message that stands for a document of raw text."""
 ROLES = ("system", "user", "assistant", "tool")
 _TOOL_KEYS = ("tool_calls", "function_call")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"} | {role: role for role in ROLES}
 
-Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
+Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 _REQUIRED: dict[Format, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
 }
 """The keys that a row of each format has, in the order in which `auto` looks for them."""
 _NOT_SUPPORTED = ("tools", "history")
 KEYS = (*(key for keys in _REQUIRED.values() for key in keys), "input", "system", *_NOT_SUPPORTED)
 """Every key that means something in some format."""
-_RAW_TEXT = "is raw text, which is not supported: only answers are learned, and a text has none"
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ class RowReader:
                 if values[key]:
                     raise _UnusableError(f"has {self.columns[key]}, which {_is_are(key)} not supported")
             messages = _READERS[format](values, self.columns)
-            _check_turns(messages, self.columns[_REQUIRED[format][0]])
+            if format != "text":
+                _check_turns(messages, self.columns[_REQUIRED[format][0]])
         except _UnusableError as reason:
             return BadRow(place, str(reason))
         self.format = format
@@ -102,9 +107,6 @@ class RowReader:
             return found
         if found:
             raise _UnusableError(f"is {found} where the source is {self.format}: one source has one format")
-        text = row.get("text")
-        if isinstance(text, str) and text:
-            raise _UnusableError(_RAW_TEXT)
         wanted = self._wanted(self.format or "messages", row)
         raise _UnusableError(f"no {wanted}" + (f"; its keys are {', '.join(map(str, row))}" if row else ""))
 
@@ -121,8 +123,6 @@ def unfit_columns(columns: Sequence[str], reader: RowReader) -> str:
     formats = [reader.format] if reader.format else list(_REQUIRED)
     if any(all(reader.columns[key] in columns for key in _REQUIRED[format]) for format in formats):
         return ""
-    if not reader.format and "text" in columns:
-        return _RAW_TEXT
     wanted = [" and ".join(f"`{reader.columns[key]}`" for key in _REQUIRED[format]) for format in formats]
     return f"has no column {', or '.join(wanted)}; its columns are {', '.join(columns)}"
 
@@ -156,11 +156,16 @@ def _from_prompt_completion(values: Mapping[str, Any], names: Mapping[str, str])
     return (*_system(values, names), Message("user", question), Message("assistant", answer))
 
 
+def _from_text(values: Mapping[str, Any], names: Mapping[str, str]) -> tuple[Message, ...]:
+    return (Message(TEXT, _text(values["text"], names["text"])),)
+
+
 _READERS: dict[Format, Callable[[Mapping[str, Any], Mapping[str, str]], tuple[Message, ...]]] = {
     "messages": _from_messages,
     "sharegpt": _from_sharegpt,
     "alpaca": _from_alpaca,
     "prompt_completion": _from_prompt_completion,
+    "text": _from_text,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from pydantic import ValidationError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.batches import prepare
-from phi3_dist.data.formats import BadRow, Chat, Message, RowReader
+from phi3_dist.data.chat import document_end
+from phi3_dist.data.formats import TEXT, BadRow, Chat, Message, RowReader
 from phi3_dist.data.show import show
 from phi3_dist.data.sources import read_chats
 from phi3_dist.errors import DataError
@@ -56,6 +61,7 @@ GOOD: list[tuple[str, dict[str, Any], tuple[Message, ...]]] = [
     ("alpaca", {"instruction": "Q", "output": "A", "system": "S"}, (SYSTEM, QUESTION, ANSWER)),
     ("alpaca", {**ALPACA, "input": "more", "text": "all"}, (Message("user", "Q\n\nmore"), ANSWER)),
     ("prompt_completion", PAIR, (QUESTION, ANSWER)),
+    ("text", {"text": " Once upon\n", "id": 7}, (Message(TEXT, " Once upon\n"),)),
     (
         "prompt_completion",
         {
@@ -78,7 +84,9 @@ def test_every_format_is_detected_and_can_be_named(
 
 
 BAD: list[tuple[str, object, str]] = [
-    ("auto", {"text": "once upon a time"}, "is raw text, which is not supported: only answers are learned"),
+    ("text", {"text": ["once"]}, "text is a list, not text"),
+    ("text", {"text": " "}, "text is empty"),
+    ("text", {"body": "x"}, "no text; its keys are body"),
     ("auto", {"instruction": "Q", "input": "x"}, "no messages; its keys are instruction, input"),
     ("auto", {}, "no messages"),
     ("alpaca", {"instruction": "Q"}, "no output; its keys are instruction"),
@@ -190,3 +198,40 @@ def test_weights_that_leave_nothing(tmp_path: Path) -> None:
     for weight in (0, -1, True):
         with pytest.raises(ValidationError):
             config([{"path": file, "weight": weight}])
+
+
+def test_raw_text_is_learned_but_for_its_first_token(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    file = write(tmp_path / "a.jsonl", {"story": "Once"}, {"story": " upon\n"}, {"story": "a <|end|> time"})
+    cfg = config(file, columns={"text": "story"}, on_bad_row="skip", pack_length=16)
+    prepared = prepare(cfg, tokenizer, None)
+    assert [(bad.place, bad.reason) for bad in prepared.skipped] == [
+        ("a.jsonl:3", "text holds '<|end|>', which the tokenizer would read as a control token")
+    ]
+    rows = prepared.train.rows
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    spans = [slice(a, b) for a, b in pairwise(rows.offsets.tolist())]
+    assert [tokenizer.decode(rows.ids[s][:-1]) for s in spans] == ["Once", " upon\n"]
+    assert [int(rows.ids[s][-1]) for s in spans] == [end, end]
+    assert [rows.supervised[s].tolist() for s in spans] == [[False] + [True] * 4, [False] + [True] * 6]
+    assert prepared.notices == ("a.jsonl: rows are read as text (data.format: auto)",)
+    assert int(prepared.train.targets.sum()) == 10
+    shown = show(cfg, tokenizer, 2)
+    assert any("rows are read as text" in str(part) for part in shown.renderables)
+
+
+def test_raw_text_beside_conversations_changes_none_of_them(tmp_path: Path) -> None:
+    chats, texts = write(tmp_path / "a.jsonl", MESSAGES, MESSAGES), write(tmp_path / "b.jsonl", {"text": "Once"})
+    mixed = prepare(config([texts, chats, texts], pack_length=64), tiny_tokenizer(), None).train.rows
+    alone = prepare(config(chats, pack_length=64), tiny_tokenizer(), None).train.rows
+    inside = slice(int(mixed.offsets[1]), int(mixed.offsets[3]))
+    assert mixed.ids[inside].tolist() == alone.ids.tolist()
+    assert mixed.supervised[inside].tolist() == alone.supervised.tolist()
+
+
+def test_the_token_that_ends_a_document() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<|end|>"  # as in Phi-4, whose turns end with its eos token
+    assert document_end(tokenizer) == "<|endoftext|>"
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")), eos_token="</s>")
+    assert document_end(other) == "</s>"

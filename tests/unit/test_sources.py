@@ -139,7 +139,6 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "x"}]), tmp_path / "columns.parquet")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"words": "x"}]), tmp_path / "other.parquet")
 
     def message(*names: str) -> str:
@@ -154,7 +153,6 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     assert "a.txt is no .jsonl, .json, .csv, .parquet file" in several
     assert "holds no rows" in message("empty.jsonl")
     assert "not a Parquet file" in message("broken.parquet")
-    assert "is raw text, which is not supported" in message("columns.parquet")
     assert "no column `messages`, or `conversations`" in message("other.parquet")
     assert "its columns are words" in message("other.parquet")
     assert "does not exist either" in message("no/such/file.jsonl")
