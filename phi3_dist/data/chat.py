@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from phi3_dist.data.formats import TEXT
 from phi3_dist.data.sources import BadRow, Chat, problems_of
+from phi3_dist.data.template import Renderer
 from phi3_dist.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def encode_blocks(
 
     While one block is tokenized, on all cores and outside the interpreter's lock, the next one is rendered.
     """
-    control, ending = _control_tokens(tokenizer), document_end(tokenizer)
+    control, ending, renderer = _control_tokens(tokenizer), document_end(tokenizer), Renderer(tokenizer)
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # lengths are judged against data.pack_length, not against the tokenizer's own idea
     backend.no_padding()
@@ -178,7 +179,7 @@ def encode_blocks(
         for start in range(0, len(chats), rows_at_a_time):
             chunk = chats[start : start + rows_at_a_time]
             reasons = [_refused(chat, fmt, control) for chat in chunk]
-            texts = _render_all(tokenizer, chunk, reasons, ending)
+            texts = _render_all(renderer, chunk, reasons, ending)
             following = (chunk, reasons, pool.submit(tokenized, texts))
             if waiting:
                 yield waiting[0], _masked(fmt, waiting[0], waiting[1], *waiting[2].result(), supervise=supervise)
@@ -197,9 +198,7 @@ def document_end(tokenizer: PreTrainedTokenizerFast) -> str:
     return _END_OF_TEXT if _END_OF_TEXT in known else str(tokenizer.eos_token or "")
 
 
-def _render_all(
-    tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat], reasons: list[str], ending: str
-) -> list[str]:
+def _render_all(renderer: Renderer, chats: Sequence[Chat], reasons: list[str], ending: str) -> list[str]:
     """The text of each row; an empty one for a row that is refused already."""
     good = [
         [{"role": m.role, "content": m.content} for m in chat.messages]
@@ -207,11 +206,11 @@ def _render_all(
         if not reason and not _is_text(chat)
     ]
     try:
-        texts = iter(tokenizer.apply_chat_template(good, tokenize=False) if good else ())
+        texts = iter(renderer.texts(good))
     except TemplateError as error:
         raise _unfit(f"it stops with {error}") from error
     return [
-        "" if reason else chat.messages[0].content + ending if _is_text(chat) else str(next(texts))
+        "" if reason else chat.messages[0].content + ending if _is_text(chat) else next(texts)
         for chat, reason in zip(chats, reasons, strict=True)
     ]
 
