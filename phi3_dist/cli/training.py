@@ -93,11 +93,21 @@ def plan(
 
 
 @app.command("prepare")
-def prepare_run(run_file: RunFile, overrides: Overrides = None) -> None:
-    """Do what a run needs before a GPU is held: download the base, tokenize and pack the data, hash the weights."""
+def prepare_run(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that tokenize; one for each core by default.")
+    ] = None,
+) -> None:
+    """Do what a run needs before a GPU is held: download the base, tokenize and pack the data, hash the weights.
+
+    Killed and called again, it goes on from what it had finished.
+    """
     from phi3_dist.config.load import load_run
 
     cfg = load_run(run_file, overrides or ())
+    from phi3_dist.cli.progress import told
     from phi3_dist.data.batches import prepare
     from phi3_dist.modeling.base import find_base
     from phi3_dist.modeling.tokenizer import load_tokenizer
@@ -106,11 +116,16 @@ def prepare_run(run_file: RunFile, overrides: Overrides = None) -> None:
 
     base = find_base(cfg.model.source, cfg.model.revision)
     tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.source, cfg.model.revision, cfg.model.new_tokens)
-    data = prepare(cfg.data, tokenizer, cache_folder())
+    with told() as tell:
+        data = prepare(
+            cfg.data, tokenizer, cache_folder(), workers=workers or len(os.sched_getaffinity(0)), progress=tell
+        )
     base_fingerprint(base, cache_folder())
     typer.echo(f"base   {base.folder or base.source}")
     held_out = len(data.validation.packs) if data.validation else 0
     typer.echo(f"data   {len(data.train.packs)} packs to train on, {held_out} held out, in {cache_folder()}")
+    if data.skipped or data.dropped:
+        typer.echo(f"       {len(data.skipped):,} rows can't be used, {len(data.dropped):,} are longer than a pack")
     for notice in data.notices:
         typer.echo(f"       {notice}")
 

@@ -12,7 +12,7 @@ A document of raw text goes past the template: its text as it is, then the end-o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -30,7 +30,16 @@ from phi3_dist.errors import DataError, Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["ChatFormat", "Encoded", "EncodedBlock", "encode_blocks", "encode_chats", "document_end", "encode_rows"]
+__all__ = [
+    "ChatFormat",
+    "Encoded",
+    "EncodedBlock",
+    "encode_blocks",
+    "encode_chats",
+    "document_end",
+    "encode_rows",
+    "encode_stream",
+]
 
 Turn = dict[str, str]
 _END_OF_TEXT = "<|endoftext|>"
@@ -159,9 +168,20 @@ def encode_blocks(
     supervise: Literal["all", "last"],
     rows_at_a_time: int,
 ) -> Iterator[tuple[Sequence[Chat], EncodedBlock]]:
+    """As `encode_rows`, in blocks and arrays."""
+    blocks = (chats[start : start + rows_at_a_time] for start in range(0, len(chats), rows_at_a_time))
+    yield from encode_stream(fmt, tokenizer, blocks, supervise)
+
+
+def encode_stream(
+    fmt: ChatFormat,
+    tokenizer: PreTrainedTokenizerFast,
+    blocks: Iterable[Sequence[Chat]],
+    supervise: Literal["all", "last"],
+) -> Iterator[tuple[Sequence[Chat], EncodedBlock]]:
     """As `encode_rows`, in blocks and arrays: the way for many rows.
 
-    While one block is tokenized, on all cores and outside the interpreter's lock, the next one is rendered.
+    While one block is tokenized, on all cores and outside the interpreter's lock, the next one is read and rendered.
     """
     control, ending, renderer = _control_tokens(tokenizer), document_end(tokenizer), Renderer(tokenizer)
     backend = tokenizer.backend_tokenizer
@@ -176,8 +196,7 @@ def encode_blocks(
 
     with ThreadPoolExecutor(1) as pool:
         waiting: tuple[Sequence[Chat], list[str], Future[tuple[NDArray[np.int32], NDArray[np.int64]]]] | None = None
-        for start in range(0, len(chats), rows_at_a_time):
-            chunk = chats[start : start + rows_at_a_time]
+        for chunk in blocks:
             reasons = [_refused(chat, fmt, control) for chat in chunk]
             texts = _render_all(renderer, chunk, reasons, ending)
             following = (chunk, reasons, pool.submit(tokenized, texts))

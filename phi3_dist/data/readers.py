@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 from phi3_dist.data.formats import BadRow
 from phi3_dist.errors import DataError, Problem
 
-__all__ = ["KINDS", "arrow_folder", "content_hash", "kind_of", "raw_rows"]
+__all__ = ["KINDS", "arrow_folder", "content_hash", "kind_of", "line_blocks", "raw_rows", "rows_of_lines"]
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
 _PACKED = (".gz", ".zst")
@@ -98,14 +98,37 @@ def _unpacked_rows(path: Path, label: str, wanted: WantedColumns) -> Rows:
             if kind == ".csv":
                 yield from _csv_rows(file, label, wanted)
             else:
-                yield from (_json_rows if kind == ".json" else _jsonl_rows)(file, label)
+                yield from (_json_rows if kind == ".json" else rows_of_lines)(file, label)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(Problem(label, f"can't be read: {reason}")) from error
 
 
-def _jsonl_rows(lines: Iterable[bytes], label: str) -> Rows:
-    for number, line in enumerate(lines, 1):  # bytes end at \n alone: a U+2028 inside a string is text
+def line_blocks(path: Path, label: str, lines: int, block_bytes: int) -> Iterator[tuple[int, list[bytes]]]:
+    """The lines of a JSONL file in blocks of at most `lines`, each with the number of its first line.
+
+    A block ends after the line that brings it to `block_bytes`. Raises DataError where the file can't be read.
+    """
+    try:
+        with _open(path) as file:
+            block: list[bytes] = []
+            first, size = 1, 0
+            for number, line in enumerate(file, 1):
+                block.append(line)
+                size += len(line)
+                if len(block) == lines or size >= block_bytes:
+                    yield first, block
+                    block, first, size = [], number + 1, 0
+            if block:
+                yield first, block
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(Problem(label, f"can't be read: {reason}")) from error
+
+
+def rows_of_lines(lines: Iterable[bytes], label: str, first: int = 1) -> Rows:
+    """(place, row) for each JSON line, the first of which has the number `first`."""
+    for number, line in enumerate(lines, first):  # bytes end at \n alone: a U+2028 inside a string is text
         if not line.strip():
             continue
         place = f"{label}:{number}"
@@ -129,7 +152,7 @@ def _json_rows(file: IO[bytes], label: str) -> Rows:
     except (ValueError, RecursionError) as error:
         if raw.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"{":
             raise DataError(Problem(label, f"not JSON: {error}")) from error
-        yield from _jsonl_rows(io.BytesIO(raw), label)
+        yield from rows_of_lines(io.BytesIO(raw), label)
         return
     if not isinstance(whole, list):
         fix = "write an array of rows, or one JSON object on each line of a .jsonl file"

@@ -87,30 +87,40 @@ def read_chats(cfg: DataConfig) -> Chats:
     one error. With `skip` they are in `skipped`. Without `validation`, the prompt decides the side (`prompt_share`).
     Weights of sources are applied last, to training rows alone.
     """
-    per_entry = locate_each(names_of(cfg.train), cfg.split, cfg.revision, "data.train")
-    sources = [(s, weight) for found, weight in zip(per_entry, _weights_of(cfg.train), strict=True) for s in found]
-    held: list[tuple[Path | HubSet, float]] = []
-    if cfg.validation:
-        held = [(s, 1.0) for s in locate(cfg.validation, cfg.validation_split, cfg.revision, "data.validation")]
-    labels = _labels([s for s, _ in (*sources, *held)])
+    sources, held, labels = located(cfg)
     train = _read(sources, labels, cfg, cfg.max_rows)
     validation = _read(held, labels, cfg, None)
     skipped = train.bad + validation.bad
     if skipped and cfg.on_bad_row == "stop":
         raise DataError(*problems_of(skipped))
-    _refuse_empty(train, sources, labels)
+    refuse_empty(len(train.rows), train.bad, [labels[source] for source, _ in sources])
     rows, held_rows = train.rows, [chat for chat, _ in validation.rows]
     if held:
-        _refuse_empty(validation, held, labels)
+        refuse_empty(len(held_rows), validation.bad, [labels[source] for source, _ in held])
     elif cfg.validation_share > 0:
-        rows, held_rows = _split(rows, cfg.validation_share)
-    weighted = [chat for chat, weight in rows for _ in range(_times(chat, weight))]
-    if not weighted:
-        raise DataError(Problem("data.train", f"no row is left of {len(rows):,} with these weights", "raise a weight"))
-    notices = _format_notices(cfg, train.formats | validation.formats)
+        sides = [prompt_share(chat) < cfg.validation_share for chat, _ in rows]
+        held_rows = [chat for (chat, _), side in zip(rows, sides, strict=True) if side]
+        rows = [row for row, side in zip(rows, sides, strict=True) if not side]
+    weighted = [chat for chat, weight in rows for _ in range(times(chat, weight))]
+    refuse_nothing_left(len(rows), len(held_rows), len(weighted))
+    notices = format_notices(cfg, train.formats | validation.formats)
     if any(weight != 1 for _, weight in sources):
         notices.append(f"weights of data.train: {len(rows):,} training rows are read as {len(weighted):,}")
     return Chats(weighted, held_rows, skipped, tuple(dict.fromkeys(labels.values())), tuple(notices))
+
+
+Source = Path | HubSet
+Weighted = list[tuple[Source, float]]
+
+
+def located(cfg: DataConfig) -> tuple[Weighted, Weighted, dict[Source, str]]:
+    """The sources of `train` with their weights, those of `validation`, and the name of each in places."""
+    per_entry = locate_each(names_of(cfg.train), cfg.split, cfg.revision, "data.train")
+    train = [(s, weight) for found, weight in zip(per_entry, _weights_of(cfg.train), strict=True) for s in found]
+    held: Weighted = []
+    if cfg.validation:
+        held = [(s, 1.0) for s in locate(cfg.validation, cfg.validation_split, cfg.revision, "data.validation")]
+    return train, held, _labels([s for s, _ in (*train, *held)])
 
 
 def names_of(train: str | Sequence[str | DataSource]) -> tuple[str, ...]:
@@ -124,28 +134,28 @@ def _weights_of(train: str | Sequence[str | DataSource]) -> tuple[float, ...]:
     return tuple(entry.weight if isinstance(entry, DataSource) else 1.0 for entry in entries)
 
 
-def _times(chat: Chat, weight: float) -> int:
+def times(chat: Chat, weight: float) -> int:
     """How often a row counts: the whole part of the weight, and once more for the rows whose hash is below the rest."""
     if weight == 1:
         return 1
     return int(weight) + (_hash_share(["weight", *((m.role, m.content) for m in chat.messages)]) < weight % 1)
 
 
-def _split(rows: list[tuple[Chat, float]], share: float) -> tuple[list[tuple[Chat, float]], list[Chat]]:
-    sides = [prompt_share(chat) < share for chat, _ in rows]
-    train = [row for row, held in zip(rows, sides, strict=True) if not held]
-    if not train:
+def refuse_nothing_left(rows: int, held: int, weighted: int) -> None:
+    """Raises DataError where no training row is left after the split, or after the weights."""
+    if not rows:
         raise DataError(
             Problem(
                 "data.validation_share",
-                f"all {len(rows)} rows fall on the held-out side, none is left to train on",
+                f"all {held} rows fall on the held-out side, none is left to train on",
                 "lower data.validation_share, or name held-out rows in data.validation",
             )
         )
-    return train, [chat for (chat, _), held in zip(rows, sides, strict=True) if held]
+    if not weighted:
+        raise DataError(Problem("data.train", f"no row is left of {rows:,} with these weights", "raise a weight"))
 
 
-def _format_notices(cfg: DataConfig, formats: dict[str, str]) -> list[str]:
+def format_notices(cfg: DataConfig, formats: dict[str, str]) -> list[str]:
     """Rows in the project's own format need no word; what was detected otherwise does."""
     if cfg.format != "auto":
         return []
@@ -259,14 +269,13 @@ def _labels(sources: Iterable[Path | HubSet]) -> dict[Path | HubSet, str]:
     }
 
 
-def _refuse_empty(
-    found: _Found, sources: Sequence[tuple[Path | HubSet, float]], labels: dict[Path | HubSet, str]
-) -> None:
-    if found.rows:
+def refuse_empty(rows: int, bad: Sequence[BadRow], labels: Sequence[str]) -> None:
+    """Raises DataError where sources of these names have no good row."""
+    if rows:
         return
-    where = ", ".join(dict.fromkeys(labels[s] for s, _ in sources))
-    if found.bad:
-        raise DataError(Problem(where, "holds no usable row"), *problems_of(found.bad)[:-1])
+    where = ", ".join(dict.fromkeys(labels))
+    if bad:
+        raise DataError(Problem(where, "holds no usable row"), *problems_of(bad)[:-1])
     raise DataError(Problem(where, "holds no rows"))
 
 
@@ -284,7 +293,7 @@ def _read(
         for source, weight in sources:
             label = labels[source]
             reader = RowReader(cfg.format, cfg.columns.model_dump())
-            for place, row in _rows(source, label, reader):
+            for place, row in source_rows(source, label, reader):
                 chat = row if isinstance(row, BadRow) else reader.read(row, place)
                 if isinstance(chat, BadRow):
                     bad.append(chat)
@@ -295,7 +304,7 @@ def _read(
     return _Found(list(islice(good(), max_rows)), bad, formats)
 
 
-def _rows(source: Path | HubSet, label: str, reader: RowReader) -> Iterator[tuple[str, Any]]:
+def source_rows(source: Path | HubSet, label: str, reader: RowReader) -> Iterator[tuple[str, Any]]:
     """(place, row) for each row; a row that can't even be parsed comes as a BadRow."""
 
     def wanted(columns: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data import batches
+from phi3_dist.data import parts
 from phi3_dist.data.batches import Order, Packs, TokenRows, assemble, make_packs, prepare
 from phi3_dist.data.chat import Encoded, encode_chats
 from phi3_dist.data.show import length_table, render_rows, show
@@ -52,7 +52,7 @@ def config(path: Path, **more: Any) -> DataConfig:
 
 def test_rows_saved_and_loaded(tmp_path: Path) -> None:
     rows = token_rows()
-    file = tmp_path / "rows.safetensors"
+    file = tmp_path / "rows"
     rows.save(file)
     again = TokenRows.load(file)
     assert again.places == ("a:1", "a:2", "b:1")
@@ -60,7 +60,7 @@ def test_rows_saved_and_loaded(tmp_path: Path) -> None:
     for name, dtype in (("ids", np.int32), ("supervised", np.bool_), ("offsets", np.int64)):
         assert getattr(again, name).dtype == dtype
         assert np.array_equal(getattr(again, name), getattr(rows, name))
-    assert [p.name for p in tmp_path.iterdir()] == ["rows.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["rows"]
     assert again.fingerprint == rows.fingerprint
     moved = TokenRows(rows.ids, rows.supervised, rows.offsets, ("x", "y", "z"))
     assert moved.fingerprint == rows.fingerprint
@@ -76,24 +76,29 @@ def test_rows_joined_and_selected() -> None:
     assert len(TokenRows.join([])) == 0
 
 
-@pytest.mark.parametrize("cut", [0, 5, 100, -1])
-def test_torn_file_of_rows_is_refused(tmp_path: Path, cut: int) -> None:
-    file = tmp_path / "rows.safetensors"
-    token_rows().save(file)
-    file.write_bytes(file.read_bytes()[:cut])
-    with pytest.raises(DataError, match="not a file of token rows"):
-        TokenRows.load(file)
+@pytest.mark.parametrize("name", ["facts.json", "ids.bin", "supervised.bin", "offsets.bin", "which.bin", "numbers.bin"])
+def test_torn_file_of_rows_is_refused(tmp_path: Path, name: str) -> None:
+    token_rows().save(tmp_path / "rows")
+    file = tmp_path / "rows" / name
+    whole = file.read_bytes()
+    for cut in (0, len(whole) // 2, len(whole) - 2):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(DataError, match=r"not a whole folder|can't be read|checksum"):
+            TokenRows.load(tmp_path / "rows")
+    file.unlink()
+    with pytest.raises(DataError, match="No such file"):
+        TokenRows.load(tmp_path / "rows")
 
 
 def test_one_changed_byte_is_found(tmp_path: Path) -> None:
-    file = tmp_path / "rows.safetensors"
-    token_rows().save(file)
+    token_rows().save(tmp_path / "rows")
+    file = tmp_path / "rows" / "ids.bin"
     raw = bytearray(file.read_bytes())
     at = raw.index(np.array([10, 11, 12], np.int32).tobytes())
     raw[at] ^= 1
     file.write_bytes(raw)
     with pytest.raises(DataError, match="checksum"):
-        TokenRows.load(file)
+        TokenRows.load(tmp_path / "rows")
 
 
 def test_targets_leave_out_the_first_token_of_a_document() -> None:
@@ -295,7 +300,7 @@ def test_cache_is_used_and_knows_what_matters(tmp_path: Path) -> None:
     assert not prepare(config(file, on_bad_row="skip"), TOKENIZER, cache).cached
 
 
-@pytest.mark.parametrize("name", ["train.safetensors", "validation.safetensors", "facts.json"])
+@pytest.mark.parametrize("name", ["train/ids.bin", "validation/facts.json", "facts.json"])
 def test_broken_cache_is_made_anew(tmp_path: Path, name: str) -> None:
     file, cache = write(tmp_path / "a.jsonl"), tmp_path / "cache"
     first = prepare(config(file), TOKENIZER, cache)
@@ -313,8 +318,8 @@ def test_broken_cache_is_made_anew(tmp_path: Path, name: str) -> None:
 def test_of_several_callers_one_does_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, cache = write(tmp_path / "a.jsonl"), tmp_path / "cache"
     reads: list[str] = []
-    plain = batches.read_chats
-    monkeypatch.setattr(batches, "read_chats", lambda cfg: (reads.append("x"), plain(cfg))[1])
+    plain = parts.blocks_of
+    monkeypatch.setattr(parts, "blocks_of", lambda cfg: (reads.append("x"), plain(cfg))[1])
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda _: prepare(config(file), tiny_tokenizer(), cache), range(3)))
     assert len(reads) == 1

@@ -1,0 +1,168 @@
+"""Finished blocks as files: what processes hand to each other, and what a killed preparation goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from phi3_dist.config.schema import DataConfig
+from phi3_dist.data.chat import ChatFormat
+from phi3_dist.data.rows import TokenRows
+from phi3_dist.data.stream import Block, Done, blocks_of, encode_blocks_of
+from phi3_dist.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["encode_to_parts", "load_part", "save_part"]
+
+_AHEAD = 3
+"""Blocks that wait for each worker: enough to keep it busy, few enough to fit in memory."""
+
+
+def encode_to_parts(
+    folder: Path, cfg: DataConfig, fmt: ChatFormat, tokenizer: PreTrainedTokenizerFast, workers: int
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The file and the facts of each block of the data, in order. A whole file that is there already is kept.
+
+    Raises DataError for sources that can't be read, and where a worker dies.
+    """
+    folder.mkdir(exist_ok=True)
+    if workers == 1:
+        yield from _alone(folder, cfg, fmt, tokenizer)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy torch's and tokenizers' locked threads
+    waiting: deque[tuple[Path, Future[dict[str, Any]] | dict[str, Any]]] = deque()
+    try:
+        with ProcessPoolExecutor(workers, context, _begin, (folder, cfg, fmt, tokenizer)) as pool:
+            try:
+                for block in blocks_of(cfg):
+                    path = _path(folder, block.number)
+                    waiting.append((path, _kept(path) or pool.submit(_work, block)))
+                    while len(waiting) > _AHEAD * workers:
+                        yield _finished(*waiting.popleft())
+                while waiting:
+                    yield _finished(*waiting.popleft())
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+    except BrokenProcessPool as error:
+        what = "a process that tokenizes died, perhaps for lack of memory"
+        raise DataError(
+            Problem("data", what, "run it again: what is finished is kept; or use fewer workers")
+        ) from error
+
+
+def _alone(
+    folder: Path, cfg: DataConfig, fmt: ChatFormat, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    kept: dict[int, dict[str, Any]] = {}
+
+    def missing() -> Iterator[Block]:
+        for block in blocks_of(cfg):
+            facts = _kept(_path(folder, block.number))
+            if facts is None:
+                yield block
+            else:
+                kept[block.number] = facts
+
+    due = 0
+    for number, done in encode_blocks_of(missing(), cfg, fmt, tokenizer):
+        while due < number:
+            yield _path(folder, due), kept.pop(due)
+            due += 1
+        save_part(_path(folder, number), done)
+        yield _path(folder, number), done.facts
+        due = number + 1
+    while due in kept:
+        yield _path(folder, due), kept.pop(due)
+        due += 1
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"{number:08d}.safetensors"
+
+
+def _finished(path: Path, result: Future[dict[str, Any]] | dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    return path, result if isinstance(result, dict) else result.result()
+
+
+_worker: dict[str, Any] = {}
+"""In a worker process: what all its blocks share."""
+
+
+def _begin(folder: Path, cfg: DataConfig, fmt: ChatFormat, tokenizer: PreTrainedTokenizerFast) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each worker; the library has no other switch
+    _worker.update(folder=folder, cfg=cfg, fmt=fmt, tokenizer=tokenizer)
+
+
+def _work(block: Block) -> dict[str, Any]:
+    ((number, done),) = encode_blocks_of([block], _worker["cfg"], _worker["fmt"], _worker["tokenizer"])
+    save_part(_path(_worker["folder"], number), done)
+    return done.facts
+
+
+def save_part(path: Path, done: Done) -> None:
+    """Write one file, under another name first."""
+    arrays: dict[str, Any] = {"facts": _bytes(done.facts)}
+    for name, rows in (("train", done.train), ("held", done.held)):
+        arrays |= {f"{name}.ids": rows.ids, f"{name}.supervised": rows.supervised, f"{name}.offsets": rows.offsets}
+        arrays[f"{name}.places"] = _bytes(list(rows.places))
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file({**arrays, "sha256": _digest(arrays)}, unfinished)
+    unfinished.replace(path)
+
+
+def load_part(path: Path) -> Done:
+    """Read it back. Raises DataError where it is missing, torn or not what was written."""
+    try:
+        arrays = load_file(path)
+        digest = arrays.pop("sha256")
+        if not np.array_equal(digest, _digest(arrays)):
+            raise DataError(Problem(str(path), "holds other rows than its checksum says", "remove it"))
+        train, held = (
+            TokenRows(
+                arrays[f"{name}.ids"],
+                arrays[f"{name}.supervised"],
+                arrays[f"{name}.offsets"],
+                tuple(json.loads(arrays[f"{name}.places"].tobytes())),
+            )
+            for name in ("train", "held")
+        )
+        return Done(train, held, json.loads(arrays["facts"].tobytes()))
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise DataError(Problem(str(path), f"not a file of token rows: {error}")) from error
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """The facts of a block that is finished and whole."""
+    if not path.exists():
+        return None
+    try:
+        return load_part(path).facts
+    except DataError:
+        return None  # torn by the end of the process or the machine: made again
+
+
+def _bytes(value: object) -> Any:
+    return np.frombuffer(json.dumps(value).encode("ascii"), dtype=np.uint8)
+
+
+def _digest(arrays: dict[str, Any]) -> Any:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode("ascii"))
+        digest.update(memoryview(arrays[name]).cast("B") if arrays[name].size else b"")
+    return np.frombuffer(digest.digest(), dtype=np.uint8)

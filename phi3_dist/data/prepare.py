@@ -1,0 +1,272 @@
+"""From the `data` section to packs: once for each data set, in parallel, resumable, into a cache that is mapped.
+
+CACHE/KEY/
+    parts/          finished blocks; what a killed preparation goes on from
+    train/          all rows (`TokenRows`), and validation/
+    packs-…/        where they stand in packs, one for each data.pack_length and data.on_long_row
+    facts.json      comes last: where it is, train/ and validation/ are whole
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from phi3_dist.config.schema import DataConfig
+from phi3_dist.data.chat import ChatFormat
+from phi3_dist.data.formats import BadRow
+from phi3_dist.data.packs import SHOWN_AT_MOST, Packed, Packs, load_packed, pack, save_packed
+from phi3_dist.data.parts import encode_to_parts, load_part
+from phi3_dist.data.readers import content_hash
+from phi3_dist.data.rows import TokenRows, save_rows
+from phi3_dist.data.sources import HubSet, locate, names_of
+from phi3_dist.data.store import read_whole, write_whole
+from phi3_dist.data.stream import BLOCK_BYTES, BLOCK_ROWS, Totals, blocks_of, encode_blocks_of
+from phi3_dist.errors import DataError, Problem
+from phi3_dist.modeling.tokenizer import tokenizer_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["Prepared", "Progress", "prepare"]
+
+CACHE_FORMAT = 2
+"""Part of the cache key: raise it when the same rows would become other tokens, or other files."""
+_WAIT_S = 10.0
+
+Progress = Callable[[str, int], None]
+"""Told what is being done and how many rows that has been done to."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data ready for training, and what a user should know about it."""
+
+    train: Packs
+    validation: Packs | None
+    skipped: tuple[BadRow, ...]
+    """Rows that can't be used (`on_bad_row: skip`)."""
+    dropped: tuple[str, ...]
+    """Places of rows longer than a pack (`on_long_row: drop`, or `cut_turn` where no answer fits)."""
+    cut: tuple[str, ...]
+    """Places of rows cut after an answer to fit a pack (`on_long_row: cut_turn`)."""
+    notices: tuple[str, ...]
+    fingerprint: str
+    """The training packs' fingerprint: what the batch of a step depends on."""
+    seconds: float
+    cached: bool
+    """Whether the tokens came from the cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Tokens:
+    """Everything that costs time."""
+
+    train: TokenRows
+    validation: TokenRows
+    skipped: tuple[BadRow, ...] = ()
+    notices: tuple[str, ...] = ()
+
+
+def prepare(
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    cache_dir: Path | None,
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Read, check, encode and pack the `data` section.
+
+    With `cache_dir` tokens and packs are kept there under a key of source bytes, settings and tokenizer, and mapped;
+    of several processes that call at once, the first does the work and the others wait for it, saying so to `progress`;
+    if it dies, the next goes on with what it had finished. A broken entry is made anew. The result is the same for
+    any number of `workers` (processes that tokenize; 1: this one, with a thread for each core).
+    Raises DataError for sources, rows and lengths that can't be used.
+    """
+    began = time.perf_counter()
+    tell = progress or (lambda what, rows: None)
+    if cache_dir is None:
+        tokens, cached = _in_memory(cfg, tokenizer), False
+        train, held = (_packed(None, name, tokens, cfg) for name in ("train", "validation"))
+    else:
+        tokens, cached, train, held = _through_cache(cfg, tokenizer, cache_dir, workers, tell)
+    assert train is not None
+    cut, dropped = dict(train.cut), list(train.dropped)
+    if held:
+        cut |= held.cut
+        dropped += held.dropped
+    return Prepared(
+        train=train.packs,
+        validation=held.packs if held else None,
+        skipped=tokens.skipped,
+        dropped=tuple(dropped),
+        cut=tuple(cut),
+        notices=(*tokens.notices, *_cut_notice(cut)),
+        fingerprint=train.packs.fingerprint,
+        seconds=time.perf_counter() - began,
+        cached=cached,
+    )
+
+
+def _cut_notice(cut: dict[str, str]) -> list[str]:
+    if not cut:
+        return []
+    named = "; ".join(f"{place}: {what}" for place, what in list(cut.items())[:SHOWN_AT_MOST])
+    rest = f"; and {len(cut) - SHOWN_AT_MOST:,} more" if len(cut) > SHOWN_AT_MOST else ""
+    return [f"{len(cut):,} rows longer than data.pack_length end after the last answer that fits: {named}{rest}"]
+
+
+def _in_memory(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast) -> _Tokens:
+    fmt, totals = ChatFormat.of(tokenizer), Totals(cfg)
+    parts = [done for _, done in encode_blocks_of(blocks_of(cfg), cfg, fmt, tokenizer)]
+    for part in parts:
+        totals.add(part.facts)
+    totals.check()
+    train, held = TokenRows.join([part.train for part in parts]), TokenRows.join([part.held for part in parts])
+    return _Tokens(train, held, tuple(totals.skipped), tuple(totals.notices(fmt)))
+
+
+def _through_cache(
+    cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: Path, workers: int, tell: Progress
+) -> tuple[_Tokens, bool, Packed | None, Packed | None]:
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        key = _cache_key(cfg, tokenizer, cache_dir)
+        folder = cache_dir / key
+        folder.mkdir(exist_ok=True)
+        with _locked(cache_dir / f"{key}.lock", tell):
+            tokens, cached = _tokens_in(folder, cfg, tokenizer, workers, tell)
+            packed = [_packed(folder, name, tokens, cfg) for name in ("train", "validation")]
+    except OSError as error:
+        what = f"the token cache can't be written: {error}"
+        raise DataError(Problem(str(cache_dir), what, "make the folder writable, or name another one")) from error
+    return tokens, cached, packed[0], packed[1]
+
+
+class _locked:  # noqa: N801  reads as what it does
+    """Holds a lock that the system takes back from a process that dies; says every 10 s that it waits."""
+
+    def __init__(self, path: Path, tell: Progress) -> None:
+        self._lock, self._tell = FileLock(path), tell
+
+    def __enter__(self) -> None:
+        while True:
+            try:
+                self._lock.acquire(timeout=_WAIT_S)
+                return
+            except Timeout:
+                self._tell("waiting for another process that prepares the same data", 0)
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
+def _tokens_in(
+    folder: Path, cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, workers: int, tell: Progress
+) -> tuple[_Tokens, bool]:
+    broken = ""
+    if (folder / "facts.json").exists():
+        try:
+            return _load(folder), True
+        except DataError as error:
+            broken = f"the token cache was broken and has been made anew ({error.problems[0].what})"
+            shutil.rmtree(folder)
+            folder.mkdir()
+    _encode(folder, cfg, tokenizer, workers, tell)
+    tokens = _load(folder)
+    return (replace(tokens, notices=(*tokens.notices, broken)) if broken else tokens), False
+
+
+def _encode(folder: Path, cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, workers: int, tell: Progress) -> None:
+    fmt, totals = ChatFormat.of(tokenizer), Totals(cfg)
+    parts: list[Path] = []
+    for part, facts in encode_to_parts(folder / "parts", cfg, fmt, tokenizer, workers):
+        parts.append(part)
+        totals.add(facts)
+        tell("tokenize", totals.rows)
+    totals.check()
+    for name in ("train", "validation"):
+        tell(f"write {name}", totals.rows)
+        save_rows(folder / name, _side(parts, name))
+    facts = {"skipped": [asdict(row) for row in totals.skipped], "notices": totals.notices(fmt)}
+    write_whole(folder / "facts.json", facts)
+    shutil.rmtree(folder / "parts", ignore_errors=True)
+
+
+def _side(parts: list[Path], name: str) -> Iterator[TokenRows]:
+    for path in parts:
+        done = load_part(path)
+        yield done.train if name == "train" else done.held
+
+
+def _load(folder: Path) -> _Tokens:
+    facts = read_whole(folder / "facts.json")
+    train, validation = (TokenRows.load(folder / name) for name in ("train", "validation"))
+    return _Tokens(train, validation, tuple(BadRow(**row) for row in facts["skipped"]), tuple(facts["notices"]))
+
+
+def _packed(folder: Path | None, name: str, tokens: _Tokens, cfg: DataConfig) -> Packed | None:
+    """The packs of one side, from the cache or made; None for held-out rows where there are none."""
+    rows = tokens.train if name == "train" else tokens.validation
+    if name == "validation" and not len(rows):
+        return None
+    if folder is None:
+        return pack(rows, cfg.pack_length, cfg.on_long_row)
+    kept = folder / f"packs-{name}-{cfg.pack_length}-{cfg.on_long_row}"
+    if kept.exists():
+        try:
+            return load_packed(kept, rows, cfg.pack_length)
+        except DataError:
+            shutil.rmtree(kept)  # cheap to make anew, and the same again
+    save_packed(kept, rows, cfg.pack_length, cfg.on_long_row)
+    return load_packed(kept, rows, cfg.pack_length)
+
+
+def _cache_key(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: Path) -> str:
+    """sha256 over what decides the tokens. Packing is no part of it: packs are kept beside them."""
+    settings = cfg.model_dump(mode="json", exclude={"pack_length", "on_long_row"})
+    parts: list[Any] = [CACHE_FORMAT, BLOCK_ROWS, BLOCK_BYTES, settings, tokenizer_hash(tokenizer)]
+    sources = locate(names_of(cfg.train), cfg.split, cfg.revision, "data.train")
+    if cfg.validation:
+        sources += locate(cfg.validation, cfg.validation_split, cfg.revision, "data.validation")
+    parts += [_source_hash(source, cache_dir) for source in sources]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()[:32]
+
+
+def _source_hash(source: Path | HubSet, cache_dir: Path) -> list[str]:
+    if isinstance(source, HubSet):
+        # `datasets` names its own cache by this; there is no public way to ask for it
+        return [source.name, str(source.load()._fingerprint)]
+    if source.is_dir():
+        return [source.name, content_hash(source)]
+    return [source.name, _remembered_hash(source, cache_dir)]
+
+
+def _remembered_hash(path: Path, cache_dir: Path) -> str:
+    """The content hash, read from the file once: a large source must not be read at every start.
+
+    Not remembered where the file was changed within the last 2 s: it could change again in the same tick of its time.
+    """
+    stat = path.stat()
+    state = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    name = hashlib.sha256(json.dumps(state).encode("utf-8")).hexdigest()[:32]
+    note = cache_dir / "source-hashes" / f"{name}.json"
+    if note.exists():
+        try:
+            return str(read_whole(note)["sha256"])
+        except (DataError, KeyError):
+            note.unlink(missing_ok=True)
+    digest = content_hash(path)
+    if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2 * 10**9:
+        note.parent.mkdir(exist_ok=True)
+        write_whole(note, {"sha256": digest})
+    return digest

@@ -1,0 +1,264 @@
+"""Rows of any number, block by block: read, divided, tokenized and masked, in memory that one block needs.
+
+A block is a run of rows of one source. What becomes of it depends on its rows and settings alone, so blocks can be done
+in any order, by any process and at any time; laid end to end they are the data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from phi3_dist.config.schema import DataConfig
+from phi3_dist.data.chat import ChatFormat, EncodedBlock, encode_stream
+from phi3_dist.data.formats import BadRow, Chat, Format, RowReader
+from phi3_dist.data.readers import kind_of, line_blocks, rows_of_lines
+from phi3_dist.data.rows import TokenRows
+from phi3_dist.data.sources import (
+    Source,
+    format_notices,
+    located,
+    problems_of,
+    prompt_share,
+    refuse_empty,
+    refuse_nothing_left,
+    source_rows,
+    times,
+)
+from phi3_dist.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["BLOCK_BYTES", "BLOCK_ROWS", "Block", "Done", "Totals", "blocks_of", "encode_blocks_of"]
+
+BLOCK_ROWS = 4096
+BLOCK_BYTES = 8 * 2**20
+"""A block of JSON lines ends at so many bytes, too."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Raw rows of one source, as lines of JSON or as (place, row)."""
+
+    number: int
+    label: str
+    weight: float
+    held: bool
+    """Whether they are of `data.validation`."""
+    format: Format | None
+    """That of the source's first good row, if it stands in an earlier block."""
+    lines: list[bytes] | None = None
+    first_line: int = 1
+    rows: list[tuple[str, Any]] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Done:
+    """What became of a block."""
+
+    train: TokenRows
+    """With weights, a row stands here as often as it counts."""
+    held: TokenRows
+    facts: dict[str, Any]
+    """What `Totals` counts, ready for JSON."""
+
+
+def blocks_of(cfg: DataConfig) -> Iterator[Block]:
+    """All rows of the `data` section: those of `train` up to `max_rows` good ones, then those of `validation`.
+
+    Raises DataError for sources that are missing or can't be read.
+    """
+    train, held, labels = located(cfg)
+    number = 0
+    left = cfg.max_rows
+    for source, weight, is_held in (*((s, w, False) for s, w in train), *((s, w, True) for s, w in held)):
+        if left == 0 and not is_held:
+            continue
+        label = labels[source]
+        reader = RowReader(cfg.format, cfg.columns.model_dump())
+        known = None if cfg.format == "auto" else cfg.format
+        for block in _raw(source, label, reader, None if is_held else left):
+            yield Block(number, label, weight, is_held, known, **block)
+            number += 1
+            if left is not None and not is_held:
+                left -= _good(block, label, reader)
+            elif known is None:
+                _good(block, label, reader, only_first=True)
+            known = reader.format
+
+
+def _raw(source: Source, label: str, reader: RowReader, at_most: int | None) -> Iterator[dict[str, Any]]:
+    """The rows of a source in blocks; with `at_most`, no further than so many good ones."""
+    if at_most is None and isinstance(source, Path) and source.is_file() and kind_of(source) == ".jsonl":
+        for first, lines in line_blocks(source, label, BLOCK_ROWS, BLOCK_BYTES):
+            yield {"lines": lines, "first_line": first}
+        return
+    rows = source_rows(source, label, reader)
+    if at_most is not None:
+        rows = _until(rows, RowReader(reader.format or "auto", reader.columns), at_most)
+    while block := list(islice(rows, BLOCK_ROWS)):
+        yield {"rows": block}
+
+
+def _until(rows: Iterator[tuple[str, Any]], reader: RowReader, good: int) -> Iterator[tuple[str, Any]]:
+    for place, row in rows:
+        yield place, row
+        good -= not isinstance(row, BadRow) and isinstance(reader.read(row, place), Chat)
+        if good == 0:
+            return
+
+
+def _good(block: dict[str, Any], label: str, reader: RowReader, *, only_first: bool = False) -> int:
+    """How many rows of a block are good; `reader` learns the format from them."""
+    good = 0
+    for place, row in _rows(block.get("lines"), block.get("first_line", 1), block.get("rows"), label):
+        good += not isinstance(row, BadRow) and isinstance(reader.read(row, place), Chat)
+        if only_first and good:
+            break
+    return good
+
+
+def _rows(
+    lines: list[bytes] | None, first_line: int, rows: list[tuple[str, Any]] | None, label: str
+) -> Iterable[tuple[str, Any]]:
+    return rows_of_lines(lines, label, first_line) if lines is not None else rows or []
+
+
+def encode_blocks_of(
+    blocks: Iterable[Block], cfg: DataConfig, fmt: ChatFormat, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[int, Done]]:
+    """The number of each block and what became of it, in order. While one is tokenized, the next one is read."""
+    waiting: list[tuple[Block, list[Chat], list[int], list[Chat], dict[str, Any]]] = []
+
+    def chats() -> Iterator[list[Chat]]:
+        for block in blocks:
+            found = _divided(block, cfg)
+            waiting.append((block, *found))
+            yield [*found[0], *found[2]]
+
+    for _, encoded in encode_stream(fmt, tokenizer, chats(), cfg.supervise):
+        block, train, counts, held, facts = waiting.pop(0)
+        yield block.number, _done(encoded, train, counts, held, facts)
+
+
+def _divided(block: Block, cfg: DataConfig) -> tuple[list[Chat], list[int], list[Chat], dict[str, Any]]:
+    """Training rows that count, how often each does, held-out rows, and the facts so far."""
+    reader = RowReader(block.format or cfg.format, cfg.columns.model_dump())
+    train: list[Chat] = []
+    held: list[Chat] = []
+    counts: list[int] = []
+    bad: list[BadRow] = []
+    kept = 0
+    share = 0.0 if cfg.validation or block.held else cfg.validation_share
+    for place, row in _rows(block.lines, block.first_line, block.rows, block.label):
+        chat = row if isinstance(row, BadRow) else reader.read(row, place)
+        if isinstance(chat, BadRow):
+            bad.append(chat)
+        elif block.held or (share > 0 and prompt_share(chat) < share):
+            held.append(chat)
+        else:
+            kept += 1
+            count = times(chat, block.weight)
+            if count:
+                train.append(chat)
+                counts.append(count)
+    with_system = sum(n for chat, n in zip(train, counts, strict=True) if chat.messages[0].role == "system")
+    facts = {
+        "label": block.label,
+        "of_validation": block.held,
+        "format": reader.format if kept or held else None,
+        "bad": [[row.place, row.reason] for row in bad],
+        "kept": kept,
+        "held": len(held),
+        "weighted": sum(counts),
+        "with_system": with_system + sum(chat.messages[0].role == "system" for chat in held),
+    }
+    return train, counts, held, facts
+
+
+def _done(encoded: EncodedBlock, train: list[Chat], counts: list[int], held: list[Chat], facts: dict[str, Any]) -> Done:
+    rows = TokenRows(encoded.ids, encoded.supervised, encoded.offsets, tuple(chat.place for chat in (*train, *held)))
+    good = np.array([not reason for reason in encoded.reasons], dtype=np.bool_)
+    n, often = len(train), np.array(counts, dtype=np.int64)
+    if not held and good.all() and (often == 1).all():
+        return Done(rows, rows.select(np.empty(0, np.int64)), {**facts, "unfit": [], "unfit_held": []})
+    which = np.repeat(np.arange(n), often)
+    unfit = [[rows.places[i], encoded.reasons[i]] for i in which[~good[which]].tolist()]
+    unfit_held = [[rows.places[i], encoded.reasons[i]] for i in range(n, len(good)) if not good[i]]
+    return Done(
+        rows.select(which[good[which]]),
+        rows.select(n + np.flatnonzero(good[n:])),
+        {**facts, "unfit": unfit, "unfit_held": unfit_held},
+    )
+
+
+@dataclass
+class Totals:
+    """Counts over all blocks, in their order, and what a user must hear of them."""
+
+    cfg: DataConfig
+    rows: int = 0
+    kept: int = 0
+    held: int = 0
+    weighted: int = 0
+    with_system: int = 0
+    formats: dict[str, str] = field(default_factory=dict)
+    bad: list[BadRow] = field(default_factory=list)
+    bad_held: list[BadRow] = field(default_factory=list)
+    unfit: list[BadRow] = field(default_factory=list)
+    unfit_held: list[BadRow] = field(default_factory=list)
+
+    def add(self, facts: dict[str, Any]) -> None:
+        """Count one block."""
+        bad = [BadRow(*row) for row in facts["bad"]]
+        (self.bad_held if facts["of_validation"] else self.bad).extend(bad)
+        self.unfit += [BadRow(*row) for row in facts["unfit"]]
+        self.unfit_held += [BadRow(*row) for row in facts["unfit_held"]]
+        self.kept += facts["kept"]
+        self.held += facts["held"]
+        self.weighted += facts["weighted"]
+        self.with_system += facts["with_system"]
+        self.rows += len(bad) + facts["kept"] + facts["held"]
+        if facts["format"]:
+            self.formats[facts["label"]] = facts["format"]
+
+    def check(self) -> None:
+        """Raises DataError where the rows can't be trained on: bad ones, too few, none supervised."""
+        train, held, labels = located(self.cfg)
+        stop = self.cfg.on_bad_row == "stop"
+        if stop and (self.bad or self.bad_held):
+            raise DataError(*problems_of([*self.bad, *self.bad_held]))
+        good = self.kept if held else self.kept + self.held
+        refuse_empty(good, self.bad, [labels[source] for source, _ in train])
+        if held:
+            refuse_empty(self.held, self.bad_held, [labels[source] for source, _ in held])
+        refuse_nothing_left(self.kept, self.held, self.weighted)
+        unfit = [*self.unfit, *self.unfit_held]
+        if stop and unfit:
+            raise DataError(*problems_of(unfit))
+        if self.weighted == len(self.unfit):
+            what = "supervises nothing: no training row can be used"
+            raise DataError(Problem("data", what), *problems_of(unfit)[:-1])
+
+    @property
+    def skipped(self) -> list[BadRow]:
+        """Rows that can't be used, those that can't be read first."""
+        return [*self.bad, *self.bad_held, *self.unfit, *self.unfit_held]
+
+    def notices(self, fmt: ChatFormat) -> list[str]:
+        """What a user should know about formats, weights, system messages and held-out rows."""
+        notices = [*fmt.notices, *format_notices(self.cfg, self.formats)]
+        if any(weight != 1 for _, weight in located(self.cfg)[0]):
+            notices.append(f"weights of data.train: {self.kept:,} training rows are read as {self.weighted:,}")
+        if fmt.system == "dropped" and self.with_system:
+            notices.append(f"{self.with_system:,} rows have a system message that is lost that way")
+        wanted = self.cfg.validation or self.cfg.validation_share > 0
+        if wanted and self.held == len(self.unfit_held):
+            notices.append("no row is held out: there will be no held-out loss (see data.validation_share)")
+        return notices
