@@ -1,0 +1,294 @@
+"""Preparing in blocks: the same result for every number of workers, after a kill, and from the mapped cache."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from rich.console import Console
+
+from phi3_dist.cli.progress import told
+from phi3_dist.config.schema import DataConfig
+from phi3_dist.data import parts, prepare, store, stream
+from phi3_dist.data.chat import Encoded
+from phi3_dist.data.packs import PackList
+from phi3_dist.data.prepare import Prepared
+from phi3_dist.data.rows import TokenRows
+from phi3_dist.data.stream import Block
+from phi3_dist.errors import DataError
+from phi3_dist.modeling.tokenizer import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+
+
+def write(path: Path, n: int = 60) -> Path:
+    rows: list[str] = [json.dumps({"prompt": f"q{i}", "completion": "a" * (i % 50) + "."}) for i in range(n)]
+    rows[0], rows[n // 2] = "oops", json.dumps({"prompt": "<|end|>", "completion": "a"})
+    path.write_text("\n".join(rows), encoding="utf-8")
+    return path
+
+
+def config(path: Path, **more: Any) -> DataConfig:
+    return DataConfig.model_validate(
+        {"train": [{"path": str(path), "weight": 1.5}], "pack_length": 128, "validation_share": 0.2}
+        | {"on_bad_row": "skip"}
+        | more
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "BLOCK_ROWS", 7)
+
+
+def told_of(prepared: Prepared) -> tuple[object, ...]:
+    assert prepared.validation is not None
+    return (
+        prepared.fingerprint,
+        prepared.validation.fingerprint,
+        tuple(prepared.train.rows.places),
+        tuple(prepared.train.packs),
+        prepared.skipped,
+        prepared.dropped,
+        prepared.cut,
+        prepared.notices,
+    )
+
+
+@pytest.mark.parametrize("on_long_row", ["drop", "cut_turn"])
+def test_memory_cache_and_workers_agree(tmp_path: Path, on_long_row: str) -> None:
+    cfg = config(write(tmp_path / "a.jsonl"), pack_length=50, on_long_row=on_long_row)
+    alone = prepare.prepare(cfg, TOKENIZER, None)
+    assert alone.dropped
+    assert len(alone.skipped) == 2
+    for cache, workers in (("one", 1), ("two", 2)):
+        for cached in (False, True):
+            found = prepare.prepare(cfg, TOKENIZER, tmp_path / cache, workers=workers)
+            assert found.cached == cached
+            assert told_of(found) == told_of(alone)
+            assert isinstance(found.train.rows.ids, np.memmap)
+    assert not list((tmp_path / "one").glob("*/parts"))
+
+
+@pytest.mark.parametrize("max_rows", [1, 7, 20, 1000])
+def test_max_rows_ends_in_the_middle_of_a_block(tmp_path: Path, max_rows: int) -> None:
+    first, second = write(tmp_path / "a.jsonl", 20), write(tmp_path / "b.jsonl", 20)
+    cfg = DataConfig(
+        train=(str(first), str(second)), max_rows=max_rows, validation_share=0, on_bad_row="skip", pack_length=128
+    )
+    rows = prepare.prepare(cfg, TOKENIZER, None).train.rows
+    good = [f"{name}:{i}" for name in ("a.jsonl", "b.jsonl") for i in range(2, 21)]
+    assert list(rows.places) == [place for place in good[:max_rows] if not place.endswith(":11")]
+
+
+def test_a_failed_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, cache = config(write(tmp_path / "a.jsonl")), tmp_path / "cache"
+    plain = parts.save_part
+    saved: list[Path] = []
+
+    def failing(path: Path, done: Any) -> None:
+        if len(saved) == 4:
+            raise OSError("no space left on device")
+        plain(path, done)
+        saved.append(path)
+
+    monkeypatch.setattr(parts, "save_part", failing)
+    with pytest.raises(DataError, match="no space left"):
+        prepare.prepare(cfg, TOKENIZER, cache)
+    assert not list(cache.glob("*/facts.json"))
+    saved[1].write_bytes(saved[1].read_bytes()[:-3])
+    done = list(saved)
+    monkeypatch.setattr(parts, "save_part", lambda path, block: (plain(path, block), saved.append(path))[0])
+    found = prepare.prepare(cfg, TOKENIZER, cache)
+    assert told_of(found) == told_of(prepare.prepare(cfg, TOKENIZER, None))
+    again = saved[4:]
+    assert done[1] in again  # torn
+    assert not {done[0], done[2], done[3]} & set(again)
+    assert len(again) == 9 - 3
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from phi3_dist.config.schema import DataConfig
+from phi3_dist.data import parts, stream
+from phi3_dist.data.prepare import prepare
+from phi3_dist.modeling.tokenizer import tiny_tokenizer
+stream.BLOCK_ROWS = 7
+plain = parts.save_part
+parts.save_part = lambda path, done: (plain(path, done), print("saved", flush=True), time.sleep(0.5))
+cfg = DataConfig.model_validate_json(sys.argv[1])
+prepare(cfg, tiny_tokenizer(), Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_preparation_goes_on_and_its_lock_is_free(tmp_path: Path) -> None:
+    cfg, cache = config(write(tmp_path / "a.jsonl")), tmp_path / "cache"
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, cfg.model_dump_json(), str(cache)], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        for _ in range(3):
+            assert process.stdout.readline() == b"saved\n"
+        process.send_signal(signal.SIGKILL)
+    kept = {path: path.stat().st_mtime_ns for path in cache.glob("*/parts/*.safetensors")}
+    assert len(kept) >= 3
+    began = time.monotonic()
+    rows: list[int] = []
+    found = prepare.prepare(cfg, TOKENIZER, cache, progress=lambda what, n: rows.append(n))
+    assert time.monotonic() - began < 10
+    assert told_of(found) == told_of(prepare.prepare(cfg, TOKENIZER, None))
+    assert rows[0] == 7
+
+
+def test_waiting_for_another_process_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, cache = config(write(tmp_path / "a.jsonl")), tmp_path / "cache"
+    key = prepare._cache_key(cfg, TOKENIZER, tmp_path)
+    cache.mkdir()
+    monkeypatch.setattr(prepare, "_WAIT_S", 0.05)
+    other = FileLock(cache / f"{key}.lock", is_singleton=False)
+    other.acquire()
+    said: list[str] = []
+
+    def tell(what: str, rows: int) -> None:
+        said.append(what)
+        if said.count("waiting for another process that prepares the same data") == 2:
+            other.release()
+
+    prepare.prepare(cfg, TOKENIZER, cache, progress=tell)
+    assert said[:3] == ["waiting for another process that prepares the same data"] * 2 + ["tokenize"]
+
+
+def test_a_dead_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dies(parts.ProcessPoolExecutor):
+        def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+            return super().submit(os._exit, 9)
+
+    cfg, cache = config(write(tmp_path / "a.jsonl")), tmp_path / "cache"
+    plain = parts.ProcessPoolExecutor
+    monkeypatch.setattr(parts, "ProcessPoolExecutor", Dies)
+    with pytest.raises(DataError, match="a process that tokenizes died"):
+        prepare.prepare(cfg, TOKENIZER, cache, workers=2)
+    monkeypatch.setattr(parts, "ProcessPoolExecutor", plain)
+    assert not prepare.prepare(cfg, TOKENIZER, cache).cached
+
+
+def test_broken_packs_are_made_again(tmp_path: Path) -> None:
+    cfg, cache = config(write(tmp_path / "a.jsonl")), tmp_path / "cache"
+    first = told_of(prepare.prepare(cfg, TOKENIZER, cache))
+    for name in ("rows.bin", "facts.json", "stamp.json"):
+        (file,) = cache.glob(f"*/packs-train-128-error/{name}")
+        file.write_bytes(file.read_bytes()[:-3])
+        found = prepare.prepare(cfg, TOKENIZER, cache)
+        assert found.cached
+        assert told_of(found) == first
+
+
+def test_large_folders_are_verified_when_they_were_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "ALWAYS_VERIFIED_BYTES", 0)
+    with store.ArraysWriter(tmp_path / "a") as writer:
+        writer.append("x", np.arange(5))
+        writer.append("x", np.arange(5))
+        writer.finish({"fact": 1})
+    arrays, facts = store.open_arrays(tmp_path / "a")
+    assert arrays["x"].tolist() == [*range(5), *range(5)]
+    assert facts["fact"] == 1
+    read: list[Path] = []
+    plain = store._sha256
+    monkeypatch.setattr(store, "_sha256", lambda path: (read.append(path), plain(path))[1])
+    store.open_arrays(tmp_path / "a")
+    assert not read
+    os.utime(tmp_path / "a" / "x.bin", ns=(1, 1))
+    store.open_arrays(tmp_path / "a")
+    store.open_arrays(tmp_path / "a")
+    assert len(read) == 1
+    raw = bytearray((tmp_path / "a" / "x.bin").read_bytes())
+    raw[3] ^= 1
+    (tmp_path / "a" / "x.bin").write_bytes(raw)
+    with pytest.raises(DataError, match="checksum"):
+        store.open_arrays(tmp_path / "a")
+
+
+def test_an_unfinished_folder_is_not_there(tmp_path: Path) -> None:
+    with store.ArraysWriter(tmp_path / "a") as writer:
+        writer.append("x", np.arange(5))
+        assert [path.name.startswith(".a.") for path in tmp_path.iterdir()] == [True]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_source_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "a.jsonl")
+    hashed: list[Path] = []
+    plain = prepare.content_hash
+    monkeypatch.setattr(prepare, "content_hash", lambda path: (hashed.append(path), plain(path))[1])
+    first = [prepare._remembered_hash(file, tmp_path) for _ in range(2)]
+    assert len(hashed) == 2  # just written: it could change again within the same tick
+    monkeypatch.setattr(prepare.time, "time_ns", lambda: file.stat().st_ctime_ns + 3 * 10**9)
+    first += [prepare._remembered_hash(file, tmp_path) for _ in range(3)]
+    assert len(hashed) == 3
+    assert set(first) == {plain(file)}
+    file.write_text(file.read_text() + "\n")
+    assert prepare._remembered_hash(file, tmp_path) == plain(file) != first[0]
+
+
+def test_no_more_than_a_few_blocks_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = finished = most = 0
+    plain = parts.blocks_of
+
+    def counted(cfg: DataConfig) -> Iterator[Block]:
+        nonlocal read
+        for block in plain(cfg):
+            read += 1
+            yield block
+
+    def tell(what: str, rows: int) -> None:
+        nonlocal finished, most
+        if what == "tokenize":
+            finished += 1
+            most = max(most, read - finished)
+
+    monkeypatch.setattr(parts, "blocks_of", counted)
+    prepare.prepare(config(write(tmp_path / "a.jsonl", 300)), TOKENIZER, tmp_path / "cache", progress=tell)
+    assert finished == 43
+    assert most <= 2
+
+
+def test_places_keep_their_text(tmp_path: Path) -> None:
+    places = ["a.jsonl:7", "", "7", "007", "-1", "x row 0", f"b:{2**70}", "a:0", "two\nlines:3"]
+    rows = TokenRows.of([Encoded([1, 2], [False, True])] * len(places), places)
+    rows.save(tmp_path / "rows")
+    again = TokenRows.load(tmp_path / "rows").places
+    assert list(again) == places
+    assert again[1:3] == ("", "7")
+    assert again == places
+    assert again != places[1:]
+
+
+def test_pack_list_is_a_sequence() -> None:
+    packs = PackList(np.array([0, 2, 1, 3]), np.array([0, 2, 3, 4]))
+    assert packs == ((0, 2), (1,), (3,))
+    assert (packs[1], packs[-1], packs[:2]) == ((1,), (3,), ((0, 2), (1,)))
+    assert packs != ((0, 2), (1,))
+    with pytest.raises(IndexError):
+        packs[3]
+
+
+def test_progress_in_a_log_is_a_line_now_and_then() -> None:
+    out = io.StringIO()
+    with told(Console(file=out, width=20)) as tell:
+        for rows in range(1, 5000, 100):
+            tell("tokenize", rows)
+        tell("write train", 5000)
+    lines = out.getvalue().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["tokenize: 1 rows", "write train: 5"]
