@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -104,6 +105,7 @@ _worker: dict[str, Any] = {}
 
 def _begin(folder: Path, cfg: DataConfig, fmt: ChatFormat, tokenizer: PreTrainedTokenizerFast) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each worker; the library has no other switch
+    gc.freeze()  # what is imported stays: not to be searched for garbage at every block
     _worker.update(folder=folder, cfg=cfg, fmt=fmt, tokenizer=tokenizer)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -41,6 +42,7 @@ __all__ = ["Prepared", "Progress", "prepare"]
 CACHE_FORMAT = 2
 """Part of the cache key: raise it when the same rows would become other tokens, or other files."""
 _WAIT_S = 10.0
+_WAITING = "waiting for another process that prepares the same data"
 
 Progress = Callable[[str, int], None]
 """Told what is being done and how many rows that has been done to."""
@@ -87,13 +89,14 @@ def prepare(
     """Read, check, encode and pack the `data` section.
 
     With `cache_dir` tokens and packs are kept there under a key of source bytes, settings and tokenizer, and mapped;
-    of several processes that call at once, the first does the work and the others wait for it, saying so to `progress`;
+    of several processes that call at once, the first does the work and the others wait for it, saying so to `progress` (without
+    it, once on standard error);
     if it dies, the next goes on with what it had finished. A broken entry is made anew. The result is the same for
     any number of `workers` (processes that tokenize; 1: this one, with a thread for each core).
     Raises DataError for sources, rows and lengths that can't be used.
     """
     began = time.perf_counter()
-    tell = progress or (lambda what, rows: None)
+    tell = progress or _waiting_said_once()
     if cache_dir is None:
         tokens, cached = _in_memory(cfg, tokenizer), False
         train, held = (_packed(None, name, tokens, cfg) for name in ("train", "validation"))
@@ -115,6 +118,19 @@ def prepare(
         seconds=time.perf_counter() - began,
         cached=cached,
     )
+
+
+def _waiting_said_once() -> Progress:
+    """For ranks of a run, whose log must say why nothing happens, once."""
+    said: set[str] = set()
+
+    def tell(what: str, rows: int) -> None:
+        if what == _WAITING and what not in said:
+            said.add(what)
+            sys.stderr.write(f"phi3-dist: {what}\n")
+            sys.stderr.flush()
+
+    return tell
 
 
 def _cut_notice(cut: dict[str, str]) -> list[str]:
@@ -164,7 +180,7 @@ class _locked:  # noqa: N801  reads as what it does
                 self._lock.acquire(timeout=_WAIT_S)
                 return
             except Timeout:
-                self._tell("waiting for another process that prepares the same data", 0)
+                self._tell(_WAITING, 0)
 
     def __exit__(self, *error: object) -> None:
         self._lock.release()

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BLOCK_BYTES", "BLOCK_ROWS", "Block", "Done", "Totals", "blocks_of", "encode_blocks_of"]
 
-BLOCK_ROWS = 4096
+BLOCK_ROWS = 2048
 BLOCK_BYTES = 8 * 2**20
 """A block of JSON lines ends at so many bytes, too."""
 

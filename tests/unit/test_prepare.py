@@ -170,6 +170,13 @@ def test_waiting_for_another_process_is_said(tmp_path: Path, monkeypatch: pytest
     assert said[:3] == ["waiting for another process that prepares the same data"] * 2 + ["tokenize"]
 
 
+def test_ranks_that_wait_say_so_once(capsys: pytest.CaptureFixture[str]) -> None:
+    tell = prepare._waiting_said_once()
+    for what in ("tokenize", prepare._WAITING, prepare._WAITING):
+        tell(what, 0)
+    assert capsys.readouterr().err == "phi3-dist: waiting for another process that prepares the same data\n"
+
+
 def test_a_dead_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Dies(parts.ProcessPoolExecutor):
         def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

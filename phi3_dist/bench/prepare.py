@@ -1,0 +1,102 @@
+"""The rate of `prepare` beside that of `tokenizers.encode_batch` on the same rows.
+
+    python -m phi3_dist.bench.prepare [--tokenizer FOLDER] [--source ROWS.jsonl]
+
+`encode_batch` gets the rendered texts from memory and its result is thrown away; `prepare` reads the file, checks and
+renders each row, tokenizes, masks, and writes and packs the cache. Both once with one process and one thread of the
+tokenizer (`prepare` reads and renders in a second thread while that one works) and once with every core. Timed in
+turns; the last line is the smaller ratio of the medians, above 1 where `prepare` is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+__all__ = ["main"]
+
+ROUNDS = 5
+TIMEOUT_S = 900
+TEXT = "the a river stone walks slowly under seven old bridges while children count 42 boats and sing, then rest."
+
+
+def main() -> None:
+    """Time both ways in turns, each in a process of its own, and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokenizer", default="tiny-random", help="folder or hub id of a tokenizer")
+    parser.add_argument("--source", help="rows to prepare; made up where left out")
+    parser.add_argument("--rows", type=int, default=20000, help="rows to make up")
+    parser.add_argument("--one", choices=("prepare", "encode_batch"), help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        sys.stdout.write(json.dumps(_one(asked.one, asked.tokenizer, Path(asked.source), asked.workers)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(asked.source) if asked.source else _made_up(Path(scratch) / "rows.jsonl", asked.rows)
+        cores = len(os.sched_getaffinity(0))
+        ratios = []
+        for workers in sorted({1, cores}):
+            rates: dict[str, list[float]] = {"prepare": [], "encode_batch": []}
+            for _ in range(ROUNDS):
+                for way, found in rates.items():
+                    found.append(_start(way, asked.tokenizer, source, workers))
+            ours, theirs = (statistics.median(rates[way]) for way in ("prepare", "encode_batch"))
+            sys.stdout.write(f"{workers} process(es): prepare {ours:,.0f} rows/s, encode_batch {theirs:,.0f} rows/s, ")
+            ratios.append(ours / theirs)
+            sys.stdout.write(f"ratio {ratios[-1]:.2f}\n")
+    sys.stdout.write(f"{min(ratios):.2f}\n")
+
+
+def _start(way: str, tokenizer: str, source: Path, workers: int) -> float:
+    """Rows a second, in a fresh process: the tokenizer's threads are counted once in a process's life."""
+    command = [sys.executable, "-m", "phi3_dist.bench.prepare", "--one", way, "--workers", str(workers)]
+    command += ["--tokenizer", tokenizer, "--source", str(source)]
+    threads = {"TOKENIZERS_PARALLELISM": str(workers > 1).lower(), "RAYON_NUM_THREADS": str(workers)}
+    done = subprocess.run(
+        command, env={**os.environ, **threads}, capture_output=True, text=True, timeout=TIMEOUT_S, check=True
+    )
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _one(way: str, name: str, source: Path, workers: int) -> float:
+    from phi3_dist.config.schema import DataConfig
+    from phi3_dist.data.batches import prepare
+    from phi3_dist.data.sources import read_chats
+    from phi3_dist.data.template import Renderer
+    from phi3_dist.modeling.tokenizer import TINY_RANDOM, load_tokenizer, tiny_tokenizer
+
+    tokenizer = tiny_tokenizer() if name == TINY_RANDOM else load_tokenizer(name, None)
+    cfg = DataConfig(train=str(source), validation_share=0, pack_length=4096, on_bad_row="skip", on_long_row="drop")
+    if way == "prepare":
+        with tempfile.TemporaryDirectory() as cache:
+            began = time.perf_counter()
+            rows = len(prepare(cfg, tokenizer, Path(cache), workers=workers).train.rows)
+            return rows / (time.perf_counter() - began)
+    chats = read_chats(cfg).train
+    turns = [[{"role": m.role, "content": m.content} for m in chat.messages] for chat in chats]
+    texts = Renderer(tokenizer).texts(turns)
+    del chats, turns
+    began = time.perf_counter()
+    tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    return len(texts) / (time.perf_counter() - began)
+
+
+def _made_up(path: Path, n: int) -> Path:
+    words = TEXT.split()
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(n):
+            question, answer = (" ".join(words[(i * k + j) % len(words)] for j in range(60)) for k in (3, 7))
+            file.write(json.dumps({"prompt": f"{i}: {question}", "completion": answer}) + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    main()
