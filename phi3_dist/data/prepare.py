@@ -212,7 +212,7 @@ def _encode(folder: Path, cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, w
     totals.check()
     for name in ("train", "validation"):
         tell(f"write {name}", totals.rows)
-        save_rows(folder / name, _side(parts, name))
+        save_rows(folder / name, _side(parts if name == "train" or totals.held else [], name))
     facts = {"skipped": [asdict(row) for row in totals.skipped], "notices": totals.notices(fmt)}
     write_whole(folder / "facts.json", facts)
     shutil.rmtree(folder / "parts", ignore_errors=True)
