@@ -9,6 +9,7 @@ CACHE/KEY/
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
@@ -205,10 +206,14 @@ def _tokens_in(
 def _encode(folder: Path, cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, workers: int, tell: Progress) -> None:
     fmt, totals = ChatFormat.of(tokenizer), Totals(cfg)
     parts: list[Path] = []
-    for part, facts in encode_to_parts(folder / "parts", cfg, fmt, tokenizer, workers):
-        parts.append(part)
-        totals.add(facts)
-        tell("tokenize", totals.rows)
+    gc.freeze()  # rows are many small objects: what was there before must not be searched for garbage again and again
+    try:
+        for part, facts in encode_to_parts(folder / "parts", cfg, fmt, tokenizer, workers):
+            parts.append(part)
+            totals.add(facts)
+            tell("tokenize", totals.rows)
+    finally:
+        gc.unfreeze()
     totals.check()
     for name in ("train", "validation"):
         tell(f"write {name}", totals.rows)
