@@ -6,6 +6,7 @@ import gc
 import json
 import multiprocessing
 import os
+import threading
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -105,8 +106,17 @@ _worker: dict[str, Any] = {}
 
 def _begin(folder: Path, cfg: DataConfig, fmt: ChatFormat, tokenizer: PreTrainedTokenizerFast) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each worker; the library has no other switch
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     gc.freeze()  # what is imported stays: not to be searched for garbage at every block
     _worker.update(folder=folder, cfg=cfg, fmt=fmt, tokenizer=tokenizer)
+
+
+def _end_with_parent() -> None:
+    """A worker waits for its next block for ever, also for one of a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(block: Block) -> dict[str, Any]:
