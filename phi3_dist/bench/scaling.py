@@ -91,7 +91,8 @@ def serve(pipe: Connection, folder: Path, environment: dict[str, str], world: in
         size, length = asked
         if size not in stands:
             stands[size] = Stand(folder / size, longest_row=max(LENGTHS), world=world)
-        pipe.send(stands[size].round(make_token_packs(rows_of_length(length) * world, length)))
+        # one full pack, which every rank gets: two times its rows might not fill two packs
+        pipe.send(stands[size].round(make_token_packs(rows_of_length(length), length)))
 
 
 @contextmanager
