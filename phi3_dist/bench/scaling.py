@@ -161,7 +161,7 @@ def plot(curves: dict[str, list[Case]], file: Path) -> None:
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     panels = figure.subplots(1, 3)
-    shown = (("µs per token", "us_per_token"), ("GFLOP/s", "gflops_per_s"), ("µs per token", "us_per_token"))
+    shown = (("CPU µs a token", "us_per_token"), ("GFLOP/s", "gflops_per_s"), ("CPU µs a token", "us_per_token"))
     for axes, (what, cases), (label, field) in zip(panels, curves.items(), shown, strict=True):
         values = [getattr(case, field) for case in cases]
         axes.plot([case.name for case in cases], values, marker="o")
