@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.chat import ChatFormat
+from phi3_dist.data.chat_format import ChatFormat
 from phi3_dist.data.rows import TokenRows
 from phi3_dist.data.stream import Block, Done, blocks_of, encode_blocks_of
 from phi3_dist.errors import DataError, Problem

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.chat import ChatFormat
+from phi3_dist.data.chat_format import ChatFormat
 from phi3_dist.data.formats import BadRow
 from phi3_dist.data.packs import SHOWN_AT_MOST, Packed, Packs, load_packed, pack, save_packed
 from phi3_dist.data.parts import encode_to_parts, load_part

@@ -14,7 +14,8 @@ from rich.text import Text
 
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.batches import Packs, make_packs
-from phi3_dist.data.chat import ChatFormat, Encoded, encode_rows
+from phi3_dist.data.chat import Encoded, encode_rows
+from phi3_dist.data.chat_format import ChatFormat
 from phi3_dist.data.rows import TokenRows
 from phi3_dist.data.sources import BadRow, Chat, problems_of, read_chats
 from phi3_dist.errors import DataError

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.chat import ChatFormat, EncodedBlock, encode_stream
+from phi3_dist.data.chat import EncodedBlock, encode_stream
+from phi3_dist.data.chat_format import ChatFormat
 from phi3_dist.data.formats import BadRow, Chat, Format, RowReader
 from phi3_dist.data.readers import kind_of, line_blocks, rows_of_lines
 from phi3_dist.data.rows import TokenRows

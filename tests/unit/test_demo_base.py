@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, Phi3ForCausalLM
 
-from phi3_dist.data.chat import ChatFormat, encode_chats
+from phi3_dist.data.chat import encode_chats
+from phi3_dist.data.chat_format import ChatFormat
 from phi3_dist.data.sources import Chat, Message
 from phi3_dist.demo import base
 from phi3_dist.demo.base import build_base, find_gguf, is_intact
