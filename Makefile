@@ -62,7 +62,7 @@ test-full: lint types ## make test and the long tests
 test-gpu: setup ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu
 
-test-slurm: setup ## everything on a real Slurm of two nodes (Debian, root: installs its packages)
+test-slurm: setup ## everything on a real Slurm of two nodes (Debian, root: installs its packages; ten minutes)
 	@tests/slurm/packages.sh
 	@$(BIN)/python -m pytest -q tests/slurm
 
