@@ -13,7 +13,7 @@ import pytest
 from tests.ranks.launcher import REPO, free_port
 from tests.ranks.test_resume import same_bits
 from tests.ranks.test_strategies import RUN, SAME, clean_environment
-from tests.ranks.test_two_launchers import descendants, lives
+from tests.ranks.test_two_launchers import descendants, lives, ranks_below
 
 pytestmark = pytest.mark.ranks
 LONG = ("train.max_steps=60", "save.every=2")
@@ -40,12 +40,7 @@ def kill_a_rank(process: subprocess.Popen[bytes], log: Path, *, after: str) -> N
     while f"step {after}/" not in log.read_text():
         assert time.monotonic() < until_s, log.read_text()
         time.sleep(0.02)
-    ranks = [p for p in descendants(process.pid) if lives(p) and b"accelerate" not in command_of(p)]
-    os.kill(ranks[-1], signal.SIGKILL)
-
-
-def command_of(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
+    os.kill(ranks_below(process.pid)[-1], signal.SIGKILL)
 
 
 def ended(process: subprocess.Popen[bytes]) -> int:

@@ -31,13 +31,23 @@ def descendants(pid: int) -> list[int]:
     return [p for child in children for p in (int(child), *descendants(int(child)))]
 
 
+def command_of(pid: int) -> bytes:
+    """Its command line, words ended by zeros; empty for a zombie and for one that has gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def lives(pid: int) -> bool:
     """Whether a process of ours still runs: neither gone, nor a zombie, nor another one under its old number."""
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()  # empty for a zombie
-    except OSError:
-        return False
-    return b"phi3_dist" in command
+    return b"phi3_dist" in command_of(pid)
+
+
+def ranks_below(pid: int) -> list[int]:
+    """The ranks that a launcher started, in order. What a rank forks has its command line until it executes another."""
+    ranks = [p for p in descendants(pid) if lives(p) and b"launch" not in command_of(p).split(b"\0")]
+    return [p for p in ranks if not any(p in descendants(other) for other in ranks)]
 
 
 class Node:
@@ -60,7 +70,7 @@ class Node:
 
     @property
     def trainers(self) -> list[int]:
-        return [p for p in descendants(self.process.pid) if lives(p)]
+        return ranks_below(self.process.pid)
 
     def reached(self, step: int, timeout_s: float = 120) -> None:
         """Wait for the line of this step."""
