@@ -271,16 +271,13 @@ def _support_problems(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts
     fp8 = support_fp8(launch.strategy, cfg.model.quantization, machine.device, machine.capability, torch)
     if cfg.model.fp8 and isinstance(fp8, No):
         problems.append(Problem("model.fp8", f"is true: {fp8.reason}", f"nearest: {fp8.nearest}"))
-    if cfg.model.fp8 and cfg.lora.init.startswith("pissa"):
-        what = f"is {cfg.lora.init}: what it takes out of the base is more than FP8 can hold"
-        problems.append(Problem("lora.init", what, "nearest: lora.init=default, or model.fp8=false"))
     kinds = {"dora": "lora.dora"} if cfg.lora.dora else {}
     if cfg.lora.init != "default":
         kinds[cfg.lora.init.partition("_")[0]] = "lora.init"
     if cfg.model.new_tokens:
         kinds["new tokens"] = "model.new_tokens"
     for kind, key in kinds.items():
-        kind_answer = support_adapter(kind, launch.strategy, cfg.model.quantization)
+        kind_answer = support_adapter(kind, launch.strategy, "fp8" if cfg.model.fp8 else cfg.model.quantization)
         if isinstance(kind_answer, No):
             value = {"dora": "true", "new tokens": list(cfg.model.new_tokens)}.get(kind, cfg.lora.init)
             problems.append(Problem(key, f"is {value}: {kind_answer.reason}", f"nearest: {kind_answer.nearest}"))

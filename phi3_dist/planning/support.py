@@ -7,8 +7,10 @@ the table of the README is generated from it, so that the two can't differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from string import ascii_lowercase
 
 __all__ = [
     "STRATEGIES",
@@ -131,7 +133,7 @@ ADAPTERS = ("dora", "pissa", "loftq", "eva", "new tokens")
 def support_adapter(  # noqa: PLR0911 -- one return for each refusal, as in `support`
     kind: str, strategy: str, quantization: str = "none"
 ) -> Yes | No:
-    """Whether this kind of LoRA (`ADAPTERS`) runs under this strategy and quantisation."""
+    """Whether this kind of LoRA (`ADAPTERS`) runs under this strategy and quantisation, for which `fp8` counts too."""
     shards = strategy.startswith(("zero3", "fsdp2"))
     if kind == "dora" and strategy.startswith("zero3"):
         what = "DoRA reads each base weight outside its layer's own forward, when ZeRO-3 holds only shards of it"
@@ -141,7 +143,8 @@ def support_adapter(  # noqa: PLR0911 -- one return for each refusal, as in `sup
     if kind == "new tokens" and strategy.startswith("zero3"):
         return No("new rows are put into a table outside its own forward, when ZeRO-3 holds only shards of it", "zero2")
     if kind == "pissa" and quantization != "none":
-        return No("PiSSA takes part of each weight away, and the rest would have to be quantised anew", "loftq")
+        nearest = "loftq" if quantization == "nf4" else "default"
+        return No("PiSSA takes part of each weight away, and the rest would have to be quantised anew", nearest)
     if kind == "loftq" and quantization != "nf4":
         return No("LoftQ makes up for what NF4 loses", "model.quantization nf4, or init pissa")
     if kind == "eva" and shards:
@@ -149,52 +152,45 @@ def support_adapter(  # noqa: PLR0911 -- one return for each refusal, as in `sup
     return Yes()
 
 
-def _adapters_markdown() -> list[str]:
-    """The table of `support_adapter`, where the strategy and weights themselves are supported."""
+def _table(
+    heads: Iterable[str], rows: Iterable[tuple[str, str, list[Yes | No]]], marks: Sequence[str], listed: str
+) -> list[str]:
+    """A Markdown table of answers by strategy and weights; then each reason once, its mark in the form of `listed`."""
     reasons: list[str] = []
-    lines = [f"| strategy | weights | {' | '.join(ADAPTERS)} |", "|---|---|" + "---|" * len(ADAPTERS)]
-    for strategy in STRATEGIES:
-        for quantization in QUANTIZATIONS:
-            if not support(strategy, quantization):
+    columns = ["strategy", "weights", *heads]
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for strategy, quantization, answers in rows:
+        cells = []
+        for answer in answers:
+            if isinstance(answer, Yes):
+                cells.append("yes")
                 continue
-            cells = []
-            for kind in ADAPTERS:
-                answer = support_adapter(kind, strategy, quantization)
-                if isinstance(answer, Yes):
-                    cells.append("yes")
-                    continue
-                reason = f"{answer.reason}; nearest: {answer.nearest}"
-                if reason not in reasons:
-                    reasons.append(reason)
-                cells.append(f"no [{'abcdefgh'[reasons.index(reason)]}]")
-            lines.append(f"| {strategy} | {quantization} | {' | '.join(cells)} |")
-    return [*lines, "", *(f"- {letter}: {reason}" for letter, reason in zip("abcdefgh", reasons, strict=False))]
+            reason = f"{answer.reason}; nearest: {answer.nearest}"
+            if reason not in reasons:
+                reasons.append(reason)
+            cells.append(f"no [{marks[reasons.index(reason)]}]")
+        lines.append(f"| {strategy} | {quantization} | {' | '.join(cells)} |")
+    return [*lines, "", *(f"{listed.format(mark)} {reason}" for mark, reason in zip(marks, reasons, strict=False))]
 
 
 def matrix_markdown() -> str:
-    """The matrix as a Markdown table, one row for each strategy and quantisation, with numbered reasons below it."""
-    reasons: list[str] = []
-    lines = [
-        "| strategy | weights | "
-        + " | ".join(f"{device} {precision}" for device in DEVICES for precision in PRECISIONS)
-        + " |",
-        "|---|---|" + "---|" * (len(DEVICES) * len(PRECISIONS)),
-    ]
-    for strategy in STRATEGIES:
-        for quantization in QUANTIZATIONS:
-            cells = []
-            for device in DEVICES:
-                for precision in PRECISIONS:
-                    answer = support(strategy, quantization, device, precision)
-                    if isinstance(answer, Yes):
-                        cells.append("yes")
-                        continue
-                    reason = f"{answer.reason}; nearest: {answer.nearest}"
-                    if reason not in reasons:
-                        reasons.append(reason)
-                    cells.append(f"no [{reasons.index(reason) + 1}]")
-            lines.append(f"| {strategy} | {quantization} | {' | '.join(cells)} |")
-    lines.append("")
-    lines.extend(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
-    lines += ["", "Starts and kinds of LoRA (`lora.dora`, `lora.init`, `model.new_tokens`):", "", *_adapters_markdown()]
+    """Both tables as Markdown, one row for each strategy and quantisation, with the reasons below each.
+
+    The second one holds `support_adapter`'s answers, where the strategy and weights themselves are supported.
+    """
+    every = list(product(STRATEGIES, QUANTIZATIONS))
+    columns = list(product(DEVICES, PRECISIONS))
+    lines = _table(
+        (" ".join(column) for column in columns),
+        ((*row, [support(*row, *column) for column in columns]) for row in every),
+        [str(number) for number in range(1, 100)],
+        "{}.",
+    )
+    lines += ["", "Starts and kinds of LoRA (`lora.dora`, `lora.init`, `model.new_tokens`):", ""]
+    lines += _table(
+        ADAPTERS,
+        ((*row, [support_adapter(kind, *row) for kind in ADAPTERS]) for row in every if support(*row)),
+        ascii_lowercase,
+        "- {}:",
+    )
     return "\n".join(lines) + "\n"

@@ -112,6 +112,17 @@ def test_explicit_choices_are_kept_or_refused() -> None:
     assert "multiples of 8 up to 256, and this is 100" in what
 
 
+def test_pissa_is_refused_on_weights_that_hold_no_rest_of_it() -> None:
+    for model, nearest in (
+        ({"fp8": True}, "default"),
+        ({"quantization": "nf4"}, "loftq"),
+        ({"quantization": "int8"}, "default"),
+    ):
+        found = problems(run(model=model, lora={"init": "pissa"}), CPU, LaunchFacts())
+        assert "quantised anew" in found["lora.init"][0]
+        assert found["lora.init"][1] == f"nearest: {nearest}"
+
+
 def test_fp8_is_refused_where_it_has_not_been_proven() -> None:
     assert make_plan(run(model={"fp8": True}), CPU, LaunchFacts()).strategy == "single"
     ada = dataclasses.replace(GPU, capability=(8, 9))
