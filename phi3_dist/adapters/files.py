@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
-import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,10 +22,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from phi3_dist.adapters.card import adapter_card
+from phi3_dist.adapters.disk import file_sha256, sync, write_tensors
 from phi3_dist.adapters.gather import gather_adapter, raised_together
 from phi3_dist.adapters.residual import on_plain_base
 from phi3_dist.adapters.select import Bias, check_tensors, find_peft_model
@@ -40,7 +39,6 @@ __all__ = [
     "recover",
     "save_adapter",
     "write_adapter",
-    "write_tensors",
 ]
 
 WEIGHTS, CONFIG, CARD, CHECKSUMS = "adapter_model.safetensors", "adapter_config.json", "README.md", "checksums.json"
@@ -189,39 +187,15 @@ def _fill(
     if tokenizer is not None:
         tokenizer.save_pretrained(str(partial))
     for path in sorted(partial.rglob("*")):
-        _sync(path)
+        sync(path)
     _compare(weights, tensors)
-    receipt = AdapterReceipt(_sha256(weights), weights.stat().st_size, len(tensors))
+    receipt = AdapterReceipt(file_sha256(weights), weights.stat().st_size, len(tensors))
     (partial / CHECKSUMS).write_text(
         json.dumps({"sha256": {WEIGHTS: receipt.sha256}}, indent=2) + "\n", encoding="utf-8"
     )
-    _sync(partial / CHECKSUMS)
-    _sync(partial)
+    sync(partial / CHECKSUMS)
+    sync(partial)
     return receipt
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file with the user's umask: safetensors 0.8 gives its files mode 600, whoever else may read them.
-
-    Raises OSError, and SafetensorError for a disk that is full.
-    """
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
-    path.chmod(stat.S_IMODE(mode))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _compare(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -256,7 +230,7 @@ def _swap(partial: Path, folder: Path) -> None:
         if replaced:
             old.rename(folder)
         raise
-    _sync(folder.parent)
+    sync(folder.parent)
     if replaced:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -276,7 +250,7 @@ def recover(folder: str | Path) -> None:
         whole = [p for p in new if _is_whole(p)] or old
         if whole:
             whole[0].rename(folder)
-            _sync(folder.parent)
+            sync(folder.parent)
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -376,7 +350,7 @@ def _read_weights(folder: Path, problems: list[Problem]) -> dict[str, Tensor]:
         return {}
     try:
         recorded = _recorded_sha256(folder)
-        found = _sha256(path)
+        found = file_sha256(path)
         if recorded is not None and recorded != found:
             what = f"is damaged: SHA-256 {found[:16]}…, {CHECKSUMS} says {recorded[:16]}…"
             problems.append(Problem(str(path), what, "copy it again, or save it again"))

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from phi3_dist.adapters.card import adapter_card
-from phi3_dist.adapters.files import read_adapter, write_adapter, write_tensors
+from phi3_dist.adapters.disk import write_tensors
+from phi3_dist.adapters.files import read_adapter, write_adapter
 from phi3_dist.adapters.loralib import loralib_from_peft, peft_from_loralib
 from phi3_dist.adapters.loralib_layers import KINDS, Kind, Layer
 from phi3_dist.config.families import Shape

@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from phi3_dist.machine.probe import cpu_count
+
 __all__ = ["main"]
 
 ROUNDS = 5
@@ -41,7 +43,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(asked.source) if asked.source else _made_up(Path(scratch) / "rows.jsonl", asked.rows)
-        cores = len(os.sched_getaffinity(0))
+        cores = cpu_count()
         ratios = []
         for workers in sorted({1, cores}):
             rates: dict[str, list[float]] = {"prepare": [], "encode_batch": []}

@@ -46,6 +46,7 @@ from phi3_dist.bench.sides import (
     train_peft,
     train_trl,
 )
+from phi3_dist.machine.probe import cpu_count
 
 __all__ = ["ask", "main", "make_rows", "side_process", "step_flops"]
 
@@ -236,16 +237,12 @@ def _say(line: str) -> None:
     sys.stdout.write(f"{line}\n")
 
 
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and print its table; `--json FILE` also writes its figures."""
     parser = argparse.ArgumentParser(prog="python -m phi3_dist.bench.throughput", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default 5)")
     parser.add_argument("--rows", type=int, default=36, help="rows of a round (default 36, about 8,000 tokens)")
-    parser.add_argument("--threads", type=int, default=_cpus(), help="threads of a side (default: all CPUs)")
+    parser.add_argument("--threads", type=int, default=cpu_count(), help="threads of a side (default: all CPUs)")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args(arguments)
     rows = make_rows(options.rows)

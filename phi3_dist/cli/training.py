@@ -109,6 +109,7 @@ def prepare_run(
     cfg = load_run(run_file, overrides or ())
     from phi3_dist.cli.progress import told
     from phi3_dist.data.batches import prepare
+    from phi3_dist.machine.probe import cpu_count
     from phi3_dist.modeling.base import find_base
     from phi3_dist.modeling.tokenizer import load_tokenizer
     from phi3_dist.training.folder import cache_folder
@@ -117,9 +118,7 @@ def prepare_run(
     base = find_base(cfg.model.source, cfg.model.revision)
     tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.source, cfg.model.revision, cfg.model.new_tokens)
     with told() as tell:
-        data = prepare(
-            cfg.data, tokenizer, cache_folder(), workers=workers or len(os.sched_getaffinity(0)), progress=tell
-        )
+        data = prepare(cfg.data, tokenizer, cache_folder(), workers=workers or cpu_count(), progress=tell)
     base_fingerprint(base, cache_folder())
     typer.echo(f"base   {base.folder or base.source}")
     held_out = len(data.validation.packs) if data.validation else 0

@@ -29,6 +29,7 @@ from rich.text import Text
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.demo.chats import write_chats
 from phi3_dist.errors import ConfigError, Phi3DistError, Problem, RunFolderError, TrainingError
+from phi3_dist.machine.probe import cpu_count
 
 if TYPE_CHECKING:
     from phi3_dist.data.sources import Chat
@@ -167,7 +168,7 @@ def _train(config: Path, run_file: Path, overrides: Sequence[str]) -> None:
     arguments = ["launch", "--config_file", str(config), "-m", "phi3_dist", "train", str(run_file), *overrides]
     arguments.append("--overwrite")
     console.print(Text(f"  accelerate {shlex.join(arguments)}", "dim"), soft_wrap=True)
-    threads = max(1, len(os.sched_getaffinity(0)) // PROCESSES)
+    threads = max(1, cpu_count() // PROCESSES)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "HF_HUB_OFFLINE": "1"}
     sys.stdout.flush()
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *arguments]

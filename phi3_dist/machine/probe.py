@@ -20,7 +20,7 @@ from phi3_dist.machine.launch_request import LaunchRequest
 from phi3_dist.planning.attention import PACKAGES as ATTENTION_PACKAGES
 from phi3_dist.planning.plan import LaunchFacts, MachineFacts
 
-__all__ = ["launch_facts", "package_versions", "probe"]
+__all__ = ["cpu_count", "launch_facts", "package_versions", "probe"]
 
 GIB = 1024**3
 PACKAGES = (*ATTENTION_PACKAGES, "transformers", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes")
@@ -59,7 +59,7 @@ def probe(*, use_cpu: bool | None = None) -> MachineFacts:
             devices_per_node=torch.cuda.device_count(),
             device_memory_gib=device.total_memory / GIB,
             host_memory_gib=host_gib,
-            cpu_count=_cpu_count(),
+            cpu_count=cpu_count(),
             fast_bf16=fast,
             fast_bf16_reason=f"{device.name} (compute capability {device.major}.{device.minor}) {tensor_cores}",
             packages=package_versions(),
@@ -72,7 +72,7 @@ def probe(*, use_cpu: bool | None = None) -> MachineFacts:
         devices_per_node=1,
         device_memory_gib=host_gib,
         host_memory_gib=host_gib,
-        cpu_count=_cpu_count(),
+        cpu_count=cpu_count(),
         fast_bf16=fast,
         fast_bf16_reason=reason,
         packages=package_versions(),
@@ -101,7 +101,7 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
-def _cpu_count() -> int:
+def cpu_count() -> int:
     """CPUs this process may use: fewer than the machine has, inside a job or container."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

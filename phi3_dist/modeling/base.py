@@ -1,8 +1,8 @@
 """Base weights: found, checked, and read straight to where they stay.
 
-A plain or DDP rank maps the safetensors file: ranks of a node share its pages. Under ZeRO-3 rank 0 reads one
-tensor at a time into the shards, under FSDP2 each rank reads its own rows. No rank of those two ever holds the
-whole base. Remote code is never run: the native `Phi3ForCausalLM` is the only class.
+A plain or DDP rank maps the safetensors file: ranks of a node share its pages. Under ZeRO-3 and FSDP2 each rank reads
+its own part of every tensor, and no rank ever holds the whole base. Remote code is never run: the native
+`Phi3ForCausalLM` is the only class.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ __all__ = [
     "load_quantized",
     "load_zero3",
     "meta_model",
+    "own_rows",
     "rows_of_rank",
     "tiny_config",
 ]
@@ -234,6 +235,11 @@ def rows_of_rank(rows: int, rank: int, world: int) -> tuple[int, int]:
     return min(rank * size, rows), min((rank + 1) * size, rows)
 
 
+def own_rows(shard: Any) -> slice:
+    """The rows of the whole tensor that this rank's part of an FSDP2 shard (a DTensor) holds."""
+    return slice(*rows_of_rank(shard.shape[0], shard.device_mesh.get_local_rank(), shard.device_mesh.size()))
+
+
 def _base_name(name: str) -> str | None:
     """The name in the checkpoint of a parameter of the PEFT model; None for an adapter's own."""
     if ".lora_" in name or ".trainable_tokens_delta." in name:
@@ -243,7 +249,7 @@ def _base_name(name: str) -> str | None:
     return name.split("base_model.model.", 1)[-1]
 
 
-def load_into_fsdp2(model: nn.Module, base: Base, rank: int, world: int) -> None:
+def load_into_fsdp2(model: nn.Module, base: Base) -> None:
     """Fill the shards of a `fully_shard`ed model: each rank reads its own rows from the files. No communication."""
     from torch.distributed.tensor import DTensor
 
@@ -254,9 +260,9 @@ def load_into_fsdp2(model: nn.Module, base: Base, rank: int, world: int) -> None
         assert isinstance(param, DTensor), name
         if source == "lm_head.weight" and base.config.tie_word_embeddings:
             source = "model.embed_tokens.weight"
-        start, stop = rows_of_rank(param.shape[0], rank, world)
+        rows = own_rows(param)
         with torch.no_grad():
-            param.to_local().copy_(base.weights.rows(source, start, stop))
+            param.to_local().copy_(base.weights.rows(source, rows.start, rows.stop))
         base.weights.close()
 
 

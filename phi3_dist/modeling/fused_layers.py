@@ -13,7 +13,6 @@ Shapes: T tokens, H hidden, I inner, N query heads, K key/value heads, D head si
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLayer, Phi3MLP, Phi3RMSNorm
 
 from phi3_dist.modeling.attention import Documents, Settings, attend, kernel_name
-from phi3_dist.modeling.fused_lora import FusedReport
+from phi3_dist.modeling.fused_lora import FusedReport, install_forwards
 from phi3_dist.modeling.loss import PackedLoss
 
 __all__ = ["install_fused_layers", "rms_norm", "rotate", "select_in_last_layer", "swiglu"]
@@ -210,16 +209,4 @@ def select_in_last_layer(model: PackedLoss) -> None:
 
 def install_fused_layers(model: nn.Module) -> FusedReport:
     """Give every stock RMSNorm, MLP and attention of a Phi-3 its fused forward. Again is harmless."""
-    kept: Counter[str] = Counter()
-    fused = 0
-    for module in model.modules():
-        forward = _FORWARDS.get(type(module))
-        if forward is None:
-            continue
-        why = _why_not(module)
-        if why:
-            kept[why] += 1
-            continue
-        module.forward = MethodType(forward, module)
-        fused += 1
-    return FusedReport(fused, dict(kept), "modules")
+    return install_forwards(model, lambda m: _FORWARDS.get(type(m)), _why_not, "modules")

@@ -16,6 +16,7 @@ Shapes: T tokens, I inputs, O outputs, R the adapter's rank.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -28,7 +29,15 @@ from torch import Tensor, nn
 
 from phi3_dist.modeling.fp8 import Fp8Linear, Fp8Scale, fp8_grad_input, fp8_product
 
-__all__ = ["FusedReport", "declined", "install_fused", "lora_linear", "remove_fused", "why_not_fused"]
+__all__ = [
+    "FusedReport",
+    "declined",
+    "install_forwards",
+    "install_fused",
+    "lora_linear",
+    "remove_fused",
+    "why_not_fused",
+]
 
 _DECLINED = "_fused_declined"
 
@@ -243,20 +252,31 @@ def _fused_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return lora_linear(x, base.weight, base.bias, lora_a.weight, lora_b.weight, layer.scaling[name], drop, state)
 
 
-def install_fused(model: nn.Module) -> FusedReport:
-    """Give every stock LoRA linear of `model` the fused forward. Call it once adapters are added; again is harmless."""
+def install_forwards(
+    model: nn.Module,
+    forward_of: Callable[[nn.Module], Callable[..., Any] | None],
+    why_not: Callable[[Any], str],
+    unit: str = "layers",
+) -> FusedReport:
+    """Give each module for which `forward_of` names one another forward, unless `why_not` has a reason against it."""
     kept: Counter[str] = Counter()
     fused = 0
-    for layer in model.modules():
-        if not isinstance(layer, LoraLayer):
+    for module in model.modules():
+        forward = forward_of(module)
+        if forward is None:
             continue
-        why = why_not_fused(layer)
+        why = why_not(module)
         if why:
             kept[why] += 1
             continue
-        layer.forward = MethodType(_fused_forward, layer)
+        module.forward = MethodType(forward, module)
         fused += 1
-    return FusedReport(fused, dict(kept))
+    return FusedReport(fused, dict(kept), unit)
+
+
+def install_fused(model: nn.Module) -> FusedReport:
+    """Give every stock LoRA linear of `model` the fused forward. Call it once adapters are added; again is harmless."""
+    return install_forwards(model, lambda m: _fused_forward if isinstance(m, LoraLayer) else None, why_not_fused)
 
 
 def remove_fused(model: nn.Module) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "count_parameters",
     "fill_adapter",
     "lora_targets",
+    "named_seed",
     "peft_config",
     "start_dora_magnitudes",
     "start_value",
@@ -185,6 +186,12 @@ def add_lora(model: nn.Module, cfg: LoraConfig, base_name: str, token_ids: Seque
     return peft_model
 
 
+def named_seed(seed: int, name: str) -> int:
+    """The run's seed for one tensor or module: what is drawn for one depends on no other."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def start_value(name: str, shape: torch.Size, seed: int) -> Tensor | None:
     """The start of an adapter tensor in float32, on the CPU; None for one that starts as a copy of the base.
 
@@ -194,8 +201,7 @@ def start_value(name: str, shape: torch.Size, seed: int) -> Tensor | None:
         return torch.zeros(shape)
     if ".lora_A." not in name:
         return None
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator().manual_seed(named_seed(seed, name))
     bound = 1.0 / math.sqrt(math.prod(shape[1:]))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
@@ -239,7 +245,7 @@ def fill_adapter(
     """
     from torch.distributed.tensor import DTensor
 
-    from phi3_dist.modeling.base import rows_of_rank
+    from phi3_dist.modeling.base import own_rows
 
     problems: list[Problem] = []
     used: set[str] = set()
@@ -263,9 +269,7 @@ def fill_adapter(
             continue
         with torch.no_grad():
             if isinstance(param, DTensor):
-                mesh = param.device_mesh
-                first, stop = rows_of_rank(param.shape[0], mesh.get_local_rank(), mesh.size())
-                param.to_local().copy_(value[first:stop])
+                param.to_local().copy_(value[own_rows(param)])
             else:
                 param.copy_(value)
     if values is not None:

@@ -7,7 +7,6 @@ weight is read from the base's file, which may be mapped and shared, and each mo
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from phi3_dist.errors import DataError, Problem
-from phi3_dist.modeling.lora import Adapted
+from phi3_dist.modeling.lora import Adapted, named_seed
 
 __all__ = ["eva_start", "loftq_start", "pissa_start", "saved_names", "take_out"]
 
@@ -50,9 +49,8 @@ def _split(matrix: Tensor, module: Adapted, niter: int | None, seed: int) -> tup
     if niter is None:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        digest = hashlib.sha256(f"{seed}:{module.name}".encode()).digest()
         with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-            torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            torch.manual_seed(named_seed(seed, module.name))
             left, values, right = torch.svd_lowrank(matrix, module.r, niter=niter)
         right = right.mT
     root = (values[: module.r] / module.scale).sqrt()
@@ -68,7 +66,7 @@ def take_out(model: nn.Module, modules: Sequence[Adapted], start: Mapping[str, T
     """
     from torch.distributed.tensor import DTensor
 
-    from phi3_dist.modeling.base import rows_of_rank
+    from phi3_dist.modeling.base import own_rows
 
     weights = {n.split("base_model.model.", 1)[-1]: p for n, p in model.named_parameters() if "base_layer" in n}
     for module in modules:
@@ -79,10 +77,8 @@ def take_out(model: nn.Module, modules: Sequence[Adapted], start: Mapping[str, T
             return (rows.float() - scale * b.to(rows.device) @ a.to(rows.device)).to(rows.dtype)
 
         if isinstance(weight, DTensor):
-            mesh = weight.device_mesh
-            first, stop = rows_of_rank(weight.shape[0], mesh.get_local_rank(), mesh.size())
             local = weight.to_local()
-            local.copy_(rest(local, b[first:stop]))
+            local.copy_(rest(local, b[own_rows(weight)]))
         elif hasattr(weight, "ds_id"):
             import deepspeed
 

@@ -112,7 +112,7 @@ def _fill_shards(model: PackedLoss, base: Base, runtime: Runtime) -> None:
     """Give FSDP2's shards, which have no storage yet, their rows of the base."""
     device = torch.device("cpu") if runtime.plan.strategy.endswith("offload") else runtime.device
     model.to_empty(device=device)
-    load_into_fsdp2(model, base, runtime.rank, runtime.world)
+    load_into_fsdp2(model, base)
     start_dora_magnitudes(model)
     inner = model.causal_lm.model
     inner.rotary_emb = type(inner.rotary_emb)(base.config).to(runtime.device)

@@ -11,9 +11,7 @@ functions of the step, so no generator's state is needed.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -25,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phi3_dist.adapters.files import write_tensors
+from phi3_dist.adapters.disk import file_sha256, sync, write_tensors
 from phi3_dist.errors import Problem, TrainingError
 
 __all__ = ["Checkpoint", "find_checkpoint", "prune", "read_state", "verify", "write_checkpoint"]
@@ -40,19 +38,6 @@ class Checkpoint:
     folder: Path
     step: int
     trainer: Mapping[str, Any]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_checkpoint(root: Path, step: int, state: Mapping[str, Tensor], trainer: Mapping[str, Any]) -> Path:
@@ -75,16 +60,18 @@ def write_checkpoint(root: Path, step: int, state: Mapping[str, Tensor], trainer
         except SafetensorError as error:  # safetensors reports a full disk as its own error
             raise OSError(str(error)) from error
         (partial / TRAINER).write_text(json.dumps({"step": step, **trainer}, indent=2) + "\n", encoding="utf-8")
-        files = {n: {"bytes": (partial / n).stat().st_size, "sha256": _sha256(partial / n)} for n in (STATE, TRAINER)}
+        files = {
+            n: {"bytes": (partial / n).stat().st_size, "sha256": file_sha256(partial / n)} for n in (STATE, TRAINER)
+        }
         for name in files:
-            _sync(partial / name)
+            sync(partial / name)
         (partial / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n", encoding="utf-8")
-        _sync(partial / MANIFEST)
-        _sync(partial)
+        sync(partial / MANIFEST)
+        sync(partial)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
-        _sync(root)
+        sync(root)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -108,7 +95,7 @@ def verify(folder: Path) -> Checkpoint | str:
             said, path = manifest["files"][name], folder / name
             if path.is_symlink() or path.stat().st_size != said["bytes"]:
                 return f"{name} is not the {said['bytes']} bytes that were written"
-            if _sha256(path) != said["sha256"]:
+            if file_sha256(path) != said["sha256"]:
                 return f"{name} has changed since it was written"
         trainer = json.loads((folder / TRAINER).read_text("utf-8"))
         step = int(trainer["step"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -203,13 +203,13 @@ def _run(
     *,
     prepared: Prepared,
     tokenizer: Any,
+    token_ids: Sequence[int],
     folder: RunFolder,
     facts: dict[str, Any],
     start: Checkpoint | None,
     clock: StartClock,
 ) -> TrainResult:
     """Build, train and save. The wrapped model lives in here alone: see `_release`."""
-    token_ids = new_token_ids(tokenizer, cfg.model.new_tokens, base)
     where, again = folder.path, start is not None
     start_of = partial(
         adapter_start, cfg, base=base, runtime=runtime, packs=prepared.train, folder=where, resumed=again
@@ -308,7 +308,7 @@ def train(
     plan = make_plan(cfg, machine, launch, family_or_shape=base.config.to_dict())
     clock.mark("plan")
     tokenizer, prepared = _prepare(cfg, cache)
-    new_token_ids(tokenizer, cfg.model.new_tokens, base)
+    token_ids = new_token_ids(tokenizer, cfg.model.new_tokens, base)
     clock.mark("data")
     if resume and folder.finished():
         return TrainResult(folder.path, 0, None, None)
@@ -334,6 +334,7 @@ def train(
             runtime,
             prepared=prepared,
             tokenizer=tokenizer,
+            token_ids=token_ids,
             folder=folder,
             facts=facts,
             start=start,

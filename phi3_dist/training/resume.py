@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from phi3_dist.adapters.disk import file_sha256
 from phi3_dist.adapters.files import WEIGHTS
 from phi3_dist.config.load import flatten
 from phi3_dist.config.schema import RunConfig
@@ -64,8 +65,7 @@ def base_fingerprint(base: Base, cache: Path) -> str:
         facts = path.stat()
         key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
         if key not in known:
-            with path.open("rb") as file:
-                known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            known[key] = file_sha256(path)
         digest.update(f"{path.name} {known[key]}\n".encode())
     cache.mkdir(parents=True, exist_ok=True)
     temporary = known_file.with_suffix(".tmp")
@@ -81,7 +81,7 @@ def identity(cfg: RunConfig, prepared: Prepared, weights: str) -> dict[str, Any]
     facts["base weights"] = weights
     if cfg.lora.freeze_a and cfg.model.adapter is not None:
         # A is no part of a checkpoint, since it does not train: it has to come from the same file again
-        facts["frozen A"] = hashlib.sha256((Path(cfg.model.adapter) / WEIGHTS).read_bytes()).hexdigest()
+        facts["frozen A"] = file_sha256(Path(cfg.model.adapter) / WEIGHTS)
     for name in ("torch", "transformers", "peft"):
         facts[f"{name} major version"] = versions().get(name, "").split(".")[0]
     return facts

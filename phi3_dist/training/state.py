@@ -104,12 +104,11 @@ def _copy_part(target: Tensor, value: Tensor) -> None:
     """Copy the whole `value` into `target`, or into this rank's rows of an FSDP2 shard."""
     from torch.distributed.tensor import DTensor
 
-    from phi3_dist.modeling.base import rows_of_rank
+    from phi3_dist.modeling.base import own_rows
 
     with torch.no_grad():
         if isinstance(target, DTensor):
-            start, stop = rows_of_rank(target.shape[0], target.device_mesh.get_local_rank(), target.device_mesh.size())
-            target.to_local().copy_(value[start:stop])
+            target.to_local().copy_(value[own_rows(target)])
         else:
             target.copy_(value)
 

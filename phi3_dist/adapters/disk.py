@@ -1,0 +1,40 @@
+"""What adapters and checkpoints share when they write: tensors under the user's umask, the flush, the checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["file_sha256", "sync", "write_tensors"]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file with the user's umask: safetensors 0.8 gives its files mode 600, whoever else may read them.
+
+    Raises OSError, and SafetensorError for a disk that is full.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
+    path.chmod(stat.S_IMODE(mode))
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
