@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.ranks.launcher import REPO, free_port
+from tests.ranks.processes import descendants, lives, ranks_below
 from tests.ranks.test_resume import same_bits
 from tests.ranks.test_strategies import RUN, SAME, clean_environment
-from tests.ranks.test_two_launchers import descendants, lives, ranks_below
 
 pytestmark = pytest.mark.ranks
 LONG = ("train.max_steps=60", "save.every=2")

@@ -19,6 +19,7 @@ from transformers import Phi3ForCausalLM
 from phi3_dist.modeling.base import tiny_config
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 from tests.ranks.launcher import NOT_INHERITED, REPO
+from tests.ranks.processes import lives, ranks_below
 
 pytestmark = pytest.mark.ranks
 
@@ -293,18 +294,10 @@ def test_a_rank_that_dies_ends_the_others_and_leaves_no_process(tmp_path: Path) 
     for line in process.stdout:
         if line.startswith("step 3/"):
             break
-    workers = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    trainers = [p for p in workers if b"phi3_dist" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    trainers = ranks_below(process.pid)
     assert len(trainers) == 2
     os.kill(trainers[1], 9)
     output = process.communicate(timeout=60)[0]
     assert process.returncode != 0
     assert "SIGKILL" in output or "Signal 9" in output
-    assert not any(map(functools.partial(_lives), trainers))
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return b"phi3_dist" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
+    assert not any(map(lives, trainers))

@@ -15,39 +15,12 @@ from pathlib import Path
 import pytest
 
 from tests.ranks.launcher import REPO, free_port
+from tests.ranks.processes import descendants, lives, ranks_below
 from tests.ranks.test_strategies import RUN, SAME, clean_environment, compare, launch
 
 pytestmark = pytest.mark.ranks
 END_S = 60  # within which the others must have stopped after a rank has died
 ENDLESS = "train.max_steps=100000"
-
-
-def descendants(pid: int) -> list[int]:
-    """Living children of a process, and theirs."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-    return [p for child in children for p in (int(child), *descendants(int(child)))]
-
-
-def command_of(pid: int) -> bytes:
-    """Its command line, words ended by zeros; empty for a zombie and for one that has gone."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def lives(pid: int) -> bool:
-    """Whether a process of ours still runs: neither gone, nor a zombie, nor another one under its old number."""
-    return b"phi3_dist" in command_of(pid)
-
-
-def ranks_below(pid: int) -> list[int]:
-    """The ranks that a launcher started, in order. What a rank forks has its command line until it executes another."""
-    ranks = [p for p in descendants(pid) if lives(p) and b"launch" not in command_of(p).split(b"\0")]
-    return [p for p in ranks if not any(p in descendants(other) for other in ranks)]
 
 
 class Node:

@@ -25,6 +25,7 @@ import pytest
 
 from phi3_dist.training.checkpoint import find_checkpoint
 from tests.ranks.launcher import REPO
+from tests.ranks.processes import lives, ranks_below
 from tests.ranks.test_resume import same_bits
 from tests.ranks.test_strategies import RUN, clean_environment
 from tests.torture.group import Group, nursery
@@ -196,8 +197,7 @@ def launched(victim: Victim) -> Iterator[tuple[subprocess.Popen[bytes], list[int
     try:
         while process.poll() is None and "step " not in log.read_text(errors="replace"):
             time.sleep(0.02)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        ranks += [int(pid) for pid in children if b"phi3_dist" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        ranks += ranks_below(process.pid)
         yield process, ranks
     finally:
         process.kill()
@@ -205,14 +205,8 @@ def launched(victim: Victim) -> Iterator[tuple[subprocess.Popen[bytes], list[int
         for pid in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        while any(Path(f"/proc/{pid}").exists() and not zombie(pid) for pid in ranks):
+        while any(map(lives, ranks)):
             time.sleep(0.01)
-
-
-def zombie(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    return True
 
 
 def kill_launchers(
@@ -235,17 +229,8 @@ def kill_launchers(
             os.kill(ranks[0], signal.SIGCONT)
             time.sleep(rng.uniform(0, 0.2))
             stack.close()
-            if last_step(victim.run) < 24:
-                victim.check_kill()
-    finish_or_same(victim, context, undisturbed[0])
-
-
-def finish_or_same(victim: Victim, context: ForkServerContext, reference: Path) -> None:
-    group = Group(context, victim.arguments(), WORLD, victim.next_log())
-    group.wait(120)
-    group.kill()
-    assert group.exit_codes == [0, 0], group.output()
-    same_bits(victim.run, reference)
+            victim.check_kill()
+    finish(victim, context, undisturbed[0])
 
 
 def test_a_killed_launcher_leaves_ranks_that_nobody_disturbs(

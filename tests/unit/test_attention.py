@@ -5,32 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import Phi3ForCausalLM
 
 from phi3_dist.errors import ModelError
 from phi3_dist.modeling.attention import KERNELS, Documents, Settings, block_mask, packed_sdpa, use_backend
 from phi3_dist.planning.attention import BACKENDS, backends, choose_backend
+from tests.small_models import small_phi3
 
 LENGTHS = (5, 1, 12, 7)
 
 
 def _model(**changes: object) -> Phi3ForCausalLM:
-    torch.manual_seed(0)
-    config = Phi3Config(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=None,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    for key, value in changes.items():
-        setattr(config, key, value)
-    return Phi3ForCausalLM(config).eval()
+    return small_phi3(**changes).eval()
 
 
 def _packed_logits(model: Phi3ForCausalLM, ids: list[torch.Tensor]) -> torch.Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3MLP, Phi3RMSNorm, apply_rotary_pos_emb
 
 from phi3_dist.config.schema import LoraConfig
@@ -22,6 +23,7 @@ from phi3_dist.modeling.fused_layers import (
 from phi3_dist.modeling.fused_lora import install_fused
 from phi3_dist.modeling.lora import add_lora, fill_adapter
 from phi3_dist.modeling.loss import PackedLoss
+from tests.small_models import small_phi3
 
 DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)]
 
@@ -33,6 +35,18 @@ def _same(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * scale)
 
 
+def _same_gradients(
+    got: Sequence[Tensor], want: Sequence[Tensor], ours: Tensor, theirs: Tensor, tolerance: float
+) -> None:
+    """The gradients that a random weighting of the outputs gives to the two inputs."""
+    weights = [torch.randn_like(t) for t in want]
+    for outputs in (got, want):
+        torch.stack([(t * w).sum() for t, w in zip(outputs, weights, strict=True)]).sum().backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    _same(ours.grad, theirs.grad, tolerance)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 def test_rms_norm_is_phi3s(dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
@@ -42,12 +56,7 @@ def test_rms_norm_is_phi3s(dtype: torch.dtype, tolerance: float) -> None:
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     out, want = rms_norm(ours, norm.weight, 1e-5), norm(theirs)
     _same(out, want, tolerance)
-    weights = torch.randn_like(want)
-    (out * weights).sum().backward()
-    (want * weights).sum().backward()
-    assert ours.grad is not None
-    assert theirs.grad is not None
-    _same(ours.grad, theirs.grad, tolerance)
+    _same_gradients([out], [want], ours, theirs, tolerance)
 
 
 def test_a_float32_norm_of_16_bits_gives_what_phi3s_gives() -> None:
@@ -66,12 +75,7 @@ def test_swiglu_is_phi3s(dtype: torch.dtype, tolerance: float) -> None:
     gate, up = theirs.chunk(2, dim=-1)
     out, want = swiglu(ours), up * mlp.activation_fn(gate)
     _same(out, want, tolerance)
-    weights = torch.randn_like(want)
-    (out * weights).sum().backward()
-    (want * weights).sum().backward()
-    assert ours.grad is not None
-    assert theirs.grad is not None
-    _same(ours.grad, theirs.grad, tolerance)
+    _same_gradients([out], [want], ours, theirs, tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
@@ -87,14 +91,9 @@ def test_rotation_is_phi3s(dtype: torch.dtype, tolerance: float, heads: int, kv_
     query, key, value = theirs.view(1, tokens, -1, size).transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)
     query, key = apply_rotary_pos_emb(query, key, cos[None], sin[None])
     want = [t[0].transpose(0, 1) for t in (query, key, value)]
-    weights = [torch.randn_like(t) for t in want]
     for mine, yours in zip(got, want, strict=True):
         _same(mine, yours, tolerance)
-    sum((t * w).sum() for t, w in zip(got, weights, strict=True)).backward()  # type: ignore[union-attr]
-    sum((t * w).sum() for t, w in zip(want, weights, strict=True)).backward()  # type: ignore[union-attr]
-    assert ours.grad is not None
-    assert theirs.grad is not None
-    _same(ours.grad, theirs.grad, tolerance)
+    _same_gradients(got, want, ours, theirs, tolerance)
 
 
 def test_an_output_that_someone_saved_is_not_turned_in_silence() -> None:
@@ -106,22 +105,7 @@ def test_an_output_that_someone_saved_is_not_turned_in_silence() -> None:
 
 
 def _model(**changes: Any) -> PackedLoss:
-    torch.manual_seed(0)
-    config = Phi3Config(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=5,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    for key, value in changes.items():
-        setattr(config, key, value)
-    causal_lm = Phi3ForCausalLM(config)
+    causal_lm = small_phi3(**{"sliding_window": 5, **changes})
     causal_lm.name_or_path = "x"
     use_backend(causal_lm, "sdpa")
     model = PackedLoss(add_lora(causal_lm, LoraConfig(r=4, dropout=0.0), "x"))
