@@ -47,8 +47,8 @@ config_path() {
     echo "$path"
 }
 
-# check_run RUN.yaml …: the run file and its overrides are read once before a launcher starts, whose own report of a
-# user's mistake is long. The run's own exit code and message.
+# check_run RUN.yaml …: the run file and its overrides are read once before a launcher starts: a mistake is told at once,
+# and by one process. The run's own exit code and message.
 check_run() {
     local words=() word
     for word in "$@"; do case $word in *=*) words+=("$word") ;; esac done

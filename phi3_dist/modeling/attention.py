@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from phi3_dist.errors import ModelError, Problem
-from phi3_dist.planning.attention import BACKENDS, PACKAGES, Backend
+from phi3_dist.machine.probe import package_versions
+from phi3_dist.planning.attention import BACKENDS, Backend
 from phi3_dist.planning.attention import backends as backends_of_facts
 
 __all__ = [
@@ -339,20 +340,10 @@ def register_backends() -> None:
 # --- which one --------------------------------------------------------------------------------------------------------
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def backends(device: torch.device, head_dim: int, dtype: torch.dtype, window: int | None) -> list[Backend]:
     """Every backend on this machine in order of preference, whether it can run, and the reason. See planning."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return backends_of_facts(device.type, head_dim, _DTYPES[dtype], window, _versions(), capability=capability)
+    return backends_of_facts(device.type, head_dim, _DTYPES[dtype], window, package_versions(), capability=capability)
 
 
 def use_backend(model: nn.Module, name: str, device: torch.device | None = None) -> None:
