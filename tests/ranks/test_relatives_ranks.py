@@ -47,7 +47,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Callable[[str
 
 def cells(*in_make_test: tuple[str, str]) -> list[object]:
     everywhere = ("cpu_2", "zero2", "zero3", "fsdp2")
-    refused = {("eva", "zero3"), ("eva", "fsdp2"), ("loftq", "zero3"), ("loftq", "fsdp2"), ("tokens", "zero3")}
+    refused = {("eva", "zero3"), ("eva", "fsdp2"), ("tokens", "zero3")}
     found = [(name, config) for name in VARIANTS for config in everywhere if (name, config) not in refused]
     return [pytest.param(*cell, marks=() if cell in in_make_test else pytest.mark.full) for cell in found]
 
