@@ -17,7 +17,7 @@ import socket
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -27,7 +27,7 @@ from typing import Any
 from phi3_dist.bench.sides import PACK_LENGTH, SHAPE, Round, Stand, make_token_packs, save_base
 from phi3_dist.bench.throughput import make_rows, side_process, step_flops
 
-__all__ = ["LENGTHS", "SIZES", "Case", "main", "rows_of_length", "table"]
+__all__ = ["LENGTHS", "SIZES", "Case", "main", "ranks", "rows_of_length", "shape_of", "table", "together"]
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 SIZES: dict[str, dict[str, Any]] = {
@@ -96,24 +96,27 @@ def serve(pipe: Connection, folder: Path, environment: dict[str, str], world: in
 
 
 @contextmanager
-def _ranks(folder: Path, world: int) -> Iterator[list[Connection]]:
-    """The pipes of `world` ranks of one thread each."""
+def ranks(
+    folder: Path, world: int, server: Callable[..., None] = serve, *arguments: Any, cpu: bool = True
+) -> Iterator[list[Connection]]:
+    """The pipes of `world` ranks of one thread each, which run `server`, once they are ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with ExitStack() as stack:
         pipes = []
         for rank in range(world):
-            launched = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            launched |= {"ACCELERATE_USE_CPU": "true"} if cpu else {}
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             environment = {**launched, **{k: str(v) for k, v in numbers.items()}} if world > 1 else {}
-            pipes.append(stack.enter_context(side_process(serve, 1, folder, environment, world)))
+            pipes.append(stack.enter_context(side_process(server, 1, folder, environment, world, *arguments)))
         for pipe in pipes:
             pipe.recv()
         yield pipes
 
 
-def _together(pipes: list[Connection], asked: tuple[str, int]) -> Round:
+def together(pipes: list[Connection], asked: Any) -> Round:
     """One round on every rank at once: the tokens of the world, the slowest rank's clock, the sum of processor time."""
     for pipe in pipes:
         pipe.send(asked)
@@ -131,13 +134,13 @@ def measure(rounds: int) -> dict[str, list[Case]]:
         folder = Path(name) / "bases"
         with side_process(save_base, 1, folder, {size: shape_of(size) for size in SIZES}) as maker:
             maker.recv()
-        with _ranks(folder, 1) as one, _ranks(folder, 2) as two:
+        with ranks(folder, 1) as one, ranks(folder, 2) as two:
             for number in range(rounds + 1):
                 turns = [(case, one, (SMALLEST, n)) for case, n in zip(by_length, LENGTHS, strict=True)]
                 turns += [(case, one, (case.name, PACK_LENGTH)) for case in by_size]
                 turns += [(by_world[0], one, ("47M", PACK_LENGTH)), (by_world[1], two, ("47M", PACK_LENGTH))]
                 for case, pipes, asked in turns:
-                    done = _together(pipes, asked)
+                    done = together(pipes, asked)
                     if number:
                         case.rounds.append(done)
     return {"pack length, tokens": by_length, "model": by_size, "processes": by_world}

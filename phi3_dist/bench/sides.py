@@ -183,7 +183,7 @@ def matrix_flops_per_s(
 class Stand:
     """A model as `phi3-dist train` builds it, ready to take steps. Collective with more ranks than one.
 
-    On the CPU in float32, or on a GPU as `model` (fields of the run file's section) says.
+    On the CPU in float32, or on a GPU as `model` (fields of the run file's section) says. `zero` is DeepSpeed's JSON.
     """
 
     def __init__(
@@ -194,6 +194,8 @@ class Stand:
         world: int = 1,
         use_cpu: bool = True,
         model: Mapping[str, Any] | None = None,
+        strategy: str | None = None,
+        zero: Mapping[str, Any] | None = None,
     ) -> None:
         from phi3_dist.config.schema import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
         from phi3_dist.machine.probe import probe
@@ -210,9 +212,12 @@ class Stand:
             optim=OptimConfig(lr=LR, schedule="constant"),
             train=TrainConfig(global_batch=world, micro_batch=1),
         )
-        launch = LaunchFacts(world_size=world, strategy="ddp" if world > 1 else "single", use_cpu=use_cpu)
+        strategy = strategy or ("ddp" if world > 1 else "single")
+        launch = LaunchFacts(world_size=world, strategy=strategy, zero_settings=zero or {}, use_cpu=use_cpu)
         plan = make_plan(cfg, probe(use_cpu=use_cpu), launch)
-        self.runtime = start_runtime(plan, {}, max_grad_norm=cfg.optim.max_grad_norm, trackers=(), folder=folder)
+        self.runtime = start_runtime(
+            plan, zero or {}, max_grad_norm=cfg.optim.max_grad_norm, trackers=(), folder=folder
+        )
         self.meter = Meter(cuda=not use_cpu)
         self.model = build_model(cfg, find_base(str(folder)), self.runtime, longest_row=longest_row)
         self.engine = make_engine(self.model, self.runtime, cfg.optim)
