@@ -55,6 +55,9 @@ class ModelConfig(Section):
     fused_layers: StrictBool = True
     """Norms, rotary embedding and SwiGLU in fewer passes over memory, and the last layer's MLP over supervised tokens
     alone: the same numbers but for the dropout drawn there. `false`: transformers' own modules."""
+    compile: Literal["auto"] | StrictBool = "auto"
+    """Compile the fused layers' passes over memory (torch.compile), once for all packs: the same numbers to rounding.
+    `auto`: on a CPU where the run is long enough to gain more than compiling takes, else not; the plan says why."""
     activation_checkpointing: StrictBool = False
     """Recompute each decoder layer in backward (non-reentrant): less memory, about a fifth more time."""
     adapter: StrictStr | None = None

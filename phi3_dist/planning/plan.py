@@ -6,13 +6,15 @@ No process group, no device and no environment is looked at here; `machine.probe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from phi3_dist.config.families import Family, Shape
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.planning.attention import backends, choose_backend
+from phi3_dist.planning.compiling import choose_compile
+from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
 from phi3_dist.planning.memory import Term, Workload, adapter_parameters, fits, memory_terms, total_gib
 from phi3_dist.planning.support import STRATEGIES, No, Yes, support, support_adapter, support_fp8, support_optimizer
 
@@ -34,55 +36,11 @@ _ZERO_UNPROVEN = {
 
 
 @dataclass(frozen=True)
-class MachineFacts:
-    """What this node is. Memory in GiB; `packages` maps a distribution to its version, absent where not installed.
-
-    `capability` is the CUDA compute capability; None on a CPU, and where it isn't known.
-    """
-
-    device: str
-    device_name: str
-    devices_per_node: int
-    device_memory_gib: float
-    host_memory_gib: float
-    cpu_count: int
-    fast_bf16: bool
-    fast_bf16_reason: str
-    packages: Mapping[str, str] = field(default_factory=dict)
-    capability: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class LaunchFacts:
-    """What the launcher set up, as the environment tells it, and what it was asked for, as its command line does.
-
-    `rank` is this process's, over all nodes. `strategy` is one of `STRATEGIES`; `zero_settings` is the DeepSpeed JSON
-    as read, empty without DeepSpeed; `asked_world_size` is None where no launcher was found; `use_cpu`: a CPU was
-    asked for.
-    """
-
-    world_size: int = 1
-    nodes: int = 1
-    strategy: str = "single"
-    asked_world_size: int | None = None
-    asked_by: str = ""
-    zero_settings: Mapping[str, Any] = field(default_factory=dict)
-    use_cpu: bool = False
-    rank: int = 0
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A decision and its reason, shown once at start and kept in the run folder."""
-
-    name: str
-    value: str
-    why: str
-
-
-@dataclass(frozen=True)
 class RunPlan:
-    """What will run. Batches in packs; `steps` are optimizer steps, None until the data is counted."""
+    """What will run. Batches in packs; `steps` are optimizer steps, None until the data is counted.
+
+    Passes are compiled in runs of `compile_from` tokens a rank or more; None: in none.
+    """
 
     strategy: str
     world_size: int
@@ -96,6 +54,7 @@ class RunPlan:
     steps: int | None
     choices: tuple[Choice, ...]
     memory: tuple[Term, ...] | None = None
+    compile_from: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, ready for JSON."""
@@ -120,7 +79,8 @@ def make_plan(
     precision = _precision(cfg, machine)
     attention = _attention(cfg, machine, precision.value, family_or_shape, problems)
     strategy = _strategy_choice(launch, cfg.model.quantization, machine.device, precision.value)
-    choices = [precision, attention, strategy, _optimizer_choice(cfg, machine, launch)]
+    compiling, compile_from = _compile(cfg, machine, launch, family_or_shape, problems)
+    choices = [precision, attention, strategy, _optimizer_choice(cfg, machine, launch), compiling]
     problems += _support_problems(cfg, machine, launch, precision.value)
     accumulation = _accumulation(cfg, launch.world_size, problems)
     memory = None
@@ -145,6 +105,7 @@ def make_plan(
         steps=cfg.train.max_steps,
         choices=tuple(choices),
         memory=memory,
+        compile_from=compile_from,
     )
 
 
@@ -226,6 +187,28 @@ def _attention(
     if not chosen.available:
         problems.append(Problem("model.attention", f"is {asked}: {chosen.reason}", chosen.fix))
     return Choice("attention", chosen.name, chosen.reason if asked == "auto" else "as the run file says")
+
+
+def _compile(
+    cfg: RunConfig,
+    machine: MachineFacts,
+    launch: LaunchFacts,
+    model: Family | Shape | Mapping[str, Any] | None,
+    problems: list[Problem],
+) -> tuple[Choice, int | None]:
+    asked, steps, why_not = cfg.model.compile, cfg.train.max_steps, machine.no_compiler
+    if asked is True and why_not:
+        problems.append(Problem("model.compile", f"is true: {why_not}", "install it, or model.compile=auto"))
+    start, why = choose_compile(
+        asked,
+        machine.device,
+        no_compiler=why_not,
+        fused=cfg.model.fused_layers,
+        shape=None if model is None else _shape(model),
+        tokens=None if steps is None else steps * cfg.train.global_batch * cfg.data.pack_length // launch.world_size,
+        threads=max(1, machine.cpu_count // max(1, launch.world_size // launch.nodes)),
+    )
+    return Choice("compile", "no" if start is None else "in a long run" if start else "yes", why), start
 
 
 def _strategy_choice(launch: LaunchFacts, quantization: str, device: str, precision: str) -> Choice:

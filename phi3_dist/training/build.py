@@ -25,10 +25,11 @@ from phi3_dist.modeling.fused_layers import install_fused_layers, select_in_last
 from phi3_dist.modeling.fused_lora import FusedReport, install_fused
 from phi3_dist.modeling.lora import adapted, add_lora, fill_adapter, start_dora_magnitudes
 from phi3_dist.modeling.loss import PackedLoss
+from phi3_dist.modeling.passes import BY_HAND, compiled_passes
 from phi3_dist.modeling.rope import Regime, pin_longrope, regime_for
 from phi3_dist.modeling.starts import take_out
 from phi3_dist.modeling.tokens import token_rows
-from phi3_dist.planning.plan import Choice
+from phi3_dist.planning.plan import Choice, RunPlan
 from phi3_dist.training.runtime import Runtime, is_fsdp
 from phi3_dist.training.strategy import shard_fsdp2
 
@@ -77,8 +78,9 @@ def _adapter_values(cfg: RunConfig, token_ids: Sequence[int]) -> dict[str, torch
     return values
 
 
-def _fused(cfg: RunConfig, model: PackedLoss) -> Iterator[Choice]:
+def _fused(cfg: RunConfig, model: PackedLoss, plan: RunPlan, tokens: int) -> Iterator[Choice]:
     """Install what `model.fp8` and `model.fused_*` ask for; each with what stayed as the library made it, and why."""
+    compiled = plan.compile_from is not None and tokens >= plan.compile_from
     off = "as the run file says"
     if cfg.model.fp8:
         taken, kept = use_fp8(model)
@@ -91,7 +93,9 @@ def _fused(cfg: RunConfig, model: PackedLoss) -> Iterator[Choice]:
     if not cfg.model.fused_layers:
         yield Choice("norm, rotary, MLP", "transformers'", off)
     else:
-        yield Choice("norm, rotary, MLP", "fused", str(install_fused_layers(model)))
+        report = install_fused_layers(model, compiled_passes() if compiled else BY_HAND)
+        counted = f"; {tokens:,} tokens a rank" if plan.compile_from else ""
+        yield Choice("norm, rotary, MLP", "fused, compiled" if compiled else "fused", f"{report}{counted}")
         select_in_last_layer(model)
 
 
@@ -128,12 +132,14 @@ def build_model(
     runtime: Runtime,
     *,
     longest_row: int,
+    tokens: int = 0,
     start_of: Start | None = None,
     token_ids: Sequence[int] = (),
 ) -> PackedLoss:
     """The model with its adapter at its start, before DDP or DeepSpeed wrap it; FSDP2 shards are made here.
 
-    `longest_row` in tokens fixes LongRoPE's regime for the run. Collective under ZeRO-3 and FSDP2.
+    `longest_row` in tokens fixes LongRoPE's regime for the run; `tokens`, all that this rank will train on, are what
+    compiling has to pay within. Collective under ZeRO-3 and FSDP2.
     """
     values = _adapter_values(cfg, token_ids) if cfg.model.adapter else None
     causal_lm = _load(cfg, base, runtime)
@@ -144,7 +150,7 @@ def build_model(
     model = PackedLoss(add_lora(causal_lm, cfg.lora, base.source, token_ids))
     model.begun = start
     regime = regime_for(causal_lm.config, longest_row, cfg.model.longrope)
-    model.choices = (*_fused(cfg, model), model.loss_choice(), *_rotary(cfg, regime, longest_row))
+    model.choices = (*_fused(cfg, model, runtime.plan, tokens), model.loss_choice(), *_rotary(cfg, regime, longest_row))
     if is_fsdp(runtime.plan.strategy):
         model = shard_fsdp2(model, runtime)
         if cfg.model.quantization == "none":  # a quantised base is whole, and cut as it is

@@ -40,7 +40,7 @@ from phi3_dist.training.resume import agree_on_checkpoint, base_fingerprint, che
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.saving import Saver
 from phi3_dist.training.signals import StopFlag
-from phi3_dist.training.stage import Stage, announce, card_facts, check_trackers, longest_row
+from phi3_dist.training.stage import Stage, announce, card_facts, check_trackers, longest_row, tokens_of_rank
 from phi3_dist.training.start import adapter_start
 from phi3_dist.training.startup import StartClock
 from phi3_dist.training.state import import_state
@@ -214,11 +214,13 @@ def _run(
     start_of = partial(
         adapter_start, cfg, base=base, runtime=runtime, packs=prepared.train, folder=where, resumed=again
     )
-    model = build_model(cfg, base, runtime, longest_row=longest_row(prepared), start_of=start_of, token_ids=token_ids)
-    regime, begun = pinned_regime(model), model.begun
-    engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
     order = Order(len(prepared.train.packs), cfg.train.global_batch, cfg.train.seed, cfg.train.shuffle)
     total = cfg.train.max_steps or order.steps(cfg.train.epochs or 1.0)
+    tokens = tokens_of_rank(prepared.train, total * order.global_batch, runtime.world)
+    build = partial(build_model, cfg, base, runtime, start_of=start_of, token_ids=token_ids)
+    model = build(longest_row=longest_row(prepared), tokens=tokens)
+    regime, begun = pinned_regime(model), model.begun
+    engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
     first, health_then = 0, {}
     if start is not None:
         first, health_then = start.step, start.trainer.get("health", {})

@@ -41,6 +41,7 @@ FREE = (
     "model.tokenizer",
     "model.adapter",
     "model.attention",
+    "model.compile",
     "model.fused_lora",
     "model.fused_layers",
     "model.activation_checkpointing",

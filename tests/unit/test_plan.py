@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from phi3_dist.config.families import FAMILIES
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError
+from phi3_dist.planning.compiling import COLD_S, gain_s, pays_from
 from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan, check_reality, make_plan
 
 PACKAGES = {"torch": "2.13.0", "deepspeed": "0.19.8", "bitsandbytes": "0.50.2"}
@@ -234,3 +235,40 @@ def test_reality() -> None:
         "ddp was planned, and single came up",
         "cpu was planned, and cuda came up",
     ]
+
+
+def test_compiling_is_planned_where_the_run_is_long_enough_to_gain_by_it() -> None:
+    start = pays_from(MINI.shape, 2)
+    assert gain_s(MINI.shape, start, 2) == pytest.approx(COLD_S, rel=1e-4)
+    assert pays_from(MINI.shape, 1) * 2 == pytest.approx(start, rel=1e-4)
+    counted_later = make_plan(run(), CPU, LaunchFacts(), family_or_shape=MINI)
+    assert counted_later.compile_from == start
+    assert why(counted_later, "compile") == (
+        "in a long run",
+        f"pays from {start:,} tokens a rank on, which are counted with the data",
+    )
+    packs = {"global_batch": 2, "max_steps": start // 2048}  # one rank's share, in packs of 2,048
+    two_ranks = LaunchFacts(2, 1, "ddp")  # with a thread each, which gains twice as much
+    long = make_plan(run(train=packs), CPU, two_ranks, family_or_shape=MINI)
+    assert (long.compile_from, why(long, "compile")[0]) == (0, "yes")
+    packs["max_steps"] = packs["max_steps"] // 2 - 1
+    shorter = make_plan(run(train=packs), CPU, two_ranks, family_or_shape=MINI)
+    assert (shorter.compile_from, why(shorter, "compile")[0]) == (None, "no")
+    assert "and takes 13 s" in why(shorter, "compile")[1]
+
+
+def test_compiling_is_off_where_nothing_is_known_for_it_and_refused_without_a_compiler() -> None:
+    bare = dataclasses.replace(CPU, no_compiler="there is no compiler (g++)")
+    for cfg, machine, reason in (
+        (run(), GPU, "not been measured"),
+        (run(), bare, "no compiler"),
+        (run(model={"fused_layers": False}), CPU, "model.fused_layers"),
+        (run(model={"compile": False}), CPU, "as the run file says"),
+    ):
+        plan = make_plan(cfg, machine, LaunchFacts(), family_or_shape=MINI)
+        assert plan.compile_from is None
+        assert reason in why(plan, "compile")[1]
+    asked = run(model={"compile": True})
+    assert make_plan(asked, GPU, LaunchFacts()).compile_from == 0
+    found = problems(asked, bare, LaunchFacts())
+    assert found["model.compile"] == ("is true: there is no compiler (g++)", "install it, or model.compile=auto")
