@@ -215,6 +215,7 @@ class Stand:
         self.runtime = start_runtime(plan, {}, max_grad_norm=cfg.optim.max_grad_norm, trackers=(), folder=folder)
         self.meter = Meter(cuda=not use_cpu)
         self.model = build_model(cfg, find_base(str(folder)), self.runtime, longest_row=longest_row)
+        self.choices = (*plan.choices, *self.model.choices)
         self.engine = make_engine(self.model, self.runtime, cfg.optim)
         self.meter.count_weights(self.model)
         self.world, self.next_step = world, 0
