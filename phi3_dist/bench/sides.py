@@ -211,10 +211,11 @@ class Stand:
             train=TrainConfig(global_batch=world, micro_batch=1),
         )
         launch = LaunchFacts(world_size=world, strategy="ddp" if world > 1 else "single", use_cpu=use_cpu)
-        plan = make_plan(cfg, probe(use_cpu=use_cpu), launch)
+        base = find_base(str(folder))
+        plan = make_plan(cfg, probe(use_cpu=use_cpu), launch, family_or_shape=base.config.to_dict())
         self.runtime = start_runtime(plan, {}, max_grad_norm=cfg.optim.max_grad_norm, trackers=(), folder=folder)
         self.meter = Meter(cuda=not use_cpu)
-        self.model = build_model(cfg, find_base(str(folder)), self.runtime, longest_row=longest_row)
+        self.model = build_model(cfg, base, self.runtime, longest_row=longest_row)
         self.choices = (*plan.choices, *self.model.choices)
         self.engine = make_engine(self.model, self.runtime, cfg.optim)
         self.meter.count_weights(self.model)

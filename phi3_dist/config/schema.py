@@ -40,6 +40,9 @@ class ModelConfig(Section):
     """Compute dtype. `auto`: bf16 where the hardware has it fast, else fp32; the reason is shown at start."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Storage of the frozen base. `nf4` is QLoRA (double quantised NF4), `int8` is LLM.int8()."""
+    dequantized_layers: Literal["auto"] | Annotated[StrictInt, Field(ge=0)] = "auto"
+    """nf4: decoder layers, counted from the last, that keep their dequantised weights from forward to backward and need
+    not dequantise twice: the same numbers. `auto`: with activation checkpointing all, else as many as fit on a GPU."""
     fp8: StrictBool = False
     """Keep the frozen linears under the adapter in FP8 (E4M3): half the memory of bf16, and FP8 products on GPUs that
     have them. The losses differ a little; one process or DDP."""

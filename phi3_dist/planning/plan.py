@@ -6,7 +6,7 @@ No process group, no device and no environment is looked at here; `machine.probe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from phi3_dist.config.families import Family, Shape
@@ -15,6 +15,7 @@ from phi3_dist.errors import PlanError, Problem
 from phi3_dist.planning.attention import backends, choose_backend
 from phi3_dist.planning.compiling import choose_compile
 from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
+from phi3_dist.planning.keeping import choose_kept_layers
 from phi3_dist.planning.memory import Term, Workload, adapter_parameters, fits, memory_terms, total_gib
 from phi3_dist.planning.support import STRATEGIES, No, Yes, support, support_adapter, support_fp8, support_optimizer
 
@@ -39,7 +40,8 @@ _ZERO_UNPROVEN = {
 class RunPlan:
     """What will run. Batches in packs; `steps` are optimizer steps, None until the data is counted.
 
-    Passes are compiled in runs of `compile_from` tokens a rank or more; None: in none.
+    Passes are compiled in runs of `compile_from` tokens a rank or more; None: in none. The last `kept_layers` layers
+    keep their dequantised weights for backward.
     """
 
     strategy: str
@@ -55,6 +57,7 @@ class RunPlan:
     choices: tuple[Choice, ...]
     memory: tuple[Term, ...] | None = None
     compile_from: int | None = None
+    kept_layers: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, ready for JSON."""
@@ -83,9 +86,13 @@ def make_plan(
     choices = [precision, attention, strategy, _optimizer_choice(cfg, machine, launch), compiling]
     problems += _support_problems(cfg, machine, launch, precision.value)
     accumulation = _accumulation(cfg, launch.world_size, problems)
-    memory = None
+    memory, kept_layers = None, 0
     if family_or_shape is not None:
-        memory = _memory(cfg, machine, launch, precision.value, _shape(family_or_shape))
+        shape = _shape(family_or_shape)
+        memory, kept = _memory(cfg, machine, launch, precision.value, shape)
+        if kept is not None:
+            kept_layers, why = kept
+            choices.append(Choice("weights for backward", f"{kept_layers} of {shape.layers} layers keep theirs", why))
         choices.append(_memory_choice(memory, machine, launch, problems))
     if problems:
         raise PlanError(*problems)
@@ -106,6 +113,7 @@ def make_plan(
         choices=tuple(choices),
         memory=memory,
         compile_from=compile_from,
+        kept_layers=kept_layers,
     )
 
 
@@ -282,7 +290,8 @@ def _accumulation(cfg: RunConfig, world: int, problems: list[Problem]) -> int:
 
 def _memory(
     cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, precision: str, shape: Shape
-) -> tuple[Term, ...]:
+) -> tuple[tuple[Term, ...], tuple[int, str] | None]:
+    """The account of one rank; and for NF4 how many layers keep their weights, with the reason."""
     lora = cfg.lora
     trainable, everything = (
         adapter_parameters(
@@ -312,7 +321,14 @@ def _memory(
         fused=cfg.model.fused_lora and cfg.model.fused_layers and not lora.dora,
         chunked="lm_head" not in lora.targets,
     )
-    return memory_terms(shape, trainable, load, everything - trainable)
+    terms = memory_terms(shape, trainable, load, everything - trainable)
+    if load.quantization != "nf4":
+        return terms, None
+    per_node = max(1, launch.world_size // launch.nodes)
+    have = machine.host_memory_gib / per_node if machine.device == "cpu" else machine.device_memory_gib
+    fused = cfg.model.fused_lora and not lora.dora
+    kept = choose_kept_layers(cfg.model.dequantized_layers, shape, load, terms, have, fused=fused)
+    return memory_terms(shape, trainable, replace(load, kept_layers=kept[0]), everything - trainable), kept
 
 
 def _memory_choice(

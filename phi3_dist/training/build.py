@@ -22,7 +22,7 @@ from phi3_dist.modeling.base import (
 )
 from phi3_dist.modeling.fp8 import use_fp8
 from phi3_dist.modeling.fused_layers import install_fused_layers, select_in_last_layer
-from phi3_dist.modeling.fused_lora import FusedReport, install_fused
+from phi3_dist.modeling.fused_lora import FusedReport, install_fused, keep_dequantized
 from phi3_dist.modeling.lora import adapted, add_lora, fill_adapter, start_dora_magnitudes
 from phi3_dist.modeling.loss import PackedLoss
 from phi3_dist.modeling.passes import BY_HAND, compiled_passes
@@ -89,6 +89,7 @@ def _fused(cfg: RunConfig, model: PackedLoss, plan: RunPlan, tokens: int) -> Ite
         yield Choice("LoRA linear", "PEFT's", off)
     else:
         lora = install_fused(model)
+        keep_dequantized(model, plan.kept_layers)
         yield Choice("LoRA linear", "fused" if lora.fused else "PEFT's", str(lora))
     if not cfg.model.fused_layers:
         yield Choice("norm, rotary, MLP", "transformers'", off)

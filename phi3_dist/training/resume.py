@@ -42,6 +42,7 @@ FREE = (
     "model.adapter",
     "model.attention",
     "model.compile",
+    "model.dequantized_layers",
     "model.fused_lora",
     "model.fused_layers",
     "model.activation_checkpointing",

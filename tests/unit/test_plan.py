@@ -14,6 +14,7 @@ from phi3_dist.config.families import FAMILIES
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError
 from phi3_dist.planning.compiling import COLD_S, gain_s, pays_from
+from phi3_dist.planning.memory import layer_gib
 from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan, check_reality, make_plan
 
 PACKAGES = {"torch": "2.13.0", "deepspeed": "0.19.8", "bitsandbytes": "0.50.2"}
@@ -32,6 +33,11 @@ def run(**sections: dict[str, Any]) -> RunConfig:
 def why(plan: RunPlan, name: str) -> tuple[str, str]:
     choice = next(choice for choice in plan.choices if choice.name == name)
     return choice.value, choice.why
+
+
+def memory_of(plan: RunPlan, place: str = "device") -> dict[str, float]:
+    assert plan.memory is not None
+    return {term.name: term.gib for term in plan.memory if term.place == place}
 
 
 def problems(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, **options: Any) -> dict[str, tuple[str, str]]:
@@ -272,3 +278,46 @@ def test_compiling_is_off_where_nothing_is_known_for_it_and_refused_without_a_co
     assert make_plan(asked, GPU, LaunchFacts()).compile_from == 0
     found = problems(asked, bare, LaunchFacts())
     assert found["model.compile"] == ("is true: there is no compiler (g++)", "install it, or model.compile=auto")
+
+
+def test_nf4_weights_are_kept_where_memory_allows_and_it_gains() -> None:
+    nf4 = {"model": {"quantization": "nf4"}}
+    each = layer_gib(MINI.shape, "bf16")
+    assert each * 2**30 * 32 == MINI.shape.linear_parameters * 2
+    large = make_plan(run(**nf4), GPU, LaunchFacts(), family_or_shape=MINI)
+    assert (large.kept_layers, why(large, "weights for backward")[0]) == (32, "32 of 32 layers keep theirs")
+    assert memory_of(large)["dequantised weights"] == pytest.approx(32 * each)
+    none = make_plan(
+        run(model={"quantization": "nf4", "dequantized_layers": 0}), GPU, LaunchFacts(), family_or_shape=MINI
+    )
+    one_linear = 16384 * 3072 * 2 / 2**30
+    assert memory_of(none)["dequantised weights"] == pytest.approx(one_linear)
+    used = sum(memory_of(none).values())
+    tight = dataclasses.replace(GPU, device_memory_gib=(used + 3.5 * each) / 0.7)
+    some = make_plan(run(**nf4), tight, LaunchFacts(), family_or_shape=MINI)
+    assert some.kept_layers == 3
+    assert memory_of(some)["dequantised weights"] == pytest.approx(3 * each + one_linear)
+    assert sum(memory_of(some).values()) < 0.7 * tight.device_memory_gib
+    full = dataclasses.replace(GPU, device_memory_gib=used / 0.7)
+    assert make_plan(run(**nf4), full, LaunchFacts(), family_or_shape=MINI).kept_layers == 0
+
+
+def test_a_recomputed_layer_keeps_its_nf4_weights_and_a_cpu_keeps_no_others() -> None:
+    cpu = dataclasses.replace(CPU, host_memory_gib=64.0)
+    plain = make_plan(run(model={"quantization": "nf4"}), cpu, LaunchFacts(), family_or_shape=MINI)
+    assert plain.kept_layers == 0
+    assert "no longer" in why(plain, "weights for backward")[1]
+    recomputed = run(model={"quantization": "nf4", "activation_checkpointing": True})
+    kept = make_plan(recomputed, cpu, LaunchFacts(), family_or_shape=MINI)
+    assert kept.kept_layers == 32
+    assert "one layer's at a time" in why(kept, "weights for backward")[1]
+    one_layer = layer_gib(MINI.shape, "fp32")
+    assert one_layer < memory_of(kept, "host")["dequantised weights"] < 2 * one_layer
+    asked = run(model={"quantization": "nf4", "dequantized_layers": 40})
+    assert make_plan(asked, cpu, LaunchFacts(), family_or_shape=MINI).kept_layers == 32
+    for changes in ({"model": {"fused_lora": False}}, {"lora": {"dora": True}}):
+        sections = {"model": {"quantization": "nf4"}}
+        for name, values in changes.items():
+            sections[name] = {**sections.get(name, {}), **values}
+        assert make_plan(run(**sections), GPU, LaunchFacts(), family_or_shape=MINI).kept_layers == 0
+    assert not [c for c in make_plan(run(), GPU, LaunchFacts(), family_or_shape=MINI).choices if "backward" in c.name]
