@@ -17,6 +17,7 @@ from typing import Any
 
 __all__ = [
     "LORA_RANK",
+    "MIB",
     "PACK_LENGTH",
     "SHAPE",
     "Meter",

@@ -49,6 +49,9 @@ class ModelConfig(Section):
     attention: Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "flex", "sdpa"] = "auto"
     """Attention backend: `varlen` is torch's own flash-attention, `sdpa` one call for each document. `auto` takes the
     best that can run, and says why. Documents of a pack never attend to each other in any of them."""
+    loss: Literal["auto", "chunked", "liger"] = "auto"
+    """What computes lm_head and the cross-entropy, a chunk of logits at a time: this toolkit, or on a GPU Liger's
+    kernel (`phi3-dist[kernels]`). `auto` is this toolkit, and says why."""
     fused_lora: StrictBool = True
     """LoRA and its base linear as one function, where PEFT's layer is the plain one: less time and memory, the same
     numbers and files. `false`: PEFT's own forward everywhere."""

@@ -27,7 +27,17 @@ from phi3_dist.planning.plan import LaunchFacts, MachineFacts
 __all__ = ["cpu_count", "launch_facts", "no_compiler", "package_versions", "probe"]
 
 GIB = 1024**3
-PACKAGES = (*ATTENTION_PACKAGES, "transformers", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes")
+PACKAGES = (
+    *ATTENTION_PACKAGES,
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "bitsandbytes",
+    "liger-kernel",
+    "triton",
+)
 """Distributions whose presence or version decides something."""
 
 

@@ -15,6 +15,7 @@ from phi3_dist.errors import PlanError, Problem
 from phi3_dist.planning.attention import backends, choose_backend
 from phi3_dist.planning.compiling import choose_compile
 from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
+from phi3_dist.planning.head import choose_loss, why_not_liger
 from phi3_dist.planning.keeping import choose_kept_layers
 from phi3_dist.planning.memory import Term, Workload, adapter_parameters, fits, memory_terms, total_gib
 from phi3_dist.planning.support import STRATEGIES, No, Yes, support, support_adapter, support_fp8, support_optimizer
@@ -58,6 +59,7 @@ class RunPlan:
     memory: tuple[Term, ...] | None = None
     compile_from: int | None = None
     kept_layers: int = 0
+    loss: str = "chunked"
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, ready for JSON."""
@@ -83,7 +85,8 @@ def make_plan(
     attention = _attention(cfg, machine, precision.value, family_or_shape, problems)
     strategy = _strategy_choice(launch, cfg.model.quantization, machine.device, precision.value)
     compiling, compile_from = _compile(cfg, machine, launch, family_or_shape, problems)
-    choices = [precision, attention, strategy, _optimizer_choice(cfg, machine, launch), compiling]
+    loss = _loss(cfg, machine, problems)
+    choices = [precision, attention, loss, strategy, _optimizer_choice(cfg, machine, launch), compiling]
     problems += _support_problems(cfg, machine, launch, precision.value)
     accumulation = _accumulation(cfg, launch.world_size, problems)
     memory, kept_layers = None, 0
@@ -106,6 +109,7 @@ def make_plan(
         device=machine.device,
         precision=precision.value,
         attention=attention.value,
+        loss=loss.value,
         micro_batch=micro,
         accumulation=accumulation,
         global_batch=cfg.train.global_batch,
@@ -195,6 +199,15 @@ def _attention(
     if not chosen.available:
         problems.append(Problem("model.attention", f"is {asked}: {chosen.reason}", chosen.fix))
     return Choice("attention", chosen.name, chosen.reason if asked == "auto" else "as the run file says")
+
+
+def _loss(cfg: RunConfig, machine: MachineFacts, problems: list[Problem]) -> Choice:
+    targets = () if cfg.lora.targets == "all-linear" else cfg.lora.targets  # PEFT leaves the head out of all linears
+    saved, taught = cfg.lora.modules_to_save, bool(cfg.model.new_tokens)
+    found = why_not_liger(machine.device, machine.packages, targets=targets, saved=saved, new_tokens=taught)
+    if cfg.model.loss == "liger" and found[0]:
+        problems.append(Problem("model.loss", f"is liger: {found[0]}", found[1]))
+    return Choice("loss kernel", *choose_loss(cfg.model.loss, found[0]))
 
 
 def _compile(

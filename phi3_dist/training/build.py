@@ -24,7 +24,7 @@ from phi3_dist.modeling.fp8 import use_fp8
 from phi3_dist.modeling.fused_layers import install_fused_layers, select_in_last_layer
 from phi3_dist.modeling.fused_lora import FusedReport, install_fused, keep_dequantized
 from phi3_dist.modeling.lora import adapted, add_lora, fill_adapter, start_dora_magnitudes
-from phi3_dist.modeling.loss import PackedLoss
+from phi3_dist.modeling.loss import Kernel, PackedLoss
 from phi3_dist.modeling.passes import BY_HAND, compiled_passes
 from phi3_dist.modeling.rope import Regime, pin_longrope, regime_for
 from phi3_dist.modeling.starts import take_out
@@ -148,7 +148,8 @@ def build_model(
     if cfg.model.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     start = start_of(causal_lm) if start_of else {}
-    model = PackedLoss(add_lora(causal_lm, cfg.lora, base.source, token_ids))
+    kernel: Kernel = "liger" if runtime.plan.loss == "liger" else "chunked"
+    model = PackedLoss(add_lora(causal_lm, cfg.lora, base.source, token_ids), kernel=kernel)
     model.begun = start
     regime = regime_for(causal_lm.config, longest_row, cfg.model.longrope)
     model.choices = (*_fused(cfg, model, runtime.plan, tokens), model.loss_choice(), *_rotary(cfg, regime, longest_row))

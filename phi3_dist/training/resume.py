@@ -43,6 +43,7 @@ FREE = (
     "model.attention",
     "model.compile",
     "model.dequantized_layers",
+    "model.loss",
     "model.fused_lora",
     "model.fused_layers",
     "model.activation_checkpointing",

@@ -321,3 +321,24 @@ def test_a_recomputed_layer_keeps_its_nf4_weights_and_a_cpu_keeps_no_others() ->
             sections[name] = {**sections.get(name, {}), **values}
         assert make_plan(run(**sections), GPU, LaunchFacts(), family_or_shape=MINI).kept_layers == 0
     assert not [c for c in make_plan(run(), GPU, LaunchFacts(), family_or_shape=MINI).choices if "backward" in c.name]
+
+
+def test_ligers_kernel_is_refused_by_name_with_the_reason_and_auto_says_why_it_is_not_taken() -> None:
+    have = dataclasses.replace(GPU, packages={**GPU.packages, "triton": "3.9.0", "liger-kernel": "0.8.5"})
+    asked = {"model": {"loss": "liger"}}
+    plan = make_plan(run(**asked), have, LaunchFacts())
+    assert (plan.loss, why(plan, "loss kernel")[0]) == ("liger", "liger")
+    auto = make_plan(run(), have, LaunchFacts())
+    assert auto.loss == "chunked"
+    assert "not timed" in why(auto, "loss kernel")[1]
+    assert "the device is cpu" in why(make_plan(run(), CPU, LaunchFacts()), "loss kernel")[1]
+    for machine, more, reason, fix in (
+        (CPU, {}, "need CUDA, and the device is cpu", "model.loss=chunked"),
+        (GPU, {}, "liger-kernel is not installed", "pip install 'phi3-dist[kernels]'"),
+        (have, {"lora": {"targets": ["qkv_proj", "lm_head"]}}, "has an adapter", "model.loss=chunked"),
+        (have, {"lora": {"modules_to_save": ["lm_head"]}}, "lm_head trains", "model.loss=chunked"),
+        (have, {"model": {"loss": "liger", "new_tokens": ["<|x|>"]}}, "model.new_tokens", "model.loss=chunked"),
+    ):
+        what, found_fix = problems(run(**{**asked, **more}), machine, LaunchFacts())["model.loss"]
+        assert reason in what
+        assert found_fix == fix
