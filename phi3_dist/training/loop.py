@@ -17,6 +17,7 @@ from torch import Tensor
 
 from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.files import AdapterReceipt, recover, save_adapter
+from phi3_dist.adapters.loading import rows_fact
 from phi3_dist.config.load import flatten, resolved_yaml
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Order, Prepared, prepare
@@ -26,7 +27,7 @@ from phi3_dist.modeling.fused_lora import declined
 from phi3_dist.modeling.lora import count_parameters, peft_config
 from phi3_dist.modeling.rope import pinned_regime
 from phi3_dist.modeling.tokenizer import load_tokenizer
-from phi3_dist.modeling.tokens import new_token_ids
+from phi3_dist.modeling.tokens import enlarged, new_token_ids
 from phi3_dist.planning.plan import Choice, LaunchFacts, MachineFacts, make_plan
 from phi3_dist.training.agree import agree
 from phi3_dist.training.build import build_model
@@ -159,7 +160,7 @@ def _save(
         tokenizer=tokenizer,
         card=adapter_card(card_facts(stage, base, held_out, regime)),
         taken_out=begun if stage.cfg.lora.init.startswith("pissa") else None,
-        metadata={"longrope": regime} if regime else None,
+        metadata={**({"longrope": regime} if regime else {}), **rows_fact(base)},
     )
     if receipt is not None:
         size = f"{receipt.bytes / 2**20:.1f} MiB, {receipt.tensors} tensors"
@@ -301,7 +302,7 @@ def train(
         clock.mark("processes")
         result = _run(
             cfg,
-            base,
+            enlarged(base, token_ids),
             runtime,
             prepared=prepared,
             tokenizer=tokenizer,

@@ -47,10 +47,10 @@ def reloaded(folder: Path) -> Any:
         return PeftModel.from_pretrained(tiny(), str(folder))
 
 
-def learn(model: Any, steps: int = 3) -> None:
+def learn(model: Any, ids_1T: torch.Tensor = IDS, steps: int = 3) -> None:
     optimizer = make_optimizer(model, OptimConfig(lr=0.01), torch.device("cpu"))
     for _ in range(steps):
-        out = model.train()(input_ids=IDS, labels=IDS, use_cache=False)
+        out = model.train()(input_ids=ids_1T, labels=ids_1T, use_cache=False)
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
