@@ -6,13 +6,13 @@ on the plain base it ends with an IndexError.
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 from phi3_dist.adapters.files import read_metadata
 from phi3_dist.errors import AdapterError, Problem
 from phi3_dist.modeling.base import Base
+from phi3_dist.modeling.lora import quiet_peft
 
 __all__ = ["load_adapter", "rows_fact", "too_few_rows"]
 
@@ -21,7 +21,7 @@ _ROWS = "base_rows"
 
 def rows_fact(base: Base) -> dict[str, str]:
     """What the header of an adapter says of a base that was enlarged; nothing of another."""
-    return {_ROWS: str(base.config.vocab_size)} if base.weights.added else {}
+    return {_ROWS: str(base.enlarged_rows)} if base.enlarged_rows else {}
 
 
 def _needed(folder: Path) -> int:
@@ -52,7 +52,5 @@ def load_adapter(model: Any, folder: Path) -> Any:
     if needed > model.get_input_embeddings().num_embeddings:
         # the adapter holds the rows: what they start with is never read
         model.resize_token_embeddings(needed, mean_resizing=False)
-    with warnings.catch_warnings():
-        # peft 0.21 asks transformers 5.24 for a name that it has renamed
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    with quiet_peft():
         return PeftModel.from_pretrained(model, str(folder))

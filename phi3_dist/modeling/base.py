@@ -51,6 +51,11 @@ class Base:
     folder: Path | None
     weights: Weights
 
+    @property
+    def enlarged_rows(self) -> int | None:
+        """Rows of the tables where this run has enlarged them (modeling/tokens.py), else None."""
+        return int(self.config.vocab_size) if self.weights.added else None
+
 
 def tiny_config() -> Phi3Config:
     """The shape of `tiny-random`: a Phi-3 in everything but size. Its vocabulary is the byte tokenizer's, padded."""
@@ -307,6 +312,8 @@ def load_quantized(base: Base, kind: str, dtype: torch.dtype, device: torch.devi
 
 def _enlarge(model: Phi3ForCausalLM, base: Base) -> None:
     """Give a model that came from the folder itself the rows that `base` adds."""
+    if not base.weights.added:
+        return
     for name in base.weights.added:
         module: Any = model.get_submodule(name.removesuffix(".weight"))
         old = module.weight

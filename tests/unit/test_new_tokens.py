@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from phi3_dist.modeling.tokens import enlarged, new_token_ids, token_rows
 from phi3_dist.planning.memory import adapter_parameters
 from phi3_dist.training.build import _adapter_values
 from phi3_dist.training.resume import base_fingerprint
-from tests.unit.test_relatives import learn
+from tests.unit.test_relatives import learn, reloaded
 
 TOKENS = ("<|tool|>", "<|call|>")
 
@@ -86,17 +85,13 @@ def test_only_the_new_rows_train_and_the_adapter_loads_on_the_plain_base(base: B
 
 def by_plain_peft(base: Base, folder: Path) -> Any:
     """As the card says, on a base that transformers loads."""
-    from peft import PeftModel
-
     model = Phi3ForCausalLM.from_pretrained(base.source, dtype=torch.float32)
     rows = read_metadata(folder).get("base_rows")
     assert (rows is None) == (base.config.vocab_size == 320)
     if rows is not None:
         assert rows == "272"
         model.resize_token_embeddings(int(rows), mean_resizing=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        return PeftModel.from_pretrained(model, str(folder))
+    return reloaded(folder, model)
 
 
 def test_rows_may_hold_the_taught_tokens_and_no_others(tmp_path: Path) -> None:
