@@ -22,6 +22,7 @@ VARIANTS = {
     "eva": ("lora.init=eva", "lora.freeze_a=true"),
     "tokens": ("model.new_tokens=['<|tool|>']",),
     "rows": ("model.new_tokens=[LATTE]",),
+    "rows_nf4": ("model.new_tokens=[LATTE]", "model.quantization=nf4"),
     "loftq": ("lora.init=loftq", "model.quantization=nf4"),
 }
 """LATTE stands in the rows as text. With `rows` the base has no row to spare: see `base`."""
@@ -35,7 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def made(vocab_size: int) -> Path:
         return tiny_base(tmp_path_factory.mktemp("tiny") / "base", vocab_size=vocab_size)
 
-    return lambda name: made(270 if name == "rows" else 320)
+    return lambda name: made(270 if name.startswith("rows") else 320)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, base: Callable[[str], Path])
 
 def cells(*in_make_test: tuple[str, str]) -> list[object]:
     everywhere = ("cpu_2", "zero2", "zero3", "fsdp2")
-    refused = {("eva", "zero3"), ("eva", "fsdp2"), ("tokens", "zero3"), ("rows", "zero3")}
+    refused = {("eva", "zero3"), ("eva", "fsdp2"), ("tokens", "zero3"), ("rows", "zero3"), ("rows_nf4", "zero3")}
     found = [(name, config) for name in VARIANTS for config in everywhere if (name, config) not in refused]
     return [pytest.param(*cell, marks=() if cell in in_make_test else pytest.mark.full) for cell in found]
 
