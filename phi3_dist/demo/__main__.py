@@ -157,9 +157,9 @@ def _score(base: Path, adapter: Path | None, chats: Sequence[Chat]) -> Score:
 
     model: Any = Phi3ForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter is not None:
-        from phi3_dist.adapters.loading import load_adapter
+        from peft import PeftModel
 
-        model = load_adapter(model, adapter)
+        model = PeftModel.from_pretrained(model, adapter)
     return score(model.eval(), load_tokenizer(str(base)), chats, MAX_NEW_TOKENS)
 
 
