@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from phi3_dist.adapters.files import read_adapter, read_metadata
+from phi3_dist.adapters.loading import too_few_rows
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import ModelError, Problem
 from phi3_dist.modeling.attention import use_backend
@@ -48,7 +49,7 @@ def _load(cfg: RunConfig, base: Base, runtime: Runtime) -> Any:
     return load_full(base, runtime.dtype, runtime.device)
 
 
-def _adapter_values(cfg: RunConfig, token_ids: Sequence[int]) -> dict[str, torch.Tensor]:
+def _adapter_values(cfg: RunConfig, base: Base, token_ids: Sequence[int]) -> dict[str, torch.Tensor]:
     """The tensors of the adapter to train on from. Raises ModelError where the `lora` section means another update.
 
     Shapes are compared later, with the model; a scale that differs would show nowhere but in the losses.
@@ -73,6 +74,7 @@ def _adapter_values(cfg: RunConfig, token_ids: Sequence[int]) -> dict[str, torch
         what = f"have the rows {list(token_ids)}, and the adapter in {cfg.model.adapter} has taught {taught}"
         fix = "name the same tokens in the same order, with the adapter's folder as model.tokenizer"
         problems.append(Problem("model.new_tokens", what, fix))
+    problems += too_few_rows(Path(cfg.model.adapter), int(base.config.vocab_size))
     if problems:
         raise ModelError(*problems)
     return values
@@ -142,7 +144,7 @@ def build_model(
     `longest_row` in tokens fixes LongRoPE's regime for the run; `tokens`, all that this rank will train on, are what
     compiling has to pay within. Collective under ZeRO-3 and FSDP2.
     """
-    values = _adapter_values(cfg, token_ids) if cfg.model.adapter else None
+    values = _adapter_values(cfg, base, token_ids) if cfg.model.adapter else None
     causal_lm = _load(cfg, base, runtime)
     use_backend(causal_lm, runtime.plan.attention, runtime.device)
     if cfg.model.activation_checkpointing:

@@ -44,7 +44,7 @@ def held_out_loss(engine: Engine, runtime: Runtime, packs: Packs) -> HeldOut:
         counted = mine < len(packs.packs)
         nll = engine.model(**to_device(packs, [mine if counted else 0], runtime.device))
         if counted:
-            total += torch.stack((nll.double(), torch.tensor(float(packs.targets[mine]), device=runtime.device)))
+            total += torch.stack((nll.double(), torch.full_like(nll, float(packs.targets[mine]), dtype=torch.float64)))
     engine.model.train(was_training)
     nll_sum, tokens = runtime.sum(total).tolist()
     return HeldOut(nll_sum / tokens, int(tokens), time.perf_counter() - start)

@@ -48,16 +48,16 @@ class Health:
     def facts(self) -> dict[str, int]:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
-    def check(self, done: int, result: StepResult, nlls: Sequence[float], loss: float) -> bool:
+    def check(self, done: int, result: StepResult, nlls: Sequence[float], loss: float, grad_norm: float) -> bool:
         """Whether step `done` was made. `nlls`: each rank's summed negative log likelihood; `loss`: the global mean.
 
         Raises TrainingError after `train.max_bad_steps` skipped steps in a row, and for a first step in which no
         gradient reaches the adapter.
         """
-        if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
-            self._skip(done, result, nlls, loss)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self._skip(done, result, nlls, loss, grad_norm)
             return False
-        if done == 1 and result.grad_norm == 0:
+        if done == 1 and grad_norm == 0:
             what, fix = "no gradient reaches the adapter", "this is a fault of the set-up: please report it"
             raise TrainingError(Problem("step 1", what, fix))
         self.in_a_row = 0
@@ -72,7 +72,7 @@ class Health:
         self._losses.append(loss)
         return True
 
-    def _skip(self, done: int, result: StepResult, nlls: Sequence[float], loss: float) -> None:
+    def _skip(self, done: int, result: StepResult, nlls: Sequence[float], loss: float, grad_norm: float) -> None:
         stage = self.stage
         self.skipped += 1
         self.in_a_row += 1
@@ -82,13 +82,13 @@ class Health:
             pack for rank in bad for slot in stage.order.slots(done - 1, rank, world, micro) for pack in slot
         ] or result.packs
         ranks = f"rank {', '.join(map(str, bad))}" if bad else "the sum over ranks"
-        what = f"loss {loss}, gradient norm {result.grad_norm}, on {ranks}, in rows {_rows_of(stage, packs)}"
+        what = f"loss {loss}, gradient norm {grad_norm}, on {ranks}, in rows {_rows_of(stage, packs)}"
         stage.metrics.note(
             "skipped",
             {
                 "step": done,
                 "loss": str(loss),  # JSON has no word for a number that is none
-                "grad_norm": str(result.grad_norm),
+                "grad_norm": str(grad_norm),
                 "ranks": bad,
                 "rows": _rows_of(stage, packs),
                 "skipped_steps": self.skipped,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.files import AdapterReceipt, recover, save_adapter
+from phi3_dist.adapters.loading import rows_fact
 from phi3_dist.config.load import flatten, resolved_yaml
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Order, Prepared, prepare
@@ -26,7 +27,7 @@ from phi3_dist.modeling.fused_lora import declined
 from phi3_dist.modeling.lora import count_parameters, peft_config
 from phi3_dist.modeling.rope import pinned_regime
 from phi3_dist.modeling.tokenizer import load_tokenizer
-from phi3_dist.modeling.tokens import new_token_ids
+from phi3_dist.modeling.tokens import enlarged, new_token_ids
 from phi3_dist.planning.plan import Choice, LaunchFacts, MachineFacts, make_plan
 from phi3_dist.training.agree import agree
 from phi3_dist.training.build import build_model
@@ -36,6 +37,7 @@ from phi3_dist.training.folder import RunFolder, cache_folder, versions
 from phi3_dist.training.health import Health
 from phi3_dist.training.metrics import Metrics
 from phi3_dist.training.profiling import StepProfile
+from phi3_dist.training.readout import Readout
 from phi3_dist.training.resume import agree_on_checkpoint, base_fingerprint, check_identity, cut_metrics, identity
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.saving import Saver
@@ -44,7 +46,7 @@ from phi3_dist.training.stage import Stage, announce, card_facts, check_trackers
 from phi3_dist.training.start import adapter_start
 from phi3_dist.training.startup import StartClock
 from phi3_dist.training.state import import_state
-from phi3_dist.training.step import StepResult, learning_rate, train_step
+from phi3_dist.training.step import learning_rate, train_step
 from phi3_dist.training.strategy import make_engine
 
 __all__ = ["EXIT_STOPPED", "TrainResult", "train"]
@@ -79,25 +81,6 @@ def _prepare(cfg: RunConfig, cache: Path | None) -> tuple[Any, Prepared]:
     return tokenizer, prepared
 
 
-def _log_step(stage: Stage, step: int, result: StepResult, loss: float, step_s: float) -> None:
-    stage.metrics.train(
-        {
-            "step": step,
-            "epoch": round(step * stage.order.global_batch / len(stage.train.packs), 4),
-            "loss": loss,
-            "lr": result.lr,
-            "grad_norm": result.grad_norm,
-            "step_s": round(step_s, 4),
-            "supervised_tokens": result.supervised_tokens,
-            "tokens": result.tokens,
-            "supervised_tokens_per_s": round(result.supervised_tokens / step_s, 1),
-            "tokens_per_s": round(result.tokens / step_s, 1),
-        }
-    )
-    if stage.runtime.is_main:
-        stage.folder.heartbeat(step)
-
-
 def _evaluate(stage: Stage, step: int) -> HeldOut | None:
     if stage.validation is None:
         return None
@@ -112,17 +95,6 @@ def _evaluate(stage: Stage, step: int) -> HeldOut | None:
         }
     )
     return found
-
-
-def _agreed(stage: Stage, result: StepResult, flag: StopFlag) -> tuple[list[float], int]:
-    """Each rank's summed loss, and the signal that any rank got, on every rank, in one collective."""
-    facts = torch.stack((result.nll.double(), torch.tensor(float(flag.signal), device=stage.runtime.device).double()))
-    gathered = [facts]
-    if stage.runtime.world > 1:
-        gathered = [torch.empty_like(facts) for _ in range(stage.runtime.world)]
-        torch.distributed.all_gather(gathered, facts)
-    everyone = torch.stack(gathered)
-    return everyone[:, 0].tolist(), int(everyone[:, 1].max())
 
 
 def _say_first_step(stage: Stage, step: int) -> None:
@@ -140,25 +112,25 @@ def _steps(stage: Stage, first: int, saver: Saver, health: Health, flag: StopFla
 
     Returns the steps done, the last held-out loss, and the signal that stopped the run or 0.
     """
-    cfg, held_out = stage.cfg, None
+    cfg, held_out, readout = stage.cfg, None, Readout(stage, health, flag)
     for step in range(first, stage.total):
-        start, done = time.perf_counter(), step + 1
+        begun, done = time.perf_counter(), step + 1
         lr = learning_rate(step, stage.total, cfg.optim)
         result = train_step(stage.engine, stage.runtime, stage.train, stage.order, step, lr=lr, seed=cfg.train.seed)
         if stage.profile.step():
             stage.metrics.say(f"profile: {stage.profile.folder}/table.txt and trace.json.gz")
-        nlls, stop = _agreed(stage, result, flag)
-        loss = sum(nlls) / result.supervised_tokens
-        made = health.check(done, result, nlls, loss)
-        if made and (done % cfg.log.every == 0 or done in {1, stage.total}):
-            _log_step(stage, done, result, loss, time.perf_counter() - start)
+        readout.add(done, result, begun)
+        evaluate = done == stage.total or bool(cfg.train.eval_every and done % cfg.train.eval_every == 0)
+        if evaluate or saver.due(done) or readout.stop or step == first:
+            readout.read()
         if step == first:
             _say_first_step(stage, done)
-        if done == stage.total or (cfg.train.eval_every and done % cfg.train.eval_every == 0):
+        if evaluate:
             held_out = _evaluate(stage, done)
-        if saver.due(done) or (stop and done < stage.total):
+        stop = readout.stop if done < stage.total else 0
+        if saver.due(done) or stop:
             saver.save(done, held_out)
-        if stop and done < stage.total:
+        if stop:
             return done, held_out, stop
     if first == stage.total:
         held_out = _evaluate(stage, first)
@@ -188,7 +160,7 @@ def _save(
         tokenizer=tokenizer,
         card=adapter_card(card_facts(stage, base, held_out, regime)),
         taken_out=begun if stage.cfg.lora.init.startswith("pissa") else None,
-        metadata={"longrope": regime} if regime else None,
+        metadata={**({"longrope": regime} if regime else {}), **rows_fact(base)},
     )
     if receipt is not None:
         size = f"{receipt.bytes / 2**20:.1f} MiB, {receipt.tensors} tensors"
@@ -332,7 +304,7 @@ def train(
         clock.mark("processes")
         result = _run(
             cfg,
-            base,
+            enlarged(base, token_ids),
             runtime,
             prepared=prepared,
             tokenizer=tokenizer,

@@ -112,6 +112,7 @@ def card_facts(stage: Stage, base: Base, held_out: HeldOut | None, regime: str |
         "supervised_tokens": int(stage.train.targets.sum()),
         "data_fingerprint": stage.facts["data"],
         "longrope": f"{regime} factors: serve it with these, whatever the length" if regime else None,
+        "base_rows": base.enlarged_rows,
         "strategy": stage.runtime.plan.strategy,
         "world_size": stage.runtime.world,
         "heldout_loss": held_out.loss if held_out else None,

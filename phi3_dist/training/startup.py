@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import PurePath
 
 import psutil
 
 __all__ = ["StartClock"]
 
+LAUNCHERS = {"launch", "accelerate-launch", "torchrun", "torch.distributed.run"}
+
+
+def _launcher_s(rank: psutil.Process) -> float:
+    """Seconds between the start of the launcher and of this rank; 0 without a launcher, and for a rank restarted."""
+    try:
+        parent = rank.parent()
+        if parent is None or not any(PurePath(word).name in LAUNCHERS for word in parent.cmdline()):
+            return 0.0
+        began_s: float = parent.create_time()
+    except psutil.Error:  # it has ended, or is another user's
+        return 0.0
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    return float(rank.create_time() - began_s) if first else 0.0
+
 
 class StartClock:
-    """Named spans, in seconds, from the start of this process on; `mark` closes one."""
+    """Named spans, in seconds, from the start of the launcher or else of this process on; `mark` closes one."""
 
     def __init__(self) -> None:
-        self.spans_s: dict[str, float] = {}
-        self._last = psutil.Process().create_time()
+        rank = psutil.Process()
+        launcher_s = _launcher_s(rank)
+        self.spans_s: dict[str, float] = {"launcher": launcher_s} if launcher_s else {}
+        self._last = rank.create_time()
 
     def mark(self, name: str) -> None:
         """What went by since the last mark was `name`. Only the first mark of a name counts."""
@@ -29,4 +48,4 @@ class StartClock:
     def line(self) -> str:
         """The spans in one line, for the person who waited."""
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.spans_s.items())
-        return f"start: first step done {self.total_s:.1f} s after the process began ({parts})"
+        return f"start: first step done {self.total_s:.1f} s after the command began ({parts})"

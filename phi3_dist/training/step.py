@@ -23,12 +23,12 @@ __all__ = ["StepResult", "learning_rate", "seed_micro_batch", "to_device", "trai
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did. `nll` is this rank's summed negative log likelihood, still on the device."""
+    """What a step did. `nll`, this rank's summed negative log likelihood, and `grad_norm` are still on the device."""
 
     nll: Tensor
     supervised_tokens: int
     tokens: int
-    grad_norm: float
+    grad_norm: Tensor
     lr: float
     packs: tuple[int, ...]
 
@@ -56,7 +56,9 @@ def to_device(packs: Packs, which: Sequence[int], device: torch.device) -> dict[
     lengths = tuple(int(n) for n in np.diff(batch.cu_seqlens))
 
     def move(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        # from pinned memory the copy waits for nothing; torch keeps that memory until it is done
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     return {
         "ids_T": move(batch.ids_T),

@@ -32,7 +32,7 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor) -> None: ...
 
-    def update(self, lr: float) -> float: ...
+    def update(self, lr: float) -> Tensor: ...
 
 
 def make_optimizer(
@@ -54,7 +54,7 @@ def make_optimizer(
     groups = [g for g in groups if g["params"]]
     options: dict[str, Any] = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps}
     if cfg.name == "adamw":
-        fused = device.type == "cuda" and not any(hasattr(p, "device_mesh") for p in trainable)
+        fused = all(p.device.type == device.type == "cuda" for p in trainable)  # FSDP2's offload keeps them on the host
         return torch.optim.AdamW(groups, fused=fused, **options)
     try:
         import bitsandbytes as bnb
@@ -84,6 +84,7 @@ class TorchEngine:
         # DDP and FSDP2 average over ranks; the loss is already divided by the global count
         self.scale = float(world)
         self.params = [p for p in model.parameters() if p.requires_grad]
+        self.fused = all(group.get("fused") for group in optimizer.param_groups)
 
     def start_micro_batch(self, *, last: bool) -> None:
         model: Any = self.model
@@ -95,16 +96,21 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         (loss * self.scale).backward()  # type: ignore[no-untyped-call]
 
-    def update(self, lr: float) -> float:
+    def update(self, lr: float) -> Tensor:
         norm: Any = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm or float("inf"))
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
-        value = float(norm)  # the same on every rank: gradients are summed before they are measured
-        if math.isfinite(value):
-            _set_lr(self.optimizer, lr)
+        _set_lr(self.optimizer, lr)
+        # the norm is the same on every rank: gradients are summed before they are measured
+        if self.fused:  # the kernel itself leaves all as it was, and the host needn't wait for the norm
+            optimizer: Any = self.optimizer
+            optimizer.found_inf = torch.isfinite(norm).logical_not().float()
+            optimizer.step()
+        elif math.isfinite(float(norm)):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return value
+        grad_norm: Tensor = norm.detach()
+        return grad_norm
 
 
 class DeepSpeedEngine:
@@ -120,7 +126,7 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor) -> None:
         self.model.backward(loss * self.scale)
 
-    def update(self, lr: float) -> float:
+    def update(self, lr: float) -> Tensor:
         _set_lr(self.optimizer, lr)
         self.model.step()
         norm = self.model.get_global_grad_norm()
@@ -129,7 +135,7 @@ class DeepSpeedEngine:
         if not math.isfinite(value) and self.model.was_step_applied():
             what = f"the gradient norm is {value}, and DeepSpeed has made the update all the same"
             raise TrainingError(Problem("optimizer", what, "go on from the last checkpoint with --resume"))
-        return value
+        return torch.tensor(value, dtype=torch.float64)
 
 
 def shard_fsdp2(model: PackedLoss, runtime: Runtime) -> PackedLoss:

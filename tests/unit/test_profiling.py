@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -60,4 +63,16 @@ def test_the_spans_of_the_start_add_up_to_the_time_since_the_process_began() -> 
     clock.mark("data")
     assert list(clock.spans_s) == ["imports", "data"]
     assert 0.05 < clock.spans_s["data"] < 5
-    assert clock.line().startswith(f"start: first step done {clock.total_s:.1f} s after the process began (imports ")
+    assert clock.line().startswith(f"start: first step done {clock.total_s:.1f} s after the command began (imports ")
+
+
+def test_the_time_of_the_launcher_counts_and_a_restart_s_does_not(tmp_path: Path) -> None:
+    """A stand-in for the launcher, told by its name: it does nothing for a second and then starts the rank."""
+    clock = "from phi3_dist.training.startup import StartClock; print(StartClock().spans_s.get('launcher', 0))"
+    launcher = tmp_path / "launch"
+    launcher.write_text("import subprocess, sys, time; time.sleep(1); subprocess.run(sys.argv[1:], check=True)")
+    for restarts, (low, high) in (("0", (1.0, 30.0)), ("1", (0.0, 0.0))):
+        command = [sys.executable, str(launcher), sys.executable, "-c", clock]
+        env = {**os.environ, "TORCHELASTIC_RESTART_COUNT": restarts}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        assert low <= float(done.stdout) <= high
