@@ -43,6 +43,7 @@ _RUN = {
     "steps": "optimizer steps",
     "global_batch": "packs in a step",
     "longrope": "LongRoPE",
+    "base_rows": "rows that the base's tables must have",
     "strategy": "strategy",
     "world_size": "processes",
     "optim": "optimizer",
@@ -60,8 +61,9 @@ def adapter_card(facts: Mapping[str, Any]) -> str:
 
     facts, all of them optional: `name`, `base` (hub id or folder), `base_is_local`, `revision`, `license`, `lora` (the
     run file's section or PEFT's configuration), `versions` (package → version; by default those installed),
-    `data_fingerprint`, `rows`, `supervised_tokens`, `pack_length`, `steps`, `global_batch`, `strategy`, `world_size`,
-    `optim`, `loss`, `heldout_loss`, `heldout_perplexity`. Any other fact is listed under its own name.
+    `data_fingerprint`, `rows`, `supervised_tokens`, `pack_length`, `steps`, `global_batch`, `base_rows` (how many its
+    tables must have, where the base has fewer), `strategy`, `world_size`, `optim`, `loss`, `heldout_loss`,
+    `heldout_perplexity`. Any other fact is listed under its own name.
     A local base, and any other absolute path, is shown by the name of its folder alone.
     """
     base, local = _base(facts)
@@ -83,7 +85,7 @@ def adapter_card(facts: Mapping[str, Any]) -> str:
         _section("Training", facts, _RUN),
         _section("Results", facts, _RESULT),
         _section("More", facts, other),
-        _loading(base, local, facts.get("revision")),
+        _loading(base, local, facts.get("revision"), facts.get("base_rows")),
         _section("Versions", facts.get("versions") or _installed(), {}),
     ]
     return "\n".join(part for part in parts if part)
@@ -132,16 +134,19 @@ def _cell(value: Any) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _loading(base: str, local: bool, revision: Any) -> str:
+def _loading(base: str, local: bool, revision: Any, rows: int | None) -> str:
     source = "path/to/" + base if local else base or "path/to/base"
     extra = f', revision="{revision}"' if revision and not local else ""
+    resize = (
+        f"\nbase.resize_token_embeddings({rows}, mean_resizing=False)  # the adapter fills the new rows" if rows else ""
+    )
     return f"""## How to load it
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{source}", dtype="auto"{extra})
+base = AutoModelForCausalLM.from_pretrained("{source}", dtype="auto"{extra}){resize}
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """

@@ -5,7 +5,9 @@
 Random weights (3.8 B), LoRA r=16 on every linear layer, bf16, packs of 2,048, 4,096 and 8,192 tokens of ragged rows.
 Each case is a process of its own, so that none sees another's memory; one round is warm-up, the median of the others
 counts. The share is that of bf16 products of the base's own sizes, timed in the same process, for FP8 too. Packs of
-8,192 recompute activations. Not yet run: it was written where no GPU could be had.
+8,192 recompute activations. Below the table stand the kernels of `model.loss`, head and cross-entropy of a pack with
+every token supervised, forward and backward in turns in one process, with the memory each takes at its peak. Not yet
+run: it was written where no GPU could be had.
 """
 
 from __future__ import annotations
@@ -14,17 +16,20 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from phi3_dist.bench.scaling import rows_of_length
-from phi3_dist.bench.sides import SHAPE, Round, Stand, make_token_packs, matrix_flops_per_s, save_base
+from phi3_dist.bench.sides import MIB, SHAPE, Round, Stand, make_token_packs, matrix_flops_per_s, save_base
 from phi3_dist.bench.throughput import ask, side_process, step_flops
+from phi3_dist.machine.probe import package_versions
+from phi3_dist.planning.head import why_not_liger
 
-__all__ = ["CASES", "LENGTHS", "MINI", "Case", "lines_of", "main", "serve"]
+__all__ = ["CASES", "LENGTHS", "MINI", "Case", "lines_of", "loss_lines", "main", "serve", "serve_losses", "time_losses"]
 
 LENGTHS = (2048, 4096, 8192)
 CASES: dict[str, dict[str, Any]] = {
@@ -87,6 +92,66 @@ def _serve(pipe: Connection, folder: Path, shape: Mapping[str, Any], name: str, 
     serve(pipe, folder, shape, name, length, cpu=False)
 
 
+def time_losses(
+    losses: Mapping[str, Callable[..., Any]], rows: int, shape: Mapping[str, Any], rounds: int, *, cpu: bool
+) -> dict[str, list[tuple[float, float]]]:
+    """Milliseconds and peak MiB over what stood before, of each loss in each round after the first; they take turns.
+
+    A loss is `(hidden (rows, H), weight (V, H), bias, target (rows)) -> scalar`. On a CPU the memory is not measured.
+    """
+    import torch
+
+    device, dtype = ("cpu", torch.float32) if cpu else ("cuda", torch.bfloat16)
+    torch.manual_seed(0)
+    hidden, vocab = int(shape["hidden_size"]), int(shape["vocab_size"])
+    hidden_SH = torch.randn(rows, hidden, device=device, dtype=dtype, requires_grad=True)
+    weight_VH = torch.randn(vocab, hidden, device=device, dtype=dtype) / hidden**0.5
+    target_S = torch.randint(0, vocab, (rows,), device=device)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in losses}
+    for number in range(rounds + 1):
+        for name in list(losses) if number % 2 == 0 else reversed(list(losses)):
+            hidden_SH.grad = None
+            before_mib, start_s = 0.0, time.perf_counter()
+            if not cpu:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before_mib, start_s = torch.cuda.memory_allocated() / MIB, time.perf_counter()
+            (losses[name](hidden_SH, weight_VH, None, target_S) / rows).backward()
+            if not cpu:
+                torch.cuda.synchronize()
+            peak_mib = 0.0 if cpu else torch.cuda.max_memory_allocated() / MIB - before_mib
+            found[name].append(((time.perf_counter() - start_s) * 1e3, peak_mib))
+    return {name: done[1:] for name, done in found.items()}
+
+
+def serve_losses(pipe: Connection, _: Path, shape: Mapping[str, Any], rows: int, rounds: int, *, cpu: bool) -> None:
+    """Send what `time_losses` finds for each kernel of `model.loss` that can run here."""
+    from phi3_dist.modeling.loss import chunked_nll, liger_nll
+
+    losses: dict[str, Callable[..., Any]] = {"chunked": chunked_nll}
+    if not why_not_liger("cpu" if cpu else "cuda", package_versions(), targets=(), saved=(), new_tokens=False)[0]:
+        losses["liger"] = liger_nll
+    pipe.send(time_losses(losses, rows, shape, rounds, cpu=cpu))
+    pipe.recv()
+
+
+def _serve_losses(pipe: Connection, folder: Path, shape: Mapping[str, Any], rows: int, rounds: int) -> None:
+    serve_losses(pipe, folder, shape, rows, rounds, cpu=False)
+
+
+def loss_lines(rows: int, found: Mapping[str, list[tuple[float, float]]]) -> list[str]:
+    """One line for each kernel, and the median ratio of the pairs; or what Liger's lacks."""
+    lines = []
+    for name, done in found.items():
+        times, peaks = zip(*done, strict=True)
+        lines.append(f"model.loss={name}, {rows:,} rows: {statistics.median(times):.2f} ms, peak {max(peaks):,.0f} MiB")
+    if "liger" not in found:
+        why, fix = why_not_liger("cuda", package_versions(), targets=(), saved=(), new_tokens=False)
+        return [*lines, f"model.loss=liger was not timed: {why} ({fix})"]
+    ratios = [ours / theirs for (ours, _), (theirs, _) in zip(found["chunked"], found["liger"], strict=True)]
+    return [*lines, f"chunked / liger: {statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})"]
+
+
 def lines_of(cases: list[Case]) -> list[str]:
     """The table, in Markdown: it is meant for the README."""
     lines = [
@@ -113,7 +178,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         sys.stdout.write("no CUDA device: this benchmark needs one (make bench-throughput runs on a CPU)\n")
         sys.exit(1)
-    cases = []
+    cases: list[Case] = []
+    losses: dict[int, dict[str, list[tuple[float, float]]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "base"
         with side_process(save_base, 0, folder, {"": MINI}) as maker:
@@ -125,7 +191,10 @@ def main(arguments: list[str] | None = None) -> None:
                     rounds = [ask(pipe, "round") for _ in range(options.rounds)]
                 cases.append(Case(kind, length, rounds, **facts))
                 sys.stdout.write(f"{lines_of(cases)[-1]}\n")
-    for line in lines_of(cases):
+        for length in LENGTHS:
+            with side_process(_serve_losses, 0, folder, MINI, length, options.rounds) as pipe:
+                losses[length] = pipe.recv()
+    for line in (*lines_of(cases), "", *(line for item in losses.items() for line in loss_lines(*item))):
         sys.stdout.write(f"{line}\n")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 __all__ = [
     "LORA_RANK",
+    "MIB",
     "PACK_LENGTH",
     "SHAPE",
     "Meter",
@@ -212,14 +213,14 @@ class Stand:
             optim=OptimConfig(lr=LR, schedule="constant"),
             train=TrainConfig(global_batch=world, micro_batch=1),
         )
-        strategy = strategy or ("ddp" if world > 1 else "single")
-        launch = LaunchFacts(world_size=world, strategy=strategy, zero_settings=zero or {}, use_cpu=use_cpu)
-        plan = make_plan(cfg, probe(use_cpu=use_cpu), launch)
-        self.runtime = start_runtime(
-            plan, zero or {}, max_grad_norm=cfg.optim.max_grad_norm, trackers=(), folder=folder
-        )
+        strategy, zero = strategy or ("ddp" if world > 1 else "single"), zero or {}
+        launch = LaunchFacts(world_size=world, strategy=strategy, zero_settings=zero, use_cpu=use_cpu)
+        base = find_base(str(folder))
+        plan = make_plan(cfg, probe(use_cpu=use_cpu), launch, family_or_shape=base.config.to_dict())
+        self.runtime = start_runtime(plan, zero, max_grad_norm=cfg.optim.max_grad_norm, trackers=(), folder=folder)
         self.meter = Meter(cuda=not use_cpu)
-        self.model = build_model(cfg, find_base(str(folder)), self.runtime, longest_row=longest_row)
+        self.model = build_model(cfg, base, self.runtime, longest_row=longest_row)
+        self.choices = (*plan.choices, *self.model.choices)
         self.engine = make_engine(self.model, self.runtime, cfg.optim)
         self.meter.count_weights(self.model)
         self.world, self.next_step = world, 0

@@ -116,6 +116,8 @@ def side_process(worker: Callable[..., None], threads: int, folder: Path, *argum
         process.join(timeout=30)
     except (EOFError, BrokenPipeError) as error:
         process.join(timeout=5)
+        if process.exitcode is None:
+            raise  # another side's pipe broke
         output = log.read_text(errors="replace")[-3000:]
         raise RuntimeError(f"{worker.__name__} ended with exit code {process.exitcode}:\n{output}") from error
     finally:

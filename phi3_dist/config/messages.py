@@ -253,6 +253,13 @@ def _model_pairs(cfg: RunConfig) -> Iterator[Cross]:
     elif revision is not None and (source.startswith((".", "/", "~")) or Path(source).is_dir()):
         what = f"is {revision!r}, but model.source is the local folder {source}"
         yield Cross(("model.revision", "model.source"), what, "remove it, or name a hub id as model.source")
+    kept = cfg.model.dequantized_layers
+    if kept != "auto" and kept > 0 and cfg.model.quantization != "nf4":
+        what = f"is {kept}, and model.quantization is {cfg.model.quantization}: no weight is in NF4"
+        yield Cross(("model.dequantized_layers", "model.quantization"), what, "leave it out")
+    if cfg.model.compile is True and not cfg.model.fused_layers:
+        what = "is true, and what is compiled are the passes of the fused layers, which model.fused_layers leaves out"
+        yield Cross(("model.compile", "model.fused_layers"), what, "leave out one of them")
 
 
 def _lora_pairs(cfg: RunConfig) -> Iterator[Cross]:

@@ -40,12 +40,18 @@ class ModelConfig(Section):
     """Compute dtype. `auto`: bf16 where the hardware has it fast, else fp32; the reason is shown at start."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Storage of the frozen base. `nf4` is QLoRA (double quantised NF4), `int8` is LLM.int8()."""
+    dequantized_layers: Literal["auto"] | Annotated[StrictInt, Field(ge=0)] = "auto"
+    """nf4: decoder layers, counted from the last, that keep their dequantised weights from forward to backward and need
+    not dequantise twice: the same numbers. `auto`: with activation checkpointing all, else as many as fit on a GPU."""
     fp8: StrictBool = False
     """Keep the frozen linears under the adapter in FP8 (E4M3): half the memory of bf16, and FP8 products on GPUs that
     have them. The losses differ a little; one process or DDP."""
     attention: Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "flex", "sdpa"] = "auto"
     """Attention backend: `varlen` is torch's own flash-attention, `sdpa` one call for each document. `auto` takes the
     best that can run, and says why. Documents of a pack never attend to each other in any of them."""
+    loss: Literal["auto", "chunked", "liger"] = "auto"
+    """What computes lm_head and the cross-entropy, a chunk of logits at a time: this toolkit, or on a GPU Liger's
+    kernel (`phi3-dist[kernels]`). `auto` is this toolkit, and says why."""
     fused_lora: StrictBool = True
     """LoRA and its base linear as one function, where PEFT's layer is the plain one: less time and memory, the same
     numbers and files. `false`: PEFT's own forward everywhere."""
@@ -55,6 +61,9 @@ class ModelConfig(Section):
     fused_layers: StrictBool = True
     """Norms, rotary embedding and SwiGLU in fewer passes over memory, and the last layer's MLP over supervised tokens
     alone: the same numbers but for the dropout drawn there. `false`: transformers' own modules."""
+    compile: Literal["auto"] | StrictBool = "auto"
+    """Compile the fused layers' passes over memory (torch.compile), once for all packs: the same numbers to rounding.
+    `auto`: on a CPU where the run is long enough to gain more than compiling takes, else not; the plan says why."""
     activation_checkpointing: StrictBool = False
     """Recompute each decoder layer in backward (non-reentrant): less memory, about a fifth more time."""
     adapter: StrictStr | None = None

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sys
+import sysconfig
 from collections.abc import Mapping
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +24,20 @@ from phi3_dist.machine.launch_request import LaunchRequest
 from phi3_dist.planning.attention import PACKAGES as ATTENTION_PACKAGES
 from phi3_dist.planning.plan import LaunchFacts, MachineFacts
 
-__all__ = ["cpu_count", "launch_facts", "package_versions", "probe"]
+__all__ = ["cpu_count", "launch_facts", "no_compiler", "package_versions", "probe"]
 
 GIB = 1024**3
-PACKAGES = (*ATTENTION_PACKAGES, "transformers", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes")
+PACKAGES = (
+    *ATTENTION_PACKAGES,
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "bitsandbytes",
+    "liger-kernel",
+    "triton",
+)
 """Distributions whose presence or version decides something."""
 
 
@@ -64,6 +78,7 @@ def probe(*, use_cpu: bool | None = None) -> MachineFacts:
             fast_bf16_reason=f"{device.name} (compute capability {device.major}.{device.minor}) {tensor_cores}",
             packages=package_versions(),
             capability=(device.major, device.minor),
+            no_compiler=no_compiler(cuda=True),
         )
     fast, reason = _cpu_bf16()
     return MachineFacts(
@@ -76,7 +91,25 @@ def probe(*, use_cpu: bool | None = None) -> MachineFacts:
         fast_bf16=fast,
         fast_bf16_reason=reason,
         packages=package_versions(),
+        no_compiler=no_compiler(cuda=False),
     )
+
+
+def no_compiler(*, cuda: bool) -> str:
+    """Why torch can compile nothing on this node, or empty: it needs a compiler, Python's headers, Triton on CUDA.
+
+    Sources: `cpp.cxx` in torch/_inductor/config.py (2.13), and `_build` in triton/runtime/build.py.
+    """
+    asked = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    compilers = [os.environ["CC"]] if cuda and "CC" in os.environ else ["gcc", "clang"] if cuda else [asked]
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not any(map(shutil.which, compilers)):
+        return f"there is no compiler ({' or '.join(compilers)})"
+    if not header.is_file():
+        return f"Python's headers are not here ({header})"
+    if cuda and find_spec("triton") is None:
+        return "Triton is not installed"
+    return ""
 
 
 def _cpu_bf16() -> tuple[bool, str]:

@@ -51,6 +51,11 @@ class Base:
     folder: Path | None
     weights: Weights
 
+    @property
+    def enlarged_rows(self) -> int | None:
+        """Rows of the tables where this run has enlarged them (modeling/tokens.py), else None."""
+        return int(self.config.vocab_size) if self.weights.added else None
+
 
 def tiny_config() -> Phi3Config:
     """The shape of `tiny-random`: a Phi-3 in everything but size. Its vocabulary is the byte tokenizer's, padded."""
@@ -173,7 +178,7 @@ def _check_names(base: Base, model: nn.Module) -> None:
 
 def _check_shapes(base: Base, model: nn.Module) -> None:
     for name, param in model.named_parameters():
-        found = base.weights.whole(name).shape
+        found = base.weights.shape(name)
         if found != param.shape:
             raise ModelError(
                 Problem(
@@ -296,9 +301,25 @@ def load_quantized(base: Base, kind: str, dtype: torch.dtype, device: torch.devi
     model: Phi3ForCausalLM = Phi3ForCausalLM.from_pretrained(
         base.folder, quantization_config=config, dtype=dtype, **placed
     )
+    _enlarge(model, base)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # in eval mode bitsandbytes 0.50 repacks weights in place for a kernel that has no gradient, and training
             # goes on with it after the first held-out loss, on CPUs that have AVX512-BF16
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _enlarge(model: Phi3ForCausalLM, base: Base) -> None:
+    """Give a model that came from the folder itself the rows that `base` adds."""
+    if not base.weights.added:
+        return
+    for name in base.weights.added:
+        module: Any = model.get_submodule(name.removesuffix(".weight"))
+        old = module.weight
+        more = base.weights.rows(name, len(old), base.config.vocab_size)
+        module.weight = nn.Parameter(torch.cat((old.data, more.to(old))), requires_grad=old.requires_grad)
+        setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", len(module.weight))
+    base.weights.close()
+    model.config.vocab_size = model.vocab_size = base.config.vocab_size
+    model.tie_weights()

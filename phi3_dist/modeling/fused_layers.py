@@ -5,8 +5,8 @@ and writes in place where it may. As in fused_lora.py only `forward` of a stock 
 that instance, so that names, hooks and files stay transformers'. A call that is not the packed training pass (a cache,
 a mask, several rows) goes to the module's own forward.
 
-Compiled with `torch.compile` instead, the same functions took 3.6 ms less of a layer (1,024 tokens, 576 wide, one CPU
-core; 10 ms here, some 27 as transformers computes them), which is 2 % of a step, for 22 s of compiling.
+A layer takes some 10 ms in these passes, 27 as transformers computes them (1,024 tokens, 576 wide, one CPU core). What
+passes.py has in two forms is computed as the module's `Passes` say: by hand, or compiled (`model.compile`).
 
 Shapes: T tokens, H hidden, I inner, N query heads, K key/value heads, D head size, R rotated values of a head / 2.
 """
@@ -18,58 +18,52 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLayer, Phi3MLP, Phi3RMSNorm
 
 from phi3_dist.modeling.attention import Documents, Settings, attend, kernel_name
 from phi3_dist.modeling.fused_lora import FusedReport, install_forwards
 from phi3_dist.modeling.loss import PackedLoss
+from phi3_dist.modeling.passes import BY_HAND, Passes
 
 __all__ = ["install_fused_layers", "rms_norm", "rotate", "select_in_last_layer", "swiglu"]
+
+_PASSES = "_fused_passes"
 
 
 class _RmsNorm(torch.autograd.Function):
     """transformers' order of roundings: normalised in float32, back to the input's type, then the weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float, passes: Passes) -> Tensor:
         x32 = x.float()
         rstd = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_H, rstd)
+        ctx.passes = passes
         normed: Tensor = (x32 * rstd).to(x.dtype)
         return normed.mul_(weight_H) if weight_H.dtype == x.dtype else weight_H * normed
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight_H, rstd = ctx.saved_tensors
-        grad32, x32 = (grad * weight_H).float(), x.float()
-        along = (grad32 * x32).sum(-1, keepdim=True)
-        along.mul_(rstd**3).div_(-x.shape[-1])
-        return grad32.mul_(rstd).addcmul_(x32, along).to(x.dtype), None, None
+        return ctx.passes.norm_backward(grad, x, rstd, weight_H), None, None, None
 
 
 class _Swiglu(torch.autograd.Function):
     """`up · silu(gate)` from the joined projection, which is all that is saved."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, passes: Passes) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        ctx.passes = passes
+        return passes.swiglu(gate_up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        out = torch.empty_like(gate_up)
-        grad_gate, grad_up = out.chunk(2, dim=-1)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        torch.ops.aten.silu.out(gate, out=grad_up)
-        grad_up.mul_(grad)
-        return out
+        return ctx.passes.swiglu_backward(grad, gate_up), None
 
 
 class _Rotate(torch.autograd.Function):
@@ -81,7 +75,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos_TR: Tensor, sin_TR: Tensor, heads: int, kv_heads: int
+        ctx: Any, qkv: Tensor, cos_TR: Tensor, sin_TR: Tensor, heads: int, kv_heads: int, passes: Passes
     ) -> tuple[Tensor, Tensor, Tensor]:
         cos, sin, turned = cos_TR[:, None], sin_TR[:, None], cos_TR.shape[-1]
         all_TXD = qkv.detach().view(qkv.shape[0], heads + 2 * kv_heads, -1)
@@ -90,40 +84,32 @@ class _Rotate(torch.autograd.Function):
         new_left = (left * cos).addcmul_(right, sin, value=-1)
         right.mul_(cos).addcmul_(left, sin)
         left.copy_(new_left)
-        ctx.save_for_backward(cos, sin)
-        ctx.heads, ctx.kv_heads = heads, kv_heads
+        ctx.save_for_backward(cos_TR, sin_TR)
+        ctx.passes = passes
         return all_TXD[:, :heads], all_TXD[:, heads : heads + kv_heads], all_TXD[:, heads + kv_heads :]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        heads, kv_heads, turned = ctx.heads, ctx.kv_heads, cos.shape[-1]
-        tokens, _, size = grad_query.shape
-        out_TXD = grad_query.new_empty(tokens, heads + 2 * kv_heads, size)
-        parts = ((grad_query, out_TXD[:, :heads]), (grad_key, out_TXD[:, heads : heads + kv_heads]))
-        for grad, out in parts:
-            left, right = grad[..., :turned], grad[..., turned : 2 * turned]
-            torch.mul(left, cos, out=out[..., :turned]).addcmul_(right, sin)
-            torch.mul(right, cos, out=out[..., turned : 2 * turned]).addcmul_(left, sin, value=-1)
-            out[..., 2 * turned :] = grad[..., 2 * turned :]
-        out_TXD[:, heads + kv_heads :] = grad_value
-        return out_TXD.view(tokens, -1), None, None, None, None
+        grad_qkv = ctx.passes.rotate_backward(grad_query, grad_key, grad_value, *ctx.saved_tensors)
+        return grad_qkv, None, None, None, None, None
 
 
-def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight_H: Tensor, eps: float, passes: Passes = BY_HAND) -> Tensor:
     """`Phi3RMSNorm` of x (..., H) with a frozen weight."""
-    out: Tensor = _RmsNorm.apply(x, weight_H, eps)  # type: ignore[no-untyped-call]
+    out: Tensor = _RmsNorm.apply(x, weight_H, eps, passes)  # type: ignore[no-untyped-call]
     return out
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, passes: Passes = BY_HAND) -> Tensor:
     """`up · silu(gate)` of (..., 2·I), gate first; gives (..., I)."""
-    out: Tensor = _Swiglu.apply(gate_up)  # type: ignore[no-untyped-call]
+    out: Tensor = _Swiglu.apply(gate_up, passes)  # type: ignore[no-untyped-call]
     return out
 
 
-def rotate(qkv_TX: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def rotate(
+    qkv_TX: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: int, kv_heads: int, passes: Passes = BY_HAND
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (T, N, D), keys and values (T, K, D) of a joined projection, queries and keys rotated by their position.
 
     The memory of `qkv_TX` is used: its content is gone. `cos_TD` and `sin_TD` are transformers', whose second half
@@ -131,19 +117,24 @@ def rotate(qkv_TX: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: int, kv_heads:
     """
     turned = cos_TD.shape[-1] // 2
     cos_TR, sin_TR = (t[:, :turned].to(qkv_TX.dtype) for t in (cos_TD, sin_TD))
-    query, key, value = _Rotate.apply(qkv_TX, cos_TR, sin_TR, heads, kv_heads)  # type: ignore[no-untyped-call]
+    query, key, value = _Rotate.apply(qkv_TX, cos_TR, sin_TR, heads, kv_heads, passes)  # type: ignore[no-untyped-call]
     return query, key, value
 
 
 # --- in place of the modules' own forward -----------------------------------------------------------------------------
 
 
+def _passes(module: nn.Module) -> Passes:
+    passes: Passes = vars(module).get(_PASSES, BY_HAND)
+    return passes
+
+
 def _norm_forward(norm: Any, hidden_states: Tensor) -> Tensor:
-    return rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
+    return rms_norm(hidden_states, norm.weight, norm.variance_epsilon, _passes(norm))
 
 
 def _mlp_forward(mlp: Any, hidden_states: Tensor) -> Tensor:
-    out: Tensor = mlp.down_proj(swiglu(mlp.gate_up_proj(hidden_states)))
+    out: Tensor = mlp.down_proj(swiglu(mlp.gate_up_proj(hidden_states), _passes(mlp)))
     return out
 
 
@@ -158,7 +149,8 @@ def _attention_forward(
         return out
     config, (cos, sin) = attention.config, kwargs["position_embeddings"]
     qkv_TX = attention.qkv_proj(hidden_states)[0]
-    query, key, value = rotate(qkv_TX, cos[0], sin[0], config.num_attention_heads, attention.num_key_value_heads)
+    heads = (config.num_attention_heads, attention.num_key_value_heads)
+    query, key, value = rotate(qkv_TX, cos[0], sin[0], *heads, _passes(attention))
     dropout = attention.attention_dropout if attention.training else 0.0
     settings = Settings(attention.scaling, getattr(config, "sliding_window", None), dropout)
     documents = Documents(tuple(kwargs["lengths"]), kwargs.get("cu_seqlens"))
@@ -207,6 +199,9 @@ def select_in_last_layer(model: PackedLoss) -> None:
         model.last_layer_selects = True
 
 
-def install_fused_layers(model: nn.Module) -> FusedReport:
-    """Give every stock RMSNorm, MLP and attention of a Phi-3 its fused forward. Again is harmless."""
+def install_fused_layers(model: nn.Module, passes: Passes = BY_HAND) -> FusedReport:
+    """Give every stock RMSNorm, MLP and attention of a Phi-3 its fused forward, with `passes`. Again is harmless."""
+    for module in model.modules():
+        if type(module) in _FORWARDS:
+            setattr(module, _PASSES, passes)
     return install_forwards(model, lambda m: _FORWARDS.get(type(m)), _why_not, "modules")

@@ -15,6 +15,7 @@ Shapes: T tokens, I inputs, O outputs, R the adapter's rank.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,12 +35,15 @@ __all__ = [
     "declined",
     "install_forwards",
     "install_fused",
+    "keep_dequantized",
     "lora_linear",
     "remove_fused",
     "why_not_fused",
 ]
 
 _DECLINED = "_fused_declined"
+_KEEPS = "_fused_keeps_weight"
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ def _grad_input(grad_TO: Tensor, weight: Tensor, state: Any) -> Tensor:
 class _LoraLinear(torch.autograd.Function):
     """`x Wᵀ + bias + scaling · (x where not dropped) Aᵀ Bᵀ` for a frozen W. All floating tensors are of one dtype.
 
-    W is dequantised anew in backward where it is quantised: kept, it would cost what quantisation saves.
+    An NF4 W is dequantised anew in backward, since kept it costs what quantisation saves. With `keep` its numbers are
+    saved in its place: a layer that is recomputed for its backward holds them no longer than that.
     """
 
     @staticmethod
@@ -94,7 +99,10 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         dropped_TI: Tensor | None,
         quant_state: Any,
+        keep: bool,
     ) -> Tensor:
+        if keep:
+            weight, quant_state = _dense(weight, quant_state, x_TI.dtype), None
         out_TO = _product(x_TI, weight, quant_state, bias_O)
         lora_x_TI = x_TI if dropped_TI is None else x_TI.masked_fill(dropped_TI, 0)
         down_TR = lora_x_TI @ a_RI.T
@@ -120,7 +128,7 @@ class _LoraLinear(torch.autograd.Function):
                 grad_x.addmm_(grad_down_TR, a_RI)
             else:
                 grad_x += (grad_down_TR @ a_RI).masked_fill_(dropped_TI, 0)
-        return grad_x, None, None, grad_a, grad_b, None, None, None
+        return grad_x, None, None, grad_a, grad_b, None, None, None, None
 
 
 def _dropped(x: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
@@ -142,13 +150,15 @@ def lora_linear(
     scaling: float,
     dropout: float = 0.0,
     quant_state: Any = None,
+    *,
+    keep: bool = False,
 ) -> Tensor:
     """`linear(x, weight, bias) + scaling · linear(linear(dropout(x), A), B)`; weight and bias get no gradient.
 
     x (..., I) gives (..., O); `weight` is (O, I), or bitsandbytes' 4-bit storage or FP8 bytes with a `quant_state`.
     Under autocast all is computed in its dtype, as `F.linear` does. With `dropout` the generator advances as by PEFT's
     `nn.Dropout`, so that the same seed drops the same positions; a mask of one byte an element is kept, not a second
-    copy of x.
+    copy of x. `keep`: hold a 4-bit weight's numbers until backward.
     """
     dropped = None
     if dropout > 0:
@@ -161,7 +171,7 @@ def lora_linear(
         weight = weight if quant_state is not None else weight.to(dtype)
         bias_O = None if bias_O is None else bias_O.to(dtype)
     out_TO: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x.reshape(-1, x.shape[-1]), weight, bias_O, a_RI, b_OR, scaling, dropped, quant_state
+        x.reshape(-1, x.shape[-1]), weight, bias_O, a_RI, b_OR, scaling, dropped, quant_state, keep
     )
     return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
 
@@ -249,7 +259,9 @@ def _fused_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base, lora_a, lora_b, dropout = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     drop = float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     state = _quant_state(base)
-    return lora_linear(x, base.weight, base.bias, lora_a.weight, lora_b.weight, layer.scaling[name], drop, state)
+    keep = _is_nf4(layer) and vars(layer).get(_KEEPS, False)
+    weights = (base.weight, base.bias, lora_a.weight, lora_b.weight)
+    return lora_linear(x, *weights, layer.scaling[name], drop, state, keep=keep)
 
 
 def install_forwards(
@@ -279,12 +291,29 @@ def install_fused(model: nn.Module) -> FusedReport:
     return install_forwards(model, lambda m: _fused_forward if isinstance(m, LoraLayer) else None, why_not_fused)
 
 
+def keep_dequantized(model: nn.Module, layers: int) -> int:
+    """Let the fused NF4 linears of the last `layers` decoder layers keep their weights for backward; how many do.
+
+    The last, because their backward comes first: all are held at once when backward begins, and soon fewer.
+    """
+    found: dict[int, list[nn.Module]] = {}
+    for name, module in model.named_modules():
+        place = _LAYER.search(name)
+        if place and isinstance(module, LoraLayer) and _is_nf4(module) and "forward" in vars(module):
+            found.setdefault(int(place[1]), []).append(module)
+    chosen = [module for number in sorted(found)[max(len(found) - layers, 0) :] for module in found[number]]
+    for module in chosen:
+        setattr(module, _KEEPS, True)
+    return len(chosen)
+
+
 def remove_fused(model: nn.Module) -> None:
     """Give every LoRA layer its own forward back."""
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             layer.__dict__.pop("forward", None)
             layer.__dict__.pop(_DECLINED, None)
+            layer.__dict__.pop(_KEEPS, None)
 
 
 def declined(model: nn.Module) -> dict[str, int]:

@@ -11,7 +11,8 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "lora_targets",
     "named_seed",
     "peft_config",
+    "quiet_peft",
     "start_dora_magnitudes",
     "start_value",
 ]
@@ -167,13 +169,19 @@ def adapted(model: nn.Module, config: Any) -> list[Adapted]:
     return found
 
 
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """While PEFT wraps a model: peft 0.21 asks transformers 5.24 for a name that it has renamed, which warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
 def add_lora(model: nn.Module, cfg: LoraConfig, base_name: str, token_ids: Sequence[int] = ()) -> Any:
     """The PEFT model around `model`. Its adapter is not yet at its start: see `fill_adapter`."""
     from peft import get_peft_model
 
-    with warnings.catch_warnings():
-        # peft 0.21 asks transformers 5.24 for a name that it has renamed
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    with quiet_peft():
         peft_model = get_peft_model(model, peft_config(model, cfg, base_name, token_ids))
     # dropout of the base is no part of LoRA
     for name, module in peft_model.named_modules():

@@ -1,8 +1,10 @@
-"""Tokens that are taught: which rows they have, and where those start."""
+"""Tokens that are taught: which rows they have, how a base without such rows gets them, and where they start."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -13,35 +15,50 @@ from phi3_dist.modeling.base import Base
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["new_token_ids", "token_rows"]
+__all__ = ["enlarged", "new_token_ids", "token_rows"]
 
 
 def new_token_ids(tokenizer: PreTrainedTokenizerFast, new_tokens: Sequence[str], base: Base) -> list[int]:
-    """Their ids. Raises ModelError where the base has no row for one.
+    """Their ids, which may lie beyond the base's tables: see `enlarged`.
 
-    Phi-3's tables have 32,064 rows for 32,011 tokens: new ones take rows that were padding, and the base keeps its
-    shape.
+    Raises ModelError where that would give a row to a token that is not taught: it would stand in no file.
     """
     ids = [int(i) for i in tokenizer.convert_tokens_to_ids(list(new_tokens))]
     rows = int(base.config.vocab_size)
-    beyond = [token for token, i in zip(new_tokens, ids, strict=True) if i >= rows]
-    if beyond:
-        free = len(new_tokens) - len(beyond)
-        what = f"{len(new_tokens)} tokens, and the base's table of {rows:,} rows has room for {free}"
-        fix = "teach fewer, or reuse tokens that the tokenizer has and no row uses, such as <|placeholder1|>"
-        raise ModelError(Problem("model.new_tokens", what, fix))
+    between = sorted({*range(rows, max(ids, default=0) + 1)} - {*ids})
+    if between:
+        named = ", ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(between[:3]))
+        what = f"the base's table has {rows:,} rows, and the tokenizer has {len(between):,} more tokens, as {named}"
+        raise ModelError(Problem("model.new_tokens", what, "teach these too, or take the base's own tokenizer"))
     return ids
+
+
+def _tables(base: Base) -> list[str]:
+    return ["model.embed_tokens"] + ([] if base.config.tie_word_embeddings else ["lm_head"])
+
+
+def enlarged(base: Base, ids: Sequence[int]) -> Base:
+    """The base with exactly as many rows as `ids` need, for this run: its files stay as they are.
+
+    Phi-3's tables have 32,064 rows for 32,011 tokens: new ones take rows that were padding, and the base keeps its
+    shape. Phi-4's have none to spare. An added row is the mean row, on every rank.
+    """
+    more = max(ids, default=0) + 1 - int(base.config.vocab_size)
+    if more <= 0:
+        return base
+    config = copy.deepcopy(base.config)
+    config.vocab_size += more
+    return replace(base, config=config, weights=base.weights.enlarged({f"{t}.weight": more for t in _tables(base)}))
 
 
 def token_rows(base: Base, ids: Sequence[int]) -> dict[str, Tensor]:
     """Where their rows start, under PEFT's saved names: the mean row of each table, equal on every rank.
 
-    The rows themselves are padding, which no training has touched.
+    The rows themselves are padding, or were added: no training has touched them.
     """
-    tables = ["model.embed_tokens"] + ([] if base.config.tie_word_embeddings else ["lm_head"])
     found = {}
-    for table in tables if ids else ():
-        mean = base.weights.whole(f"{table}.weight")[: max(min(ids), 1)].float().mean(0)
+    for table in _tables(base) if ids else ():
+        mean = base.weights.mean_row(f"{table}.weight", max(min(ids), 1))
         found[f"base_model.model.{table}.token_adapter.trainable_tokens_delta"] = mean.expand(len(ids), -1).clone()
     base.weights.close()
     return found

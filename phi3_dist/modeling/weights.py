@@ -35,6 +35,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_MEAN_ROWS = 4096
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 # mallopt(3)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -83,11 +84,21 @@ class _File:
 
 
 class Weights:
-    """A base model's tensors: from the safetensors files of a folder, or from memory."""
+    """A base model's tensors: from the safetensors files of a folder, or from memory.
 
-    def __init__(self, files: Mapping[str, Path], tensors: Mapping[str, Tensor]) -> None:
-        self._file_of, self._tensors = dict(files), dict(tensors)
+    `added` (name → rows): tables that are longer here than there. Each added row is the mean of those that are there.
+    """
+
+    def __init__(
+        self, files: Mapping[str, Path], tensors: Mapping[str, Tensor], added: Mapping[str, int] | None = None
+    ) -> None:
+        self._file_of, self._tensors, self.added = dict(files), dict(tensors), dict(added or {})
         self._open: dict[Path, _File] = {}
+        self._mean: dict[str, Tensor] = {}
+
+    def enlarged(self, added: Mapping[str, int]) -> Weights:
+        """The same tensors, those that `added` names with so many more rows. The files stay as they are."""
+        return Weights(self._file_of, self._tensors, added)
 
     @classmethod
     def of_folder(cls, folder: Path) -> Weights:
@@ -118,7 +129,30 @@ class Weights:
         return {*self._file_of, *self._tensors}
 
     def whole(self, name: str) -> Tensor:
-        """The tensor; from a file it is mapped, not copied. Raises ModelError where the file lacks it."""
+        """The tensor; from a file it is mapped, not copied, unless it has added rows.
+
+        Raises ModelError where the file lacks it.
+        """
+        stored = self._stored(name)
+        return torch.cat((stored, self._more(name, stored))) if name in self.added else stored
+
+    def shape(self, name: str) -> torch.Size:
+        """As `whole` has it, without a copy."""
+        stored = self._stored(name).shape
+        return torch.Size((stored[0] + self.added[name], *stored[1:])) if name in self.added else stored
+
+    def mean_row(self, name: str, rows: int | None = None) -> Tensor:
+        """The mean of a stored table's first `rows` rows, or of all; float32, and no float32 copy of the table."""
+        table = self._stored(name)[:rows]
+        parts = [table[at : at + _MEAN_ROWS].double().sum(0) for at in range(0, len(table), _MEAN_ROWS)]
+        return (torch.stack(parts).sum(0) / len(table)).float()
+
+    def _more(self, name: str, stored: Tensor) -> Tensor:
+        if name not in self._mean:
+            self._mean[name] = self.mean_row(name).to(stored.dtype)
+        return self._mean[name].expand(self.added[name], -1)
+
+    def _stored(self, name: str) -> Tensor:
         if name in self._tensors:
             return self._tensors[name]
         path = self._file_of[name]
@@ -131,7 +165,12 @@ class Weights:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop); pages of the others are not touched."""
-        return self.whole(name)[start:stop]
+        stored = self._stored(name)
+        end = len(stored)
+        if name not in self.added or stop <= end:
+            return stored[start:stop]
+        more = self._more(name, stored)[max(start - end, 0) : stop - end]
+        return torch.cat((stored[start:stop], more))
 
     def close(self) -> None:
         """Let go of the mapped files. Tensors that were handed out keep theirs."""

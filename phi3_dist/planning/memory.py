@@ -14,7 +14,16 @@ from typing import Literal
 
 from phi3_dist.config.families import Shape
 
-__all__ = ["Term", "Workload", "adapter_parameters", "memory_terms", "fits", "total_gib", "activation_bytes"]
+__all__ = [
+    "Term",
+    "Workload",
+    "adapter_parameters",
+    "memory_terms",
+    "fits",
+    "layer_gib",
+    "total_gib",
+    "activation_bytes",
+]
 
 GIB = 1024**3
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -56,6 +65,8 @@ class Workload:
     """Whether LoRA linears and layers are the fused ones (`model.fused_lora`, `model.fused_layers`)."""
     chunked: bool = True
     """Whether the loss is computed in chunks of rows: wherever the head has no adapter."""
+    kept_layers: int = 0
+    """Layers of an NF4 base that keep their dequantised weights from forward to backward."""
 
 
 def adapter_parameters(
@@ -174,7 +185,25 @@ def memory_terms(shape: Shape, trainable: int, load: Workload, frozen: int = 0) 
         layer = max(2 * shape.linear_parameters // shape.layers, shape.vocab * shape.hidden)
         words = f"{layer:,} parameters at a time (two layers, or the vocabulary) × {_width(load.precision)} B"
         out.append(term("gathered weights", layer * _width(load.precision), words))
+    if load.quantization == "nf4":
+        out.append(_dequantized_term(shape, load))
     return (*out, *_pass_terms(shape, load))
+
+
+def layer_gib(shape: Shape, precision: str) -> float:
+    """The linear weights of one layer, not quantised."""
+    return shape.linear_parameters / shape.layers * _width(precision) / GIB
+
+
+def _dequantized_term(shape: Shape, load: Workload) -> Term:
+    """Weights as numbers beside the 4 bits: of the layers that keep them, and of one linear at a time elsewhere."""
+    kept = min(load.kept_layers, 1) if load.activation_checkpointing else load.kept_layers
+    layer = layer_gib(shape, load.precision)
+    largest = max(columns * rows for columns, rows in shape.linear_sizes.values()) * _width(load.precision) / GIB
+    one = "" if kept == shape.layers else "one linear"
+    words = " and ".join(part for part in (f"{kept} layers × {layer:.2f} GiB" if kept else "", one) if part)
+    size = kept * layer + (largest if one else 0)
+    return Term("dequantised weights", size, words, "host" if load.device == "cpu" else "device")
 
 
 def _pass_terms(shape: Shape, load: Workload) -> tuple[Term, Term]:

@@ -6,13 +6,17 @@ No process group, no device and no environment is looked at here; `machine.probe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from phi3_dist.config.families import Family, Shape
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.planning.attention import backends, choose_backend
+from phi3_dist.planning.compiling import choose_compile
+from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
+from phi3_dist.planning.head import choose_loss, why_not_liger
+from phi3_dist.planning.keeping import choose_kept_layers
 from phi3_dist.planning.memory import Term, Workload, adapter_parameters, fits, memory_terms, total_gib
 from phi3_dist.planning.support import STRATEGIES, No, Yes, support, support_adapter, support_fp8, support_optimizer
 
@@ -34,55 +38,12 @@ _ZERO_UNPROVEN = {
 
 
 @dataclass(frozen=True)
-class MachineFacts:
-    """What this node is. Memory in GiB; `packages` maps a distribution to its version, absent where not installed.
-
-    `capability` is the CUDA compute capability; None on a CPU, and where it isn't known.
-    """
-
-    device: str
-    device_name: str
-    devices_per_node: int
-    device_memory_gib: float
-    host_memory_gib: float
-    cpu_count: int
-    fast_bf16: bool
-    fast_bf16_reason: str
-    packages: Mapping[str, str] = field(default_factory=dict)
-    capability: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class LaunchFacts:
-    """What the launcher set up, as the environment tells it, and what it was asked for, as its command line does.
-
-    `rank` is this process's, over all nodes. `strategy` is one of `STRATEGIES`; `zero_settings` is the DeepSpeed JSON
-    as read, empty without DeepSpeed; `asked_world_size` is None where no launcher was found; `use_cpu`: a CPU was
-    asked for.
-    """
-
-    world_size: int = 1
-    nodes: int = 1
-    strategy: str = "single"
-    asked_world_size: int | None = None
-    asked_by: str = ""
-    zero_settings: Mapping[str, Any] = field(default_factory=dict)
-    use_cpu: bool = False
-    rank: int = 0
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A decision and its reason, shown once at start and kept in the run folder."""
-
-    name: str
-    value: str
-    why: str
-
-
-@dataclass(frozen=True)
 class RunPlan:
-    """What will run. Batches in packs; `steps` are optimizer steps, None until the data is counted."""
+    """What will run. Batches in packs; `steps` are optimizer steps, None until the data is counted.
+
+    Passes are compiled in runs of `compile_from` tokens a rank or more; None: in none. The last `kept_layers` layers
+    keep their dequantised weights for backward.
+    """
 
     strategy: str
     world_size: int
@@ -96,6 +57,9 @@ class RunPlan:
     steps: int | None
     choices: tuple[Choice, ...]
     memory: tuple[Term, ...] | None = None
+    compile_from: int | None = None
+    kept_layers: int = 0
+    loss: str = "chunked"
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, ready for JSON."""
@@ -120,12 +84,18 @@ def make_plan(
     precision = _precision(cfg, machine)
     attention = _attention(cfg, machine, precision.value, family_or_shape, problems)
     strategy = _strategy_choice(launch, cfg.model.quantization, machine.device, precision.value)
-    choices = [precision, attention, strategy, _optimizer_choice(cfg, machine, launch)]
+    compiling, compile_from = _compile(cfg, machine, launch, family_or_shape, problems)
+    loss = _loss(cfg, machine, problems)
+    choices = [precision, attention, loss, strategy, _optimizer_choice(cfg, machine, launch), compiling]
     problems += _support_problems(cfg, machine, launch, precision.value)
     accumulation = _accumulation(cfg, launch.world_size, problems)
-    memory = None
+    memory, kept_layers = None, 0
     if family_or_shape is not None:
-        memory = _memory(cfg, machine, launch, precision.value, _shape(family_or_shape))
+        shape = _shape(family_or_shape)
+        memory, kept = _memory(cfg, machine, launch, precision.value, shape)
+        if kept is not None:
+            kept_layers, why = kept
+            choices.append(Choice("weights for backward", f"{kept_layers} of {shape.layers} layers keep theirs", why))
         choices.append(_memory_choice(memory, machine, launch, problems))
     if problems:
         raise PlanError(*problems)
@@ -139,12 +109,15 @@ def make_plan(
         device=machine.device,
         precision=precision.value,
         attention=attention.value,
+        loss=loss.value,
         micro_batch=micro,
         accumulation=accumulation,
         global_batch=cfg.train.global_batch,
         steps=cfg.train.max_steps,
         choices=tuple(choices),
         memory=memory,
+        compile_from=compile_from,
+        kept_layers=kept_layers,
     )
 
 
@@ -228,6 +201,37 @@ def _attention(
     return Choice("attention", chosen.name, chosen.reason if asked == "auto" else "as the run file says")
 
 
+def _loss(cfg: RunConfig, machine: MachineFacts, problems: list[Problem]) -> Choice:
+    targets = () if cfg.lora.targets == "all-linear" else cfg.lora.targets  # PEFT leaves the head out of all linears
+    saved, taught = cfg.lora.modules_to_save, bool(cfg.model.new_tokens)
+    found = why_not_liger(machine.device, machine.packages, targets=targets, saved=saved, new_tokens=taught)
+    if cfg.model.loss == "liger" and found[0]:
+        problems.append(Problem("model.loss", f"is liger: {found[0]}", found[1]))
+    return Choice("loss kernel", *choose_loss(cfg.model.loss, found[0]))
+
+
+def _compile(
+    cfg: RunConfig,
+    machine: MachineFacts,
+    launch: LaunchFacts,
+    model: Family | Shape | Mapping[str, Any] | None,
+    problems: list[Problem],
+) -> tuple[Choice, int | None]:
+    asked, steps, why_not = cfg.model.compile, cfg.train.max_steps, machine.no_compiler
+    if asked is True and why_not:
+        problems.append(Problem("model.compile", f"is true: {why_not}", "install it, or model.compile=auto"))
+    start, why = choose_compile(
+        asked,
+        machine.device,
+        no_compiler=why_not,
+        fused=cfg.model.fused_layers,
+        shape=None if model is None else _shape(model),
+        tokens=None if steps is None else steps * cfg.train.global_batch * cfg.data.pack_length // launch.world_size,
+        threads=max(1, machine.cpu_count // max(1, launch.world_size // launch.nodes)),
+    )
+    return Choice("compile", "no" if start is None else "in a long run" if start else "yes", why), start
+
+
 def _strategy_choice(launch: LaunchFacts, quantization: str, device: str, precision: str) -> Choice:
     why = {
         "single": "one process",
@@ -299,7 +303,8 @@ def _accumulation(cfg: RunConfig, world: int, problems: list[Problem]) -> int:
 
 def _memory(
     cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, precision: str, shape: Shape
-) -> tuple[Term, ...]:
+) -> tuple[tuple[Term, ...], tuple[int, str] | None]:
+    """The account of one rank; and for NF4 how many layers keep their weights, with the reason."""
     lora = cfg.lora
     trainable, everything = (
         adapter_parameters(
@@ -329,7 +334,14 @@ def _memory(
         fused=cfg.model.fused_lora and cfg.model.fused_layers and not lora.dora,
         chunked="lm_head" not in lora.targets,
     )
-    return memory_terms(shape, trainable, load, everything - trainable)
+    terms = memory_terms(shape, trainable, load, everything - trainable)
+    if load.quantization != "nf4":
+        return terms, None
+    per_node = max(1, launch.world_size // launch.nodes)
+    have = machine.host_memory_gib / per_node if machine.device == "cpu" else machine.device_memory_gib
+    fused = cfg.model.fused_lora and not lora.dora
+    kept = choose_kept_layers(cfg.model.dequantized_layers, shape, load, terms, have, fused=fused)
+    return memory_terms(shape, trainable, replace(load, kept_layers=kept[0]), everything - trainable), kept
 
 
 def _memory_choice(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from phi3_dist.adapters.files import read_adapter, read_metadata
+from phi3_dist.adapters.loading import too_few_rows
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import ModelError, Problem
 from phi3_dist.modeling.attention import use_backend
@@ -22,13 +23,14 @@ from phi3_dist.modeling.base import (
 )
 from phi3_dist.modeling.fp8 import use_fp8
 from phi3_dist.modeling.fused_layers import install_fused_layers, select_in_last_layer
-from phi3_dist.modeling.fused_lora import FusedReport, install_fused
+from phi3_dist.modeling.fused_lora import FusedReport, install_fused, keep_dequantized
 from phi3_dist.modeling.lora import adapted, add_lora, fill_adapter, start_dora_magnitudes
-from phi3_dist.modeling.loss import PackedLoss
+from phi3_dist.modeling.loss import Kernel, PackedLoss
+from phi3_dist.modeling.passes import BY_HAND, compiled_passes
 from phi3_dist.modeling.rope import Regime, pin_longrope, regime_for
 from phi3_dist.modeling.starts import take_out
 from phi3_dist.modeling.tokens import token_rows
-from phi3_dist.planning.plan import Choice
+from phi3_dist.planning.plan import Choice, RunPlan
 from phi3_dist.training.runtime import Runtime, is_fsdp
 from phi3_dist.training.strategy import shard_fsdp2
 
@@ -47,7 +49,7 @@ def _load(cfg: RunConfig, base: Base, runtime: Runtime) -> Any:
     return load_full(base, runtime.dtype, runtime.device)
 
 
-def _adapter_values(cfg: RunConfig, token_ids: Sequence[int]) -> dict[str, torch.Tensor]:
+def _adapter_values(cfg: RunConfig, base: Base, token_ids: Sequence[int]) -> dict[str, torch.Tensor]:
     """The tensors of the adapter to train on from. Raises ModelError where the `lora` section means another update.
 
     Shapes are compared later, with the model; a scale that differs would show nowhere but in the losses.
@@ -72,13 +74,15 @@ def _adapter_values(cfg: RunConfig, token_ids: Sequence[int]) -> dict[str, torch
         what = f"have the rows {list(token_ids)}, and the adapter in {cfg.model.adapter} has taught {taught}"
         fix = "name the same tokens in the same order, with the adapter's folder as model.tokenizer"
         problems.append(Problem("model.new_tokens", what, fix))
+    problems += too_few_rows(Path(cfg.model.adapter), int(base.config.vocab_size))
     if problems:
         raise ModelError(*problems)
     return values
 
 
-def _fused(cfg: RunConfig, model: PackedLoss) -> Iterator[Choice]:
+def _fused(cfg: RunConfig, model: PackedLoss, plan: RunPlan, tokens: int) -> Iterator[Choice]:
     """Install what `model.fp8` and `model.fused_*` ask for; each with what stayed as the library made it, and why."""
+    compiled = plan.compile_from is not None and tokens >= plan.compile_from
     off = "as the run file says"
     if cfg.model.fp8:
         taken, kept = use_fp8(model)
@@ -87,11 +91,14 @@ def _fused(cfg: RunConfig, model: PackedLoss) -> Iterator[Choice]:
         yield Choice("LoRA linear", "PEFT's", off)
     else:
         lora = install_fused(model)
+        keep_dequantized(model, plan.kept_layers)
         yield Choice("LoRA linear", "fused" if lora.fused else "PEFT's", str(lora))
     if not cfg.model.fused_layers:
         yield Choice("norm, rotary, MLP", "transformers'", off)
     else:
-        yield Choice("norm, rotary, MLP", "fused", str(install_fused_layers(model)))
+        report = install_fused_layers(model, compiled_passes() if compiled else BY_HAND)
+        counted = f"; {tokens:,} tokens a rank" if plan.compile_from else ""
+        yield Choice("norm, rotary, MLP", "fused, compiled" if compiled else "fused", f"{report}{counted}")
         select_in_last_layer(model)
 
 
@@ -128,23 +135,26 @@ def build_model(
     runtime: Runtime,
     *,
     longest_row: int,
+    tokens: int = 0,
     start_of: Start | None = None,
     token_ids: Sequence[int] = (),
 ) -> PackedLoss:
     """The model with its adapter at its start, before DDP or DeepSpeed wrap it; FSDP2 shards are made here.
 
-    `longest_row` in tokens fixes LongRoPE's regime for the run. Collective under ZeRO-3 and FSDP2.
+    `longest_row` in tokens fixes LongRoPE's regime for the run; `tokens`, all that this rank will train on, are what
+    compiling has to pay within. Collective under ZeRO-3 and FSDP2.
     """
-    values = _adapter_values(cfg, token_ids) if cfg.model.adapter else None
+    values = _adapter_values(cfg, base, token_ids) if cfg.model.adapter else None
     causal_lm = _load(cfg, base, runtime)
     use_backend(causal_lm, runtime.plan.attention, runtime.device)
     if cfg.model.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     start = start_of(causal_lm) if start_of else {}
-    model = PackedLoss(add_lora(causal_lm, cfg.lora, base.source, token_ids))
+    kernel: Kernel = "liger" if runtime.plan.loss == "liger" else "chunked"
+    model = PackedLoss(add_lora(causal_lm, cfg.lora, base.source, token_ids), kernel=kernel)
     model.begun = start
     regime = regime_for(causal_lm.config, longest_row, cfg.model.longrope)
-    model.choices = (*_fused(cfg, model), model.loss_choice(), *_rotary(cfg, regime, longest_row))
+    model.choices = (*_fused(cfg, model, runtime.plan, tokens), model.loss_choice(), *_rotary(cfg, regime, longest_row))
     if is_fsdp(runtime.plan.strategy):
         model = shard_fsdp2(model, runtime)
         if cfg.model.quantization == "none":  # a quantised base is whole, and cut as it is

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.files import AdapterReceipt, recover, save_adapter
+from phi3_dist.adapters.loading import rows_fact
 from phi3_dist.config.load import flatten, resolved_yaml
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Order, Prepared, prepare
@@ -26,7 +27,7 @@ from phi3_dist.modeling.fused_lora import declined
 from phi3_dist.modeling.lora import count_parameters, peft_config
 from phi3_dist.modeling.rope import pinned_regime
 from phi3_dist.modeling.tokenizer import load_tokenizer
-from phi3_dist.modeling.tokens import new_token_ids
+from phi3_dist.modeling.tokens import enlarged, new_token_ids
 from phi3_dist.planning.plan import Choice, LaunchFacts, MachineFacts, make_plan
 from phi3_dist.training.agree import agree
 from phi3_dist.training.build import build_model
@@ -41,7 +42,7 @@ from phi3_dist.training.resume import agree_on_checkpoint, base_fingerprint, che
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.saving import Saver
 from phi3_dist.training.signals import StopFlag
-from phi3_dist.training.stage import Stage, announce, card_facts, check_trackers, longest_row
+from phi3_dist.training.stage import Stage, announce, card_facts, check_trackers, longest_row, tokens_of_rank
 from phi3_dist.training.start import adapter_start
 from phi3_dist.training.startup import StartClock
 from phi3_dist.training.state import import_state
@@ -159,7 +160,7 @@ def _save(
         tokenizer=tokenizer,
         card=adapter_card(card_facts(stage, base, held_out, regime)),
         taken_out=begun if stage.cfg.lora.init.startswith("pissa") else None,
-        metadata={"longrope": regime} if regime else None,
+        metadata={**({"longrope": regime} if regime else {}), **rows_fact(base)},
     )
     if receipt is not None:
         size = f"{receipt.bytes / 2**20:.1f} MiB, {receipt.tensors} tensors"
@@ -185,11 +186,13 @@ def _run(
     start_of = partial(
         adapter_start, cfg, base=base, runtime=runtime, packs=prepared.train, folder=where, resumed=again
     )
-    model = build_model(cfg, base, runtime, longest_row=longest_row(prepared), start_of=start_of, token_ids=token_ids)
-    regime, begun = pinned_regime(model), model.begun
-    engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
     order = Order(len(prepared.train.packs), cfg.train.global_batch, cfg.train.seed, cfg.train.shuffle)
     total = cfg.train.max_steps or order.steps(cfg.train.epochs or 1.0)
+    tokens = tokens_of_rank(prepared.train, total * order.global_batch, runtime.world)
+    build = partial(build_model, cfg, base, runtime, start_of=start_of, token_ids=token_ids)
+    model = build(longest_row=longest_row(prepared), tokens=tokens)
+    regime, begun = pinned_regime(model), model.begun
+    engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
     first, health_then = 0, {}
     if start is not None:
         first, health_then = start.step, start.trainer.get("health", {})
@@ -301,7 +304,7 @@ def train(
         clock.mark("processes")
         result = _run(
             cfg,
-            base,
+            enlarged(base, token_ids),
             runtime,
             prepared=prepared,
             tokenizer=tokenizer,

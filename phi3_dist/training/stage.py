@@ -21,7 +21,7 @@ from phi3_dist.training.runtime import Runtime
 from phi3_dist.training.startup import StartClock
 from phi3_dist.training.strategy import Engine
 
-__all__ = ["Stage", "announce", "card_facts", "check_trackers", "longest_row"]
+__all__ = ["Stage", "announce", "card_facts", "check_trackers", "longest_row", "tokens_of_rank"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ def longest_row(prepared: Prepared) -> int:
     """Tokens of the longest row that is trained on or measured: LongRoPE's one regime has to serve both."""
     parts = (prepared.train, *((prepared.validation,) if prepared.validation else ()))
     return max(int(packs.rows.lengths.max()) for packs in parts)
+
+
+def tokens_of_rank(packs: Packs, taken: int, world: int) -> int:
+    """Tokens that one rank of `world` trains on while all take so many packs, on average."""
+    return len(packs.rows.ids) * taken // (len(packs.packs) * world)
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
@@ -107,6 +112,7 @@ def card_facts(stage: Stage, base: Base, held_out: HeldOut | None, regime: str |
         "supervised_tokens": int(stage.train.targets.sum()),
         "data_fingerprint": stage.facts["data"],
         "longrope": f"{regime} factors: serve it with these, whatever the length" if regime else None,
+        "base_rows": base.enlarged_rows,
         "strategy": stage.runtime.plan.strategy,
         "world_size": stage.runtime.world,
         "heldout_loss": held_out.loss if held_out else None,

@@ -47,7 +47,7 @@ main()
 def test_no_call_of_a_step_waits_for_the_device(precision: str, attention: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", ALARMED, "train", RUN, *SAME, f"model.precision={precision}", "train.max_steps=12"]
     command += [f"model.attention={attention}", "log.trackers=[]", f"save.folder={tmp_path / 'run'}"]
-    env = {k: v for k, v in clean_environment().items() if k != "CUDA_VISIBLE_DEVICES"} | {"CUDA_VISIBLE_DEVICES": "0"}
+    env = {**clean_environment(), "CUDA_VISIBLE_DEVICES": "0"}
     done = subprocess.run(command, cwd=REPO, env=env, text=True, capture_output=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 13))

@@ -88,7 +88,7 @@ def quantized(strategy: str, folder: str, steps: int) -> dict[str, Any]:
             engine.backward(loss / ids.numel())
             nll += loss.detach()
         facts["losses"].append(float(runtime.sum(nll)) / ids.numel())
-        facts["norms"].append(engine.update(1e-3))
+        facts["norms"].append(float(engine.update(1e-3)))
         if step == steps // 2:
             engine.model.eval()
             with torch.no_grad():

@@ -82,11 +82,11 @@ def compare(folder: Path, reference: Path, tolerance: float = 1e-4) -> None:
         torch.testing.assert_close(tensor, theirs_saved[name], atol=tolerance * 0.1, rtol=tolerance)
 
 
-def tiny_base(folder: Path, *, tied: bool = False) -> Path:
-    """A saved tiny Phi-3 with its tokenizer, as a user's local folder would be."""
+def tiny_base(folder: Path, *, tied: bool = False, vocab_size: int = 320) -> Path:
+    """A saved tiny Phi-3 with its tokenizer, which has 270 tokens, as a user's local folder would be."""
     torch.manual_seed(1)
     config = tiny_config()
-    config.tie_word_embeddings = tied
+    config.tie_word_embeddings, config.vocab_size = tied, vocab_size
     Phi3ForCausalLM(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from phi3_dist.bench import gpu
 from phi3_dist.bench.sides import SHAPE, Round, save_base
@@ -68,3 +69,34 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
         gpu.main([])
     assert caught.value.code == 1
     assert "no CUDA device" in capsys.readouterr().out
+
+
+def test_losses_take_turns_and_the_first_round_is_not_counted() -> None:
+    calls: list[str] = []
+
+    def loss(name: str) -> Any:
+        def call(hidden_SH: Tensor, weight_VH: Tensor, bias_V: None, target_S: Tensor) -> Tensor:
+            assert (hidden_SH.shape, weight_VH.shape, target_S.shape) == ((6, 64), (32064, 64), (6,))
+            calls.append(name)
+            return (hidden_SH @ weight_VH.T).gather(1, target_S[:, None]).sum()
+
+        return call
+
+    found = gpu.time_losses({name: loss(name) for name in ("chunked", "liger")}, 6, SMALL, 2, cpu=True)
+    assert calls == ["chunked", "liger", "liger", "chunked", "chunked", "liger"]
+    assert {name: len(done) for name, done in found.items()} == {"chunked": 2, "liger": 2}
+    ours, theirs, ratio = gpu.loss_lines(6, {"chunked": [(2.0, 5.0), (4.0, 6.0)], "liger": [(1.0, 7.0), (4.0, 8.0)]})
+    assert ours == "model.loss=chunked, 6 rows: 3.00 ms, peak 6 MiB"
+    assert theirs == "model.loss=liger, 6 rows: 2.50 ms, peak 8 MiB"
+    assert ratio == "chunked / liger: 1.50 (1.00 … 2.00)"
+
+
+def test_what_cannot_run_is_not_timed_and_told() -> None:
+    here, there = Pipe()
+    here.send("stop")
+    gpu.serve_losses(there, Path(), SMALL, 5, 1, cpu=True)
+    found = here.recv()
+    assert list(found) == ["chunked"]
+    lines = gpu.loss_lines(5, found)
+    assert len(lines) == 2
+    assert lines[1].startswith("model.loss=liger was not timed")

@@ -68,3 +68,10 @@ def test_a_card_of_nothing_is_still_a_card() -> None:
     assert front_matter(card)["tags"]
     assert "PeftModel.from_pretrained" in card
     assert "| torch |" in card
+
+
+def test_a_base_whose_tables_must_grow_is_told_in_the_table_and_in_the_code() -> None:
+    card = adapter_card({**FACTS, "base_rows": 100_353})
+    assert "| rows that the base's tables must have | 100,353 |" in card
+    assert "\nbase.resize_token_embeddings(100353, mean_resizing=False)" in card
+    assert "resize_token_embeddings" not in adapter_card(FACTS)

@@ -11,7 +11,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from phi3_dist.modeling.fused_lora import declined, install_fused, remove_fused
+from phi3_dist.modeling.fused_lora import declined, install_fused, keep_dequantized, remove_fused
 
 I, O, R = 24, 40, 4  # noqa: E741
 
@@ -221,6 +221,51 @@ def test_over_nf4_outputs_and_gradients_are_pefts(storage: torch.dtype, dropout:
     with torch.no_grad():
         torch.testing.assert_close(plain.eval()(x), fused.eval()(x), rtol=1e-6, atol=1e-6)
     assert list(get_peft_model_state_dict(plain)) == list(get_peft_model_state_dict(fused))
+
+
+def test_kept_nf4_weights_give_the_same_bits_and_are_dequantised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    _, fused = _nf4_pair(torch.float32, dropout=0.25)
+    install_fused(fused)
+    calls = []
+    dequantize = functional.dequantize_4bit
+    monkeypatch.setattr(functional, "dequantize_4bit", lambda *a, **k: calls.append(1) or dequantize(*a, **k))
+    x = torch.randn(6, I)
+    (again, again_grads), of_two = _run(fused, x), len(calls)
+    layers = nn.ModuleDict({"layers": nn.ModuleList([fused.base_model.model])})
+    root = nn.ModuleDict({"model": layers})
+    assert keep_dequantized(root, 0) == 0
+    assert keep_dequantized(root, 3) == 2
+    (kept, kept_grads), of_one = _run(fused, x), len(calls) - of_two
+    assert torch.equal(kept, again)
+    assert all(torch.equal(kept_grads[name], grad) for name, grad in again_grads.items())
+    assert (of_two, of_one) == (4, 2)
+    remove_fused(fused)
+    assert "_fused_keeps_weight" not in vars(fused.base_model.model.up)
+
+
+def test_a_recomputed_layer_holds_its_weights_for_its_backward_alone() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    _, fused = _nf4_pair(torch.uint8)
+    install_fused(fused)
+    keep_dequantized(nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList([fused])})}), 1)
+    net, dense = fused.base_model.model, {(O, I), (I, O)}
+
+    def held(x: Tensor, *, recompute: bool) -> list[tuple[int, ...]]:
+        shapes: list[tuple[int, ...]] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            shapes.append(tuple(tensor.shape))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = checkpoint(net, x, use_reentrant=False) if recompute else net(x)
+        out.sum().backward()
+        return [shape for shape in shapes if shape in dense]
+
+    assert sorted(held(torch.randn(3, I, requires_grad=True), recompute=False)) == sorted(dense)
+    assert held(torch.randn(3, I, requires_grad=True), recompute=True) == []
 
 
 def test_a_call_that_is_not_plain_goes_to_pefts_forward_and_is_told() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from phi3_dist.config.schema import LoraConfig
 from phi3_dist.modeling.attention import use_backend
 from phi3_dist.modeling.base import tiny_config
 from phi3_dist.modeling.lora import add_lora, fill_adapter
-from phi3_dist.modeling.loss import HeadLoss, PackedLoss, chunked_nll, plain_head
+from phi3_dist.modeling.loss import HeadLoss, PackedLoss, chunked_nll, liger_nll, plain_head
 
 S, H, V = 23, 16, 97
 
@@ -197,3 +199,73 @@ def test_a_weight_that_is_a_shard_goes_through_the_heads_own_forward() -> None:
     hidden, _, _, target = _problem()
     torch.testing.assert_close(HeadLoss(4)(hidden, target, head), _plain(hidden, whole, None, target))
     assert head.weight.shape == (V, H), "the head was not called"
+
+
+class _AsLiger(torch.autograd.Function):
+    """What the library's function is called like in version 0.8.5, computed by torch; it too needs a row."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917
+        ctx: Any,
+        _input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        ce_weight: Tensor | None = None,
+        ignore_index: int = 0,
+        lse_square_scale: float = 1.0,
+        label_smoothing: float = 1.0,
+        reduction: str = "mean",
+    ) -> tuple[Tensor, None, None, None]:
+        assert len(_input) > 0
+        assert lse_square_scale == 0
+        with torch.enable_grad():
+            leaf = _input.detach().requires_grad_()
+            logits = F.linear(leaf, weight, bias).float()
+            options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+            loss = F.cross_entropy(logits, target, ce_weight, reduction=reduction, **options)
+            ctx.save_for_backward(*torch.autograd.grad(loss, leaf))
+        return loss.detach(), None, None, None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return (ctx.saved_tensors[0] * grad, *(None,) * 8)
+
+
+@pytest.fixture
+def liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "liger_kernel.ops.fused_linear_cross_entropy"
+    for parent in ("liger_kernel", "liger_kernel.ops"):
+        monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+    module: Any = ModuleType(name)
+    module.LigerFusedLinearCrossEntropyFunction = _AsLiger
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.usefixtures("liger")
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_ligers_function_is_called_for_the_sum_and_takes_autocasts_dtype(with_bias: bool) -> None:
+    hidden, weight, bias, target = _problem()
+    target[3] = 0  # no token is left out
+    args = (hidden, weight.detach(), bias.detach() if with_bias else None, target)
+    got, want = liger_nll(*args), chunked_nll(*args)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    ours, theirs = (torch.autograd.grad(loss / 7, hidden)[0] for loss in (got, want))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(liger_nll(*args), chunked_nll(*args), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.usefixtures("liger")
+def test_a_head_with_ligers_kernel_takes_it_where_it_can() -> None:
+    hidden, weight, _, target = _problem()
+    head = nn.Linear(H, V, bias=False).requires_grad_(False)
+    head.weight.copy_(weight)
+    used = HeadLoss(kernel="liger")
+    got = used(hidden, target, head)
+    assert "AsLiger" in str(got.grad_fn)
+    assert "AsLiger" not in str(HeadLoss()(hidden, target, head).grad_fn)
+    torch.testing.assert_close(got, _plain(hidden, weight, None, target), rtol=1e-6, atol=1e-6)
+    assert used(hidden[:0], target[:0], head).item() == 0  # the library divides by the number of rows
+    other = nn.Sequential(head)
+    torch.testing.assert_close(used(hidden, target, other), got, rtol=1e-6, atol=1e-6)

@@ -10,28 +10,31 @@ import pytest
 import torch
 from transformers import Phi3ForCausalLM
 
-from phi3_dist.adapters.files import read_adapter, save_adapter
+from phi3_dist.adapters.files import read_adapter, read_metadata, save_adapter
 from phi3_dist.adapters.gather import gather_adapter
+from phi3_dist.adapters.loading import load_adapter, rows_fact
 from phi3_dist.config.families import Shape
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import DataConfig, LoraConfig, RunConfig
 from phi3_dist.data.batches import prepare
-from phi3_dist.errors import ConfigError, DataError, ModelError
-from phi3_dist.modeling.base import Base, find_base, load_full, tiny_config
+from phi3_dist.errors import AdapterError, ConfigError, DataError, ModelError
+from phi3_dist.modeling.base import Base, find_base, load_full, load_quantized, tiny_config
 from phi3_dist.modeling.lora import add_lora, fill_adapter
 from phi3_dist.modeling.tokenizer import load_tokenizer, tiny_tokenizer
-from phi3_dist.modeling.tokens import new_token_ids, token_rows
+from phi3_dist.modeling.tokens import enlarged, new_token_ids, token_rows
 from phi3_dist.planning.memory import adapter_parameters
 from phi3_dist.training.build import _adapter_values
-from tests.unit.test_relatives import learn
+from phi3_dist.training.resume import base_fingerprint
+from tests.unit.test_relatives import learn, reloaded
 
 TOKENS = ("<|tool|>", "<|call|>")
 
 
-@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+@pytest.fixture(params=[(False, 320), (True, 320), (False, 271), (True, 270)], ids=str)
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> Base:
+    """Untied and tied, with rows to spare, with one, and with none: the tokenizer has 270 tokens."""
     config = tiny_config()
-    config.tie_word_embeddings = request.param
+    config.tie_word_embeddings, config.vocab_size = request.param
     torch.manual_seed(0)
     Phi3ForCausalLM(config).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
@@ -39,20 +42,19 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Base:
 
 
 def plain(base: Base) -> Any:
-    return load_full(find_base(base.source), torch.float32, torch.device("cpu"))
+    return load_full(base, torch.float32, torch.device("cpu"))
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_only_the_new_rows_train_and_the_adapter_loads_on_the_plain_base(base: Base, tmp_path: Path) -> None:
-    from peft import PeftModel
-
     tokenizer = load_tokenizer(base.source, new_tokens=TOKENS)
     ids = new_token_ids(tokenizer, TOKENS, base)
     assert ids == [270, 271]
-    rows = token_rows(base, ids)
+    files = {path.name: path.read_bytes() for path in Path(base.source).iterdir()}
+    large = enlarged(base, ids)
+    rows = token_rows(large, ids)
     tied = base.config.tie_word_embeddings
     assert len(rows) == (1 if tied else 2)
-    model = add_lora(plain(base), LoraConfig(r=2, dropout=0.0), base.source, ids)
+    model = add_lora(plain(large), LoraConfig(r=2, dropout=0.0), base.source, ids)
     fill_adapter(model, 0, None, rows)
     table = plain(base).model.embed_tokens.weight
     torch.testing.assert_close(model.get_input_embeddings().weight[ids], table[:270].mean(0).expand(2, -1))
@@ -66,17 +68,30 @@ def test_only_the_new_rows_train_and_the_adapter_loads_on_the_plain_base(base: B
         loss.backward()
     moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert any("embed_tokens" in name for name in moved)
-    learn(model)
+    learn(model, ids_1T)
     live = model.eval()(input_ids=ids_1T, use_cache=False).logits
-    save_adapter(model, tmp_path / "adapter", tokenizer=tokenizer)
+    assert (live - plain(large)(input_ids=ids_1T, use_cache=False).logits).abs().max() > 1e-2
+    save_adapter(model, tmp_path / "adapter", tokenizer=tokenizer, metadata=rows_fact(large))
     tensors, config = read_adapter(tmp_path / "adapter")
     assert set(rows) <= set(tensors)
     assert set(tensors) == set(gather_adapter(model))
     assert config["trainable_token_indices"]["embed_tokens"] == ids
-    again = PeftModel.from_pretrained(plain(base), str(tmp_path / "adapter"))
-    torch.testing.assert_close(again.eval()(input_ids=ids_1T, use_cache=False).logits, live, atol=1e-5, rtol=1e-4)
+    for again in (by_plain_peft(base, tmp_path / "adapter"), load_adapter(plain(base), tmp_path / "adapter")):
+        torch.testing.assert_close(again.eval()(input_ids=ids_1T, use_cache=False).logits, live, atol=1e-5, rtol=1e-4)
     saved_tokenizer = load_tokenizer(str(tmp_path / "adapter"))
     assert list(saved_tokenizer(text, add_special_tokens=False)["input_ids"]) == ids_1T[0].tolist()
+    assert {path.name: path.read_bytes() for path in Path(base.source).iterdir()} == files
+
+
+def by_plain_peft(base: Base, folder: Path) -> Any:
+    """As the card says, on a base that transformers loads."""
+    model = Phi3ForCausalLM.from_pretrained(base.source, dtype=torch.float32)
+    rows = read_metadata(folder).get("base_rows")
+    assert (rows is None) == (base.config.vocab_size == 320)
+    if rows is not None:
+        assert rows == "272"
+        model.resize_token_embeddings(int(rows), mean_resizing=False)
+    return reloaded(folder, model)
 
 
 def test_rows_may_hold_the_taught_tokens_and_no_others(tmp_path: Path) -> None:
@@ -104,10 +119,50 @@ def test_a_token_that_the_tokenizer_has_keeps_its_id() -> None:
     assert new_token_ids(tokenizer, ["<|placeholder1|>", "<|call|>"], find_base("tiny-random")) == [261, 270]
 
 
-def test_more_tokens_than_the_base_has_rows_for_are_refused_with_both_numbers() -> None:
-    many = [f"<|t{i}|>" for i in range(60)]
-    with pytest.raises(ModelError, match=r"60 tokens, and the base's table of 320 rows has room for 50"):
-        new_token_ids(load_tokenizer("tiny-random", new_tokens=many), many, find_base("tiny-random"))
+def test_a_base_gets_exactly_the_rows_it_lacks(base: Base) -> None:
+    assert enlarged(base, []) is base
+    assert enlarged(base, [base.config.vocab_size - 1]) is base
+    large = enlarged(base, [base.config.vocab_size + 2])
+    names = ["model.embed_tokens.weight"] + ([] if base.config.tie_word_embeddings else ["lm_head.weight"])
+    for name in names:
+        old = base.weights.whole(name)
+        want = torch.cat((old, old.mean(0).expand(3, -1)))
+        torch.testing.assert_close(large.weights.whole(name), want)
+        assert large.weights.shape(name) == want.shape == (base.config.vocab_size + 3, 64)
+        for rows in range(len(want)):
+            cut = large.weights.rows(name, max(rows - 2, 0), rows)
+            torch.testing.assert_close(cut, want[max(rows - 2, 0) : rows])
+        torch.testing.assert_close(large.weights.rows(name, 0, len(want)), want)
+    other = "model.norm.weight"
+    assert torch.equal(large.weights.whole(other), base.weights.whole(other))
+    assert large.weights.shape(other) == (64,)
+    assert base_fingerprint(large, Path(base.source) / "cache") == base_fingerprint(base, Path(base.source) / "cache")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_gets_the_same_rows(kind: str, base: Base) -> None:
+    pytest.importorskip("bitsandbytes")
+    large = enlarged(base, [base.config.vocab_size])
+    model = load_quantized(large, kind, torch.float32, torch.device("cpu"))
+    full = load_full(large, torch.float32, torch.device("cpu"))
+    for found, want in zip(
+        (model.get_input_embeddings(), model.get_output_embeddings()),
+        (full.get_input_embeddings(), full.get_output_embeddings()),
+        strict=True,
+    ):
+        torch.testing.assert_close(found.weight.float(), want.weight)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tied == base.config.tie_word_embeddings
+    assert model(input_ids=torch.tensor([[base.config.vocab_size]])).logits.shape[-1] == base.config.vocab_size + 1
+
+
+def test_a_token_that_nobody_teaches_gets_no_row(base: Base) -> None:
+    tokenizer = load_tokenizer("tiny-random", new_tokens=[f"<|t{i}|>" for i in range(60)])
+    if base.config.vocab_size == 320:
+        assert new_token_ids(tokenizer, ["<|t49|>"], base) == [319]
+    else:
+        with pytest.raises(ModelError, match=r"table has 27[01] rows, and the tokenizer has (48|49) more tokens, as "):
+            new_token_ids(tokenizer, ["<|t49|>"], base)
 
 
 @pytest.mark.parametrize(
@@ -131,9 +186,27 @@ def test_training_on_from_an_adapter_that_taught_other_tokens_is_refused(tmp_pat
     model = add_lora(plain(base), LoraConfig(r=2), "tiny-random", [270])
     fill_adapter(model, 0, None, token_rows(base, [270]))
     save_adapter(model, tmp_path / "adapter")
-    model_section = {"source": "tiny-random", "adapter": str(tmp_path / "adapter")}
-    cfg = RunConfig.model_validate({"model": model_section, "data": {"train": "x"}, "lora": {"r": 2}})
-    fill_adapter(model, 0, _adapter_values(cfg, [270]))
+    cfg = going_on(tmp_path / "adapter")
+    fill_adapter(model, 0, _adapter_values(cfg, base, [270]))
     for ids in ([], [271], [270, 271]):
         with pytest.raises(ModelError, match=r"the adapter in .* has taught \[270\]"):
-            _adapter_values(cfg, ids)
+            _adapter_values(cfg, base, ids)
+
+
+def going_on(adapter: Path) -> RunConfig:
+    section = {"source": "tiny-random", "adapter": str(adapter)}
+    return RunConfig.model_validate({"model": section, "data": {"train": "x"}, "lora": {"r": 2}})
+
+
+def test_training_on_needs_the_rows_that_the_adapter_says(tmp_path: Path) -> None:
+    base = find_base("tiny-random")
+    large = enlarged(base, [320])
+    model = add_lora(plain(large), LoraConfig(r=2), "tiny-random", [320])
+    fill_adapter(model, 0, None, token_rows(large, [320]))
+    save_adapter(model, tmp_path / "adapter", metadata=rows_fact(large))
+    fill_adapter(model, 0, _adapter_values(going_on(tmp_path / "adapter"), large, [320]))
+    with pytest.raises(ModelError, match=r"has 320 rows of embedding, and the adapter in .* up to row 321"):
+        _adapter_values(going_on(tmp_path / "adapter"), base, [320])
+    save_adapter(model, tmp_path / "adapter", metadata={"base_rows": "many"})
+    with pytest.raises(AdapterError, match="no number of rows"):
+        load_adapter(plain(base), tmp_path / "adapter")

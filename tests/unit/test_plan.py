@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from phi3_dist.config.families import FAMILIES
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError
+from phi3_dist.planning.compiling import COLD_S, gain_s, pays_from
+from phi3_dist.planning.memory import layer_gib
 from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan, check_reality, make_plan
 
 PACKAGES = {"torch": "2.13.0", "deepspeed": "0.19.8", "bitsandbytes": "0.50.2"}
@@ -31,6 +33,11 @@ def run(**sections: dict[str, Any]) -> RunConfig:
 def why(plan: RunPlan, name: str) -> tuple[str, str]:
     choice = next(choice for choice in plan.choices if choice.name == name)
     return choice.value, choice.why
+
+
+def memory_of(plan: RunPlan, place: str = "device") -> dict[str, float]:
+    assert plan.memory is not None
+    return {term.name: term.gib for term in plan.memory if term.place == place}
 
 
 def problems(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, **options: Any) -> dict[str, tuple[str, str]]:
@@ -234,3 +241,104 @@ def test_reality() -> None:
         "ddp was planned, and single came up",
         "cpu was planned, and cuda came up",
     ]
+
+
+def test_compiling_is_planned_where_the_run_is_long_enough_to_gain_by_it() -> None:
+    start = pays_from(MINI.shape, 2)
+    assert gain_s(MINI.shape, start, 2) == pytest.approx(COLD_S, rel=1e-4)
+    assert pays_from(MINI.shape, 1) * 2 == pytest.approx(start, rel=1e-4)
+    counted_later = make_plan(run(), CPU, LaunchFacts(), family_or_shape=MINI)
+    assert counted_later.compile_from == start
+    assert why(counted_later, "compile") == (
+        "in a long run",
+        f"pays from {start:,} tokens a rank on, which are counted with the data",
+    )
+    packs = {"global_batch": 2, "max_steps": start // 2048}  # one rank's share, in packs of 2,048
+    two_ranks = LaunchFacts(2, 1, "ddp")  # with a thread each, which gains twice as much
+    long = make_plan(run(train=packs), CPU, two_ranks, family_or_shape=MINI)
+    assert (long.compile_from, why(long, "compile")[0]) == (0, "yes")
+    packs["max_steps"] = packs["max_steps"] // 2 - 1
+    shorter = make_plan(run(train=packs), CPU, two_ranks, family_or_shape=MINI)
+    assert (shorter.compile_from, why(shorter, "compile")[0]) == (None, "no")
+    assert "and takes 13 s" in why(shorter, "compile")[1]
+
+
+def test_compiling_is_off_where_nothing_is_known_for_it_and_refused_without_a_compiler() -> None:
+    bare = dataclasses.replace(CPU, no_compiler="there is no compiler (g++)")
+    for cfg, machine, reason in (
+        (run(), GPU, "not been measured"),
+        (run(), bare, "no compiler"),
+        (run(model={"fused_layers": False}), CPU, "model.fused_layers"),
+        (run(model={"compile": False}), CPU, "as the run file says"),
+    ):
+        plan = make_plan(cfg, machine, LaunchFacts(), family_or_shape=MINI)
+        assert plan.compile_from is None
+        assert reason in why(plan, "compile")[1]
+    asked = run(model={"compile": True})
+    assert make_plan(asked, GPU, LaunchFacts()).compile_from == 0
+    found = problems(asked, bare, LaunchFacts())
+    assert found["model.compile"] == ("is true: there is no compiler (g++)", "install it, or model.compile=auto")
+
+
+def test_nf4_weights_are_kept_where_memory_allows_and_it_gains() -> None:
+    nf4 = {"model": {"quantization": "nf4"}}
+    each = layer_gib(MINI.shape, "bf16")
+    assert each * 2**30 * 32 == MINI.shape.linear_parameters * 2
+    large = make_plan(run(**nf4), GPU, LaunchFacts(), family_or_shape=MINI)
+    assert (large.kept_layers, why(large, "weights for backward")[0]) == (32, "32 of 32 layers keep theirs")
+    assert memory_of(large)["dequantised weights"] == pytest.approx(32 * each)
+    none = make_plan(
+        run(model={"quantization": "nf4", "dequantized_layers": 0}), GPU, LaunchFacts(), family_or_shape=MINI
+    )
+    one_linear = 16384 * 3072 * 2 / 2**30
+    assert memory_of(none)["dequantised weights"] == pytest.approx(one_linear)
+    used = sum(memory_of(none).values())
+    tight = dataclasses.replace(GPU, device_memory_gib=(used + 3.5 * each) / 0.7)
+    some = make_plan(run(**nf4), tight, LaunchFacts(), family_or_shape=MINI)
+    assert some.kept_layers == 3
+    assert memory_of(some)["dequantised weights"] == pytest.approx(3 * each + one_linear)
+    assert sum(memory_of(some).values()) < 0.7 * tight.device_memory_gib
+    full = dataclasses.replace(GPU, device_memory_gib=used / 0.7)
+    assert make_plan(run(**nf4), full, LaunchFacts(), family_or_shape=MINI).kept_layers == 0
+
+
+def test_a_recomputed_layer_keeps_its_nf4_weights_and_a_cpu_keeps_no_others() -> None:
+    cpu = dataclasses.replace(CPU, host_memory_gib=64.0)
+    plain = make_plan(run(model={"quantization": "nf4"}), cpu, LaunchFacts(), family_or_shape=MINI)
+    assert plain.kept_layers == 0
+    assert "no longer" in why(plain, "weights for backward")[1]
+    recomputed = run(model={"quantization": "nf4", "activation_checkpointing": True})
+    kept = make_plan(recomputed, cpu, LaunchFacts(), family_or_shape=MINI)
+    assert kept.kept_layers == 32
+    assert "one layer's at a time" in why(kept, "weights for backward")[1]
+    one_layer = layer_gib(MINI.shape, "fp32")
+    assert one_layer < memory_of(kept, "host")["dequantised weights"] < 2 * one_layer
+    asked = run(model={"quantization": "nf4", "dequantized_layers": 40})
+    assert make_plan(asked, cpu, LaunchFacts(), family_or_shape=MINI).kept_layers == 32
+    for changes in ({"model": {"fused_lora": False}}, {"lora": {"dora": True}}):
+        sections = {"model": {"quantization": "nf4"}}
+        for name, values in changes.items():
+            sections[name] = {**sections.get(name, {}), **values}
+        assert make_plan(run(**sections), GPU, LaunchFacts(), family_or_shape=MINI).kept_layers == 0
+    assert not [c for c in make_plan(run(), GPU, LaunchFacts(), family_or_shape=MINI).choices if "backward" in c.name]
+
+
+def test_ligers_kernel_is_refused_by_name_with_the_reason_and_auto_says_why_it_is_not_taken() -> None:
+    have = dataclasses.replace(GPU, packages={**GPU.packages, "triton": "3.9.0", "liger-kernel": "0.8.5"})
+    asked = {"model": {"loss": "liger"}}
+    plan = make_plan(run(**asked), have, LaunchFacts())
+    assert (plan.loss, why(plan, "loss kernel")[0]) == ("liger", "liger")
+    auto = make_plan(run(), have, LaunchFacts())
+    assert auto.loss == "chunked"
+    assert "not timed" in why(auto, "loss kernel")[1]
+    assert "the device is cpu" in why(make_plan(run(), CPU, LaunchFacts()), "loss kernel")[1]
+    for machine, more, reason, fix in (
+        (CPU, {}, "need CUDA, and the device is cpu", "model.loss=chunked"),
+        (GPU, {}, "liger-kernel is not installed", "pip install 'phi3-dist[kernels]'"),
+        (have, {"lora": {"targets": ["qkv_proj", "lm_head"]}}, "has an adapter", "model.loss=chunked"),
+        (have, {"lora": {"modules_to_save": ["lm_head"]}}, "lm_head trains", "model.loss=chunked"),
+        (have, {"model": {"loss": "liger", "new_tokens": ["<|x|>"]}}, "model.new_tokens", "model.loss=chunked"),
+    ):
+        what, found_fix = problems(run(**{**asked, **more}), machine, LaunchFacts())["model.loss"]
+        assert reason in what
+        assert found_fix == fix

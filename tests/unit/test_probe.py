@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from phi3_dist.errors import PlanError
 from phi3_dist.machine.launch_request import LaunchRequest
-from phi3_dist.machine.probe import launch_facts, probe
+from phi3_dist.machine.probe import launch_facts, no_compiler, probe
 from phi3_dist.planning.render import SHIPPED
 
 TWO = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1", "RANK": "1"}
@@ -117,3 +118,21 @@ def test_fast_bf16_is_what_the_cpu_says(monkeypatch: pytest.MonkeyPatch) -> None
     for has, fast in (({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has, raising=False)
         assert probe(use_cpu=True).fast_bf16 is fast
+
+
+def test_what_keeps_torch_from_compiling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.setenv("CXX", "g++")
+    assert no_compiler(cuda=False) == "there is no compiler (g++)"
+    assert no_compiler(cuda=True) == "there is no compiler (gcc or clang)"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    assert "Python.h" in no_compiler(cuda=False)
+    (tmp_path / "Python.h").touch()
+    assert no_compiler(cuda=False) == ""
+    monkeypatch.setenv("CC", "g++")
+    assert no_compiler(cuda=True) == ("" if find_spec("triton") else "Triton is not installed")

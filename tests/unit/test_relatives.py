@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,7 @@ from phi3_dist.config.families import Shape
 from phi3_dist.config.schema import LoraConfig, OptimConfig, RunConfig
 from phi3_dist.errors import DataError, ModelError, TrainingError
 from phi3_dist.modeling.base import find_base, load_full, tiny_config
-from phi3_dist.modeling.lora import Adapted, adapted, add_lora, fill_adapter, peft_config
+from phi3_dist.modeling.lora import Adapted, adapted, add_lora, fill_adapter, peft_config, quiet_peft
 from phi3_dist.modeling.starts import eva_start, loftq_start, pissa_start, saved_names, take_out
 from phi3_dist.planning.memory import adapter_parameters
 from phi3_dist.training.resume import identity
@@ -40,17 +39,16 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(input_ids=IDS, use_cache=False).logits
 
 
-def reloaded(folder: Path) -> Any:
+def reloaded(folder: Path, base: Any = None) -> Any:
     """As somebody without this toolkit loads it: plain PEFT on the plain base."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        return PeftModel.from_pretrained(tiny(), str(folder))
+    with quiet_peft():
+        return PeftModel.from_pretrained(tiny() if base is None else base, str(folder))
 
 
-def learn(model: Any, steps: int = 3) -> None:
+def learn(model: Any, ids_1T: torch.Tensor = IDS, steps: int = 3) -> None:
     optimizer = make_optimizer(model, OptimConfig(lr=0.01), torch.device("cpu"))
     for _ in range(steps):
-        out = model.train()(input_ids=IDS, labels=IDS, use_cache=False)
+        out = model.train()(input_ids=ids_1T, labels=ids_1T, use_cache=False)
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -109,8 +107,7 @@ def test_pissa_starts_as_peft_does_and_never_writes_to_the_weights_it_was_given(
     base = find_base(str(tmp_path / "base"))
     before = (tmp_path / "base" / "model.safetensors").read_bytes()
     config = PeftLoraConfig(r=4, lora_alpha=6, target_modules=["o_proj"], init_lora_weights="pissa")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    with quiet_peft():
         theirs: Any = get_peft_model(load_full(find_base(base.source), torch.float32, torch.device("cpu")), config)
     plain = load_full(base, torch.float32, torch.device("cpu"))
     ours = add_lora(plain, LoraConfig(r=4, alpha=6, targets=("o_proj",)), str(tmp_path / "base"))

@@ -1,0 +1,62 @@
+"""Whether `model.compile` pays: seconds that compiling takes against seconds that a run's tokens gain by it.
+
+What is compiled are the four passes of modeling/passes.py. Measured with torch 2.13 on one core of a CPU, 1,024 tokens
+at a time, by hand and compiled in turns: widths of 576, 1,152 and 3,072, of which the least gain counts here.
+"""
+
+from __future__ import annotations
+
+from phi3_dist.config.families import Shape
+
+__all__ = ["COLD_S", "choose_compile", "gain_s", "pays_from"]
+
+COLD_S = 13.0
+"""From nothing to all four compiled, torch's compiler imported, with an empty cache; 3.3 where the cache has them."""
+_NORM_NS, _SWIGLU_NS, _ROTARY_NS = 0.65, 0.5, 0.2
+"""Gain for a value of a token, forward and backward: of hidden (two norms a layer), intermediate, and joined heads."""
+
+
+def gain_s(shape: Shape, tokens: int, threads: int) -> float:
+    """Seconds that compiled passes save over `tokens` tokens of one rank on a CPU, with so many threads."""
+    heads = shape.q_out + 2 * shape.kv_out
+    token_ns = shape.layers * (2 * _NORM_NS * shape.hidden + _SWIGLU_NS * shape.intermediate + _ROTARY_NS * heads)
+    return tokens * token_ns * 1e-9 / threads
+
+
+def pays_from(shape: Shape, threads: int) -> int:
+    """Tokens of one rank from which compiling gains what it takes, the cache being empty."""
+    return round(COLD_S / gain_s(shape, 1, threads))
+
+
+def choose_compile(
+    asked: str | bool,
+    device: str,
+    *,
+    no_compiler: str,
+    fused: bool,
+    shape: Shape | None,
+    tokens: int | None,
+    threads: int,
+) -> tuple[int | None, str]:
+    """From how many tokens of a rank on the passes are compiled (0: always, None: never), and the reason.
+
+    `tokens` are those of the whole run on one rank; None: not counted yet. `no_compiler` is the reason why nothing can
+    be compiled here, or empty; what is asked for all the same is the caller's to refuse.
+    """
+    if isinstance(asked, bool):
+        return (0 if asked else None), "as the run file says"
+    why_not = {
+        "model.fused_layers is false, and only the fused layers' passes are compiled": not fused,
+        f"what it gains on {device} has not been measured; model.compile=true does it": device != "cpu",
+        no_compiler: bool(no_compiler),
+    }
+    against = next((why for why, holds in why_not.items() if holds), "")
+    if against or shape is None:
+        return None, against or "the model's shape is not known here"
+    start = pays_from(shape, threads)
+    if tokens is None:
+        return start, f"pays from {start:,} tokens a rank on, which are counted with the data"
+    words = (
+        f"gains about {gain_s(shape, tokens, threads):.1f} s over {tokens:,} tokens a rank, and takes {COLD_S:.0f} s"
+    )
+    return (0 if tokens >= start else None), words
