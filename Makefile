@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-full test-gpu test-slurm torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-gpu bench-prepare wheel clean
+.PHONY: help setup lint types test test-full test-gpu test-slurm torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-gpu bench-prepare wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name what; do \
@@ -92,6 +92,9 @@ bench-throughput: setup ## tokens per second of a LoRA step, beside TRL's best s
 
 bench-scaling: setup ## the cost of a token by pack length, model size and processes; draws docs/scaling.png
 	@$(BIN)/python -m phi3_dist.bench.scaling --plot docs/scaling.png
+
+bench-sharding: setup ## what ZeRO-3's and FSDP2's prefetch settings are worth: steps under each, in turns
+	@$(BIN)/python -m phi3_dist.bench.sharding
 
 bench-gpu: setup ## Phi-3-mini's real shape on one GPU: LoRA, QLoRA, FP8
 	@$(BIN)/python -m phi3_dist.bench.gpu

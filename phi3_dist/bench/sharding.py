@@ -1,10 +1,11 @@
 """What ZeRO-3's and FSDP2's prefetch settings are worth: the time of a step under each, in turns.
 
-    python -m phi3_dist.bench.sharding [--rounds N]
+    python -m phi3_dist.bench.sharding [--rounds N] [--size mini]
 
-LoRA r=16 on every linear layer of a random Phi-3 of 134 M parameters, one pack of 1,024 tokens a rank and step. On GPUs
-one rank each, in bf16; without GPUs two CPU ranks of one thread each, in float32, over gloo. In each round every
-setting takes three steps; the first round is warm-up, medians are of the others. The last line names the fastest ones.
+LoRA r=16 on every linear layer of a random Phi-3, one pack of at most 1,024 tokens a rank and step. On GPUs one rank
+each, in bf16, with Phi-3-mini's shape; without GPUs two CPU ranks of one thread each, in float32, over gloo, with 47 M
+parameters. In each round every setting of a strategy takes three steps; the first round is warm-up, medians are of the
+others. The last line names the fastest ones.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from phi3_dist.bench.scaling import ranks, rows_of_length, shape_of, together
+from phi3_dist.bench.gpu import MINI
+from phi3_dist.bench.scaling import SIZES, ranks, rows_of_length, shape_of, together
 from phi3_dist.bench.sides import PACK_LENGTH, Round, Stand, make_token_packs, save_base
 from phi3_dist.bench.throughput import side_process
 from phi3_dist.planning.render import deepspeed_json
 
-__all__ = ["SETTINGS", "Setting", "main", "table"]
+__all__ = ["SETTINGS", "Setting", "main", "prefetch_layers", "table"]
 
-SIZE, STEPS = "134M", 3
+STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,13 @@ def serve(pipe: Connection, folder: Path, environment: dict[str, str], world: in
     os.environ.update(environment)
     import torch
 
-    from phi3_dist.training.strategy import prefetch_layers
-
     use_cpu = not torch.cuda.is_available()
     zero = None
     if setting.strategy == "zero3":
         zero = json.loads(deepspeed_json("zero3"))
         zero["zero_optimization"].update(setting.zero)
     model = {"precision": "fp32" if use_cpu else "bf16"}
-    stand = Stand(folder / SIZE, world=world, use_cpu=use_cpu, model=model, strategy=setting.strategy, zero=zero)
+    stand = Stand(folder, world=world, use_cpu=use_cpu, model=model, strategy=setting.strategy, zero=zero)
     if setting.ahead:
         prefetch_layers(stand.model, setting.ahead)
     pack = rows_of_length(PACK_LENGTH)
@@ -76,24 +76,50 @@ def serve(pipe: Connection, folder: Path, environment: dict[str, str], world: in
         pipe.send(stand.round(packs))
 
 
-def measure(rounds: int, world: int, *, cpu: bool) -> dict[str, list[Round]]:
-    """The rounds of each setting that count."""
+def prefetch_layers(model: Any, ahead: int) -> None:
+    """Let each FSDP2 layer ask for the next `ahead` ones before it computes, forward and backward.
+
+    Without it each layer's weights are asked for once the host has queued the layer before, which on a GPU is early.
+    """
+    layers = list(model.causal_lm.model.layers)
+    for number, layer in enumerate(layers):
+        layer.set_modules_to_forward_prefetch(layers[number + 1 : number + 1 + ahead])
+        layer.set_modules_to_backward_prefetch(layers[max(number - ahead, 0) : number][::-1])
+
+
+def measure(rounds: int, world: int, size: str, *, cpu: bool) -> dict[str, list[Round]]:
+    """The rounds of each setting that count; one strategy after the other, since each setting holds a model."""
     found: dict[str, list[Round]] = {setting.name: [] for setting in SETTINGS}
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "bases"
-        with side_process(save_base, 1, folder, {SIZE: shape_of(SIZE)}) as maker:
+        with side_process(save_base, 1, folder, {size: MINI if size == "mini" else shape_of(size)}) as maker:
             maker.recv()
-        # one after the other: groups that start together would build DeepSpeed's operators together
-        started = {
-            s.name: stack.enter_context(ranks(folder, world, serve, s, cpu=cpu and s.strategy != "zero3"))
-            for s in SETTINGS
-        }
+        for strategy in dict.fromkeys(setting.strategy for setting in SETTINGS):
+            of = [setting for setting in SETTINGS if setting.strategy == strategy]
+            _take_turns(found, of, folder / size, rounds, world, cpu=cpu)
+    return found
+
+
+def _take_turns(
+    found: dict[str, list[Round]],
+    settings: list[Setting],
+    base: Path,
+    rounds: int,
+    world: int,
+    *,
+    cpu: bool,
+) -> None:
+    started = {}
+    with ExitStack() as stack:
+        for setting in settings:  # one after the other: together they would all build DeepSpeed's operators
+            as_cpu = cpu and setting.strategy != "zero3"  # DeepSpeed finds out by itself, and minds being told
+            group = ranks(base, world, serve, setting, cpu=as_cpu)
+            started[setting.name] = stack.enter_context(group)
         for number in range(rounds + 1):
-            for name_of, pipes in started.items():
+            for name, pipes in started.items():
                 done = together(pipes, "round")
                 if number:
-                    found[name_of].append(done)
-    return found
+                    found[name].append(done)
 
 
 def table(found: Mapping[str, list[Round]]) -> list[str]:
@@ -116,6 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(prog="python -m phi3_dist.bench.sharding", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default 5)")
+    parser.add_argument("--size", choices=(*SIZES, "mini"), help="the base (default: mini on GPUs, else 47M)")
     options = parser.parse_args(arguments)
     import torch
 
@@ -124,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("one GPU shards nothing: this benchmark needs two, or none (CUDA_VISIBLE_DEVICES= for two CPU ranks)")
     where = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else "2 CPU ranks of one thread"
     sys.stdout.write(f"{where}; others' load {os.getloadavg()[0]:.1f} at the start\n")
-    for line in table(measure(options.rounds, gpus or 2, cpu=not gpus)):
+    for line in table(measure(options.rounds, gpus or 2, options.size or ("mini" if gpus else "47M"), cpu=not gpus)):
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
 

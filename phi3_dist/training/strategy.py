@@ -18,7 +18,7 @@ from phi3_dist.errors import MachineError, Problem, TrainingError
 from phi3_dist.modeling.loss import PackedLoss
 from phi3_dist.training.runtime import Runtime, is_deepspeed, is_fsdp
 
-__all__ = ["Engine", "make_engine", "make_optimizer", "prefetch_layers", "shard_fsdp2"]
+__all__ = ["Engine", "make_engine", "make_optimizer", "shard_fsdp2"]
 
 
 class Engine(Protocol):
@@ -158,17 +158,6 @@ def shard_fsdp2(model: PackedLoss, runtime: Runtime) -> PackedLoss:
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     return model
-
-
-def prefetch_layers(model: PackedLoss, ahead: int) -> None:
-    """Let each FSDP2 layer ask for the next `ahead` ones before it computes, forward and backward.
-
-    Without it each layer's weights are asked for once the host has queued the layer before, which on a GPU is early.
-    """
-    layers: Any = list(model.causal_lm.model.layers)
-    for number, layer in enumerate(layers):
-        layer.set_modules_to_forward_prefetch(layers[number + 1 : number + 1 + ahead])
-        layer.set_modules_to_backward_prefetch(layers[max(number - ahead, 0) : number][::-1])
 
 
 def _wrap_ddp(model: nn.Module, runtime: Runtime) -> nn.Module:
