@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.ranks.launcher import run_ranks
 
@@ -17,6 +17,8 @@ REPO = Path(__file__).resolve().parent.parent
 EXTENSIONS = REPO / ".cache" / "torch_extensions"
 ORDER = ("unit", "ranks")  # quick ones first; folders not named here come last
 FIRST_BUILD_TIMEOUT_S = 900
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # as machines may be
+settings.load_profile("busy")
 settings.register_profile("fuzz", max_examples=2500)  # of each of five kinds of input: see tests/unit/test_fuzz.py
 _SESSION_LOCK = pytest.StashKey[IO[str]]()
 

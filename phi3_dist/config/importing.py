@@ -252,13 +252,14 @@ def _short(value: Any, width: int = 60) -> str:
 
 
 def findings_table(imported: Imported) -> Table:
-    """A table for a terminal: key, value, what became of it, and why."""
+    """A table for a terminal: what became of each key; and the key, its value, its place in the run file, and why."""
     colours = {"taken": "green", "changed": "yellow", "not supported": "red"}
-    table = Table(title=imported.dialect, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for heading in ("key", "value", "verdict", "run file", "why"):
-        table.add_column(heading, overflow="fold")
+    table = Table(title=imported.dialect, title_justify="left", box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for finding in imported.findings:
-        verdict = Text(finding.verdict, style=colours[finding.verdict])
-        cells = (finding.key or finding.place, _short(finding.value, 40))
-        table.add_row(*(Text(cell) for cell in cells), verdict, Text(finding.target), Text(finding.reason))
+        target = f" → {finding.target}" if finding.target else ""
+        reason = f": {finding.reason}" if finding.reason else ""
+        text = Text(f"{finding.key or finding.place} = {_short(finding.value, 40)}{target}{reason}")
+        table.add_row(Text(finding.verdict, style=colours[finding.verdict]), text)
     return table

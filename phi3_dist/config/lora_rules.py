@@ -1,6 +1,6 @@
-"""What foreign keys of LoRA's relatives mean in a run file: starts, patterns, layers, LoRA+.
+"""What foreign keys of LoRA's relatives mean in a run file: starts, patterns, layers, LoRA+, new tokens.
 
-Names are PEFT's `LoraConfig`, LLaMA-Factory's (`pissa_init`, `pissa_iter`, `loraplus_lr_ratio`) and axolotl's.
+Names are PEFT's `LoraConfig`, LLaMA-Factory's (`pissa_init`, `add_special_tokens`, …) and axolotl's (`tokens`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ __all__ = ["LORA_ALIASES", "LORA_RULES", "LORA_UNSUPPORTED"]
 LORA_ALIASES: Mapping[str, str] = {
     **dict.fromkeys(("peft_layers_to_transform", "lora_layers_to_transform"), "layers_to_transform"),
     "peft_init_lora_weights": "init_lora_weights",
+    **dict.fromkeys(("tokens", "add_tokens", "add_special_tokens"), "new_special_tokens"),
 }
 
 
@@ -86,6 +87,18 @@ def _pattern(path: str, *, whole: bool) -> Rule:
     return rule
 
 
+def _new_tokens(draft: Draft, entry: Entry) -> None:
+    """A list, or LLaMA-Factory's string with commas. Of two such keys the first counts, as for every other place."""
+    given = [part for part in entry.value.split(",") if part.strip()] if isinstance(entry.value, str) else entry.value
+    if not isinstance(given, list) or not all(isinstance(name, str) and name.strip() for name in given):
+        draft.refuse(entry, "model.new_tokens wants a list of tokens")
+    elif not given:
+        draft.note(entry, "taken", "asks for nothing")
+    else:
+        names = list(dict.fromkeys(name.strip() for name in given))
+        draft.take(entry, "model.new_tokens", names, "their rows alone train, and are saved in the adapter")
+
+
 def _broken(pattern: str) -> bool:
     try:
         re.compile(pattern)
@@ -102,11 +115,15 @@ LORA_RULES: Mapping[str, Rule] = {
     "rank_pattern": _pattern("lora.rank_pattern", whole=True),
     "alpha_pattern": _pattern("lora.alpha_pattern", whole=False),
     "loraplus_lr_ratio": number("lora.plus_ratio", low=1),
+    "new_special_tokens": _new_tokens,
 }
 LORA_UNSUPPORTED: Mapping[str, str] = {
     "loraplus_lr_embedding": "an adapted embedding learns with optim.lr, its B with lora.plus_ratio times that",
     "pissa_convert": "adapters of PiSSA are always saved for the plain base",
     "loftq_config": "one step of LoftQ on the NF4 base: set lora.init loftq",
     "eva_config": "EVA keeps each module's rank (rho 1)",
+    "special_tokens": "the tokenizer's own are kept; tokens that it lacks go into model.new_tokens",
+    "resize_vocab": "the tables get the rows that model.new_tokens needs",
+    "trainable_token_indices": "model.new_tokens wants the tokens themselves, not their ids",
     "layers_pattern": "Phi-3 has one list of layers",
 }

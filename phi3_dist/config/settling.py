@@ -61,7 +61,7 @@ def _batch(draft: Draft, entries: Mapping[str, Entry]) -> None:
     micro, steps = per_device or 1, accumulation or 1
     plural = "" if draft.devices == 1 else "s"
     sum_of = f"{micro} per device × {steps} accumulation × {draft.devices} device{plural}"
-    reason = f"train.global_batch = {sum_of} = {micro * steps * draft.devices}; accumulation follows from it"
+    reason = f"{sum_of} = {micro * steps * draft.devices}; accumulation follows from it"
     entry = accumulation_entry if accumulation is not None else per_device_entry
     assert entry is not None
     draft.change(entry, "train.global_batch", micro * steps * draft.devices, reason)

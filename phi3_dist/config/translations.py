@@ -365,9 +365,7 @@ UNSUPPORTED: Mapping[str, str] = {
     **dict.fromkeys(("group_by_length", "length_column_name", "padding"), _NO_PADDING),
     **dict.fromkeys(("per_device_eval_batch_size", "eval_batch_size"), "held-out packs go through in micro batches"),
     **dict.fromkeys(("use_cache", "device_map", "low_cpu_mem_usage", "quantization_config"), _LOADING),
-    **dict.fromkeys(
-        ("remove_unused_columns", "dataset_kwargs", "dataset_text_field", "special_tokens", "add_eos_token"), _COLUMNS
-    ),
+    **dict.fromkeys(("remove_unused_columns", "dataset_kwargs", "dataset_text_field", "add_eos_token"), _COLUMNS),
     "overwrite_output_dir": "say --overwrite on the command line",
     "resume_from_checkpoint": "say --resume on the command line; a requeued job needs nothing",
     "load_best_model_at_end": "the best checkpoint is kept beside the newest, and none is loaded back",

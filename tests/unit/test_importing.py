@@ -450,6 +450,36 @@ def test_the_table_shows_verdicts_and_reasons(tmp_path: Path) -> None:
     console.print(findings_table(done))
     text = console.export_text()
     assert text.splitlines()[0].strip() == dialects.SCRIPT
+    assert "taken          learning_rate = 5e-06 → optim.lr" in {line.rstrip() for line in text.splitlines()}
     assert "target_modules" in text
     assert "changed" in text
     console.file.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "key", "tokens"),
+    [
+        ("axolotl.yaml", {"sequence_len": 512, "tokens": ["<|call|>", "<|back|>"]}, "tokens", ("<|call|>", "<|back|>")),
+        (
+            "factory.yaml",
+            {"cutoff_len": 512, "add_special_tokens": "<a>, <b>,<a>"},
+            "add_special_tokens",
+            ("<a>", "<b>"),
+        ),
+        ("factory.yaml", {"cutoff_len": 512, "new_special_tokens": ""}, "new_special_tokens", ()),
+    ],
+)
+def test_new_tokens_are_taken(
+    name: str, values: dict[str, Any], key: str, tokens: tuple[str, ...], tmp_path: Path
+) -> None:
+    done, run = imported(tmp_path, name, {"learning_rate": 1e-4, "num_epochs": 1, **values})
+    assert finding(done, key).verdict == "taken"
+    assert run.model.new_tokens == tokens
+
+
+def test_new_tokens_that_are_no_list_are_refused(tmp_path: Path) -> None:
+    values = {"sequence_len": 512, "num_epochs": 1, "tokens": {"a": 1}, "special_tokens": {"pad_token": "<pad>"}}
+    done, run = imported(tmp_path, "axolotl.yaml", values)
+    assert [finding(done, key).verdict for key in ("tokens", "special_tokens")] == ["not supported"] * 2
+    assert "model.new_tokens" in finding(done, "special_tokens").reason
+    assert run.model.new_tokens == ()
