@@ -40,9 +40,11 @@ def lint(source: Annotated[Path, typer.Argument(help="A script, notebook, JSON o
     from phi3_dist.config.faults import faults, faults_table
 
     found = faults(source)
+    if not found:
+        typer.echo(f"{source}: no known fault")
+        return
     Console().print(faults_table(found))
-    if found:
-        raise typer.Exit(ConfigError.exit_code)
+    raise typer.Exit(ConfigError.exit_code)
 
 
 @app.command()

@@ -355,6 +355,7 @@ _TOPOLOGY = "topology stands in the Accelerate config of the launch"
 _NO_PADDING = "nothing is padded here"
 _HUB = "nothing is uploaded while training"
 _LOADING = "loading is settled by the strategy"
+_PROCESSES = "`phi3-dist prepare --workers` says how many"
 _COLUMNS = "rows are rendered by the tokenizer's template, and columns named in data.columns"
 UNSUPPORTED: Mapping[str, str] = {
     "trust_remote_code": "remote code is never run; the native Phi-3 class is used",
@@ -366,6 +367,9 @@ UNSUPPORTED: Mapping[str, str] = {
     **dict.fromkeys(("per_device_eval_batch_size", "eval_batch_size"), "held-out packs go through in micro batches"),
     **dict.fromkeys(("use_cache", "device_map", "low_cpu_mem_usage", "quantization_config"), _LOADING),
     **dict.fromkeys(("remove_unused_columns", "dataset_kwargs", "dataset_text_field", "add_eos_token"), _COLUMNS),
+    "overwrite_cache": "prepared rows are found by a fingerprint of all that they come from, and are never stale",
+    **dict.fromkeys(("preprocessing_num_workers", "dataset_num_proc", "dataset_processes"), _PROCESSES),
+    "plot_loss": "`phi3-dist report` draws the curves",
     "overwrite_output_dir": "say --overwrite on the command line",
     "resume_from_checkpoint": "say --resume on the command line; a requeued job needs nothing",
     "load_best_model_at_end": "the best checkpoint is kept beside the newest, and none is loaded back",

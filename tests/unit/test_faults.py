@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
+from typer.testing import CliRunner
 
+from phi3_dist.cli import app
 from phi3_dist.config.faults import Fault, faults, faults_table
 from phi3_dist.config.load import load_run
 from phi3_dist.errors import ConfigError
@@ -198,3 +200,14 @@ def test_the_table_shows_place_what_and_fix(tmp_path: Path) -> None:
     text = console.export_text()
     assert "s.py:9" in text
     assert "name qkv_proj, o_proj, or all-linear" in text
+
+
+def test_the_command_says_that_there_is_none_or_ends_with_the_code_of_a_mistake(tmp_path: Path) -> None:
+    recipe = tmp_path / "run.json"
+    recipe.write_text(json.dumps({"learning_rate": 1e-4, "num_train_epochs": 1, "target_modules": "all-linear"}))
+    done = CliRunner().invoke(app, ["lint", str(recipe)])
+    assert (done.exit_code, done.output) == (0, f"{recipe}: no known fault\n")
+    recipe.write_text(recipe.read_text().replace('"all-linear"', '["q_proj"]'))
+    done = CliRunner().invoke(app, ["lint", str(recipe)])
+    assert done.exit_code == ConfigError.exit_code
+    assert "no known fault" not in done.output
