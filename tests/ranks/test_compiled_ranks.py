@@ -20,7 +20,9 @@ def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("config", ["cpu_2", "fsdp2", "zero3", pytest.param("zero2", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "config", ["fsdp2", *(pytest.param(c, marks=pytest.mark.full) for c in ("cpu_2", "zero2", "zero3"))]
+)
 def test_two_processes_give_the_numbers_of_one_that_compiles_nothing(
     config: str, by_hand: Path, tmp_path: Path, deepspeed_ops: Path
 ) -> None:
@@ -30,6 +32,7 @@ def test_two_processes_give_the_numbers_of_one_that_compiles_nothing(
     compare(tmp_path / "run", by_hand)
 
 
+@pytest.mark.full
 def test_recomputed_layers_are_compiled_too(by_hand: Path, tmp_path: Path) -> None:
     done = launch(None, tmp_path / "run", "model.compile=true", "model.activation_checkpointing=true")
     assert done.returncode == 0, done.stderr

@@ -25,9 +25,9 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("config", "how"),
     [
-        ("fsdp2", "model.dequantized_layers=2"),
+        pytest.param("fsdp2", "model.dequantized_layers=2", marks=pytest.mark.full),
         ("zero3", "model.dequantized_layers=2"),
-        ("fsdp2", "model.activation_checkpointing=true"),
+        pytest.param("fsdp2", "model.activation_checkpointing=true", marks=pytest.mark.full),
         pytest.param("zero3", "model.activation_checkpointing=true", marks=pytest.mark.full),
         pytest.param("cpu_2", "model.dequantized_layers=1", marks=pytest.mark.full),
     ],
