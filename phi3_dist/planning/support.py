@@ -135,6 +135,9 @@ def support_adapter(  # noqa: PLR0911 -- one return for each refusal, as in `sup
 ) -> Yes | No:
     """Whether this kind of LoRA (`ADAPTERS`) runs under this strategy and quantisation, for which `fp8` counts too."""
     shards = strategy.startswith(("zero3", "fsdp2"))
+    if kind == "dora" and quantization == "int8":
+        what = "on a CPU PEFT 0.21's DoRA loses the scales of int8 weights in its first pass, and no GPU has run it"
+        return No(what, "model.quantization nf4")
     if kind == "dora" and strategy.startswith("zero3"):
         what = "DoRA reads each base weight outside its layer's own forward, when ZeRO-3 holds only shards of it"
         return No(what, "zero2")

@@ -14,6 +14,9 @@ from tests.ranks.test_strategies import compare, launch, rows, tiny_base
 pytestmark = pytest.mark.ranks
 
 VARIANTS = {
+    "dora": ("lora.dora=true",),
+    "head": ("lora.modules_to_save=[lm_head]",),
+    "rslora": ("lora.rslora=true", "lora.targets=[qkv_proj,down_proj]"),
     "patterns": ("lora.rank_pattern={down_proj: 4}", "lora.alpha_pattern={'layers.1.*': 8}", "lora.layers=[1]"),
     "plus": ("lora.plus_ratio=8",),
     "frozen": ("lora.freeze_a=true",),
@@ -23,6 +26,7 @@ VARIANTS = {
     "tokens": ("model.new_tokens=['<|tool|>']",),
     "rows": ("model.new_tokens=[LATTE]",),
     "rows_nf4": ("model.new_tokens=[LATTE]", "model.quantization=nf4"),
+    "rows_int8": ("model.new_tokens=[LATTE]", "model.quantization=int8"),
     "loftq": ("lora.init=loftq", "model.quantization=nf4"),
 }
 """LATTE stands in the rows as text. With `rows` the base has no row to spare: see `base`."""
@@ -54,15 +58,30 @@ def alone(tmp_path_factory: pytest.TempPathFactory, base: Callable[[str], Path])
     return made
 
 
+EVERYWHERE = ("cpu_2", "zero2", "zero3", "fsdp2")
+REFUSED = {("dora", "zero3"), ("eva", "zero3"), ("eva", "fsdp2"), ("rows_int8", "fsdp2")}
+REFUSED |= {(name, "zero3") for name in VARIANTS if name.startswith(("tokens", "rows"))}
+BESIDE = (("rows", "zero1"), ("rows", "zero2_offload"))
+
+
 def cells(*in_make_test: tuple[str, str]) -> list[object]:
-    everywhere = ("cpu_2", "zero2", "zero3", "fsdp2")
-    refused = {("eva", "zero3"), ("eva", "fsdp2"), ("tokens", "zero3"), ("rows", "zero3"), ("rows_nf4", "zero3")}
-    found = [(name, config) for name in VARIANTS for config in everywhere if (name, config) not in refused]
+    found = [(name, config) for name in VARIANTS for config in EVERYWHERE if (name, config) not in REFUSED]
+    found += BESIDE
     return [pytest.param(*cell, marks=() if cell in in_make_test else pytest.mark.full) for cell in found]
 
 
 @pytest.mark.usefixtures("deepspeed_ops")
-@pytest.mark.parametrize(("name", "config"), cells(("plus", "zero3"), ("pissa", "fsdp2")))
+@pytest.mark.parametrize(
+    ("name", "config"),
+    cells(
+        ("plus", "zero3"),
+        ("pissa", "fsdp2"),
+        ("dora", "fsdp2"),
+        ("dora", "zero2"),  # two groups of parameters, whose moments DeepSpeed must link
+        ("head", "fsdp2"),
+        ("head", "zero3"),
+    ),
+)
 def test_two_processes_give_one_process_numbers(
     name: str, config: str, alone: Callable[[str], Path], base: Callable[[str], Path], tmp_path: Path
 ) -> None:
