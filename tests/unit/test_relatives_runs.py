@@ -6,11 +6,12 @@ several ranks: tests/ranks/test_relatives_ranks.py.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
+import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ import pytest
 import torch
 
 from phi3_dist.adapters.select import find_peft_model
+from phi3_dist.config.families import Shape
 from phi3_dist.config.load import load_run
 from phi3_dist.machine.probe import probe
+from phi3_dist.modeling.base import tiny_config
 from phi3_dist.modeling.lora import quiet_peft
+from phi3_dist.planning.memory import GIB
 from phi3_dist.planning.plan import LaunchFacts, MachineFacts
 from phi3_dist.training import loop
 from tests.ranks.launcher import REPO
@@ -85,7 +89,7 @@ def few_objects_to_look_through() -> Iterator[None]:
     gc.unfreeze()
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Ran:
     """A run that has ended: its folder, its run file with overrides, and the logits of the live model at its end."""
 
@@ -190,3 +194,9 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
     train(run.overrides, again, resume=True)
     assert f"resumed after step {SAVED} of {STEPS}" in capsys.readouterr().out
     same_bits(again, run.folder)
+
+
+def test_the_plan_of_a_run_counts_the_rows_that_its_base_lacks(ran: Callable[[str], Ran]) -> None:
+    shape = dataclasses.replace(Shape.of(tiny_config().to_dict()), vocab=271)
+    terms = json.loads((ran("rows").folder / "plan.json").read_text())["memory"]
+    assert [t["gib"] * GIB for t in terms if t["name"] == "base weights"] == [4 * shape.parameters]
