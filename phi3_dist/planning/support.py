@@ -143,8 +143,6 @@ def support_adapter(  # noqa: PLR0911 -- one return for each refusal, as in `sup
         return No(what, "zero2")
     if kind == "dora" and strategy.startswith("fsdp2") and quantization != "none":
         return No("DoRA has not been proven on shards of 4-bit weights", "zero2")
-    if kind == "new tokens" and strategy.startswith("zero3"):
-        return No("new rows are put into a table outside its own forward, when ZeRO-3 holds only shards of it", "zero2")
     if kind == "pissa" and quantization != "none":
         nearest = "loftq" if quantization == "nf4" else "default"
         return No("PiSSA takes part of each weight away, and the rest would have to be quantised anew", nearest)

@@ -25,22 +25,23 @@ VARIANTS = {
     "eva": ("lora.init=eva", "lora.freeze_a=true"),
     "tokens": ("model.new_tokens=['<|tool|>']",),
     "rows": ("model.new_tokens=[LATTE]",),
+    "rows_tied": ("model.new_tokens=[LATTE, small, '<|tool|>']",),
     "rows_nf4": ("model.new_tokens=[LATTE]", "model.quantization=nf4"),
     "rows_int8": ("model.new_tokens=[LATTE]", "model.quantization=int8"),
     "loftq": ("lora.init=loftq", "model.quantization=nf4"),
 }
-"""LATTE stands in the rows as text. With `rows` the base has no row to spare: see `base`."""
+"""LATTE and small stand in the rows as text. With `rows` the base has no row to spare: see `base`."""
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The base of a variant. With 270 rows and one taught token, two ranks share an odd number of rows."""
+    """The base of a variant. With 270 rows and one or three taught tokens, two ranks share an odd number of rows."""
 
     @functools.cache
-    def made(vocab_size: int) -> Path:
-        return tiny_base(tmp_path_factory.mktemp("tiny") / "base", vocab_size=vocab_size)
+    def made(vocab_size: int, tied: bool) -> Path:
+        return tiny_base(tmp_path_factory.mktemp("tiny") / "base", tied=tied, vocab_size=vocab_size)
 
-    return lambda name: made(270 if name.startswith("rows") else 320)
+    return lambda name: made(270 if name.startswith("rows") else 320, name.endswith("tied"))
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +60,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory, base: Callable[[str], Path])
 
 
 EVERYWHERE = ("cpu_2", "zero2", "zero3", "fsdp2")
-REFUSED = {("dora", "zero3"), ("eva", "zero3"), ("eva", "fsdp2"), ("rows_int8", "fsdp2")}
-REFUSED |= {(name, "zero3") for name in VARIANTS if name.startswith(("tokens", "rows"))}
-BESIDE = (("rows", "zero1"), ("rows", "zero2_offload"))
+REFUSED = {("dora", "zero3"), ("eva", "zero3"), ("eva", "fsdp2"), ("rows_int8", "zero3"), ("rows_int8", "fsdp2")}
+BESIDE = (("rows", "zero1"), ("rows", "zero2_offload"), ("rows", "zero3_offload"))
 
 
 def cells(*in_make_test: tuple[str, str]) -> list[object]:
@@ -108,7 +108,7 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
     ("overrides", "config", "said"),
     [
         (("lora.init=eva",), "fsdp2", "lora.init: is eva: EVA passes rows"),
-        (("model.new_tokens=[a]",), "zero3", "model.new_tokens: is ['a']: new rows"),
+        (("lora.dora=true",), "zero3", "lora.dora: is true: DoRA reads each base weight"),
         (("lora.init=loftq",), None, "lora.init: is loftq: LoftQ makes up for what NF4 loses"),
     ],
 )

@@ -200,3 +200,16 @@ def test_the_plan_of_a_run_counts_the_rows_that_its_base_lacks(ran: Callable[[st
     shape = dataclasses.replace(Shape.of(tiny_config().to_dict()), vocab=271)
     terms = json.loads((ran("rows").folder / "plan.json").read_text())["memory"]
     assert [t["gib"] * GIB for t in terms if t["name"] == "base weights"] == [4 * shape.parameters]
+
+
+@pytest.mark.parametrize("name", ["rows", pytest.param("rows_nf4", marks=pytest.mark.full)])
+def test_training_on_from_an_adapter_with_added_rows_starts_where_it_ended(
+    name: str, ran: Callable[[str], Ran], tmp_path: Path
+) -> None:
+    first, adapter = ran(name), ran(name).folder / "adapter"
+    more = (f"model.adapter={adapter}", f"model.tokenizer={adapter}", "optim.lr=1e-12", "train.max_steps=1")
+    train((*first.overrides, *more), tmp_path / "on")
+    ended, again = (rows(folder, "eval")[-1]["heldout_loss"] for folder in (first.folder, tmp_path / "on"))
+    assert again == pytest.approx(ended, rel=1e-6)
+    model = by_its_card(dataclasses.replace(first, folder=tmp_path / "on"))
+    torch.testing.assert_close(logits(model), first.logits, atol=2e-5, rtol=1e-4)
