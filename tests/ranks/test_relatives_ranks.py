@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks.launcher import run_ranks
 from tests.ranks.test_resume import SAVES, TWO, interrupted, same_bits
 from tests.ranks.test_strategies import compare, launch, rows, tiny_base
 
@@ -80,6 +81,7 @@ def cells(*in_make_test: tuple[str, str]) -> list[object]:
         ("dora", "zero2"),  # two groups of parameters, whose moments DeepSpeed must link
         ("head", "fsdp2"),
         ("head", "zero3"),
+        ("rows", "zero3"),
     ),
 )
 def test_two_processes_give_one_process_numbers(
@@ -102,6 +104,19 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
     assert done.returncode == 0, done.stderr
     assert "resumed after step 14 of 20" in done.stdout
     same_bits(again, tmp_path / "whole")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["rows", "rows_tied"])
+def test_zero3_shards_the_tables_of_new_tokens_and_their_rows(
+    name: str, base: Callable[[str], Path], deepspeed_ops: Path
+) -> None:
+    """Under ZeRO-3 a parameter that is a shard has no values: both the tables and the rows that train, after a step."""
+    args = {"folder": str(base(name)), "ids": [270, 271], "steps": 3}
+    for found in run_ranks("tests.ranks.load_bodies:taught", 2, args=args, deepspeed=True, timeout_s=150):
+        assert len(found) == (2 if name == "rows_tied" else 4)
+        for parameter, seen in found.items():
+            assert seen == [[0, "trainable_tokens_delta" in parameter]] * 3, parameter
 
 
 @pytest.mark.parametrize(
