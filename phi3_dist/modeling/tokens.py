@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from phi3_dist.errors import ModelError, Problem
 from phi3_dist.modeling.base import Base
@@ -16,7 +16,7 @@ from phi3_dist.modeling.base import Base
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["enlarged", "new_token_ids", "show_rows_to_zero3", "token_rows", "whole_tables"]
+__all__ = ["enlarged", "new_token_ids", "token_rows", "whole_tables"]
 
 
 def new_token_ids(tokenizer: PreTrainedTokenizerFast, new_tokens: Sequence[str], base: Base) -> list[int]:
@@ -70,7 +70,8 @@ def whole_tables(causal_lm: Any, zero3: Any) -> Iterator[None]:
     """ZeRO-3's shards of embedding and head made whole inside, where PEFT reads rows of them. Collective.
 
     `zero3` is transformers' HfDeepSpeedConfig, which stays unset inside: PEFT 0.21, where it sees that ZeRO-3 is on,
-    reads the rows in a way of its own, which asks for CUDA's current device on a CPU too.
+    reads the rows in a way of its own, which asks for CUDA's current device on a CPU too. That PEFT's token layers
+    compute with the weight of the table below them is found out by DeepSpeed itself, in the first forward pass.
     """
     import deepspeed
     from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -82,15 +83,3 @@ def whole_tables(causal_lm: Any, zero3: Any) -> Iterator[None]:
             yield
     finally:
         set_hf_deepspeed_config(zero3)
-
-
-def show_rows_to_zero3(model: nn.Module) -> None:
-    """Tell ZeRO-3 what PEFT's token layers compute with: the table below them, whose own forward is never called,
-    and the new rows, which lie in a module of their own. It would leave both in shards."""
-    import deepspeed
-    from peft.tuners.trainable_tokens import TrainableTokensLayer
-
-    for module in model.modules():
-        if isinstance(module, TrainableTokensLayer):
-            for used in (module.base_layer.weight, *module.trainable_tokens_delta.values()):
-                deepspeed.zero.register_external_parameter(module, used)

@@ -28,7 +28,7 @@ from phi3_dist.modeling.lora import adapted, add_lora, fill_adapter, start_dora_
 from phi3_dist.modeling.loss import PackedLoss
 from phi3_dist.modeling.rope import Regime, pin_longrope, regime_for
 from phi3_dist.modeling.starts import take_out
-from phi3_dist.modeling.tokens import show_rows_to_zero3, token_rows, whole_tables
+from phi3_dist.modeling.tokens import token_rows, whole_tables
 from phi3_dist.planning.plan import Choice
 from phi3_dist.training.runtime import Runtime, is_fsdp
 from phi3_dist.training.strategy import shard_fsdp2
@@ -114,9 +114,7 @@ def _with_lora(cfg: RunConfig, causal_lm: Any, base: Base, runtime: Runtime, tok
     if not (token_ids and runtime.plan.strategy.startswith("zero3")):
         return add_lora(causal_lm, cfg.lora, base.source, token_ids)
     with whole_tables(causal_lm, runtime.accelerator.state.deepspeed_plugin.dschf):
-        model = add_lora(causal_lm, cfg.lora, base.source, token_ids)
-    show_rows_to_zero3(model)
-    return model
+        return add_lora(causal_lm, cfg.lora, base.source, token_ids)
 
 
 def _fill_shards(model: PackedLoss, base: Base, runtime: Runtime) -> None:

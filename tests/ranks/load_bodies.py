@@ -117,6 +117,7 @@ def taught(folder: str, ids: list[int], steps: int) -> dict[str, list[list[int]]
     for step in range(steps):
         before = {name: param.ds_tensor.clone() for name, param in shards.items()}
         row = torch.randint(0, ids[-1] + 1, (32,), generator=torch.Generator().manual_seed(step))
+        row[: len(ids)] = torch.tensor(ids)
         engine.start_micro_batch(last=True)
         engine.backward(engine.model(**_row(row)) / 64)
         engine.update(1e-2)
