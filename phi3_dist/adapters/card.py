@@ -33,6 +33,15 @@ _LORA = {
     "freeze_a": "A frozen",
     "init": "start",
 }
+_QUANTIZED = {
+    "nf4": (
+        'load_in_4bit=True,\n    bnb_4bit_quant_type="nf4",\n    bnb_4bit_use_double_quant=True,\n'
+        '    bnb_4bit_compute_dtype="{dtype}",'
+    ),
+    "int8": "load_in_8bit=True,",
+}
+"""How the base was quantised (modeling/base.py), as arguments of transformers' BitsAndBytesConfig."""
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _DATA = {
     "data_fingerprint": "fingerprint (SHA-256 of the prepared data)",
     "rows": "rows",
@@ -44,6 +53,8 @@ _RUN = {
     "global_batch": "packs in a step",
     "longrope": "LongRoPE",
     "base_rows": "rows that the base's tables must have",
+    "quantization": "quantisation of the base",
+    "precision": "precision",
     "strategy": "strategy",
     "world_size": "processes",
     "optim": "optimizer",
@@ -62,8 +73,8 @@ def adapter_card(facts: Mapping[str, Any]) -> str:
     facts, all of them optional: `name`, `base` (hub id or folder), `base_is_local`, `revision`, `license`, `lora` (the
     run file's section or PEFT's configuration), `versions` (package → version; by default those installed),
     `data_fingerprint`, `rows`, `supervised_tokens`, `pack_length`, `steps`, `global_batch`, `base_rows` (how many its
-    tables must have, where the base has fewer), `strategy`, `world_size`, `optim`, `loss`, `heldout_loss`,
-    `heldout_perplexity`. Any other fact is listed under its own name.
+    tables must have, where the base has fewer), `quantization` (`nf4`, `int8`), `precision`, `strategy`, `world_size`,
+    `optim`, `loss`, `heldout_loss`, `heldout_perplexity`. Any other fact is listed under its own name.
     A local base, and any other absolute path, is shown by the name of its folder alone.
     """
     base, local = _base(facts)
@@ -85,7 +96,7 @@ def adapter_card(facts: Mapping[str, Any]) -> str:
         _section("Training", facts, _RUN),
         _section("Results", facts, _RESULT),
         _section("More", facts, other),
-        _loading(base, local, facts.get("revision"), facts.get("base_rows")),
+        _loading(base, local, facts),
         _section("Versions", facts.get("versions") or _installed(), {}),
     ]
     return "\n".join(part for part in parts if part)
@@ -134,22 +145,35 @@ def _cell(value: Any) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _loading(base: str, local: bool, revision: Any, rows: int | None) -> str:
+def _loading(base: str, local: bool, facts: Mapping[str, Any]) -> str:
     source = "path/to/" + base if local else base or "path/to/base"
-    extra = f', revision="{revision}"' if revision and not local else ""
-    resize = (
-        f"\nbase.resize_token_embeddings({rows}, mean_resizing=False)  # the adapter fills the new rows" if rows else ""
-    )
+    arguments = ', dtype="auto"' + (f', revision="{facts["revision"]}"' if facts.get("revision") and not local else "")
+    note, classes, before, after = "", "AutoModelForCausalLM", "", ""
+    if facts.get("quantization") in _QUANTIZED:
+        dtype = _DTYPES.get(facts.get("precision", ""), "bfloat16")
+        note = _of_quantised(facts)
+        classes += ", BitsAndBytesConfig"
+        before = f"quantized = BitsAndBytesConfig(\n    {_QUANTIZED[facts['quantization']].format(dtype=dtype)}\n)\n"
+        arguments += ", quantization_config=quantized"
+    if facts.get("base_rows"):
+        rows = f"base.resize_token_embeddings({facts['base_rows']}, mean_resizing=False)"
+        after = f"{rows}  # the adapter fills the new rows\n"
     return f"""## How to load it
-
+{note}
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {classes}
 
-base = AutoModelForCausalLM.from_pretrained("{source}", dtype="auto"{extra}){resize}
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
+{before}base = AutoModelForCausalLM.from_pretrained("{source}"{arguments})
+{after}model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """
+
+
+def _of_quantised(facts: Mapping[str, Any]) -> str:
+    if (facts.get("lora") or {}).get("init") == "loftq":
+        return "\nLoftQ: the adapter makes up for what NF4 loses of the base, and is for the base in NF4 alone.\n"
+    return f"\nIt was trained on the base in {facts['quantization']}, and is loaded on the same here.\n"
 
 
 def _installed() -> dict[str, str]:

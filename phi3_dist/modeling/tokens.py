@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from phi3_dist.modeling.base import Base
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["enlarged", "new_token_ids", "token_rows"]
+__all__ = ["enlarged", "new_token_ids", "token_rows", "whole_tables"]
 
 
 def new_token_ids(tokenizer: PreTrainedTokenizerFast, new_tokens: Sequence[str], base: Base) -> list[int]:
@@ -62,3 +63,23 @@ def token_rows(base: Base, ids: Sequence[int]) -> dict[str, Tensor]:
         found[f"base_model.model.{table}.token_adapter.trainable_tokens_delta"] = mean.expand(len(ids), -1).clone()
     base.weights.close()
     return found
+
+
+@contextmanager
+def whole_tables(causal_lm: Any, zero3: Any) -> Iterator[None]:
+    """ZeRO-3's shards of embedding and head made whole inside, where PEFT reads rows of them. Collective.
+
+    `zero3` is transformers' HfDeepSpeedConfig, which stays unset inside: PEFT 0.21, where it sees that ZeRO-3 is on,
+    reads the rows in a way of its own, which asks for CUDA's current device on a CPU too. That PEFT's token layers
+    compute with the weight of the table below them is found out by DeepSpeed itself, in the first forward pass.
+    """
+    import deepspeed
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    tables = {id(m.weight): m.weight for m in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())}
+    unset_hf_deepspeed_config()
+    try:
+        with deepspeed.zero.GatheredParameters(list(tables.values())):
+            yield
+    finally:
+        set_hf_deepspeed_config(zero3)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,18 +87,46 @@ def assumed_machine(device: str, devices: int, memory_gib: float, packages: Mapp
 
 
 def shape_of_source(cfg: RunConfig) -> Family | Mapping[str, Any] | None:
-    """The base model's shape: a known hub id, or a local folder's config.json; None where it isn't known here."""
+    """The base model's shape: a known hub id, or a local folder's config.json; None where it isn't known here.
+
+    A local one has the rows that `model.new_tokens` add to its tables, if its tokenizer is a local folder too.
+    """
     for family in FAMILIES:
         if cfg.model.source in family.hub_ids:
             return family
     local = Path(cfg.model.source) / "config.json"
     if not local.is_file():
         return None
+    values: Mapping[str, Any] = _json_of(local)
+    rows = _rows_for(cfg.model.new_tokens, Path(cfg.model.tokenizer or cfg.model.source) / "tokenizer.json")
+    return {**values, "vocab_size": rows} if rows > values.get("vocab_size", rows) else values
+
+
+def _json_of(file: Path) -> Any:
     try:
-        values: Mapping[str, Any] = json.loads(local.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise PlanError(Problem(str(local), f"is not JSON: {error}", "download the model again")) from error
-    return values
+        raise PlanError(Problem(str(file), f"is not JSON: {error}", "download the model again")) from error
+
+
+def _rows_for(tokens: Sequence[str], tokenizer_json: Path) -> int:
+    """Rows up to the last of `tokens`, which get ids as the tokenizers library gives them; 0 without tokens or a file.
+
+    A token that is new gets the next id after the added ones, or the model's number of tokens if that is greater.
+    """
+    if not tokens or not tokenizer_json.is_file():
+        return 0
+    values = _json_of(tokenizer_json)
+    try:
+        vocab = {str(token): int(number) for token, number in values["model"]["vocab"].items()}
+        added = {str(token["content"]): int(token["id"]) for token in values["added_tokens"]}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"does not say which token has which id: {error!r}"
+        raise PlanError(Problem(str(tokenizer_json), what, "download the model again")) from error
+    free = max(len(vocab), *(number + 1 for number in added.values()))
+    fresh = [token for token in tokens if token not in vocab and token not in added]
+    ids = {**vocab, **added, **{token: free + place for place, token in enumerate(fresh)}}
+    return 1 + max(ids[token] for token in tokens)
 
 
 def plan_table(plan: RunPlan) -> Table:

@@ -135,13 +135,14 @@ def support_adapter(  # noqa: PLR0911 -- one return for each refusal, as in `sup
 ) -> Yes | No:
     """Whether this kind of LoRA (`ADAPTERS`) runs under this strategy and quantisation, for which `fp8` counts too."""
     shards = strategy.startswith(("zero3", "fsdp2"))
+    if kind == "dora" and quantization == "int8":
+        what = "on a CPU PEFT 0.21's DoRA loses the scales of int8 weights in its first pass, and no GPU has run it"
+        return No(what, "model.quantization nf4")
     if kind == "dora" and strategy.startswith("zero3"):
         what = "DoRA reads each base weight outside its layer's own forward, when ZeRO-3 holds only shards of it"
         return No(what, "zero2")
     if kind == "dora" and strategy.startswith("fsdp2") and quantization != "none":
         return No("DoRA has not been proven on shards of 4-bit weights", "zero2")
-    if kind == "new tokens" and strategy.startswith("zero3"):
-        return No("new rows are put into a table outside its own forward, when ZeRO-3 holds only shards of it", "zero2")
     if kind == "pissa" and quantization != "none":
         nearest = "loftq" if quantization == "nf4" else "default"
         return No("PiSSA takes part of each weight away, and the rest would have to be quantised anew", nearest)

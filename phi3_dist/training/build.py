@@ -29,7 +29,7 @@ from phi3_dist.modeling.loss import Kernel, PackedLoss
 from phi3_dist.modeling.passes import BY_HAND, compiled_passes
 from phi3_dist.modeling.rope import Regime, pin_longrope, regime_for
 from phi3_dist.modeling.starts import take_out
-from phi3_dist.modeling.tokens import token_rows
+from phi3_dist.modeling.tokens import token_rows, whole_tables
 from phi3_dist.planning.plan import Choice, RunPlan
 from phi3_dist.training.runtime import Runtime, is_fsdp
 from phi3_dist.training.strategy import shard_fsdp2
@@ -115,6 +115,13 @@ def _rotary(cfg: RunConfig, regime: Regime | None, longest_row: int) -> tuple[Ch
     return (Choice("LongRoPE", f"{regime} factors", why),)
 
 
+def _with_lora(cfg: RunConfig, causal_lm: Any, base: Base, runtime: Runtime, token_ids: Sequence[int]) -> Any:
+    if not (token_ids and runtime.plan.strategy.startswith("zero3")):
+        return add_lora(causal_lm, cfg.lora, base.source, token_ids)
+    with whole_tables(causal_lm, runtime.accelerator.state.deepspeed_plugin.dschf):
+        return add_lora(causal_lm, cfg.lora, base.source, token_ids)
+
+
 def _fill_shards(model: PackedLoss, base: Base, runtime: Runtime) -> None:
     """Give FSDP2's shards, which have no storage yet, their rows of the base."""
     device = torch.device("cpu") if runtime.plan.strategy.endswith("offload") else runtime.device
@@ -151,7 +158,7 @@ def build_model(
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     start = start_of(causal_lm) if start_of else {}
     kernel: Kernel = "liger" if runtime.plan.loss == "liger" else "chunked"
-    model = PackedLoss(add_lora(causal_lm, cfg.lora, base.source, token_ids), kernel=kernel)
+    model = PackedLoss(_with_lora(cfg, causal_lm, base, runtime, token_ids), kernel=kernel)
     model.begun = start
     regime = regime_for(causal_lm.config, longest_row, cfg.model.longrope)
     model.choices = (*_fused(cfg, model, runtime.plan, tokens), model.loss_choice(), *_rotary(cfg, regime, longest_row))

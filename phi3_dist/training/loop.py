@@ -72,13 +72,21 @@ class TrainResult:
         return EXIT_STOPPED if self.stopped_by else 0
 
 
-def _prepare(cfg: RunConfig, cache: Path | None) -> tuple[Any, Prepared]:
-    """Tokenize and pack before the process group exists: a long preparation can time out no collective."""
+def _find(cfg: RunConfig) -> tuple[Base, Any, list[int]]:
+    """The base with rows for the new tokens, the tokenizer, and the ids of the new tokens."""
+    base = find_base(cfg.model.source, cfg.model.revision)
+    peft_config(meta_model(base, torch.float32), cfg.lora, base.source)  # wrong targets are said before all else
     tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.source, cfg.model.revision, cfg.model.new_tokens)
+    token_ids = new_token_ids(tokenizer, cfg.model.new_tokens, base)
+    return enlarged(base, token_ids), tokenizer, token_ids
+
+
+def _prepare(cfg: RunConfig, tokenizer: Any, cache: Path | None) -> Prepared:
+    """Tokenize and pack before the process group exists: a long preparation can time out no collective."""
     prepared = prepare(cfg.data, tokenizer, cache)
     if int(prepared.train.targets.sum()) == 0:
         raise DataError(Problem("data.train", "no token is supervised", "every row needs an assistant turn"))
-    return tokenizer, prepared
+    return prepared
 
 
 def _evaluate(stage: Stage, step: int) -> HeldOut | None:
@@ -277,12 +285,10 @@ def train(
     clock.mark("imports")
     folder, cache = RunFolder(Path(cfg.save.folder)), cache or cache_folder()
     check_trackers(cfg.log.trackers)
-    base = find_base(cfg.model.source, cfg.model.revision)
-    peft_config(meta_model(base, torch.float32), cfg.lora, base.source)  # wrong targets are said before all else
+    base, tokenizer, token_ids = _find(cfg)
     plan = make_plan(cfg, machine, launch, family_or_shape=base.config.to_dict())
     clock.mark("plan")
-    tokenizer, prepared = _prepare(cfg, cache)
-    token_ids = new_token_ids(tokenizer, cfg.model.new_tokens, base)
+    prepared = _prepare(cfg, tokenizer, cache)
     clock.mark("data")
     if resume and folder.finished():
         return TrainResult(folder.path, 0, None, None)
@@ -304,7 +310,7 @@ def train(
         clock.mark("processes")
         result = _run(
             cfg,
-            enlarged(base, token_ids),
+            base,
             runtime,
             prepared=prepared,
             tokenizer=tokenizer,

@@ -113,6 +113,8 @@ def card_facts(stage: Stage, base: Base, held_out: HeldOut | None, regime: str |
         "data_fingerprint": stage.facts["data"],
         "longrope": f"{regime} factors: serve it with these, whatever the length" if regime else None,
         "base_rows": base.enlarged_rows,
+        "quantization": None if stage.cfg.model.quantization == "none" else stage.cfg.model.quantization,
+        "precision": stage.runtime.plan.precision,
         "strategy": stage.runtime.plan.strategy,
         "world_size": stage.runtime.world,
         "heldout_loss": held_out.loss if held_out else None,

@@ -1,4 +1,4 @@
-"""What each rank does in test_load_at_scale.py and test_quantized_shards.py."""
+"""What each rank does in test_load_at_scale.py, test_quantized_shards.py and test_relatives_ranks.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from phi3_dist.bench.load import measured_load, start
 from phi3_dist.modeling.base import find_base
+from phi3_dist.modeling.tokens import enlarged
 from phi3_dist.training.build import build_model
 from phi3_dist.training.strategy import make_engine
 
@@ -99,6 +100,32 @@ def quantized(strategy: str, folder: str, steps: int) -> dict[str, Any]:
     if runtime.world > 1:
         dist.destroy_process_group()
     return facts
+
+
+# --- new tokens under ZeRO-3 ---------------------------------------------------------------------------------------
+
+
+def taught(folder: str, ids: list[int], steps: int) -> dict[str, list[list[int]]]:
+    """By parameter of embedding and head: how many values are whole on this rank after each step, and if they moved."""
+    cfg, runtime = start("zero3", Path(folder))
+    # so that the new rows, which are few, are shards too
+    runtime.ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 10
+    model = build_model(cfg, enlarged(find_base(folder), ids), runtime, longest_row=64, token_ids=ids)
+    engine = make_engine(model, runtime, cfg.optim)
+    shards = {n: p for n, p in engine.model.named_parameters() if "embed_tokens" in n or "lm_head" in n}
+    found: dict[str, list[list[int]]] = {name: [] for name in shards}
+    for step in range(steps):
+        before = {name: param.ds_tensor.clone() for name, param in shards.items()}
+        row = torch.randint(0, ids[-1] + 1, (32,), generator=torch.Generator().manual_seed(step))
+        row[: len(ids)] = torch.tensor(ids)
+        engine.start_micro_batch(last=True)
+        engine.backward(engine.model(**_row(row)) / 64)
+        engine.update(1e-2)
+        for name, param in shards.items():
+            found[name].append([param.numel(), not torch.equal(param.ds_tensor, before[name])])
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
 
 
 def _row(ids_T: torch.Tensor) -> dict[str, Any]:

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks.launcher import run_ranks
 from tests.ranks.test_resume import SAVES, TWO, interrupted, same_bits
 from tests.ranks.test_strategies import compare, launch, rows, tiny_base
 
 pytestmark = pytest.mark.ranks
 
 VARIANTS = {
+    "dora": ("lora.dora=true",),
+    "head": ("lora.modules_to_save=[lm_head]",),
+    "rslora": ("lora.rslora=true", "lora.targets=[qkv_proj,down_proj]"),
     "patterns": ("lora.rank_pattern={down_proj: 4}", "lora.alpha_pattern={'layers.1.*': 8}", "lora.layers=[1]"),
     "plus": ("lora.plus_ratio=8",),
     "frozen": ("lora.freeze_a=true",),
@@ -22,21 +26,23 @@ VARIANTS = {
     "eva": ("lora.init=eva", "lora.freeze_a=true"),
     "tokens": ("model.new_tokens=['<|tool|>']",),
     "rows": ("model.new_tokens=[LATTE]",),
+    "rows_tied": ("model.new_tokens=[LATTE, small, '<|tool|>']",),
     "rows_nf4": ("model.new_tokens=[LATTE]", "model.quantization=nf4"),
+    "rows_int8": ("model.new_tokens=[LATTE]", "model.quantization=int8"),
     "loftq": ("lora.init=loftq", "model.quantization=nf4"),
 }
-"""LATTE stands in the rows as text. With `rows` the base has no row to spare: see `base`."""
+"""LATTE and small stand in the rows as text. With `rows` the base has no row to spare: see `base`."""
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The base of a variant. With 270 rows and one taught token, two ranks share an odd number of rows."""
+    """The base of a variant. With 270 rows and one or three taught tokens, two ranks share an odd number of rows."""
 
     @functools.cache
-    def made(vocab_size: int) -> Path:
-        return tiny_base(tmp_path_factory.mktemp("tiny") / "base", vocab_size=vocab_size)
+    def made(vocab_size: int, tied: bool) -> Path:
+        return tiny_base(tmp_path_factory.mktemp("tiny") / "base", tied=tied, vocab_size=vocab_size)
 
-    return lambda name: made(270 if name.startswith("rows") else 320)
+    return lambda name: made(270 if name.startswith("rows") else 320, name.endswith("tied"))
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +60,30 @@ def alone(tmp_path_factory: pytest.TempPathFactory, base: Callable[[str], Path])
     return made
 
 
+EVERYWHERE = ("cpu_2", "zero2", "zero3", "fsdp2")
+REFUSED = {("dora", "zero3"), ("eva", "zero3"), ("eva", "fsdp2"), ("rows_int8", "zero3"), ("rows_int8", "fsdp2")}
+BESIDE = (("rows", "zero1"), ("rows", "zero2_offload"), ("rows", "zero3_offload"))
+
+
 def cells(*in_make_test: tuple[str, str]) -> list[object]:
-    everywhere = ("cpu_2", "zero2", "zero3", "fsdp2")
-    refused = {("eva", "zero3"), ("eva", "fsdp2"), ("tokens", "zero3"), ("rows", "zero3"), ("rows_nf4", "zero3")}
-    found = [(name, config) for name in VARIANTS for config in everywhere if (name, config) not in refused]
+    found = [(name, config) for name in VARIANTS for config in EVERYWHERE if (name, config) not in REFUSED]
+    found += BESIDE
     return [pytest.param(*cell, marks=() if cell in in_make_test else pytest.mark.full) for cell in found]
 
 
 @pytest.mark.usefixtures("deepspeed_ops")
-@pytest.mark.parametrize(("name", "config"), cells(("plus", "zero3"), ("pissa", "fsdp2")))
+@pytest.mark.parametrize(
+    ("name", "config"),
+    cells(
+        ("plus", "zero3"),
+        ("pissa", "fsdp2"),
+        ("dora", "fsdp2"),
+        ("dora", "zero2"),  # two groups of parameters, whose moments DeepSpeed must link
+        ("head", "fsdp2"),
+        ("head", "zero3"),
+        ("rows", "zero3"),
+    ),
+)
 def test_two_processes_give_one_process_numbers(
     name: str, config: str, alone: Callable[[str], Path], base: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -85,11 +106,24 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
     same_bits(again, tmp_path / "whole")
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["rows", "rows_tied"])
+def test_zero3_shards_the_tables_of_new_tokens_and_their_rows(
+    name: str, base: Callable[[str], Path], deepspeed_ops: Path
+) -> None:
+    """Under ZeRO-3 a parameter that is a shard has no values: both the tables and the rows that train, after a step."""
+    args = {"folder": str(base(name)), "ids": [270, 271], "steps": 3}
+    for found in run_ranks("tests.ranks.load_bodies:taught", 2, args=args, deepspeed=True, timeout_s=150):
+        assert len(found) == (2 if name == "rows_tied" else 4)
+        for parameter, seen in found.items():
+            assert seen == [[0, "trainable_tokens_delta" in parameter]] * 3, parameter
+
+
 @pytest.mark.parametrize(
     ("overrides", "config", "said"),
     [
         (("lora.init=eva",), "fsdp2", "lora.init: is eva: EVA passes rows"),
-        (("model.new_tokens=[a]",), "zero3", "model.new_tokens: is ['a']: new rows"),
+        (("lora.dora=true",), "zero3", "lora.dora: is true: DoRA reads each base weight"),
         (("lora.init=loftq",), None, "lora.init: is loftq: LoftQ makes up for what NF4 loses"),
     ],
 )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,48 +166,6 @@ def test_dropout_is_the_same_whatever_the_world_size(tmp_path: Path) -> None:
         done = launch(kind, tmp_path / name, "lora.dropout=0.3", options=options)
         assert done.returncode == 0, done.stderr
     compare(tmp_path / "two", tmp_path / "one")
-
-
-VARIANTS = {
-    "dora": ("lora.dora=true",),
-    "head": ("lora.modules_to_save=[lm_head]",),
-    "rslora": ("lora.rslora=true", "lora.targets=[qkv_proj,down_proj]"),
-}
-
-
-@pytest.fixture(scope="module")
-def variants(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """One process's run of a variant, made once."""
-
-    @functools.cache
-    def made(name: str) -> Path:
-        folder = tmp_path_factory.mktemp(name) / "run"
-        done = launch(None, folder, *VARIANTS[name])
-        assert done.returncode == 0, done.stderr
-        return folder
-
-    return made
-
-
-@pytest.mark.parametrize(
-    ("name", "config"),
-    [
-        ("dora", "fsdp2"),
-        ("head", "fsdp2"),
-        pytest.param("dora", "cpu_2", marks=pytest.mark.full),
-        ("dora", "zero2"),  # two groups of parameters, whose moments DeepSpeed must link
-        ("head", "zero3"),
-        pytest.param("head", "zero2", marks=pytest.mark.full),
-        pytest.param("rslora", "zero3", marks=pytest.mark.full),
-        pytest.param("rslora", "fsdp2", marks=pytest.mark.full),
-    ],
-)
-def test_loras_relatives_shard_too(
-    name: str, config: str, variants: Callable[[str], Path], tmp_path: Path, deepspeed_ops: Path
-) -> None:
-    done = launch(config, tmp_path / "run", *VARIANTS[name], options=("--num_processes", "2"))
-    assert done.returncode == 0, done.stderr
-    compare(tmp_path / "run", variants(name))
 
 
 def test_activation_checkpointing_changes_no_number(reference: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import yaml
 
 from phi3_dist.adapters.card import adapter_card
@@ -75,3 +76,22 @@ def test_a_base_whose_tables_must_grow_is_told_in_the_table_and_in_the_code() ->
     assert "| rows that the base's tables must have | 100,353 |" in card
     assert "\nbase.resize_token_embeddings(100353, mean_resizing=False)" in card
     assert "resize_token_embeddings" not in adapter_card(FACTS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "init", "said"),
+    [
+        ("nf4", "default", "trained on the base in nf4"),
+        ("nf4", "loftq", "for the base in NF4 alone"),
+        ("int8", "default", "trained on the base in int8"),
+    ],
+)
+def test_a_quantised_base_is_told_and_loaded(kind: str, init: str, said: str) -> None:
+    card = adapter_card({**FACTS, "quantization": kind, "precision": "bf16", "lora": {"init": init}, "base_rows": 9})
+    assert f"| quantisation of the base | {kind} |" in card
+    assert said in card
+    code = card.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert ('bnb_4bit_compute_dtype="bfloat16"' in code) == (kind == "nf4")
+    assert ", quantization_config=quantized)\nbase.resize_token_embeddings(9," in code
+    assert "BitsAndBytes" not in adapter_card(FACTS)

@@ -17,12 +17,13 @@ from phi3_dist.config.families import Shape
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import DataConfig, LoraConfig, RunConfig
 from phi3_dist.data.batches import prepare
-from phi3_dist.errors import AdapterError, ConfigError, DataError, ModelError
+from phi3_dist.errors import AdapterError, ConfigError, DataError, ModelError, PlanError
 from phi3_dist.modeling.base import Base, find_base, load_full, load_quantized, tiny_config
 from phi3_dist.modeling.lora import add_lora, fill_adapter
 from phi3_dist.modeling.tokenizer import load_tokenizer, tiny_tokenizer
 from phi3_dist.modeling.tokens import enlarged, new_token_ids, token_rows
-from phi3_dist.planning.memory import adapter_parameters
+from phi3_dist.planning.memory import GIB, Workload, adapter_parameters, memory_terms
+from phi3_dist.planning.preview import shape_of_source
 from phi3_dist.training.build import _adapter_values
 from phi3_dist.training.resume import base_fingerprint
 from tests.unit.test_relatives import learn, reloaded
@@ -137,6 +138,25 @@ def test_a_base_gets_exactly_the_rows_it_lacks(base: Base) -> None:
     assert torch.equal(large.weights.whole(other), base.weights.whole(other))
     assert large.weights.shape(other) == (64,)
     assert base_fingerprint(large, Path(base.source) / "cache") == base_fingerprint(base, Path(base.source) / "cache")
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, ("<|call|>", "<|placeholder1|>"), ("<|placeholder1|>",), ()])
+def test_the_plan_before_a_run_counts_the_rows_that_the_base_lacks(base: Base, tokens: tuple[str, ...]) -> None:
+    """Bytes of the frozen tables too, as the model has them."""
+    section = {"source": base.source, "new_tokens": tokens}
+    cfg = RunConfig.model_validate({"model": section, "data": {"train": "x"}})
+    large = enlarged(base, new_token_ids(load_tokenizer(base.source, new_tokens=tokens), tokens, base))
+    shape = shape_of_source(cfg)
+    assert isinstance(shape, dict)
+    terms = {term.name: term.gib for term in memory_terms(Shape.of(shape), 0, Workload("single", 1, "fp32"))}
+    assert terms["base weights"] * GIB == 4 * sum(p.numel() for p in plain(large).parameters())
+
+
+def test_a_plan_says_when_a_tokenizers_file_has_no_ids(base: Base) -> None:
+    section = {"source": base.source, "new_tokens": TOKENS}
+    (Path(base.source) / "tokenizer.json").write_text('{"model": {"vocab": [["a", 1]]}}')
+    with pytest.raises(PlanError, match="which token has which id"):
+        shape_of_source(RunConfig.model_validate({"model": section, "data": {"train": "x"}}))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

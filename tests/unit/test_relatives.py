@@ -1,4 +1,7 @@
-"""LoRA's relatives: patterns, layers, LoRA+, LoRA-FA, and the starts that are computed (PiSSA, LoftQ, EVA)."""
+"""LoRA's relatives: patterns, layers, LoRA+, LoRA-FA, and the starts that are computed (PiSSA, LoftQ, EVA).
+
+Whole runs of each: test_relatives_runs.py.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.lora.eva import get_eva_state_dict
 from transformers import Phi3ForCausalLM
 
-from phi3_dist.adapters.files import read_adapter, read_metadata, save_adapter
+from phi3_dist.adapters.files import read_metadata, save_adapter
 from phi3_dist.config.families import Shape
 from phi3_dist.config.schema import LoraConfig, OptimConfig, RunConfig
 from phi3_dist.errors import DataError, ModelError, TrainingError
@@ -84,17 +87,11 @@ def started(lora: LoraConfig, folder: Path, *, resumed: bool = False) -> tuple[A
     ],
     ids=lambda lora: "-".join(f"{k}={v}" for k, v in lora.model_dump(exclude_unset=True).items() if k != "dropout"),
 )
-def test_what_was_trained_is_what_plain_peft_loads_on_the_plain_base(lora: LoraConfig, tmp_path: Path) -> None:
-    model, start = started(lora, tmp_path)
+def test_a_relative_starts_as_the_plain_base_and_trains_what_is_counted(lora: LoraConfig, tmp_path: Path) -> None:
+    model, _ = started(lora, tmp_path)
     torch.testing.assert_close(logits(model), logits(tiny()), atol=2e-5, rtol=1e-4)
-    learn(model)
-    live = logits(model)
-    assert (live - logits(tiny())).abs().max() > 1e-2
-    save_adapter(model, tmp_path / "adapter", taken_out=start or None)
-    torch.testing.assert_close(logits(reloaded(tmp_path / "adapter")), live, atol=2e-5, rtol=1e-4)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert any(".lora_A." in name for name in trained) is not lora.freeze_a
-    assert any(".lora_A." in name for name in read_adapter(tmp_path / "adapter")[0])
     count = adapter_parameters(
         TINY, 4, dora=lora.dora, rank_pattern=lora.rank_pattern, layers=lora.layers, freeze_a=lora.freeze_a
     )
