@@ -125,9 +125,8 @@ class TokenRows:
         """Predicted supervised positions of each row: supervised tokens but the first. Shape (rows,)."""
         found = [np.empty(0, np.int64)]
         for piece in self.pieces():
-            predicted = piece.supervised.astype(np.int64)
-            predicted[piece.offsets[:-1]] = 0
-            found.append(np.add.reduceat(predicted, piece.offsets[:-1]))
+            starts = piece.offsets[:-1]
+            found.append(np.add.reduceat(piece.supervised, starts, dtype=np.int64) - piece.supervised[starts])
         return np.concatenate(found)
 
     def __len__(self) -> int:
