@@ -165,7 +165,7 @@ def save_packed(folder: Path, rows: TokenRows, pack_length: int, on_long_row: st
         save_rows(changed, kept())
         if len(dropped) == len(rows):
             _long(rows, pack_length, "drop")
-        rows = TokenRows.load(changed)
+        rows = TokenRows.load(changed, just_written=True)
     packs = _packs(rows, pack_length)
     assert isinstance(packs.packs, PackList)
     with ArraysWriter(folder) as writer:
@@ -175,12 +175,12 @@ def save_packed(folder: Path, rows: TokenRows, pack_length: int, on_long_row: st
         writer.finish({"own": own, "dropped": dropped, "cut": cut, "fingerprint": packs.fingerprint})
 
 
-def load_packed(folder: Path, rows: TokenRows, pack_length: int) -> Packed:
+def load_packed(folder: Path, rows: TokenRows, pack_length: int, *, just_written: bool = False) -> Packed:
     """What `save_packed` wrote for the same rows, mapped. Raises DataError where it is missing or torn."""
-    arrays, facts = open_arrays(folder)
+    arrays, facts = open_arrays(folder, just_written=just_written)
     try:
         if facts["own"]:
-            rows = TokenRows.load(folder.with_name(f"{folder.name}.rows"))
+            rows = TokenRows.load(folder.with_name(f"{folder.name}.rows"), just_written=just_written)
         packs = Packs(rows, PackList(arrays["rows"], arrays["starts"]), arrays["targets"], pack_length)
         packs.__dict__["fingerprint"] = facts["fingerprint"]  # known and checksummed: not to be computed again
         return Packed(packs, facts["dropped"], facts["cut"])

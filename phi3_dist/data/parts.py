@@ -36,8 +36,8 @@ _AHEAD = 3
 
 def encode_to_parts(
     folder: Path, cfg: DataConfig, fmt: ChatFormat, tokenizer: PreTrainedTokenizerFast, workers: int
-) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The file and the facts of each block of the data, in order. A whole file that is there already is kept.
+) -> Iterator[Done]:
+    """Each block of the data, in order, when its file is written. A whole file that is there already is kept.
 
     Raises DataError for sources that can't be read, and where a worker dies.
     """
@@ -46,13 +46,13 @@ def encode_to_parts(
         yield from _alone(folder, cfg, fmt, tokenizer)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's and tokenizers' locked threads
-    waiting: deque[tuple[Path, Future[dict[str, Any]] | dict[str, Any]]] = deque()
+    waiting: deque[tuple[Path, Future[None] | None]] = deque()
     try:
         with ProcessPoolExecutor(workers, context, _begin, (folder, cfg, fmt, tokenizer)) as pool:
             try:
                 for block in blocks_of(cfg):
                     path = _path(folder, block.number)
-                    waiting.append((path, _kept(path) or pool.submit(_work, block)))
+                    waiting.append((path, None if _is_whole(path) else pool.submit(_work, block)))
                     while len(waiting) > _AHEAD * workers:
                         yield _finished(*waiting.popleft())
                 while waiting:
@@ -66,38 +66,39 @@ def encode_to_parts(
         ) from error
 
 
-def _alone(
-    folder: Path, cfg: DataConfig, fmt: ChatFormat, tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[Path, dict[str, Any]]]:
-    kept: dict[int, dict[str, Any]] = {}
+def _alone(folder: Path, cfg: DataConfig, fmt: ChatFormat, tokenizer: PreTrainedTokenizerFast) -> Iterator[Done]:
+    kept: set[int] = set()
 
     def missing() -> Iterator[Block]:
         for block in blocks_of(cfg):
-            facts = _kept(_path(folder, block.number))
-            if facts is None:
-                yield block
+            if _is_whole(_path(folder, block.number)):
+                kept.add(block.number)
             else:
-                kept[block.number] = facts
+                yield block
+
+    def kept_from(due: int) -> Iterator[Done]:
+        while due in kept:
+            kept.remove(due)
+            yield load_part(_path(folder, due))
+            due += 1
 
     due = 0
     for number, done in encode_blocks_of(missing(), cfg, fmt, tokenizer):
-        while due < number:
-            yield _path(folder, due), kept.pop(due)
-            due += 1
+        yield from kept_from(due)
         save_part(_path(folder, number), done)
-        yield _path(folder, number), done.facts
+        yield done
         due = number + 1
-    while due in kept:
-        yield _path(folder, due), kept.pop(due)
-        due += 1
+    yield from kept_from(due)
 
 
 def _path(folder: Path, number: int) -> Path:
     return folder / f"{number:08d}.safetensors"
 
 
-def _finished(path: Path, result: Future[dict[str, Any]] | dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    return path, result if isinstance(result, dict) else result.result()
+def _finished(path: Path, result: Future[None] | None) -> Done:
+    if result is not None:
+        result.result()
+    return load_part(path)
 
 
 _worker: dict[str, Any] = {}
@@ -119,10 +120,9 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(block: Block) -> dict[str, Any]:
+def _work(block: Block) -> None:
     ((number, done),) = encode_blocks_of([block], _worker["cfg"], _worker["fmt"], _worker["tokenizer"])
     save_part(_path(_worker["folder"], number), done)
-    return done.facts
 
 
 def save_part(path: Path, done: Done) -> None:
@@ -158,14 +158,14 @@ def load_part(path: Path) -> Done:
         raise DataError(Problem(str(path), f"not a file of token rows: {error}")) from error
 
 
-def _kept(path: Path) -> dict[str, Any] | None:
-    """The facts of a block that is finished and whole."""
+def _is_whole(path: Path) -> bool:
     if not path.exists():
-        return None
+        return False
     try:
-        return load_part(path).facts
+        load_part(path)
     except DataError:
-        return None  # torn by the end of the process or the machine: made again
+        return False  # torn by the end of the process or the machine: made again
+    return True
 
 
 def _bytes(value: object) -> Any:

@@ -24,7 +24,7 @@ from phi3_dist.data import parts, prepare, store, stream
 from phi3_dist.data.chat import Encoded
 from phi3_dist.data.packs import PackList
 from phi3_dist.data.prepare import Prepared
-from phi3_dist.data.rows import TokenRows
+from phi3_dist.data.rows import RowsWriter, TokenRows
 from phi3_dist.data.stream import Block
 from phi3_dist.errors import DataError
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
@@ -144,12 +144,36 @@ def test_a_killed_preparation_goes_on_and_its_lock_is_free(tmp_path: Path) -> No
         process.send_signal(signal.SIGKILL)
     kept = {path: path.stat().st_mtime_ns for path in cache.glob("*/parts/*.safetensors")}
     assert len(kept) >= 3
+    (unfinished,) = cache.glob("*/.train.*.tmp")
+    (unfinished.parent / "parts" / ".00000009.safetensors.1.tmp").touch()
     began = time.monotonic()
     rows: list[int] = []
     found = prepare.prepare(cfg, TOKENIZER, cache, progress=lambda what, n: rows.append(n))
     assert time.monotonic() - began < 10
     assert told_of(found) == told_of(prepare.prepare(cfg, TOKENIZER, None))
     assert rows[0] == 7
+    assert sorted(path.name for path in unfinished.parent.iterdir()) == [
+        "facts.json",
+        "packs-train-128-error",
+        "packs-validation-128-error",
+        "train",
+        "validation",
+    ]
+
+
+def test_a_block_is_written_before_the_next_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class Told(RowsWriter):
+        def add(self, part: TokenRows) -> None:
+            super().add(part)
+            events.append("written")
+
+    plain = parts.save_part
+    monkeypatch.setattr(prepare, "RowsWriter", Told)
+    monkeypatch.setattr(parts, "save_part", lambda path, done: (plain(path, done), events.append("finished"))[0])
+    prepare.prepare(config(write(tmp_path / "a.jsonl")), TOKENIZER, tmp_path / "cache")
+    assert events == ["written"] * 2 + ["finished", "written", "written"] * 9  # first no rows at all, for each side
 
 
 def test_waiting_for_another_process_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
