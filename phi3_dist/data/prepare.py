@@ -92,8 +92,9 @@ def prepare(
     With `cache_dir` tokens and packs are kept there under a key of source bytes, settings and tokenizer, and mapped;
     of several processes that call at once, the first does the work and the others wait for it, saying so to
     `progress` (without it, once on standard error); if it dies, the next goes on with what it had finished. A broken
-    entry is made anew. The result is the same for any number of `workers`: processes that tokenize (1: this one, with a
-    thread for each core). They are spawned, so a script that asks for several needs its `__main__` guard.
+    entry is made anew. The result is the same for any number of `workers`: processes that tokenize, this one (with a
+    thread for each core) among them. The others are spawned, so a script that asks for several needs its `__main__`
+    guard.
     Raises DataError for sources, rows and lengths that can't be used.
     """
     began = time.perf_counter()

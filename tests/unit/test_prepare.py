@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from phi3_dist.cli.progress import told
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data import parts, prepare, store, stream
 from phi3_dist.data.chat import Encoded
+from phi3_dist.data.chat_format import ChatFormat
 from phi3_dist.data.packs import PackList
 from phi3_dist.data.prepare import Prepared
 from phi3_dist.data.rows import RowsWriter, TokenRows
@@ -67,17 +69,24 @@ def told_of(prepared: Prepared) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("on_long_row", ["drop", "cut_turn"])
-def test_memory_cache_and_workers_agree(tmp_path: Path, on_long_row: str) -> None:
+def test_memory_cache_and_workers_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_long_row: str) -> None:
+    here: list[Path] = []
+    plain = parts.save_part
+    monkeypatch.setattr(parts, "save_part", lambda path, done: (plain(path, done), here.append(path))[0])
     cfg = config(write(tmp_path / "a.jsonl"), pack_length=50, on_long_row=on_long_row)
     alone = prepare.prepare(cfg, TOKENIZER, None)
     assert alone.dropped
     assert len(alone.skipped) == 2
     for cache, workers in (("one", 1), ("two", 2)):
+        here.clear()
         for cached in (False, True):
             found = prepare.prepare(cfg, TOKENIZER, tmp_path / cache, workers=workers)
             assert found.cached == cached
             assert told_of(found) == told_of(alone)
             assert isinstance(found.train.rows.ids, np.memmap)
+        assert len(here) == 9 if workers == 1 else 0 < len(here) < 9
+    bins = [sorted((tmp_path / cache).glob("*/*/*.bin")) for cache in ("one", "two")]
+    assert [path.read_bytes() for path in bins[0]] == [path.read_bytes() for path in bins[1]]
     assert not list((tmp_path / "one").glob("*/parts"))
 
 
@@ -213,6 +222,23 @@ def test_a_dead_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         prepare.prepare(cfg, TOKENIZER, cache, workers=2)
     monkeypatch.setattr(parts, "ProcessPoolExecutor", plain)
     assert not prepare.prepare(cfg, TOKENIZER, cache).cached
+
+
+def test_no_process_is_started_for_a_few_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "ProcessPoolExecutor", None)
+    prepare.prepare(config(write(tmp_path / "a.jsonl", 7 * 7)), TOKENIZER, tmp_path / "cache", workers=4)
+    with pytest.raises(TypeError):
+        prepare.prepare(config(write(tmp_path / "b.jsonl", 7 * 8)), TOKENIZER, tmp_path / "cache", workers=4)
+
+
+def test_a_job_larger_than_a_pipe_is_handed_over_without_waiting(tmp_path: Path) -> None:
+    job = parts._Job(Path("x" * 10**6), config(write(tmp_path / "a.jsonl")), ChatFormat.of(TOKENIZER), TOKENIZER)
+    with parts._Handed(multiprocessing.get_context("spawn"), job, times=3) as handed:
+        for _ in range(2):
+            with handed.lock:
+                assert handed.reader.recv().folder == job.folder
+        assert handed._thread.is_alive()  # nobody takes the third
+    assert not handed._thread.is_alive()
 
 
 def test_broken_packs_are_made_again(tmp_path: Path) -> None:
