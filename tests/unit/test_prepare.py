@@ -231,6 +231,10 @@ def test_no_process_is_started_for_a_few_blocks(tmp_path: Path, monkeypatch: pyt
         prepare.prepare(config(write(tmp_path / "b.jsonl", 7 * 8)), TOKENIZER, tmp_path / "cache", workers=4)
 
 
+def test_processes_by_default() -> None:
+    assert [parts.workers_for(cores) for cores in (1, 2, 3, 64)] == [1, 1, 3, 64]
+
+
 def test_a_job_larger_than_a_pipe_is_handed_over_without_waiting(tmp_path: Path) -> None:
     job = parts._Job(Path("x" * 10**6), config(write(tmp_path / "a.jsonl")), ChatFormat.of(TOKENIZER), TOKENIZER)
     with parts._Handed(multiprocessing.get_context("spawn"), job, times=3) as handed:
