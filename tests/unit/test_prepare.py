@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -243,6 +244,81 @@ def test_a_job_larger_than_a_pipe_is_handed_over_without_waiting(tmp_path: Path)
                 assert handed.reader.recv().folder == job.folder
         assert handed._thread.is_alive()  # nobody takes the third
     assert not handed._thread.is_alive()
+
+
+ORPHANED = """
+import multiprocessing, sys, time
+from pathlib import Path
+from phi3_dist.config.schema import DataConfig
+from phi3_dist.data import stream
+from phi3_dist.data.prepare import prepare
+from phi3_dist.modeling.tokenizer import tiny_tokenizer
+
+def tell(what, rows):
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    stream.BLOCK_ROWS = 7
+    prepare(DataConfig.model_validate_json(sys.argv[1]), tiny_tokenizer(), Path(sys.argv[2]), workers=3, progress=tell)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    script, cfg = tmp_path / "orphaned.py", config(write(tmp_path / "a.jsonl"))
+    script.write_text(ORPHANED)
+    with subprocess.Popen(
+        [sys.executable, str(script), cfg.model_dump_json(), str(tmp_path / "cache")],
+        stdout=subprocess.PIPE,
+        process_group=0,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert len(process.stdout.readline().split()) == 2
+            process.send_signal(signal.SIGKILL)
+            process.communicate(timeout=20)  # its output, which the workers share, ends when the last of them does
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+AT_ONCE = """
+import json, sys, time
+from pathlib import Path
+from phi3_dist.config.schema import DataConfig
+from phi3_dist.data import parts, stream
+from phi3_dist.data.prepare import prepare
+from phi3_dist.modeling.tokenizer import tiny_tokenizer
+stream.BLOCK_ROWS = 7
+saved, plain = [], parts.save_part
+parts.save_part = lambda path, done: (plain(path, done), saved.append(path), time.sleep(0.1))
+cfg = DataConfig.model_validate_json(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+found = prepare(cfg, tiny_tokenizer(), Path(sys.argv[2]))
+print(json.dumps([len(saved), found.cached, found.fingerprint]))
+"""
+
+
+def test_of_processes_that_need_the_same_data_one_prepares_it(tmp_path: Path) -> None:
+    cfg, cache = config(write(tmp_path / "a.jsonl")), tmp_path / "cache"
+    command = [sys.executable, "-c", AT_ONCE, cfg.model_dump_json(), str(cache)]
+    ranks = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    try:
+        for rank in ranks:
+            assert rank.stdout is not None
+            assert rank.stdout.readline() == "ready\n"
+        for rank in ranks:
+            assert rank.stdin is not None
+            rank.stdin.write("go\n")
+            rank.stdin.flush()
+        found = sorted(json.loads(rank.communicate(timeout=60)[0]) for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    fingerprint = prepare.prepare(cfg, TOKENIZER, None).fingerprint
+    assert found == [[0, True, fingerprint], [0, True, fingerprint], [9, False, fingerprint]]
 
 
 def test_broken_packs_are_made_again(tmp_path: Path) -> None:
