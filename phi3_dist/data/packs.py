@@ -19,7 +19,17 @@ from phi3_dist.data.rows import TokenRows, save_rows
 from phi3_dist.data.store import ArraysWriter, open_arrays
 from phi3_dist.errors import DataError, Problem
 
-__all__ = ["SHOWN_AT_MOST", "PackList", "Packed", "Packs", "load_packed", "make_packs", "pack", "save_packed"]
+__all__ = [
+    "SHOWN_AT_MOST",
+    "PackList",
+    "Packed",
+    "Packs",
+    "load_packed",
+    "make_packs",
+    "none_fits",
+    "pack",
+    "save_packed",
+]
 
 SHOWN_AT_MOST = 20
 _PACKS_AT_A_TIME = 65536
@@ -107,9 +117,14 @@ def _long(rows: TokenRows, pack_length: int, on_long_row: str) -> list[int]:
         )
         raise DataError(*named, Problem("data", what, fix))
     if len(long) == len(rows):
-        what = f"no row is left: all {len(rows):,} are longer than data.pack_length: {pack_length:,} tokens"
-        raise DataError(Problem("data", what, "raise data.pack_length"))
+        raise none_fits(len(rows), pack_length)
     return long
+
+
+def none_fits(rows: int, pack_length: int) -> DataError:
+    """What is raised where all rows are longer than a pack."""
+    what = f"no row is left: all {rows:,} are longer than data.pack_length: {pack_length:,} tokens"
+    return DataError(Problem("data", what, "raise data.pack_length"))
 
 
 def _packs(rows: TokenRows, pack_length: int) -> Packs:
