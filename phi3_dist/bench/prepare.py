@@ -3,9 +3,10 @@
     python -m phi3_dist.bench.prepare [--tokenizer FOLDER] [--source ROWS.jsonl]
 
 `encode_batch` gets the rendered texts from memory and its result is thrown away; `prepare` reads the file, checks and
-renders each row, tokenizes, masks, and writes and packs the cache. Both once with one process and one thread of the
-tokenizer (`prepare` reads and renders in a second thread while that one works) and once with every core. Timed in
-turns; the last line is the smaller ratio of the medians, above 1 where `prepare` is faster.
+renders each row, tokenizes, masks, and writes and packs the cache. Both once with one thread of the tokenizer (while
+that works, `prepare` reads and renders in another) and once with a thread for each core, where `prepare` has once one
+process and once one for each core. Timed in turns; the last line is the smaller ratio of the medians, above 1 where
+`prepare` is faster, with as many processes as `phi3-dist prepare` has by itself.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from phi3_dist.data.parts import workers_for
 from phi3_dist.machine.probe import cpu_count
 
 __all__ = ["main"]
@@ -45,25 +47,27 @@ def main() -> None:
         source = Path(asked.source) if asked.source else _made_up(Path(scratch) / "rows.jsonl", asked.rows)
         cores = cpu_count()
         ratios = []
-        for workers in sorted({1, cores}):
-            rates: dict[str, list[float]] = {"prepare": [], "encode_batch": []}
+        for threads in sorted({1, cores}):
+            rates: dict[int, list[float]] = {workers: [] for workers in (0, *sorted({1, threads}))}
             for _ in range(ROUNDS):
-                for way, found in rates.items():
-                    found.append(_start(way, asked.tokenizer, source, workers))
-            ours, theirs = (statistics.median(rates[way]) for way in ("prepare", "encode_batch"))
-            sys.stdout.write(f"{workers} process(es): prepare {ours:,.0f} rows/s, encode_batch {theirs:,.0f} rows/s, ")
-            ratios.append(ours / theirs)
-            sys.stdout.write(f"ratio {ratios[-1]:.2f}\n")
+                for workers, found in rates.items():
+                    found.append(_start(asked.tokenizer, source, workers, threads))
+            medians = {workers: statistics.median(found) for workers, found in rates.items()}
+            theirs = medians.pop(0)
+            sys.stdout.write(f"{threads} thread(s): encode_batch {theirs:,.0f} rows/s\n")
+            for workers, ours in medians.items():
+                sys.stdout.write(f"  prepare, {workers} process(es): {ours:,.0f} rows/s, ratio {ours / theirs:.2f}\n")
+            ratios.append(medians[workers_for(threads)] / theirs)
     sys.stdout.write(f"{min(ratios):.2f}\n")
 
 
-def _start(way: str, tokenizer: str, source: Path, workers: int) -> float:
-    """Rows a second, in a fresh process: the tokenizer's threads are counted once in a process's life."""
-    command = [sys.executable, "-m", "phi3_dist.bench.prepare", "--one", way, "--workers", str(workers)]
-    command += ["--tokenizer", tokenizer, "--source", str(source)]
-    threads = {"TOKENIZERS_PARALLELISM": str(workers > 1).lower(), "RAYON_NUM_THREADS": str(workers)}
+def _start(tokenizer: str, source: Path, workers: int, threads: int) -> float:
+    """Rows a second of `prepare`, or of `encode_batch` (no workers), in a fresh process: it counts its threads once."""
+    command = [sys.executable, "-m", "phi3_dist.bench.prepare", "--workers", str(workers)]
+    command += ["--one", "prepare" if workers else "encode_batch", "--tokenizer", tokenizer, "--source", str(source)]
+    counted = {"TOKENIZERS_PARALLELISM": str(threads > 1).lower(), "RAYON_NUM_THREADS": str(threads)}
     done = subprocess.run(
-        command, env={**os.environ, **threads}, capture_output=True, text=True, timeout=TIMEOUT_S, check=True
+        command, env={**os.environ, **counted}, capture_output=True, text=True, timeout=TIMEOUT_S, check=True
     )
     return float(json.loads(done.stdout.splitlines()[-1]))
 

@@ -97,7 +97,8 @@ def prepare_run(
     run_file: RunFile,
     overrides: Overrides = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that tokenize; one for each core by default.")
+        int | None,
+        typer.Option(min=1, help="Processes that tokenize; by default one for each core, on two cores one for both."),
     ] = None,
 ) -> None:
     """Do what a run needs before a GPU is held: download the base, tokenize and pack the data, hash the weights.
@@ -109,6 +110,7 @@ def prepare_run(
     cfg = load_run(run_file, overrides or ())
     from phi3_dist.cli.progress import told
     from phi3_dist.data.batches import prepare
+    from phi3_dist.data.parts import workers_for
     from phi3_dist.machine.probe import cpu_count
     from phi3_dist.modeling.base import find_base
     from phi3_dist.modeling.tokenizer import load_tokenizer
@@ -117,8 +119,9 @@ def prepare_run(
 
     base = find_base(cfg.model.source, cfg.model.revision)
     tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.source, cfg.model.revision, cfg.model.new_tokens)
+    workers = workers or workers_for(cpu_count())
     with told() as tell:
-        data = prepare(cfg.data, tokenizer, cache_folder(), workers=workers or cpu_count(), progress=tell)
+        data = prepare(cfg.data, tokenizer, cache_folder(), workers=workers, progress=tell)
     base_fingerprint(base, cache_folder())
     typer.echo(f"base   {base.folder or base.source}")
     held_out = len(data.validation.packs) if data.validation else 0

@@ -193,18 +193,18 @@ def _masked(
         what = f"assistant turn {number_A[a]} begins with white space that merges with the template's own: remove it"
         reasons[row_A[a]] = what
     learned_A = headed_A & (weight_A > 0)
-    steps = np.zeros(len(ids_T) + 1, dtype=np.int8)
-    steps[start_A[learned_A] + len(fmt.generation_prompt)] += 1
-    steps[ends[end_A[learned_A]] + 1] -= 1
-    supervised_T = np.cumsum(steps[:-1], dtype=np.int8) > 0
+    supervised_T = np.zeros(len(ids_T), dtype=np.bool_)
+    first_A = start_A[learned_A] + len(fmt.generation_prompt)
+    for first, end in zip(first_A.tolist(), ends[end_A[learned_A]].tolist(), strict=True):
+        supervised_T[first : end + 1] = True
     if fmt.final_end is not None:
         last = offsets[1:][answered] - 1
-        end = ends[ends_before[1:][answered] - 1]
+        ended = ends[ends_before[1:][answered] - 1]
         final = ids_T[last] == fmt.final_end
-        supervised_T[last[final]] = supervised_T[end[final]]
+        supervised_T[last[final]] = supervised_T[ended[final]]
     for row in (i for i, chat in enumerate(chats) if not reasons[i] and _is_text(chat)):
         supervised_T[offsets[row] + 1 : offsets[row + 1]] = True
-    learned_before = np.concatenate([np.zeros(1, np.int64), np.cumsum(supervised_T)])[offsets]
+    learned_before = np.searchsorted(np.flatnonzero(supervised_T), offsets)
     for row in np.flatnonzero(np.diff(learned_before) == 0).tolist():
         reasons[row] = reasons[row] or f"supervises nothing (data.supervise: {supervise}, weight: 0)"
     return EncodedBlock(ids_T, supervised_T, offsets, reasons)

@@ -19,7 +19,17 @@ from phi3_dist.data.rows import TokenRows, save_rows
 from phi3_dist.data.store import ArraysWriter, open_arrays
 from phi3_dist.errors import DataError, Problem
 
-__all__ = ["SHOWN_AT_MOST", "PackList", "Packed", "Packs", "load_packed", "make_packs", "pack", "save_packed"]
+__all__ = [
+    "SHOWN_AT_MOST",
+    "PackList",
+    "Packed",
+    "Packs",
+    "load_packed",
+    "make_packs",
+    "none_fits",
+    "pack",
+    "save_packed",
+]
 
 SHOWN_AT_MOST = 20
 _PACKS_AT_A_TIME = 65536
@@ -107,9 +117,14 @@ def _long(rows: TokenRows, pack_length: int, on_long_row: str) -> list[int]:
         )
         raise DataError(*named, Problem("data", what, fix))
     if len(long) == len(rows):
-        what = f"no row is left: all {len(rows):,} are longer than data.pack_length: {pack_length:,} tokens"
-        raise DataError(Problem("data", what, "raise data.pack_length"))
+        raise none_fits(len(rows), pack_length)
     return long
+
+
+def none_fits(rows: int, pack_length: int) -> DataError:
+    """What is raised where all rows are longer than a pack."""
+    what = f"no row is left: all {rows:,} are longer than data.pack_length: {pack_length:,} tokens"
+    return DataError(Problem("data", what, "raise data.pack_length"))
 
 
 def _packs(rows: TokenRows, pack_length: int) -> Packs:
@@ -165,7 +180,7 @@ def save_packed(folder: Path, rows: TokenRows, pack_length: int, on_long_row: st
         save_rows(changed, kept())
         if len(dropped) == len(rows):
             _long(rows, pack_length, "drop")
-        rows = TokenRows.load(changed)
+        rows = TokenRows.load(changed, just_written=True)
     packs = _packs(rows, pack_length)
     assert isinstance(packs.packs, PackList)
     with ArraysWriter(folder) as writer:
@@ -175,12 +190,12 @@ def save_packed(folder: Path, rows: TokenRows, pack_length: int, on_long_row: st
         writer.finish({"own": own, "dropped": dropped, "cut": cut, "fingerprint": packs.fingerprint})
 
 
-def load_packed(folder: Path, rows: TokenRows, pack_length: int) -> Packed:
+def load_packed(folder: Path, rows: TokenRows, pack_length: int, *, just_written: bool = False) -> Packed:
     """What `save_packed` wrote for the same rows, mapped. Raises DataError where it is missing or torn."""
-    arrays, facts = open_arrays(folder)
+    arrays, facts = open_arrays(folder, just_written=just_written)
     try:
         if facts["own"]:
-            rows = TokenRows.load(folder.with_name(f"{folder.name}.rows"))
+            rows = TokenRows.load(folder.with_name(f"{folder.name}.rows"), just_written=just_written)
         packs = Packs(rows, PackList(arrays["rows"], arrays["starts"]), arrays["targets"], pack_length)
         packs.__dict__["fingerprint"] = facts["fingerprint"]  # known and checksummed: not to be computed again
         return Packed(packs, facts["dropped"], facts["cut"])

@@ -15,7 +15,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +26,11 @@ from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.chat_format import ChatFormat
 from phi3_dist.data.formats import BadRow
 from phi3_dist.data.packs import SHOWN_AT_MOST, Packed, Packs, load_packed, pack, save_packed
-from phi3_dist.data.parts import encode_to_parts, load_part
+from phi3_dist.data.parts import encode_to_parts
 from phi3_dist.data.readers import content_hash
-from phi3_dist.data.rows import TokenRows, save_rows
+from phi3_dist.data.rows import RowsWriter, TokenRows
 from phi3_dist.data.sources import HubSet, locate, names_of
-from phi3_dist.data.store import read_whole, write_whole
+from phi3_dist.data.store import read_whole, remove_unfinished, write_whole
 from phi3_dist.data.stream import BLOCK_BYTES, BLOCK_ROWS, Totals, blocks_of, encode_blocks_of
 from phi3_dist.errors import DataError, Problem
 from phi3_dist.modeling.tokenizer import tokenizer_hash
@@ -92,8 +92,9 @@ def prepare(
     With `cache_dir` tokens and packs are kept there under a key of source bytes, settings and tokenizer, and mapped;
     of several processes that call at once, the first does the work and the others wait for it, saying so to
     `progress` (without it, once on standard error); if it dies, the next goes on with what it had finished. A broken
-    entry is made anew. The result is the same for any number of `workers`: processes that tokenize (1: this one, with a
-    thread for each core). They are spawned, so a script that asks for several needs its `__main__` guard.
+    entry is made anew. The result is the same for any number of `workers`: processes that tokenize, this one (with a
+    thread for each core) among them. The others are spawned, so a script that asks for several needs its `__main__`
+    guard.
     Raises DataError for sources, rows and lengths that can't be used.
     """
     began = time.perf_counter()
@@ -199,39 +200,37 @@ def _tokens_in(
             shutil.rmtree(folder)
             folder.mkdir()
     _encode(folder, cfg, tokenizer, workers, tell)
-    tokens = _load(folder)
+    tokens = _load(folder, just_written=True)
     return (replace(tokens, notices=(*tokens.notices, broken)) if broken else tokens), False
 
 
 def _encode(folder: Path, cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, workers: int, tell: Progress) -> None:
+    """Tokens into train/ and validation/, written while the next blocks are tokenized."""
     fmt, totals = ChatFormat.of(tokenizer), Totals(cfg)
-    parts: list[Path] = []
-    gc.freeze()  # rows are many small objects: what was there before must not be searched for garbage again and again
-    try:
-        for part, facts in encode_to_parts(folder / "parts", cfg, fmt, tokenizer, workers):
-            parts.append(part)
-            totals.add(facts)
-            tell("tokenize", totals.rows)
-    finally:
-        gc.unfreeze()
-    totals.check()
-    for name in ("train", "validation"):
-        tell(f"write {name}", totals.rows)
-        save_rows(folder / name, _side(parts if name == "train" or totals.held else [], name))
+    for unfinished in (folder, folder / "parts"):
+        remove_unfinished(unfinished)
+    with RowsWriter(folder / "train") as train, RowsWriter(folder / "validation") as validation:
+        gc.freeze()  # rows are many small objects: what was there before must not be searched for garbage again
+        try:
+            for done in encode_to_parts(folder / "parts", cfg, fmt, tokenizer, workers):
+                train.add(done.train)
+                validation.add(done.held)
+                totals.add(done.facts)
+                tell("tokenize", totals.rows)
+        finally:
+            gc.unfreeze()
+        totals.check()
+        for name, writer in (("train", train), ("validation", validation)):
+            tell(f"write {name}", totals.rows)
+            writer.finish()
     facts = {"skipped": [asdict(row) for row in totals.skipped], "notices": totals.notices(fmt)}
     write_whole(folder / "facts.json", facts)
     shutil.rmtree(folder / "parts", ignore_errors=True)
 
 
-def _side(parts: list[Path], name: str) -> Iterator[TokenRows]:
-    for path in parts:
-        done = load_part(path)
-        yield done.train if name == "train" else done.held
-
-
-def _load(folder: Path) -> _Tokens:
+def _load(folder: Path, *, just_written: bool = False) -> _Tokens:
     facts = read_whole(folder / "facts.json")
-    train, validation = (TokenRows.load(folder / name) for name in ("train", "validation"))
+    train, validation = (TokenRows.load(folder / name, just_written=just_written) for name in ("train", "validation"))
     return _Tokens(train, validation, tuple(BadRow(**row) for row in facts["skipped"]), tuple(facts["notices"]))
 
 
@@ -249,7 +248,7 @@ def _packed(folder: Path | None, name: str, tokens: _Tokens, cfg: DataConfig) ->
         except DataError:
             shutil.rmtree(kept)  # cheap to make anew, and the same again
     save_packed(kept, rows, cfg.pack_length, cfg.on_long_row)
-    return load_packed(kept, rows, cfg.pack_length)
+    return load_packed(kept, rows, cfg.pack_length, just_written=True)
 
 
 def _cache_key(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: Path) -> str:

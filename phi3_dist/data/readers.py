@@ -13,10 +13,13 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
 from phi3_dist.data.formats import BadRow
+from phi3_dist.data.json_array import array_elements
 from phi3_dist.errors import DataError, Problem
 
 __all__ = ["KINDS", "arrow_folder", "content_hash", "kind_of", "line_blocks", "raw_rows", "rows_of_lines"]
@@ -24,6 +27,7 @@ __all__ = ["KINDS", "arrow_folder", "content_hash", "kind_of", "line_blocks", "r
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
 _PACKED = (".gz", ".zst")
 _ROWS_AT_A_TIME = 1024
+_JSON_BYTES = 2**20
 
 Rows = Iterator[tuple[str, Any]]
 WantedColumns = Callable[[list[str]], list[str]]
@@ -143,10 +147,32 @@ def rows_of_lines(lines: Iterable[bytes], label: str, first: int = 1) -> Rows:
 
 
 def _json_rows(file: IO[bytes], label: str) -> Rows:
-    """A JSON array of rows; or JSON lines, which many call .json."""
-    raw = file.read()
+    """A JSON array of rows; or JSON lines, which many call .json. Neither is read as a whole."""
+    head = file.read(_JSON_BYTES)
+    body = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if body[:1] == b"[":
+        pieces = chain([head], iter(partial(file.read, _JSON_BYTES), b""))
+        yield from ((f"{label} row {i}", row) for i, row in enumerate(array_elements(pieces, label)))
+    elif _begins_lines(body):
+        *lines, torn = head.split(b"\n")
+        yield from rows_of_lines(chain((line + b"\n" for line in lines), [torn + file.readline()], file), label)
+    else:
+        yield from _odd_json_rows(head + file.read(), label)
+
+
+def _begins_lines(body: bytes) -> bool:
+    """Whether an object stands on the first line, and more on others."""
+    first, _, rest = body.partition(b"\n")
     try:
-        whole = json.loads(raw.decode("utf-8-sig"))
+        return isinstance(json.loads(first), dict) and bool(rest.strip())
+    except (ValueError, RecursionError):
+        return False
+
+
+def _odd_json_rows(raw: bytes, label: str) -> Rows:
+    """JSON lines the first of which is bad; else no rows at all."""
+    try:
+        json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(Problem(label, f"not UTF-8 (byte {error.start})")) from error
     except (ValueError, RecursionError) as error:
@@ -154,11 +180,8 @@ def _json_rows(file: IO[bytes], label: str) -> Rows:
             raise DataError(Problem(label, f"not JSON: {error}")) from error
         yield from rows_of_lines(io.BytesIO(raw), label)
         return
-    if not isinstance(whole, list):
-        fix = "write an array of rows, or one JSON object on each line of a .jsonl file"
-        raise DataError(Problem(label, "holds one JSON value, not an array of rows", fix))
-    for i, row in enumerate(whole):
-        yield f"{label} row {i}", row
+    fix = "write an array of rows, or one JSON object on each line of a .jsonl file"
+    raise DataError(Problem(label, "holds one JSON value, not an array of rows", fix))
 
 
 def _csv_rows(file: IO[bytes], label: str, wanted: WantedColumns) -> Rows:

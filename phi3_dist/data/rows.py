@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from phi3_dist.data.chat import Encoded
 from phi3_dist.data.store import ArraysWriter, open_arrays
 from phi3_dist.errors import DataError, Problem
 
-__all__ = ["Places", "TokenRows"]
+__all__ = ["Places", "RowsWriter", "TokenRows", "save_rows"]
 
 _NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,17})", re.DOTALL)
 _ROWS_AT_A_TIME = 65536
@@ -125,9 +125,8 @@ class TokenRows:
         """Predicted supervised positions of each row: supervised tokens but the first. Shape (rows,)."""
         found = [np.empty(0, np.int64)]
         for piece in self.pieces():
-            predicted = piece.supervised.astype(np.int64)
-            predicted[piece.offsets[:-1]] = 0
-            found.append(np.add.reduceat(predicted, piece.offsets[:-1]))
+            starts = piece.offsets[:-1]
+            found.append(np.add.reduceat(piece.supervised, starts, dtype=np.int64) - piece.supervised[starts])
         return np.concatenate(found)
 
     def __len__(self) -> int:
@@ -141,16 +140,18 @@ class TokenRows:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) of ids, mask and row boundaries; where the rows were read from is no part of it."""
-        return _fingerprint(self.ids, self.supervised, self.offsets)
+        digest = hashlib.sha256()
+        _update(digest, self.ids, "<i4")
+        return _fingerprint(self.supervised, self.offsets, digest=digest)
 
     def save(self, folder: Path) -> None:
         """Write them into a folder of their own, which is whole or not there."""
         save_rows(folder, [self])
 
     @classmethod
-    def load(cls, folder: Path) -> TokenRows:
-        """Map them. Raises DataError where a file is missing, torn or not what was written."""
-        arrays, facts = open_arrays(folder)
+    def load(cls, folder: Path, *, just_written: bool = False) -> TokenRows:
+        """Map them; `just_written`: as `open_arrays`. Raises DataError where a file is missing, torn or changed."""
+        arrays, facts = open_arrays(folder, just_written=just_written)
         try:
             places = Places(facts["prefixes"], arrays["which"], arrays["numbers"])
             rows = cls(arrays["ids"], arrays["supervised"], arrays["offsets"], places)
@@ -160,38 +161,59 @@ class TokenRows:
         return rows
 
 
+class RowsWriter:
+    """Writes the rows of one folder part by part, in memory for one part. The folder is there only after `finish`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._writer = ArraysWriter(folder)
+        self._prefixes: dict[str, int] = {}
+        self._end = 0
+
+    def __enter__(self) -> Self:
+        self._writer.__enter__()
+        self._writer.append("offsets", np.zeros(1, np.int64))
+        self.add(TokenRows.of([], []))  # so that every array exists
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.__exit__(*error)
+
+    def add(self, part: TokenRows) -> None:
+        """Write these rows after those before."""
+        self._writer.append("ids", np.asarray(part.ids, np.int32))
+        self._writer.append("supervised", np.asarray(part.supervised, np.bool_))
+        self._writer.append("offsets", self._end + part.offsets[1:])
+        self._end += int(part.offsets[-1])
+        found = [_NUMBERED.fullmatch(place) for place in part.places]
+        split = [
+            (match[1], int(match[2])) if match else (place, -1) for match, place in zip(found, part.places, strict=True)
+        ]
+        codes = [self._prefixes.setdefault(prefix, len(self._prefixes)) for prefix, _ in split]
+        self._writer.append("which", np.array(codes, np.int32))
+        self._writer.append("numbers", np.array([number for _, number in split], np.int64))
+
+    def finish(self) -> None:
+        """Give the folder its name."""
+        digest = self._writer.digest("ids")  # the fingerprint begins with the same bytes
+        fingerprint = _fingerprint(*(self._writer.written(name) for name in ("supervised", "offsets")), digest=digest)
+        self._writer.finish({"prefixes": list(self._prefixes), "fingerprint": fingerprint})
+
+
 def save_rows(folder: Path, parts: Iterable[TokenRows]) -> None:
     """Write parts one after the other as the rows of one folder; memory for one part and the row boundaries."""
-    prefixes: dict[str, int] = {}
-    end = 0
-    with ArraysWriter(folder) as writer:
-        writer.append("offsets", np.zeros(1, np.int64))
-        for part in _with_empty(parts):
-            writer.append("ids", np.asarray(part.ids, np.int32))
-            writer.append("supervised", np.asarray(part.supervised, np.bool_))
-            writer.append("offsets", end + part.offsets[1:])
-            end += int(part.offsets[-1])
-            found = [_NUMBERED.fullmatch(place) for place in part.places]
-            split = [
-                (match[1], int(match[2])) if match else (place, -1)
-                for match, place in zip(found, part.places, strict=True)
-            ]
-            codes = [prefixes.setdefault(prefix, len(prefixes)) for prefix, _ in split]
-            writer.append("which", np.array(codes, np.int32))
-            writer.append("numbers", np.array([number for _, number in split], np.int64))
-        fingerprint = _fingerprint(*(writer.written(name) for name in ("ids", "supervised", "offsets")))
-        writer.finish({"prefixes": list(prefixes), "fingerprint": fingerprint})
+    with RowsWriter(folder) as writer:
+        for part in parts:
+            writer.add(part)
+        writer.finish()
 
 
-def _with_empty(parts: Iterable[TokenRows]) -> Iterator[TokenRows]:
-    """First no rows at all, so that every array exists."""
-    yield TokenRows.of([], [])
-    yield from parts
+def _fingerprint(supervised: NDArray[np.bool_], offsets: NDArray[np.int64], *, digest: Any) -> str:
+    """`digest` has read the ids already, as little-endian int32."""
+    for array, dtype in ((supervised, "?"), (offsets, "<i8")):
+        _update(digest, array, dtype)
+    return str(digest.hexdigest())
 
 
-def _fingerprint(ids: NDArray[np.int32], supervised: NDArray[np.bool_], offsets: NDArray[np.int64]) -> str:
-    digest = hashlib.sha256()
-    for array, dtype in ((ids, "<i4"), (supervised, "?"), (offsets, "<i8")):
-        for start in range(0, len(array), 2**22):
-            digest.update(np.ascontiguousarray(array[start : start + 2**22], dtype=dtype).tobytes())
-    return digest.hexdigest()
+def _update(digest: Any, array: NDArray[Any], dtype: str) -> None:
+    for start in range(0, len(array), 2**22):
+        digest.update(np.ascontiguousarray(array[start : start + 2**22], dtype=dtype).view(np.uint8).data)

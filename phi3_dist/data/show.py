@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.batches import Packs, make_packs
-from phi3_dist.data.chat import Encoded, encode_rows
 from phi3_dist.data.chat_format import ChatFormat
+from phi3_dist.data.packing import pack_rows
+from phi3_dist.data.packs import SHOWN_AT_MOST, none_fits
 from phi3_dist.data.rows import TokenRows
-from phi3_dist.data.sources import BadRow, Chat, problems_of, read_chats
-from phi3_dist.errors import DataError
+from phi3_dist.data.stream import Totals, blocks_of, encode_blocks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -51,64 +51,77 @@ class _Row:
 def show(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, n: int) -> Group:
     """The first n training rows, the lengths of all of them, and whatever the user should know about the data.
 
-    Raises DataError as `prepare` does, but rows that are too long for a pack are only counted here.
+    All rows are read, in memory for a block of them, 16 bytes a row, and the packing. Raises DataError as `prepare`
+    does, but rows that are too long for a pack are only counted here.
     """
-    chats = read_chats(cfg)
-    fmt = ChatFormat.of(tokenizer)
-    pairs = list(zip(chats.train, encode_rows(fmt, tokenizer, chats.train, cfg.supervise), strict=True))
-    bad = [row for _, row in pairs if isinstance(row, BadRow)]
-    if bad and cfg.on_bad_row == "stop":
-        raise DataError(*problems_of(bad))
-    good = [(chat, row) for chat, row in pairs if isinstance(row, Encoded)]
-    kept, encoded = [chat for chat, _ in good], [row for _, row in good]
-    packs, long = make_packs(TokenRows.of(encoded, [chat.place for chat in kept]), cfg.pack_length, "drop")
-    facts = [f"note: {notice}" for notice in (*fmt.notices, *chats.notices)]
-    facts.append(f"held out: {len(chats.validation):,} rows")
-    facts += [f"skipped: {row.place}: {row.reason}" for row in (*chats.skipped, *bad)]
-    if long:
-        facts.append(f"longer than a pack, not counted in the table: {len(long):,} rows, such as {long[0]}")
-    return Group(render_rows(tokenizer, encoded, kept, n), length_table(packs), Text("\n".join(facts)))
+    fmt, totals = ChatFormat.of(tokenizer), Totals(cfg)
+    first = TokenRows.of([], [])
+    lengths, supervised = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    a_long_one = ""
+    for _, done in encode_blocks_of(blocks_of(cfg), cfg, fmt, tokenizer):
+        totals.add(done.facts)
+        rows = done.train
+        if len(first) < n:
+            first = TokenRows.join([first, rows.select(np.arange(min(n - len(first), len(rows))))])
+        lengths.append(rows.lengths)
+        supervised.append(np.diff(np.searchsorted(np.flatnonzero(rows.supervised), rows.offsets)))
+        for i in np.flatnonzero(rows.lengths > cfg.pack_length)[: not a_long_one].tolist():
+            a_long_one = rows.places[i]
+    totals.check()
+    lengths_N, supervised_N = np.concatenate(lengths), np.concatenate(supervised)
+    fits_N = lengths_N <= cfg.pack_length
+    if not fits_N.any():
+        raise none_fits(len(lengths_N), cfg.pack_length)
+    facts = [f"note: {notice}" for notice in totals.notices(fmt)]
+    facts.append(f"held out: {totals.held:,} rows")
+    facts += [f"skipped: {row.place}: {row.reason}" for row in totals.skipped[:SHOWN_AT_MOST]]
+    if len(totals.skipped) > SHOWN_AT_MOST:
+        facts.append(f"skipped: and {len(totals.skipped) - SHOWN_AT_MOST:,} more")
+    if a_long_one:
+        n_long = len(lengths_N) - int(fits_N.sum())
+        facts.append(f"longer than a pack, not counted in the table: {n_long:,} rows, such as {a_long_one}")
+    return Group(
+        render_rows(tokenizer, first, len(lengths_N)),
+        length_table(lengths_N[fits_N], supervised_N[fits_N], cfg.pack_length),
+        Text("\n".join(facts)),
+    )
 
 
-def render_rows(tokenizer: PreTrainedTokenizerFast, encoded: Sequence[Encoded], chats: Sequence[Chat], n: int) -> Group:
-    """The first n rows as the model sees them, decoded from their ids, with the supervised tokens marked."""
-    shown = list(zip(encoded, chats, strict=True))[:n]
-    rows = [_Row(_header(row, chat), tuple(_spans(tokenizer, row))) for row, chat in shown]
+def render_rows(tokenizer: PreTrainedTokenizerFast, rows: TokenRows, of: int) -> Group:
+    """Rows as the model sees them, decoded from their ids, supervised tokens marked; `of`: how many rows there are."""
+    shown: list[_Row] = []
+    for i, (start, end) in enumerate(pairwise(rows.offsets.tolist())):
+        ids, supervised = rows.ids[start:end].tolist(), rows.supervised[start:end].tolist()
+        header = f"{rows.places[i]}: {len(ids)} tokens, {sum(supervised)} supervised"
+        shown.append(_Row(header, tuple(_spans(tokenizer, ids, supervised))))
     before, after = SHOWN_BETWEEN
-    legend = f"{len(rows)} of {len(encoded)} rows; green, or between {before} and {after}: supervised"
-    return Group(*rows, Text(legend, style="italic"))
+    legend = f"{len(shown)} of {of} rows; green, or between {before} and {after}: supervised"
+    return Group(*shown, Text(legend, style="italic"))
 
 
-def _header(row: Encoded, chat: Chat) -> str:
-    return f"{chat.place}: {len(row.ids)} tokens, {sum(row.supervised)} supervised"
-
-
-def _spans(tokenizer: PreTrainedTokenizerFast, row: Encoded) -> Iterator[tuple[bool, str]]:
+def _spans(tokenizer: PreTrainedTokenizerFast, ids: list[int], supervised: list[bool]) -> Iterator[tuple[bool, str]]:
     """Runs of equal supervision. They end at control tokens, so no character is cut in two by decoding them alone."""
-    for supervised, run in groupby(zip(row.supervised, row.ids, strict=True), key=lambda pair: pair[0]):
-        ids = [token for _, token in run]
-        yield supervised, str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    for learned, run in groupby(zip(supervised, ids, strict=True), key=lambda pair: pair[0]):
+        span = [token for _, token in run]
+        yield learned, str(tokenizer.decode(span, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def length_table(packs: Packs) -> Table:
-    """Lengths of the packed rows, the share that is supervised, and how full the packs are."""
-    which = np.array([row for pack in packs.packs for row in pack])
-    lengths = packs.rows.lengths[which]
-    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(packs.rows.supervised)])[packs.rows.offsets]
-    supervised = int(np.diff(sums)[which].sum())
-    total = int(lengths.sum())
+def length_table(lengths_N: NDArray[np.int64], supervised_N: NDArray[np.int64], pack_length: int) -> Table:
+    """Lengths of rows, the share that is supervised, and how full their packs are."""
+    _, starts = pack_rows(lengths_N, pack_length)
+    packs = len(starts) - 1
+    total = int(lengths_N.sum())
     table = Table(show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right")
-    table.add_row("rows", f"{len(which):,}")
+    table.add_row("rows", f"{len(lengths_N):,}")
     table.add_row("tokens", f"{total:,}")
-    table.add_row("tokens a row, mean", f"{lengths.mean():.1f}")
-    table.add_row("tokens a row, p50", f"{np.percentile(lengths, 50):.0f}")
-    table.add_row("tokens a row, p95", f"{np.percentile(lengths, 95):.0f}")
-    table.add_row("tokens a row, max", f"{lengths.max():,}")
-    table.add_row("supervised", f"{100 * supervised / total:.1f} %")
-    table.add_row("packs", f"{len(packs):,}")
-    if packs.pack_length:
-        table.add_row("pack length", f"{packs.pack_length:,}")
-        table.add_row("pack fill", f"{100 * total / (len(packs) * packs.pack_length):.1f} %")
+    table.add_row("tokens a row, mean", f"{lengths_N.mean():.1f}")
+    table.add_row("tokens a row, p50", f"{np.percentile(lengths_N, 50):.0f}")
+    table.add_row("tokens a row, p95", f"{np.percentile(lengths_N, 95):.0f}")
+    table.add_row("tokens a row, max", f"{lengths_N.max():,}")
+    table.add_row("supervised", f"{100 * int(supervised_N.sum()) / total:.1f} %")
+    table.add_row("packs", f"{packs:,}")
+    table.add_row("pack length", f"{pack_length:,}")
+    table.add_row("pack fill", f"{100 * total / (packs * pack_length):.1f} %")
     return table

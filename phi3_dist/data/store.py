@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from phi3_dist.errors import DataError, Problem
 
-__all__ = ["ALWAYS_VERIFIED_BYTES", "ArraysWriter", "open_arrays", "read_whole", "write_whole"]
+__all__ = ["ALWAYS_VERIFIED_BYTES", "ArraysWriter", "open_arrays", "read_whole", "remove_unfinished", "write_whole"]
 
 ALWAYS_VERIFIED_BYTES = 256 * 2**20
 """Folders up to this size are verified whenever they are opened. Larger ones when their files were touched since."""
@@ -65,6 +65,10 @@ class ArraysWriter:
         self._files[name].flush()
         return _mapped(self._folder / f"{name}.bin", self._dtypes[name], self._lengths[name])
 
+    def digest(self, name: str) -> Any:
+        """The running sha256 of the array `name` (a `hashlib` object of the caller's own)."""
+        return self._digests[name].copy()
+
     def finish(self, facts: dict[str, Any]) -> None:
         """Flush everything to the disk and give the folder its name, in place of an older one."""
         for file in self._files.values():
@@ -80,8 +84,20 @@ class ArraysWriter:
         self._folder.replace(self._final)
 
 
-def open_arrays(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """The arrays, mapped read-only, and the facts. Raises DataError for what is missing, torn or changed."""
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left half written; only where no other process can be writing there."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def open_arrays(folder: Path, *, just_written: bool = False) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """The arrays, mapped read-only, and the facts. Raises DataError for what is missing, torn or changed.
+
+    What this process has `just_written` is not read again as long as its files are untouched.
+    """
     facts = read_whole(folder / "facts.json")
     try:
         described = facts["arrays"]
@@ -89,7 +105,8 @@ def open_arrays(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
             name: _mapped(folder / f"{name}.bin", about["dtype"], about["length"]) for name, about in described.items()
         }
         total = sum(array.nbytes for array in arrays.values())
-        if total <= ALWAYS_VERIFIED_BYTES or _stamp_of(folder, list(arrays)) != _stamped(folder):
+        small = total <= ALWAYS_VERIFIED_BYTES and not just_written
+        if small or _stamp_of(folder, list(arrays)) != _stamped(folder):
             for name, about in described.items():
                 if _sha256(folder / f"{name}.bin") != about["sha256"]:
                     raise DataError(Problem(str(folder / f"{name}.bin"), "holds something else than its checksum says"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data import parts
+from phi3_dist.data import parts, stream
 from phi3_dist.data.batches import Order, Packs, TokenRows, assemble, make_packs, prepare
 from phi3_dist.data.chat import Encoded, encode_chats
 from phi3_dist.data.show import length_table, render_rows, show
@@ -351,7 +352,8 @@ def render(what: Any, colour: bool) -> str:
 
 def test_rows_shown_with_their_supervised_tokens() -> None:
     chats = [Chat((Message("user", "[b]Q[/b]"), Message("assistant", "Grüße 🙂")), "a.jsonl:1")] * 3
-    shown = render_rows(TOKENIZER, encode_chats(TOKENIZER, chats, "all"), chats, 2)
+    rows = TokenRows.of(encode_chats(TOKENIZER, chats, "all"), [chat.place for chat in chats])
+    shown = render_rows(TOKENIZER, rows.select(np.arange(2)), 3)
     plain = render(shown, colour=False)
     assert plain.count("<|user|>[b]Q[/b]<|end|><|assistant|>⟦Grüße 🙂<|end|><|endoftext|>⟧") == 2
     assert "a.jsonl:1: 25 tokens, 14 supervised" in plain
@@ -361,8 +363,9 @@ def test_rows_shown_with_their_supervised_tokens() -> None:
 
 
 def test_length_table() -> None:
-    packs, _ = make_packs(token_rows(), 7, "error")
-    text = render(length_table(packs), colour=False)
+    rows = token_rows()
+    learned = [int(rows.supervised[start:end].sum()) for start, end in pairwise(rows.offsets)]
+    text = render(length_table(rows.lengths, np.array(learned), 7), colour=False)
     cells = {a.strip(): b.strip() for _, a, b, _ in (line.split("│") for line in text.splitlines() if "│" in line)}
     assert cells["rows"] == "3"
     assert cells["tokens a row, mean"] == "3.0"
@@ -382,3 +385,19 @@ def test_show(tmp_path: Path) -> None:
     assert "longer than a pack" in text
     with pytest.raises(DataError, match=r"a\.jsonl:1"):
         show(config(file), TOKENIZER, 1)
+    last = tmp_path / "last.jsonl"
+    last.write_text(file.read_text().splitlines()[-1])
+    with pytest.raises(DataError, match="no row is left"):
+        show(config(last, pack_length=16, validation_share=0), TOKENIZER, 1)
+
+
+def test_show_reads_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"q{i}", "completion": "a" * (i % 8)}) for i in range(200)))
+    cfg = config(file, on_bad_row="skip", pack_length=60, validation_share=0)
+    whole = render(show(cfg, TOKENIZER, 7), colour=False)
+    assert "7 of 175 rows" in whole
+    assert whole.count("completion is empty") == 20
+    assert "skipped: and 5 more" in whole
+    monkeypatch.setattr(stream, "BLOCK_ROWS", 4)
+    assert render(show(cfg, TOKENIZER, 7), colour=False) == whole

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,9 +24,10 @@ from phi3_dist.cli.progress import told
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data import parts, prepare, store, stream
 from phi3_dist.data.chat import Encoded
+from phi3_dist.data.chat_format import ChatFormat
 from phi3_dist.data.packs import PackList
 from phi3_dist.data.prepare import Prepared
-from phi3_dist.data.rows import TokenRows
+from phi3_dist.data.rows import RowsWriter, TokenRows
 from phi3_dist.data.stream import Block
 from phi3_dist.errors import DataError
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
@@ -67,17 +70,24 @@ def told_of(prepared: Prepared) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("on_long_row", ["drop", "cut_turn"])
-def test_memory_cache_and_workers_agree(tmp_path: Path, on_long_row: str) -> None:
+def test_memory_cache_and_workers_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_long_row: str) -> None:
+    here: list[Path] = []
+    plain = parts.save_part
+    monkeypatch.setattr(parts, "save_part", lambda path, done: (plain(path, done), here.append(path))[0])
     cfg = config(write(tmp_path / "a.jsonl"), pack_length=50, on_long_row=on_long_row)
     alone = prepare.prepare(cfg, TOKENIZER, None)
     assert alone.dropped
     assert len(alone.skipped) == 2
     for cache, workers in (("one", 1), ("two", 2)):
+        here.clear()
         for cached in (False, True):
             found = prepare.prepare(cfg, TOKENIZER, tmp_path / cache, workers=workers)
             assert found.cached == cached
             assert told_of(found) == told_of(alone)
             assert isinstance(found.train.rows.ids, np.memmap)
+        assert len(here) == 9 if workers == 1 else 0 < len(here) < 9
+    bins = [sorted((tmp_path / cache).glob("*/*/*.bin")) for cache in ("one", "two")]
+    assert [path.read_bytes() for path in bins[0]] == [path.read_bytes() for path in bins[1]]
     assert not list((tmp_path / "one").glob("*/parts"))
 
 
@@ -144,12 +154,36 @@ def test_a_killed_preparation_goes_on_and_its_lock_is_free(tmp_path: Path) -> No
         process.send_signal(signal.SIGKILL)
     kept = {path: path.stat().st_mtime_ns for path in cache.glob("*/parts/*.safetensors")}
     assert len(kept) >= 3
+    (unfinished,) = cache.glob("*/.train.*.tmp")
+    (unfinished.parent / "parts" / ".00000009.safetensors.1.tmp").touch()
     began = time.monotonic()
     rows: list[int] = []
     found = prepare.prepare(cfg, TOKENIZER, cache, progress=lambda what, n: rows.append(n))
     assert time.monotonic() - began < 10
     assert told_of(found) == told_of(prepare.prepare(cfg, TOKENIZER, None))
     assert rows[0] == 7
+    assert sorted(path.name for path in unfinished.parent.iterdir()) == [
+        "facts.json",
+        "packs-train-128-error",
+        "packs-validation-128-error",
+        "train",
+        "validation",
+    ]
+
+
+def test_a_block_is_written_before_the_next_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class Told(RowsWriter):
+        def add(self, part: TokenRows) -> None:
+            super().add(part)
+            events.append("written")
+
+    plain = parts.save_part
+    monkeypatch.setattr(prepare, "RowsWriter", Told)
+    monkeypatch.setattr(parts, "save_part", lambda path, done: (plain(path, done), events.append("finished"))[0])
+    prepare.prepare(config(write(tmp_path / "a.jsonl")), TOKENIZER, tmp_path / "cache")
+    assert events == ["written"] * 2 + ["finished", "written", "written"] * 9  # first no rows at all, for each side
 
 
 def test_waiting_for_another_process_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +223,102 @@ def test_a_dead_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         prepare.prepare(cfg, TOKENIZER, cache, workers=2)
     monkeypatch.setattr(parts, "ProcessPoolExecutor", plain)
     assert not prepare.prepare(cfg, TOKENIZER, cache).cached
+
+
+def test_no_process_is_started_for_a_few_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "ProcessPoolExecutor", None)
+    prepare.prepare(config(write(tmp_path / "a.jsonl", 7 * 7)), TOKENIZER, tmp_path / "cache", workers=4)
+    with pytest.raises(TypeError):
+        prepare.prepare(config(write(tmp_path / "b.jsonl", 7 * 8)), TOKENIZER, tmp_path / "cache", workers=4)
+
+
+def test_processes_by_default() -> None:
+    assert [parts.workers_for(cores) for cores in (1, 2, 3, 64)] == [1, 1, 3, 64]
+
+
+def test_a_job_larger_than_a_pipe_is_handed_over_without_waiting(tmp_path: Path) -> None:
+    job = parts._Job(Path("x" * 10**6), config(write(tmp_path / "a.jsonl")), ChatFormat.of(TOKENIZER), TOKENIZER)
+    with parts._Handed(multiprocessing.get_context("spawn"), job, times=3) as handed:
+        for _ in range(2):
+            with handed.lock:
+                assert handed.reader.recv().folder == job.folder
+        assert handed._thread.is_alive()  # nobody takes the third
+    assert not handed._thread.is_alive()
+
+
+ORPHANED = """
+import multiprocessing, sys, time
+from pathlib import Path
+from phi3_dist.config.schema import DataConfig
+from phi3_dist.data import stream
+from phi3_dist.data.prepare import prepare
+from phi3_dist.modeling.tokenizer import tiny_tokenizer
+
+def tell(what, rows):
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    stream.BLOCK_ROWS = 7
+    prepare(DataConfig.model_validate_json(sys.argv[1]), tiny_tokenizer(), Path(sys.argv[2]), workers=3, progress=tell)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    script, cfg = tmp_path / "orphaned.py", config(write(tmp_path / "a.jsonl"))
+    script.write_text(ORPHANED)
+    with subprocess.Popen(
+        [sys.executable, str(script), cfg.model_dump_json(), str(tmp_path / "cache")],
+        stdout=subprocess.PIPE,
+        process_group=0,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert len(process.stdout.readline().split()) == 2
+            process.send_signal(signal.SIGKILL)
+            process.communicate(timeout=20)  # its output, which the workers share, ends when the last of them does
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+AT_ONCE = """
+import json, sys, time
+from pathlib import Path
+from phi3_dist.config.schema import DataConfig
+from phi3_dist.data import parts, stream
+from phi3_dist.data.prepare import prepare
+from phi3_dist.modeling.tokenizer import tiny_tokenizer
+stream.BLOCK_ROWS = 7
+saved, plain = [], parts.save_part
+parts.save_part = lambda path, done: (plain(path, done), saved.append(path), time.sleep(0.1))
+cfg = DataConfig.model_validate_json(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+found = prepare(cfg, tiny_tokenizer(), Path(sys.argv[2]))
+print(json.dumps([len(saved), found.cached, found.fingerprint]))
+"""
+
+
+def test_of_processes_that_need_the_same_data_one_prepares_it(tmp_path: Path) -> None:
+    cfg, cache = config(write(tmp_path / "a.jsonl")), tmp_path / "cache"
+    command = [sys.executable, "-c", AT_ONCE, cfg.model_dump_json(), str(cache)]
+    ranks = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    try:
+        for rank in ranks:
+            assert rank.stdout is not None
+            assert rank.stdout.readline() == "ready\n"
+        for rank in ranks:
+            assert rank.stdin is not None
+            rank.stdin.write("go\n")
+            rank.stdin.flush()
+        found = sorted(json.loads(rank.communicate(timeout=60)[0]) for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    fingerprint = prepare.prepare(cfg, TOKENIZER, None).fingerprint
+    assert found == [[0, True, fingerprint], [0, True, fingerprint], [9, False, fingerprint]]
 
 
 def test_broken_packs_are_made_again(tmp_path: Path) -> None:

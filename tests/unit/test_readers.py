@@ -6,7 +6,9 @@ import csv
 import gzip
 import io
 import json
+import tracemalloc
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ import pyarrow.parquet
 import pytest
 
 from phi3_dist.config.schema import DataConfig
+from phi3_dist.data import readers
 from phi3_dist.data.batches import prepare
+from phi3_dist.data.json_array import array_elements
 from phi3_dist.data.readers import kind_of
 from phi3_dist.data.sources import read_chats
 from phi3_dist.errors import DataError
@@ -106,7 +110,15 @@ WHOLE: list[tuple[str, bytes, str]] = [
     ("not.jsonl.gz", b"plain", "not.jsonl.gz: can't be read: Not a gzipped file"),
     ("not.jsonl.zst", b"plain text", "not.jsonl.zst: can't be read"),
     ("torn.json", b'[{"prompt": "q"', "torn.json: not JSON"),
-    ("bytes.json", b"[\xff]", "bytes.json: not UTF-8"),
+    ("bytes.json", b"[\xff]", "bytes.json: not UTF-8 (byte 1)"),
+    ("bytes_2.json", b'\xef\xbb\xbf["\xc3\xa4\xff"]', "bytes_2.json: not UTF-8 (byte 7)"),
+    ("bytes_3.json", b'["\xc3', "bytes_3.json: not UTF-8 (byte 2)"),
+    ("two.json", b'[\n{"prompt": "q"},\n{"prompt" "q"}]', "two.json: not JSON: Expecting ':' delimiter: line 3"),
+    ("comma.json", b"[1,\n]", "comma.json: not JSON: Expecting value: line 2"),
+    ("more.json", b"[1]\n[2]", "more.json: not JSON: Extra data: line 2"),
+    ("number.json", b"7", "number.json: holds one JSON value, not an array of rows"),
+    ("pretty.json", b'{\n"data": []\n}\n', "pretty.json: holds one JSON value, not an array of rows"),
+    ("nothing.json", b"", "nothing.json: not JSON"),
     ("object.json", b'{"data": []}', "object.json: holds one JSON value, not an array of rows"),
     ("columns.csv", b"a,b\n1,2\n", "its columns are a, b"),
     ("twice.csv", b"prompt,prompt\n1,2\n", "names a column twice"),
@@ -169,3 +181,41 @@ def test_the_cache_knows_a_saved_data_sets_content(tmp_path: Path) -> None:
         seen += [prepare(cfg, tiny_tokenizer(), tmp_path / "cache").cached for _ in range(2)]
         (tmp_path / "rows").rename(tmp_path / content)
     assert seen == [False, True, False, True]
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_is_read_in_pieces(piece: int, indent: int | None) -> None:
+    rows: list[Any] = [
+        {"prompt": 'Grüße, 世界 🙂 \\ "]', "n": [-12.5e3, [], {}]},
+        123456,
+        "x]",
+        None,
+        [1, [2]],
+        True,
+        {"a": "y" * 500},
+    ]
+    for n in range(len(rows) + 1):
+        whole = json.dumps(rows[:n], ensure_ascii=False, indent=indent).encode("utf-8-sig")
+        cut = [whole[at : at + piece] for at in range(0, len(whole), piece)]
+        assert list(array_elements(cut, "a.json")) == rows[:n]
+
+
+def test_a_large_array_is_not_held() -> None:
+    row = json.dumps({"prompt": "q" * 2000, "completion": "a"}).encode()
+    pieces = chain([b"["], ((row + b",") * 100 for _ in range(200)), [row + b"]"])
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in array_elements(pieces, "a.json")) == 20001
+        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20  # of 40 MB
+    finally:
+        tracemalloc.stop()
+
+
+def test_json_lines_called_json_are_read_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + lines(ROWS * 20).rstrip())
+    monkeypatch.setattr(readers, "_odd_json_rows", None)
+    for size in (len(lines(ROWS)), 2**20):
+        monkeypatch.setattr(readers, "_JSON_BYTES", size)
+        found = list(readers.raw_rows(tmp_path / "a.json", "a.json", list))
+        assert found == [(f"a.json:{i}", row) for i, row in enumerate(ROWS * 20, 1)]
