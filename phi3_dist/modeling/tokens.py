@@ -22,15 +22,18 @@ __all__ = ["enlarged", "new_token_ids", "token_rows", "whole_tables"]
 def new_token_ids(tokenizer: PreTrainedTokenizerFast, new_tokens: Sequence[str], base: Base) -> list[int]:
     """Their ids, which may lie beyond the base's tables: see `enlarged`.
 
-    Raises ModelError where that would give a row to a token that is not taught: it would stand in no file.
+    Raises ModelError where another token lies there too: it would have no row, or one that is not taught and stands in
+    no file.
     """
     ids = [int(i) for i in tokenizer.convert_tokens_to_ids(list(new_tokens))]
     rows = int(base.config.vocab_size)
-    between = sorted({*range(rows, max(ids, default=0) + 1)} - {*ids})
-    if between:
-        named = ", ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(between[:3]))
-        what = f"the base's table has {rows:,} rows, and the tokenizer has {len(between):,} more tokens, as {named}"
-        raise ModelError(Problem("model.new_tokens", what, "teach these too, or take the base's own tokenizer"))
+    beyond = {i for i in tokenizer.get_vocab().values() if i >= rows} | {*range(rows, max(ids, default=0) + 1)}
+    others = sorted(beyond - {*ids})
+    if others:
+        named = ", ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(others[:3]))
+        what = f"the base's table has {rows:,} rows, and the tokenizer has {len(others):,} more tokens, as {named}"
+        place, also = ("model.new_tokens", "teach these too, or ") if ids else ("model.tokenizer", "")
+        raise ModelError(Problem(place, what, f"{also}take the base's own tokenizer"))
     return ids
 
 

@@ -177,12 +177,23 @@ def test_a_quantised_base_gets_the_same_rows(kind: str, base: Base) -> None:
 
 
 def test_a_token_that_nobody_teaches_gets_no_row(base: Base) -> None:
-    tokenizer = load_tokenizer("tiny-random", new_tokens=[f"<|t{i}|>" for i in range(60)])
+    tokenizer = load_tokenizer("tiny-random", new_tokens=[f"<|t{i}|>" for i in range(50)])
     if base.config.vocab_size == 320:
         assert new_token_ids(tokenizer, ["<|t49|>"], base) == [319]
     else:
         with pytest.raises(ModelError, match=r"table has 27[01] rows, and the tokenizer has (48|49) more tokens, as "):
             new_token_ids(tokenizer, ["<|t49|>"], base)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_base_has_rows_is_refused(base: Base) -> None:
+    rows = base.config.vocab_size
+    fits = load_tokenizer("tiny-random", new_tokens=[f"<|t{i}|>" for i in range(rows - 270)])
+    assert new_token_ids(fits, [], base) == []
+    other = load_tokenizer("tiny-random", new_tokens=[f"<|t{i}|>" for i in range(rows - 268)])
+    with pytest.raises(
+        ModelError, match=rf"model.tokenizer: the base's table has {rows} rows, and the tokenizer has 2 "
+    ):
+        new_token_ids(other, [], base)
 
 
 @pytest.mark.parametrize(
