@@ -75,7 +75,7 @@ def _start(tokenizer: str, source: Path, workers: int, threads: int) -> float:
 def _one(way: str, name: str, source: Path, workers: int) -> float:
     from phi3_dist.config.schema import DataConfig
     from phi3_dist.data.batches import prepare
-    from phi3_dist.data.sources import read_chats
+    from phi3_dist.data.stream import read_chats
     from phi3_dist.data.template import Renderer
     from phi3_dist.modeling.tokenizer import TINY_RANDOM, load_tokenizer, tiny_tokenizer
 

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +21,12 @@ from phi3_dist.data.formats import BadRow, Chat, Message, RowReader, unfit_colum
 from phi3_dist.data.readers import KINDS, arrow_folder, kind_of, raw_rows
 from phi3_dist.errors import DataError, Problem
 
-__all__ = ["BadRow", "Chat", "Chats", "HubSet", "Message", "locate", "problems_of", "prompt_share", "read_chats"]
+__all__ = ["BadRow", "Chat", "HubSet", "Message", "locate", "problems_of", "prompt_share"]
 
 SHOWN_AT_MOST = 20
 _IN_FOLDERS = (".jsonl", ".csv", ".parquet")
 """Kinds that a folder's name stands for. Not .json: most of those in a folder describe it."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-@dataclass(frozen=True)
-class Chats:
-    """What was read: rows to train on, rows held out, rows left out, and the names of the sources."""
-
-    train: list[Chat]
-    """With weights, a row stands here as often as it counts."""
-    validation: list[Chat]
-    skipped: list[BadRow]
-    files: tuple[str, ...]
-    notices: tuple[str, ...] = ()
-    """What a user should know about formats and weights."""
 
 
 @dataclass(frozen=True)
@@ -67,46 +53,6 @@ class HubSet:
                     "without a network, download it elsewhere and name the folder of its Parquet files",
                 )
             ) from error
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What one config key's sources held."""
-
-    rows: list[tuple[Chat, float]]
-    """Good rows, in order, with the weights of their sources."""
-    bad: list[BadRow]
-    formats: dict[str, str]
-    """The format of each source that has a good row, by its label."""
-
-
-def read_chats(cfg: DataConfig) -> Chats:
-    """All rows of the `data` section, checked and divided into training and held-out rows.
-
-    Raises DataError for sources that are missing or empty and, with `on_bad_row: stop`, for bad rows, all of them in
-    one error. With `skip` they are in `skipped`. Without `validation`, the prompt decides the side (`prompt_share`).
-    Weights of sources are applied last, to training rows alone.
-    """
-    sources, held, labels = located(cfg)
-    train = _read(sources, labels, cfg, cfg.max_rows)
-    validation = _read(held, labels, cfg, None)
-    skipped = train.bad + validation.bad
-    if skipped and cfg.on_bad_row == "stop":
-        raise DataError(*problems_of(skipped))
-    refuse_empty(len(train.rows), train.bad, [labels[source] for source, _ in sources])
-    rows, held_rows = train.rows, [chat for chat, _ in validation.rows]
-    if held:
-        refuse_empty(len(held_rows), validation.bad, [labels[source] for source, _ in held])
-    elif cfg.validation_share > 0:
-        sides = [prompt_share(chat) < cfg.validation_share for chat, _ in rows]
-        held_rows = [chat for (chat, _), side in zip(rows, sides, strict=True) if side]
-        rows = [row for row, side in zip(rows, sides, strict=True) if not side]
-    weighted = [chat for chat, weight in rows for _ in range(times(chat, weight))]
-    refuse_nothing_left(len(rows), len(held_rows), len(weighted))
-    notices = format_notices(cfg, train.formats | validation.formats)
-    if any(weight != 1 for _, weight in sources):
-        notices.append(f"weights of data.train: {len(rows):,} training rows are read as {len(weighted):,}")
-    return Chats(weighted, held_rows, skipped, tuple(dict.fromkeys(labels.values())), tuple(notices))
 
 
 Source = Path | HubSet
@@ -277,31 +223,6 @@ def refuse_empty(rows: int, bad: Sequence[BadRow], labels: Sequence[str]) -> Non
     if bad:
         raise DataError(Problem(where, "holds no usable row"), *problems_of(bad)[:-1])
     raise DataError(Problem(where, "holds no rows"))
-
-
-def _read(
-    sources: Sequence[tuple[Path | HubSet, float]],
-    labels: dict[Path | HubSet, str],
-    cfg: DataConfig,
-    max_rows: int | None,
-) -> _Found:
-    """Good and bad rows, in order; stops after `max_rows` good ones."""
-    bad: list[BadRow] = []
-    formats: dict[str, str] = {}
-
-    def good() -> Iterator[tuple[Chat, float]]:
-        for source, weight in sources:
-            label = labels[source]
-            reader = RowReader(cfg.format, cfg.columns.model_dump())
-            for place, row in source_rows(source, label, reader):
-                chat = row if isinstance(row, BadRow) else reader.read(row, place)
-                if isinstance(chat, BadRow):
-                    bad.append(chat)
-                else:
-                    formats[label] = str(reader.format)
-                    yield chat, weight
-
-    return _Found(list(islice(good(), max_rows)), bad, formats)
 
 
 def source_rows(source: Path | HubSet, label: str, reader: RowReader) -> Iterator[tuple[str, Any]]:

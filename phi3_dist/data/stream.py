@@ -36,7 +36,17 @@ from phi3_dist.errors import DataError, Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["BLOCK_BYTES", "BLOCK_ROWS", "Block", "Done", "Totals", "blocks_of", "encode_blocks_of"]
+__all__ = [
+    "BLOCK_BYTES",
+    "BLOCK_ROWS",
+    "Block",
+    "Chats",
+    "Done",
+    "Totals",
+    "blocks_of",
+    "encode_blocks_of",
+    "read_chats",
+]
 
 BLOCK_ROWS = 2048
 BLOCK_BYTES = 8 * 2**20
@@ -68,6 +78,18 @@ class Done:
     held: TokenRows
     facts: dict[str, Any]
     """What `Totals` counts, ready for JSON."""
+
+
+@dataclass(frozen=True)
+class Chats:
+    """What was read: rows to train on, rows held out, and rows left out."""
+
+    train: list[Chat]
+    """With weights, a row stands here as often as it counts."""
+    validation: list[Chat]
+    skipped: list[BadRow]
+    notices: tuple[str, ...] = ()
+    """What a user should know about formats and weights."""
 
 
 def blocks_of(cfg: DataConfig) -> Iterator[Block]:
@@ -129,6 +151,25 @@ def _rows(
     lines: list[bytes] | None, first_line: int, rows: list[tuple[str, Any]] | None, label: str
 ) -> Iterable[tuple[str, Any]]:
     return rows_of_lines(lines, label, first_line) if lines is not None else rows or []
+
+
+def read_chats(cfg: DataConfig) -> Chats:
+    """All rows of the `data` section in memory, checked and divided, but not tokenized: for few rows.
+
+    Raises DataError for sources that are missing or empty and, with `on_bad_row: stop`, for bad rows, all of them in
+    one error. With `skip` they are in `skipped`. Without `validation`, the prompt decides the side (`prompt_share`).
+    Weights of sources are applied last, to training rows alone.
+    """
+    totals = Totals(cfg)
+    train: list[Chat] = []
+    validation: list[Chat] = []
+    for block in blocks_of(cfg):
+        found, counts, held, facts = _divided(block, cfg)
+        train += [chat for chat, count in zip(found, counts, strict=True) for _ in range(count)]
+        validation += held
+        totals.add({**facts, "unfit": [], "unfit_held": []})
+    totals.check()
+    return Chats(train, validation, totals.skipped, tuple(totals.notices()))
 
 
 def encode_blocks_of(
@@ -252,12 +293,12 @@ class Totals:
         """Rows that can't be used, those that can't be read first."""
         return [*self.bad, *self.bad_held, *self.unfit, *self.unfit_held]
 
-    def notices(self, fmt: ChatFormat) -> list[str]:
-        """What a user should know about formats, weights, system messages and held-out rows."""
-        notices = [*fmt.notices, *format_notices(self.cfg, self.formats)]
+    def notices(self, fmt: ChatFormat | None = None) -> list[str]:
+        """What a user should know about formats, weights, held-out rows, and how `fmt` renders messages."""
+        notices = [*(fmt.notices if fmt else ()), *format_notices(self.cfg, self.formats)]
         if any(weight != 1 for _, weight in located(self.cfg)[0]):
             notices.append(f"weights of data.train: {self.kept:,} training rows are read as {self.weighted:,}")
-        if fmt.system == "dropped" and self.with_system:
+        if fmt and fmt.system == "dropped" and self.with_system:
             notices.append(f"{self.with_system:,} rows have a system message that is lost that way")
         wanted = self.cfg.validation or self.cfg.validation_share > 0
         if wanted and self.held == len(self.unfit_held):

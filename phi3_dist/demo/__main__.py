@@ -130,7 +130,7 @@ def _stage(number: int, title: str) -> Iterator[None]:
 
 
 def _read(path: Path) -> list[Chat]:
-    from phi3_dist.data.sources import read_chats
+    from phi3_dist.data.stream import read_chats
 
     return read_chats(DataConfig(train=str(path), validation_share=0)).train
 

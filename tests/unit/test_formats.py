@@ -20,7 +20,7 @@ from phi3_dist.data.batches import prepare
 from phi3_dist.data.chat import document_end
 from phi3_dist.data.formats import TEXT, BadRow, Chat, Message, RowReader
 from phi3_dist.data.show import show
-from phi3_dist.data.sources import read_chats
+from phi3_dist.data.stream import read_chats
 from phi3_dist.errors import DataError
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 

@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.sources import BadRow, Chat, Message, prompt_share, read_chats
+from phi3_dist.data.sources import BadRow, Chat, Message, prompt_share
+from phi3_dist.data.stream import read_chats
 from phi3_dist.errors import DataError
 
 
@@ -106,7 +107,6 @@ def test_good_rows_in_every_form(tmp_path: Path) -> None:
     raw = json.dumps(row("a\u2028b"), ensure_ascii=False).encode()
     assert read_chats(config(write(tmp_path / "raw.jsonl", raw))).train[0].messages[0].content == "a\u2028b"
     assert chats.validation == []
-    assert chats.files == ("a.jsonl",)
 
 
 def test_parquet_and_folders(tmp_path: Path) -> None:
@@ -121,7 +121,6 @@ def test_parquet_and_folders(tmp_path: Path) -> None:
     chats = read_chats(config(str(folder)))
     assert [c.place for c in chats.train] == [f"part-0.parquet row {i}" for i in range(3)] + ["part-1.jsonl:1"]
     assert [c.messages[0].content for c in chats.train] == ["0", "1", "2", "What?"]
-    assert chats.files == ("part-0.parquet", "part-1.jsonl")
     assert len(read_chats(config(str(folder), max_rows=2)).train) == 2
 
 
