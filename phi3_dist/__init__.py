@@ -1,6 +1,7 @@
 """Accelerated and distributed LoRA and QLoRA fine-tuning of Microsoft's Phi-3 family.
 
-Public: `load_tokenizer`, `gather_adapter`, `save_adapter`. They import torch only when they are asked for.
+Public: `load_tokenizer`, `gather_adapter`, `save_adapter`, and loralib's two functions for PEFT models under every
+strategy, `mark_only_lora_as_trainable` and `lora_state_dict`. They import torch only when they are asked for.
 """
 
 from __future__ import annotations
@@ -10,14 +11,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from phi3_dist.adapters.files import save_adapter
     from phi3_dist.adapters.gather import gather_adapter
+    from phi3_dist.adapters.loralib import lora_state_dict, mark_only_lora_as_trainable
     from phi3_dist.modeling.tokenizer import load_tokenizer
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "gather_adapter", "load_tokenizer", "save_adapter"]
+__all__ = [
+    "__version__",
+    "gather_adapter",
+    "load_tokenizer",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "save_adapter",
+]
 
 _HOME = {
     "gather_adapter": "phi3_dist.adapters.gather",
     "load_tokenizer": "phi3_dist.modeling.tokenizer",
+    "lora_state_dict": "phi3_dist.adapters.loralib",
+    "mark_only_lora_as_trainable": "phi3_dist.adapters.loralib",
     "save_adapter": "phi3_dist.adapters.files",
 }
 

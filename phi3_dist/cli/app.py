@@ -17,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-config_app = typer.Typer(help="Look at run files.", no_args_is_help=True, rich_markup_mode=None)
+config_app = typer.Typer(help="Make run files, and look at them.", no_args_is_help=True, rich_markup_mode=None)
 data_app = typer.Typer(help="Look at the rows of a run.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")

@@ -1,4 +1,4 @@
-"""Verbs that read what other tools wrote: recipes, and loralib's files."""
+"""Verbs that make a run file or an adapter out of something else: a base model, recipes, loralib's files."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
-from phi3_dist.cli.app import app
+from phi3_dist.cli.app import app, config_app
 from phi3_dist.errors import ConfigError, Problem
+
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run file to write; else printed.")]
 
 
 @app.command("import")
 def import_(
     source: Annotated[Path, typer.Argument(help="A script, notebook, JSON or YAML of another tool.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run file to write; else printed.")] = None,
+    output: Output = None,
     devices: Annotated[int, typer.Option(min=1, help="Devices that the recipe was meant for.")] = 1,
 ) -> None:
     """Make a run file of another tool's recipe, and say of each key what became of it. Nothing of it is run."""
@@ -24,12 +26,30 @@ def import_(
 
     imported = import_run(source, devices=devices)
     Console(stderr=True).print(findings_table(imported))
+    _write(imported.run_yaml, output)
+
+
+@config_app.command("new")
+def config_new(
+    source: Annotated[str, typer.Argument(help="The base model: a hub id of the family, or a folder.")],
+    rows: Annotated[str | None, typer.Option(help="What to train on: a file, a folder, or a hub id.")] = None,
+    output: Output = None,
+) -> None:
+    """Make a run file to begin with: what the base model's variant speaks for, and why."""
+    from phi3_dist.config.importing import FILL_IN_ROWS
+    from phi3_dist.config.starting import first_run_file
+
+    _write(first_run_file(source, rows or FILL_IN_ROWS), output)
+
+
+def _write(run_yaml: str, output: Path | None) -> None:
     if output is None:
-        typer.echo(imported.run_yaml, nl=False)
+        typer.echo(run_yaml, nl=False)
     elif output.exists():
         raise ConfigError(Problem(str(output), "exists", "give another name"))
     else:
-        output.write_text(imported.run_yaml, encoding="utf-8")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(run_yaml, encoding="utf-8")
 
 
 @app.command()

@@ -21,7 +21,6 @@ __all__ = [
     "FUSED_TARGETS",
     "PRESETS",
     "Preset",
-    "preset_for",
     "recognise",
     "refuse_unsupported",
     "check_targets",
@@ -197,12 +196,6 @@ PRESETS: Mapping[str, Preset] = {
     "Phi-4": Preset(LINEARS, 4096, "bf16", "a quarter of its 16384 positions; it has no attention window"),
 }
 """By the family's name. Longer packs are allowed up to `max_positions`; `phi3-dist plan` says whether they fit."""
-
-
-def preset_for(hub_id: str) -> Preset | None:
-    """The preset of a model that is named by its hub id, or None where that is not one of the family's."""
-    name = next((family.name for family in FAMILIES if hub_id.lower() in map(str.lower, family.hub_ids)), None)
-    return PRESETS[name] if name is not None else None
 
 
 def _rope_kind(hf_config: Mapping[str, Any]) -> str:
