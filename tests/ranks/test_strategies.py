@@ -126,7 +126,7 @@ def test_four_processes_give_one_process_numbers(reference: Path, tmp_path: Path
     compare(tmp_path / "run", reference)
 
 
-@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("config", ["zero3", pytest.param("fsdp2", marks=pytest.mark.full)])
 def test_tied_embeddings_survive_sharding(config: str, tmp_path: Path, deepspeed_ops: Path) -> None:
     source = f"model.source={tiny_base(tmp_path / 'base', tied=True)}"
     for name, kind, options in (("one", None, ()), ("two", config, ("--num_processes", "2"))):
@@ -138,9 +138,9 @@ def test_tied_embeddings_survive_sharding(config: str, tmp_path: Path, deepspeed
 @pytest.mark.parametrize(
     ("quantization", "config"),
     [
-        ("nf4", "cpu_2"),
+        pytest.param("nf4", "cpu_2", marks=pytest.mark.full),
         pytest.param("nf4", "zero2", marks=pytest.mark.full),
-        ("nf4", "zero3"),
+        pytest.param("nf4", "zero3", marks=pytest.mark.full),
         ("nf4", "fsdp2"),
         pytest.param("nf4", "zero3_offload", marks=pytest.mark.full),
         pytest.param("nf4", "zero1", marks=pytest.mark.full),
