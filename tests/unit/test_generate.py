@@ -14,7 +14,7 @@ from rich.console import Console
 
 from phi3_dist.config.schema import DataConfig, LoraConfig
 from phi3_dist.data.batches import prepare
-from phi3_dist.data.sources import read_chats
+from phi3_dist.data.stream import read_chats
 from phi3_dist.demo.chats import make_rows, write_rows
 from phi3_dist.demo.score import Score, exact_match, perplexity, samples, score, side_by_side
 from phi3_dist.modeling.attention import use_backend

@@ -22,7 +22,7 @@ from phi3_dist.data import readers
 from phi3_dist.data.batches import prepare
 from phi3_dist.data.json_array import array_elements
 from phi3_dist.data.readers import kind_of
-from phi3_dist.data.sources import read_chats
+from phi3_dist.data.stream import read_chats
 from phi3_dist.errors import DataError
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 
