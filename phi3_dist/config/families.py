@@ -17,6 +17,7 @@ __all__ = [
     "Shape",
     "Family",
     "FAMILIES",
+    "HUB_IDS",
     "LINEARS",
     "FUSED_TARGETS",
     "PRESETS",
@@ -168,6 +169,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("Phi-4", ("microsoft/phi-4",), _PHI4, None, "plain", 16384, 16384),
 )
+HUB_IDS = ", ".join(hub_id for family in FAMILIES for hub_id in family.hub_ids)
+"""All of them, for messages."""
 
 
 @dataclass(frozen=True)
@@ -245,8 +248,8 @@ def refuse_unsupported(hf_config: Mapping[str, Any]) -> None:
             return
         found = ", ".join(classes) or model_type or "no architecture at all"
         reason = f"its class is {found}, and this toolkit trains Phi3ForCausalLM"
-    ids = ", ".join(hub_id for family in FAMILIES for hub_id in family.hub_ids)
-    raise ModelError(Problem("model.source", f"not supported: {reason}", f"use one of {ids}, or a model of that class"))
+    fix = f"use one of {HUB_IDS}, or a model of that class"
+    raise ModelError(Problem("model.source", f"not supported: {reason}", fix))
 
 
 def check_targets(targets: str | Sequence[str], linear_module_names: Iterable[str]) -> list[Problem]:

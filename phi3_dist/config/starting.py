@@ -5,7 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from phi3_dist.config.families import FAMILIES, LINEARS, PRESETS, Family, Preset, Shape, recognise, refuse_unsupported
+from phi3_dist.config.families import (
+    FAMILIES,
+    HUB_IDS,
+    LINEARS,
+    PRESETS,
+    Family,
+    Preset,
+    Shape,
+    recognise,
+    refuse_unsupported,
+)
 from phi3_dist.config.importing import FILL_IN_ROWS
 from phi3_dist.config.schema import DataConfig, OptimConfig, TrainConfig
 from phi3_dist.errors import ModelError, Problem
@@ -66,9 +76,8 @@ def _preset(source: str) -> tuple[Family | None, Preset]:
         return family, PRESETS[family.name] if family else _of_another_size(values)
     family = next((f for f in FAMILIES if source.lower() in map(str.lower, f.hub_ids)), None)
     if family is None:
-        ids = ", ".join(hub_id for family in FAMILIES for hub_id in family.hub_ids)
         what = "is no folder with a config.json, and no model of the family"
-        raise ModelError(Problem(source, what, f"name a folder, or one of {ids}"))
+        raise ModelError(Problem(source, what, f"name a folder, or one of {HUB_IDS}"))
     return family, PRESETS[family.name]
 
 

@@ -48,6 +48,11 @@ class LaunchFacts:
     use_cpu: bool = False
     rank: int = 0
 
+    @property
+    def ranks_per_node(self) -> int:
+        """At least 1, also for facts that the plan is about to refuse."""
+        return max(1, self.world_size // self.nodes)
+
 
 @dataclass(frozen=True)
 class Choice:

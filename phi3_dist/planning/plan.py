@@ -227,7 +227,7 @@ def _compile(
         fused=cfg.model.fused_layers,
         shape=None if model is None else _shape(model),
         tokens=None if steps is None else steps * cfg.train.global_batch * cfg.data.pack_length // launch.world_size,
-        threads=max(1, machine.cpu_count // max(1, launch.world_size // launch.nodes)),
+        threads=max(1, machine.cpu_count // launch.ranks_per_node),
     )
     return Choice("compile", "no" if start is None else "in a long run" if start else "yes", why), start
 
@@ -337,8 +337,8 @@ def _memory(
     terms = memory_terms(shape, trainable, load, everything - trainable)
     if load.quantization != "nf4":
         return terms, None
-    per_node = max(1, launch.world_size // launch.nodes)
-    have = machine.host_memory_gib / per_node if machine.device == "cpu" else machine.device_memory_gib
+    host_gib = machine.host_memory_gib / launch.ranks_per_node
+    have = host_gib if machine.device == "cpu" else machine.device_memory_gib
     fused = cfg.model.fused_lora and not lora.dora
     kept = choose_kept_layers(cfg.model.dequantized_layers, shape, load, terms, have, fused=fused)
     return memory_terms(shape, trainable, replace(load, kept_layers=kept[0]), everything - trainable), kept
@@ -348,7 +348,7 @@ def _memory_choice(
     terms: tuple[Term, ...], machine: MachineFacts, launch: LaunchFacts, problems: list[Problem]
 ) -> Choice:
     """Refuse what cannot fit whatever the activations turn out to be; warn where the estimate says so."""
-    per_node = max(1, launch.world_size // launch.nodes)
+    per_node = launch.ranks_per_node
     host_gib = per_node * total_gib(terms, "host")
     if machine.device == "cpu":
         what = f"{host_gib:.1f} GiB"

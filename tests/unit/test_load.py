@@ -286,21 +286,23 @@ def test_relatives_of_lora_that_cannot_be(tmp_path: Path, lora: str, where: str,
     assert what in problem.what
 
 
+def first_problem(path: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    return caught.value.problems[0].what
+
+
 def test_compiling_passes_that_are_left_out_cannot_be(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: {source: tiny-random, compile: true, fused_layers: false}\ndata: {train: x}\n")
-    with pytest.raises(ConfigError) as caught:
-        load_run(path)
-    assert "passes of the fused layers" in caught.value.problems[0].what
+    assert "passes of the fused layers" in first_problem(path)
     assert load_run(path, ["model.compile=auto"]).model.compile == "auto"
 
 
 def test_weights_that_are_not_in_nf4_cannot_be_kept_dequantised(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: {source: tiny-random, dequantized_layers: 2}\ndata: {train: x}\n")
-    with pytest.raises(ConfigError) as caught:
-        load_run(path)
-    assert "no weight is in NF4" in caught.value.problems[0].what
+    assert "no weight is in NF4" in first_problem(path)
     for right in ("model.quantization=nf4", "model.dequantized_layers=0", "model.dequantized_layers=auto"):
         load_run(path, [right])
 
