@@ -208,6 +208,9 @@ class TrainConfig(Section):
     """Seed of the adapter's start, the order of packs and dropout."""
     shuffle: StrictBool = True
     """Draw a new order of packs each epoch."""
+    deterministic: Literal["auto"] | StrictBool = "auto"
+    """The same run twice, or resumed, gives the same bits. On a CPU it always does. On a GPU attention's backward adds
+    up gradients in the order in which they come, unless it is told not to, which takes more time; `auto` says why."""
 
 
 class SaveConfig(Section):

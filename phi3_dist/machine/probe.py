@@ -5,12 +5,14 @@ torch is imported inside `probe` alone: reading the launch costs nothing.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
 import sys
 import sysconfig
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +26,7 @@ from phi3_dist.machine.launch_request import LaunchRequest
 from phi3_dist.planning.attention import PACKAGES as ATTENTION_PACKAGES
 from phi3_dist.planning.plan import LaunchFacts, MachineFacts
 
-__all__ = ["cpu_count", "launch_facts", "no_compiler", "package_versions", "probe"]
+__all__ = ["cpu_count", "launch_facts", "no_compiler", "package_versions", "probe", "varlen_arguments"]
 
 GIB = 1024**3
 PACKAGES = (
@@ -79,6 +81,7 @@ def probe(*, use_cpu: bool | None = None) -> MachineFacts:
             packages=package_versions(),
             capability=(device.major, device.minor),
             no_compiler=no_compiler(cuda=True),
+            varlen_arguments=varlen_arguments(),
         )
     fast, reason = _cpu_bf16()
     return MachineFacts(
@@ -93,6 +96,16 @@ def probe(*, use_cpu: bool | None = None) -> MachineFacts:
         packages=package_versions(),
         no_compiler=no_compiler(cuda=False),
     )
+
+
+@cache
+def varlen_arguments() -> frozenset[str]:
+    """The names of the arguments of torch's `varlen_attn`, which grow from release to release; none without it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def no_compiler(*, cuda: bool) -> str:

@@ -10,8 +10,7 @@ Shapes: T tokens of a pack, S of a document, N query heads, K key/value heads, D
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from phi3_dist.errors import ModelError, Problem
-from phi3_dist.machine.probe import package_versions
+from phi3_dist.machine.probe import package_versions, varlen_arguments
+from phi3_dist.modeling.flex import flex
 from phi3_dist.planning.attention import BACKENDS, Backend
 from phi3_dist.planning.attention import backends as backends_of_facts
 
@@ -32,7 +32,6 @@ __all__ = [
     "Settings",
     "attend",
     "backends",
-    "block_mask",
     "kernel_name",
     "packed_sdpa",
     "register_backends",
@@ -40,7 +39,7 @@ __all__ = [
     "use_backend",
 ]
 
-_BLOCK = 128
+_DETERMINISTIC = "_deterministic"
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -69,6 +68,7 @@ class Settings:
     scale: float
     window: int | None = None
     dropout: float = 0.0
+    deterministic: bool = False
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Documents, Settings], Tensor]
@@ -80,6 +80,21 @@ _WITH_DROPOUT = ("flash_attention_2", "sdpa")
 # --- per-document sdpa: any device ------------------------------------------------------------------------------------
 
 
+def _one_call(query: Tensor, key: Tensor, value: Tensor, *, deterministic: bool, **options: Any) -> Tensor:
+    out = F.scaled_dot_product_attention(query, key, value, **options)
+    if deterministic and out.is_cuda and out.grad_fn is not None:
+        _deterministic_backward(out.grad_fn)
+    return out
+
+
+def _deterministic_backward(node: Any) -> None:
+    """Let torch's own kernels add up in one order while `node` runs backward: they ask a global, which no other node
+    sees. (torch 2.11 to 2.13, aten/src/ATen/native/transformers/cuda/attention_backward.cu.)"""
+    before = torch.are_deterministic_algorithms_enabled()
+    node.register_prehook(lambda _: torch.use_deterministic_algorithms(True))
+    node.register_hook(lambda *_: torch.use_deterministic_algorithms(before))
+
+
 def _document(query_1NSD: Tensor, key_1KSD: Tensor, value_1KSD: Tensor, settings: Settings) -> Tensor:
     """Causal attention inside one document of S tokens, in blocks of queries where the window bites."""
     length, window = query_1NSD.shape[2], settings.window
@@ -89,7 +104,8 @@ def _document(query_1NSD: Tensor, key_1KSD: Tensor, value_1KSD: Tensor, settings
         "dropout_p": settings.dropout,
     }
     if window is None or window >= length:
-        return F.scaled_dot_product_attention(query_1NSD, key_1KSD, value_1KSD, is_causal=True, **options)
+        options["is_causal"] = True
+        return _one_call(query_1NSD, key_1KSD, value_1KSD, deterministic=settings.deterministic, **options)
     blocks = []
     for start in range(0, length, window):
         stop, first = min(start + window, length), max(0, start - window + 1)
@@ -98,7 +114,8 @@ def _document(query_1NSD: Tensor, key_1KSD: Tensor, value_1KSD: Tensor, settings
         seen = (k_pos <= q_pos) & (k_pos > q_pos - window)
         keys, values = key_1KSD[:, :, first:stop], value_1KSD[:, :, first:stop]
         queries = query_1NSD[:, :, start:stop]
-        blocks.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, **options))
+        options["attn_mask"] = seen
+        blocks.append(_one_call(queries, keys, values, deterministic=settings.deterministic, **options))
     return torch.cat(blocks, dim=2)
 
 
@@ -147,7 +164,27 @@ def _flash_2(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, documents: D
         softmax_scale=settings.scale,
         causal=True,
         window_size=_left_right(settings.window),
+        deterministic=settings.deterministic,
     )
+    return out_TND.to(query_TND.dtype)
+
+
+def _flash_4(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, documents: Documents, settings: Settings) -> Tensor:
+    """flash-attn 4's varlen kernel (CuTe) on the whole pack. Hopper and Blackwell."""
+    flash_attn_varlen_func = import_module("flash_attn.cute").flash_attn_varlen_func
+    ends, longest = documents.cumulative(query_TND.device), documents.longest
+    out = flash_attn_varlen_func(
+        *_sixteen(query_TND, key_TKD, value_TKD),
+        cu_seqlens_q=ends,
+        cu_seqlens_k=ends,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=settings.scale,
+        causal=True,
+        window_size=(None, None) if settings.window is None else _left_right(settings.window),
+        deterministic=settings.deterministic,
+    )
+    out_TND: Tensor = out[0] if isinstance(out, tuple) else out
     return out_TND.to(query_TND.dtype)
 
 
@@ -164,6 +201,7 @@ def _flash_3(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, documents: D
         softmax_scale=settings.scale,
         causal=True,
         window_size=_left_right(settings.window),
+        deterministic=settings.deterministic,
     )
     # its first releases give (output, logsumexp), later ones the output alone
     out_TND: Tensor = out[0] if isinstance(out, tuple) else out
@@ -176,96 +214,28 @@ def _varlen(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, documents: Do
 
     ends, longest = documents.cumulative(query_TND.device), documents.longest
     query, key, value = _sixteen(query_TND, key_TKD, value_TKD)
-    out_TND = varlen_attn(
-        query,
-        key,
-        value,
-        ends,
-        ends,
-        longest,
-        longest,
-        scale=settings.scale,
-        window_size=_left_right(settings.window),
-        enable_gqa=query_TND.shape[1] != key_TKD.shape[1],
-    )
+    options: dict[str, Any] = {"scale": settings.scale, "window_size": _left_right(settings.window)}
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and "enable_gqa" in varlen_arguments():
+        options["enable_gqa"] = True
+    elif groups > 1:  # torch 2.11: its kernel is told of as many heads of keys as of queries
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    out_TND = varlen_attn(query, key, value, ends, ends, longest, longest, **options)
     assert isinstance(out_TND, Tensor)
-    return out_TND.to(query_TND.dtype)
-
-
-# --- flex attention ---------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=8)
-def block_mask(lengths: tuple[int, ...], window: int | None, device: torch.device) -> Any:
-    """Documents, causality and window as flex attention's `BlockMask`, from the boundaries alone.
-
-    torch's `create_block_mask` evaluates the whole T × T mask first. Here all follows from one number for each
-    query, the first key that it sees, which never decreases: a block of queries sees one run of blocks of keys.
-    Cached: every layer of a pack asks for the same one.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    total = sum(lengths)
-    starts = np.repeat(np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
-    first = starts if window is None else np.maximum(starts, np.arange(total) - window + 1)
-    count = -(-total // _BLOCK)
-    first = np.concatenate([first, np.full(count * _BLOCK - total, total - 1)])
-    last_rows = np.minimum(np.arange(1, count + 1) * _BLOCK, total) - 1
-    blocks = np.arange(count)
-    lowest = first[::_BLOCK] // _BLOCK
-    lowest_full = np.maximum(-(-first[last_rows] // _BLOCK), lowest)
-    seen = (blocks >= lowest[:, None]) & (blocks <= blocks[:, None])
-    full = (blocks >= lowest_full[:, None]) & (blocks < blocks[:, None])
-    first_T = torch.tensor(first, device=device)
-
-    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (key >= first_T[query])
-
-    def lists(mask: np.ndarray) -> tuple[Tensor, Tensor]:
-        """For each row the number of blocks, and their indices first."""
-        order = np.argsort(~mask, axis=1, kind="stable")
-        numbers = (mask.sum(1)[None, None], order[None, None])
-        counts, indices = (torch.tensor(n, dtype=torch.int32, device=device) for n in numbers)
-        return counts, indices
-
-    return BlockMask.from_kv_blocks(
-        *lists(seen & ~full), *lists(full), BLOCK_SIZE=_BLOCK, mask_mod=mask_mod, seq_lengths=(total, total)
-    )
-
-
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
-
-
-def _flex(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, documents: Documents, settings: Settings) -> Tensor:
-    """flex attention, compiled on CUDA. On a CPU it has no backward and runs uncompiled: for checks only."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    device = query_TND.device
-    window = settings.window if settings.window is not None and settings.window < documents.longest else None
-    call = _compiled_flex() if device.type == "cuda" else flex_attention
-    heads_first = (t.transpose(0, 1)[None].to(value_TKD.dtype) for t in (query_TND, key_TKD, value_TKD))
-    out_1NTD = call(
-        *heads_first,
-        block_mask=block_mask(documents.lengths, window, device),
-        scale=settings.scale,
-        enable_gqa=query_TND.shape[1] != key_TKD.shape[1],
-    )
-    out_TND: Tensor = out_1NTD[0].transpose(0, 1)
+    if settings.deterministic and out_TND.grad_fn is not None:
+        _deterministic_backward(out_TND.grad_fn)
     return out_TND.to(query_TND.dtype)
 
 
 # --- the interface to transformers ------------------------------------------------------------------------------------
 
 KERNELS: dict[str, Kernel] = {
+    "flash_attention_4": _flash_4,
     "flash_attention_3": _flash_3,
     "flash_attention_2": _flash_2,
     "varlen": _varlen,
     "sdpa": _sdpa,
-    "flex": _flex,
+    "flex": flex,
 }
 assert set(KERNELS) == set(BACKENDS)
 
@@ -273,16 +243,18 @@ assert set(KERNELS) == set(BACKENDS)
 def attend(
     name: str, query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, *, documents: Documents, settings: Settings
 ) -> Tensor:
-    """A pack through backend `name`; gives (T, N, D).
+    """A pack through backend `name`, which may end in `_deterministic`; gives (T, N, D).
 
     Raises ValueError when the lengths do not cover the pack: then documents would see each other.
     """
     if sum(documents.lengths) != query_TND.shape[0]:
         what = f"cover {query_TND.shape[0]} tokens, got {sum(documents.lengths)}"
         raise ValueError(f"packed attention wants document lengths that {what}")
-    if settings.dropout and name not in _WITH_DROPOUT:
-        raise ValueError(f"{name} has no dropout, and the base's attention_dropout is {settings.dropout}")
-    return KERNELS[name](query_TND, key_TKD, value_TKD, documents, settings)
+    kernel = name.removesuffix(_DETERMINISTIC)
+    if settings.dropout and kernel not in _WITH_DROPOUT:
+        raise ValueError(f"{kernel} has no dropout, and the base's attention_dropout is {settings.dropout}")
+    settings = replace(settings, deterministic=kernel != name)
+    return KERNELS[kernel](query_TND, key_TKD, value_TKD, documents, settings)
 
 
 def _packed(name: str) -> Callable[..., tuple[Tensor, None]]:
@@ -320,21 +292,22 @@ def _packed(name: str) -> Callable[..., tuple[Tensor, None]]:
 packed_sdpa = _packed("sdpa")
 
 
-def registered_name(name: str) -> str:
-    """The name under which transformers knows a backend."""
-    return f"phi3_dist_packed_{name}"
+def registered_name(name: str, *, deterministic: bool = False) -> str:
+    """The name under which transformers knows a backend, or its deterministic form."""
+    return f"phi3_dist_packed_{name}{_DETERMINISTIC if deterministic else ''}"
 
 
 def kernel_name(config: Any) -> str:
-    """The packed backend that a model's configuration names, or empty where it is one of transformers' own."""
+    """The packed backend that a model's configuration names, as `attend` takes it; empty for transformers' own."""
     name = str(config._attn_implementation or "")
-    return next((kernel for kernel in KERNELS if name == registered_name(kernel)), "")
+    return name.removeprefix(registered_name("")) if name.startswith(registered_name("")) else ""
 
 
 def register_backends() -> None:
     """Make every backend known to transformers. Calling it again changes nothing."""
     for name in KERNELS:
         AttentionInterface.register(registered_name(name), _packed(name))
+        AttentionInterface.register(registered_name(name, deterministic=True), _packed(name + _DETERMINISTIC))
 
 
 # --- which one --------------------------------------------------------------------------------------------------------
@@ -343,13 +316,24 @@ def register_backends() -> None:
 def backends(device: torch.device, head_dim: int, dtype: torch.dtype, window: int | None) -> list[Backend]:
     """Every backend on this machine in order of preference, whether it can run, and the reason. See planning."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return backends_of_facts(device.type, head_dim, _DTYPES[dtype], window, package_versions(), capability=capability)
+    return backends_of_facts(
+        device.type,
+        head_dim,
+        _DTYPES[dtype],
+        window,
+        package_versions(),
+        capability=capability,
+        varlen_arguments=varlen_arguments(),
+    )
 
 
-def use_backend(model: nn.Module, name: str, device: torch.device | None = None) -> None:
+def use_backend(
+    model: nn.Module, name: str, device: torch.device | None = None, *, deterministic: bool = False
+) -> None:
     """Let `model` (a transformers model) attend through the backend `name` that the plan chose.
 
-    `device` is where it will run; None: where its weights are. Raises ModelError with the reason when the backend
+    `device` is where it will run; None: where its weights are. `deterministic`: gradients are added up in one order,
+    where a kernel on a GPU would add them as they come. Raises ModelError with the reason when the backend
     cannot run there: nothing falls back in silence.
     """
     config: Any = model.config
@@ -362,5 +346,8 @@ def use_backend(model: nn.Module, name: str, device: torch.device | None = None)
     chosen = next(one for one in found if one.name == name)
     if not chosen.available:
         raise ModelError(Problem("model.attention", f"{name} was asked for: {chosen.reason}", chosen.fix))
+    if where.type == "cuda":
+        # on Hopper sdpa asks cuDNN first, which makes a plan for each new length of a document
+        torch.backends.cuda.enable_cudnn_sdp(False)
     register_backends()
-    model.set_attn_implementation(registered_name(name))  # type: ignore[operator]
+    model.set_attn_implementation(registered_name(name, deterministic=deterministic))  # type: ignore[operator]

@@ -7,20 +7,27 @@ from typing import NamedTuple
 
 from packaging.version import Version
 
-__all__ = ["BACKENDS", "PACKAGES", "Backend", "backends", "choose_backend"]
+__all__ = ["BACKENDS", "PACKAGES", "Backend", "backends", "choose_backend", "choose_deterministic"]
 
-BACKENDS = ("flash_attention_3", "flash_attention_2", "varlen", "sdpa", "flex")
+BACKENDS = ("flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen", "sdpa", "flex")
 """From the first choice to the last. `auto` takes the first that can run, so `flex` is only ever asked for by name."""
 
-PACKAGES = ("torch", "flash-attn", "flash-attn-3")
+PACKAGES = ("torch", "flash-attn", "flash-attn-3", "flash-attn-4")
 """The distributions whose versions decide."""
 
 _SIXTEEN_BITS = ("bf16", "fp16")
+_DISTRIBUTION = {
+    "flash_attention_4": "flash-attn-4",
+    "flash_attention_3": "flash-attn-3",
+    "flash_attention_2": "flash-attn",
+}
+_VARLEN_NEEDS = {"scale", "window_size"}
 _INSTALL = {
+    "flash_attention_4": "pip install --pre flash-attn-4",
     "flash_attention_3": "pip install --no-build-isolation "
     "'git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper'",
     "flash_attention_2": "pip install flash-attn --no-build-isolation",
-    "varlen": "pip install 'torch>=2.12'",
+    "varlen": "pip install 'torch>=2.11'",
 }
 
 
@@ -41,16 +48,19 @@ def backends(
     packages: Mapping[str, str],
     *,
     capability: tuple[int, int] | None = None,
+    varlen_arguments: frozenset[str] | None = None,
 ) -> list[Backend]:
     """Every backend in order of preference.
 
     `device` is torch's device type, `dtype` one of fp32, bf16, fp16, `window` in positions (the query's own counts),
     `packages` maps a distribution to its version, `capability` is the CUDA compute capability. A head size or a
-    capability of None is not known yet: flash-attention 3 is then left alone, the others are not refused for it.
+    capability of None is not known yet: flash-attention 3 and 4 are then left alone, the others are not refused for it.
+    `varlen_arguments` are those of torch's `varlen_attn` here; None: judged by torch's version.
 
-    Head sizes: flash-attention takes multiples of 8 up to 256 (its README); version 3 was written for Hopper, 9.x.
-    torch's `varlen_attn` calls flash-attention 2 inside torch; the arguments used here stand in its documentation
-    from 2.12 on.
+    Head sizes: flash-attention takes multiples of 8 up to 256 (its README); version 3 was written for Hopper, 9.x, and
+    version 4 for Hopper and Blackwell, 9.x, 10.x and 11.x, where the latter take up to 128 (`_validate_head_dims` in
+    flash_attn/cute/interface.py of 4.0.0b36). torch's `varlen_attn` calls flash-attention 2 inside torch; it has
+    `scale` and `window_size` from 2.11 on. Grouped heads it takes from 2.12 on; before, they are repeated for it.
     """
 
     def one(name: str) -> Backend:
@@ -62,7 +72,7 @@ def backends(
         if name == "flex":
             return _flex(dtype, capability, seen)
         what, fix = _obstacle(name, head_dim, dtype, capability)
-        missing = _missing(name, packages)
+        missing = _missing(name, packages, varlen_arguments)
         if what or missing:
             return Backend(name, False, what or missing, fix if what else _INSTALL[name])
         size = "" if head_dim is None else f"head size {head_dim} in "
@@ -88,6 +98,17 @@ def choose_backend(asked: str, found: list[Backend]) -> Backend:
     return found[position]._replace(reason="; ".join([found[position].reason, *others]))
 
 
+def choose_deterministic(asked: str | bool, device: str, backend: str) -> tuple[bool, str]:
+    """Whether attention's backward adds up in one order, and why. The answer for `train.deterministic`."""
+    if device != "cuda":
+        return True, "a CPU adds up in one order anyway"
+    if backend == "flex":
+        return True, "flex attention's backward has no atomic additions"
+    if asked != "auto":
+        return bool(asked), "as the run file says"
+    return True, "a resumed run gives the same bits; train.deterministic=false takes less time"
+
+
 def _flex(dtype: str, capability: tuple[int, int] | None, seen: str) -> Backend:
     if capability is not None and capability < (7, 0):
         return Backend("flex", False, "torch.compile on CUDA needs compute capability 7.0", "model.attention=sdpa")
@@ -100,6 +121,8 @@ def _obstacle(name: str, head_dim: int | None, dtype: str, capability: tuple[int
         return f"works in 16 bits, and the precision is {dtype}", "model.precision=bf16, or model.attention=sdpa"
     if head_dim is not None and (head_dim % 8 or head_dim > 256):
         return f"takes head sizes that are multiples of 8 up to 256, and this is {head_dim}", "model.attention=sdpa"
+    if name == "flash_attention_4":
+        return _obstacle_4(head_dim, capability)
     if name == "flash_attention_3" and (capability is None or capability[0] != 9):
         this = "that is not known here" if capability is None else f"this is {capability[0]}.{capability[1]}"
         return f"needs Hopper (compute capability 9), and {this}", "model.attention=auto"
@@ -108,9 +131,21 @@ def _obstacle(name: str, head_dim: int | None, dtype: str, capability: tuple[int
     return "", ""
 
 
-def _missing(name: str, packages: Mapping[str, str]) -> str:
+def _obstacle_4(head_dim: int | None, capability: tuple[int, int] | None) -> tuple[str, str]:
+    if capability is None or capability[0] not in {9, 10, 11}:
+        this = "that is not known here" if capability is None else f"this is {capability[0]}.{capability[1]}"
+        return f"needs Hopper or Blackwell (compute capability 9 to 11), and {this}", "model.attention=auto"
+    if head_dim is not None and head_dim > 128 and capability[0] != 9:
+        return f"takes head sizes up to 128 on Blackwell, and this is {head_dim}", "model.attention=auto"
+    return "", ""
+
+
+def _missing(name: str, packages: Mapping[str, str], varlen_arguments: frozenset[str] | None) -> str:
     if name == "varlen":
         have = packages.get("torch", "0")
-        return "" if Version(have) >= Version("2.12") else f"needs torch 2.12, and this is {have}"
-    package = {"flash_attention_3": "flash-attn-3", "flash_attention_2": "flash-attn"}[name]
+        if varlen_arguments is None:
+            return "" if Version(have) >= Version("2.11") else f"needs torch 2.11, and this is {have}"
+        lacks = sorted(_VARLEN_NEEDS - varlen_arguments)
+        return f"torch {have}'s varlen_attn does not take {' and '.join(lacks)}" if lacks else ""
+    package = _DISTRIBUTION[name]
     return "" if package in packages else f"{package} is not installed ({_INSTALL[name]})"

@@ -14,7 +14,8 @@ class MachineFacts:
     """What this node is. Memory in GiB; `packages` maps a distribution to its version, absent where not installed.
 
     `capability` is the CUDA compute capability; None on a CPU, and where it isn't known. `no_compiler` is the reason
-    why torch can compile nothing here; empty where it can.
+    why torch can compile nothing here; empty where it can. `varlen_arguments` are the names that torch's `varlen_attn`
+    takes here; None where that was not looked up.
     """
 
     device: str
@@ -28,6 +29,7 @@ class MachineFacts:
     packages: Mapping[str, str] = field(default_factory=dict)
     capability: tuple[int, int] | None = None
     no_compiler: str = ""
+    varlen_arguments: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from phi3_dist.config.families import Family, Shape
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
-from phi3_dist.planning.attention import backends, choose_backend
+from phi3_dist.planning.attention import backends, choose_backend, choose_deterministic
 from phi3_dist.planning.compiling import choose_compile
 from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
 from phi3_dist.planning.head import choose_loss, why_not_liger
@@ -42,7 +42,7 @@ class RunPlan:
     """What will run. Batches in packs; `steps` are optimizer steps, None until the data is counted.
 
     Passes are compiled in runs of `compile_from` tokens a rank or more; None: in none. The last `kept_layers` layers
-    keep their dequantised weights for backward.
+    keep their dequantised weights for backward. `deterministic`: the same run gives the same bits.
     """
 
     strategy: str
@@ -60,6 +60,7 @@ class RunPlan:
     compile_from: int | None = None
     kept_layers: int = 0
     loss: str = "chunked"
+    deterministic: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, ready for JSON."""
@@ -86,7 +87,9 @@ def make_plan(
     strategy = _strategy_choice(launch, cfg.model.quantization, machine.device, precision.value)
     compiling, compile_from = _compile(cfg, machine, launch, family_or_shape, problems)
     loss = _loss(cfg, machine, problems)
-    choices = [precision, attention, loss, strategy, _optimizer_choice(cfg, machine, launch), compiling]
+    same_bits, why = choose_deterministic(cfg.train.deterministic, machine.device, attention.value)
+    deterministic = Choice("deterministic", "yes" if same_bits else "no", why)
+    choices = [precision, attention, deterministic, loss, strategy, _optimizer_choice(cfg, machine, launch), compiling]
     problems += _support_problems(cfg, machine, launch, precision.value)
     accumulation = _accumulation(cfg, launch.world_size, problems)
     memory, kept_layers = None, 0
@@ -118,6 +121,7 @@ def make_plan(
         memory=memory,
         compile_from=compile_from,
         kept_layers=kept_layers,
+        deterministic=deterministic.value == "yes",
     )
 
 
@@ -193,7 +197,15 @@ def _attention(
 ) -> Choice:
     head_dim = None if model is None else _shape(model).head_dim
     window = model.get("sliding_window") if isinstance(model, Mapping) else getattr(model, "sliding_window", None)
-    found = backends(machine.device, head_dim, precision, window, machine.packages, capability=machine.capability)
+    found = backends(
+        machine.device,
+        head_dim,
+        precision,
+        window,
+        machine.packages,
+        capability=machine.capability,
+        varlen_arguments=machine.varlen_arguments,
+    )
     asked = cfg.model.attention
     chosen = choose_backend(asked, found)
     if not chosen.available:

@@ -8,8 +8,9 @@ from torch import nn
 from transformers import Phi3ForCausalLM
 
 from phi3_dist.errors import ModelError
-from phi3_dist.modeling.attention import KERNELS, Documents, Settings, block_mask, packed_sdpa, use_backend
-from phi3_dist.planning.attention import BACKENDS, backends, choose_backend
+from phi3_dist.modeling.attention import KERNELS, Documents, Settings, attend, kernel_name, packed_sdpa, use_backend
+from phi3_dist.modeling.flex import block_mask
+from phi3_dist.planning.attention import BACKENDS, backends, choose_backend, choose_deterministic
 from tests.small_models import small_phi3
 
 LENGTHS = (5, 1, 12, 7)
@@ -103,6 +104,7 @@ def test_flex_gives_what_per_document_sdpa_gives(heads: int, kv_heads: int, size
 
 
 ALL = {"torch": "2.13.0", "flash-attn": "2.8.3", "flash-attn-3": "3.0.0"}
+FOUR = {**ALL, "flash-attn-4": "4.0.0"}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,13 @@ ALL = {"torch": "2.13.0", "flash-attn": "2.8.3", "flash-attn-3": "3.0.0"}
         ("cuda", 96, "bf16", ALL, (8, 0), "flash_attention_2"),
         ("cuda", 96, "bf16", ALL, (10, 0), "flash_attention_2"),
         ("cuda", 96, "bf16", {"torch": "2.13.0+cu130"}, (9, 0), "varlen"),
+        ("cuda", 96, "bf16", {"torch": "2.11.0"}, (9, 0), "varlen"),
         ("cuda", 96, "bf16", {"torch": "2.9.1"}, (9, 0), "sdpa"),
+        ("cuda", 96, "bf16", FOUR, (9, 0), "flash_attention_4"),
+        ("cuda", 256, "bf16", FOUR, (9, 0), "flash_attention_4"),
+        ("cuda", 96, "bf16", FOUR, (10, 0), "flash_attention_4"),
+        ("cuda", 256, "bf16", FOUR, (10, 0), "flash_attention_2"),
+        ("cuda", 96, "bf16", FOUR, (8, 0), "flash_attention_2"),
         ("cuda", 96, "fp32", ALL, (9, 0), "sdpa"),
         ("cuda", 100, "bf16", ALL, (9, 0), "sdpa"),
         ("cuda", 96, "fp16", ALL, (7, 5), "sdpa"),
@@ -138,6 +146,77 @@ def test_auto_takes_the_first_that_can_run_and_says_why_not_the_others(  # noqa:
         assert one.name in chosen.reason
         assert f": {one.reason}" in chosen.reason
     assert all(one.reason for one in found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "first"),
+    [
+        ({"scale", "window_size", "enable_gqa"}, "varlen"),
+        ({"scale", "window_size"}, "varlen"),  # torch 2.11: grouped heads are repeated for it
+        ({"scale", "is_causal"}, "sdpa"),  # torch 2.9 and 2.10: no window
+        (set(), "sdpa"),
+    ],
+)
+def test_varlen_is_judged_by_its_arguments_where_they_are_known(arguments: set[str], first: str) -> None:
+    packages = {"torch": "2.99.0"}
+    found = backends("cuda", 96, "bf16", 2047, packages, capability=(9, 0), varlen_arguments=frozenset(arguments))
+    assert choose_backend("auto", found).name == first
+
+
+@pytest.mark.parametrize("gqa", [True, False])
+def test_varlen_gets_grouped_heads_in_the_way_it_takes_them(gqa: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's kernel is CUDA's: here a stand-in with its signature, computed by sdpa, sees what it would be given."""
+    seen: dict[str, object] = {}
+
+    def stand_in(q, k, v, ends, _ends, longest, _longest, *, scale, window_size, **more):  # type: ignore[no-untyped-def]
+        seen.update(kv_heads=k.shape[1], window=window_size, **more)
+        return KERNELS["sdpa"](q, k, v, Documents((5, 3)), Settings(scale, window_size[0] + 1))
+
+    from phi3_dist.modeling import attention
+
+    names = frozenset({"scale", "window_size", *(["enable_gqa"] if gqa else [])})
+    monkeypatch.setattr(attention, "varlen_arguments", lambda: names)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    q, k, v = (torch.randn(8, n, 16, dtype=torch.bfloat16) for n in (4, 2, 2))
+    out = KERNELS["varlen"](q, k, v, Documents((5, 3)), Settings(0.25, 4))
+    assert seen == ({"kv_heads": 2, "window": (3, 0), "enable_gqa": True} if gqa else {"kv_heads": 4, "window": (3, 0)})
+    torch.testing.assert_close(out, KERNELS["sdpa"](q, k, v, Documents((5, 3)), Settings(0.25, 4)))
+
+
+def test_deterministic_backward_is_asked_for_in_that_node_alone() -> None:
+    """torch's kernels look at a global while they run: it is on for attention's own backward and for nothing else."""
+    from phi3_dist.modeling.attention import _deterministic_backward
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, seen):  # type: ignore[no-untyped-def]
+            ctx.seen = seen
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):  # type: ignore[no-untyped-def]
+            ctx.seen.append(torch.are_deterministic_algorithms_enabled())
+            return grad, None
+
+    before, inside, after = [], [], []
+    x = torch.ones(3, requires_grad=True)
+    middle = Look.apply(Look.apply(x, after), inside)
+    _deterministic_backward(middle.grad_fn)
+    Look.apply(middle, before).sum().backward()
+    assert (before, inside, after) == ([False], [True], [False])
+
+
+def test_a_deterministic_run_names_the_kernel_by_its_own_name() -> None:
+    model = _model()
+    use_backend(model, "sdpa", torch.device("cpu"), deterministic=True)
+    assert kernel_name(model.config) == "sdpa_deterministic"
+    q = torch.randn(8, 2, 8)
+    seen = attend("sdpa_deterministic", q, q, q, documents=Documents((5, 3)), settings=Settings(1.0))
+    assert torch.equal(seen, attend("sdpa", q, q, q, documents=Documents((5, 3)), settings=Settings(1.0)))
+    for backend in ("varlen", "flash_attention_2", "sdpa"):
+        assert choose_deterministic("auto", "cuda", backend)[0]
+        assert not choose_deterministic(False, "cuda", backend)[0]
+    assert choose_deterministic(False, "cpu", "sdpa")[0]
 
 
 def test_what_is_asked_for_by_name_is_never_replaced() -> None:
