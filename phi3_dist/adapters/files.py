@@ -65,12 +65,15 @@ def save_adapter(
     adapter_name: str = "default",
     base_hint: Mapping[str, str] | None = None,
     taken_out: Mapping[str, Tensor] | None = None,
+    unrounded: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> AdapterReceipt | None:
     """Gather the adapter of `model` and write it on rank 0. The receipt on rank 0, None elsewhere.
 
     taken_out: A and B that were subtracted from the base before training (PiSSA), under their saved names: the adapter
     is then written for the plain base, with twice the rank.
+    unrounded: float32 tensors by saved name, on rank 0, of which the model holds rounded copies (ZeRO in bf16): they
+    are written in their place.
 
     Collective: every rank must call it, between steps; when it returns, the adapter is on disk. The arguments are
     those of `gather_adapter` and `write_adapter`. Raises AdapterError on every rank when it fails on one.
@@ -83,6 +86,7 @@ def save_adapter(
             what = "the model has no PEFT adapter, so there is no adapter_config.json to write"
             raise AdapterError(Problem(str(folder), what, "take gather_adapter's tensors and write them yourself"))
         if tensors:
+            tensors = _as_optimized(tensors, unrounded or {})
             config = _as_dict(peft_model.peft_config[adapter_name])
             if bias is not None:
                 config["bias"] = bias
@@ -101,6 +105,15 @@ def save_adapter(
                 metadata=metadata,
             )
     return receipt
+
+
+def _as_optimized(tensors: dict[str, Tensor], unrounded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` with the float32 values that they were rounded from. Raises AdapterError where they were not."""
+    differ = [key for key, exact in unrounded.items() if not torch.equal(exact.to(tensors[key].dtype), tensors[key])]
+    if differ:
+        what = f"{len(differ)} tensors of the model are not the optimizer's rounded, first {differ[0]}"
+        raise AdapterError(Problem("adapter", what, "go on from the last checkpoint with --resume"))
+    return {**tensors, **unrounded}
 
 
 def write_adapter(

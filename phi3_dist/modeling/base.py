@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ __all__ = [
     "own_rows",
     "rows_of_rank",
     "tiny_config",
+    "zero3_unseen",
 ]
 
 TINY = "tiny-random"
@@ -215,19 +217,21 @@ def load_zero3(base: Base, dtype: torch.dtype, ds_config: Mapping[str, Any]) -> 
 
     meta_model(base, dtype)  # a fault of the files is found by every rank, outside of any collective
     with freed_memory_goes_back():
-        with deepspeed.zero.Init(config_dict_or_path=dict(ds_config), dtype=dtype):
+        # told no dtype it reads its configuration's; deepspeed 0.19.8 takes bf16 for any other that it is told, where
+        # the accelerator has no fp16 (`dtype or float16 if fp16 else bf16`)
+        with deepspeed.zero.Init(config_dict_or_path=dict(ds_config)):
             model = _empty(base, dtype)
         for name, param in model.named_parameters():
-            _fill_zero3_shard(param, base.weights.whole(name))
+            _fill_zero3_shard(param, base.weights.whole(name), dtype)
             base.weights.close()
     _finish(model, torch.device("cpu"))
     return model
 
 
-def _fill_zero3_shard(param: Any, whole: torch.Tensor) -> None:
+def _fill_zero3_shard(param: Any, whole: torch.Tensor, dtype: torch.dtype) -> None:
     """Copy this rank's part of a weight. DeepSpeed cuts the flat weight into equal parts, the last one padded."""
     shard, rank = param.ds_tensor, torch.distributed.get_rank(param.ds_process_group)
-    assert shard.dtype == param.dtype, "a shard that DeepSpeed has quantised: the plan refuses it"
+    assert shard.dtype == dtype, f"DeepSpeed keeps a weight as {shard.dtype}, and {dtype} was planned"
     start = rank * shard.ds_numel
     mine = whole.reshape(-1)[start : start + shard.ds_numel]
     with torch.no_grad():
@@ -276,10 +280,29 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield name.removeprefix("model.") if name.startswith("model.base_model.") else name, param
 
 
-def load_quantized(base: Base, kind: str, dtype: torch.dtype, device: torch.device) -> Phi3ForCausalLM:
+@contextmanager
+def zero3_unseen(zero3: Any) -> Iterator[None]:
+    """Let transformers and PEFT take no notice of ZeRO-3 inside: both ask a global, transformers' `zero3`
+    (HfDeepSpeedConfig). Where that is None, nothing is done."""
+    if zero3 is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(zero3)
+
+
+def load_quantized(
+    base: Base, kind: str, dtype: torch.dtype, device: torch.device, zero3: Any = None
+) -> Phi3ForCausalLM:
     """A bitsandbytes base: `nf4` (double quantised, storage in `dtype` so that all of a shard is one dtype) or `int8`.
 
-    On a CPU no `device_map` is passed: with one, several processes would disagree about the device.
+    `device` is always said: told none, transformers takes a GPU where there is one. Under ZeRO-3 it refuses to be told
+    (`zero3` is its HfDeepSpeedConfig), though it loads quantised weights the same way: they are sharded later.
     """
     from transformers import BitsAndBytesConfig
 
@@ -293,14 +316,14 @@ def load_quantized(base: Base, kind: str, dtype: torch.dtype, device: torch.devi
         )
     else:
         config = BitsAndBytesConfig(load_in_8bit=True)
-    placed = {"device_map": {"": device}} if device.type != "cpu" else {}
     if base.folder is None:
         raise ModelError(
             Problem("model.quantization", f"{TINY} has no folder to quantise from", "use a saved base, or none")
         )
-    model: Phi3ForCausalLM = Phi3ForCausalLM.from_pretrained(
-        base.folder, quantization_config=config, dtype=dtype, **placed
-    )
+    with zero3_unseen(zero3):
+        model: Phi3ForCausalLM = Phi3ForCausalLM.from_pretrained(
+            base.folder, quantization_config=config, dtype=dtype, device_map={"": device}
+        )
     _enlarge(model, base)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -191,7 +191,23 @@ def add_lora(model: nn.Module, cfg: LoraConfig, base_name: str, token_ids: Seque
         for name, param in peft_model.named_parameters():
             if ".lora_A." in name:
                 param.requires_grad_(False)
+    _train_in_float32(peft_model)
     return peft_model
+
+
+def _train_in_float32(peft_model: Any) -> None:
+    """What trains is float32, whatever the base is: PEFT sees to that for A and B, not for biases and whole modules.
+
+    ZeRO-3's shards are left alone, since DeepSpeed keeps float32 weights of its own. An embedding that trains still
+    gives the base's dtype, since autocast has no embedding.
+    """
+    for param in peft_model.parameters():
+        if param.requires_grad and not hasattr(param, "ds_id"):
+            param.data = param.data.float()
+    embedding = peft_model.get_input_embeddings()
+    dtype = peft_model.config.dtype
+    if any(param.requires_grad and param.ndim > 1 for param in embedding.parameters()) and dtype is not None:
+        embedding.register_forward_hook(lambda _, __, out: out.to(dtype))
 
 
 def named_seed(seed: int, name: str) -> int:

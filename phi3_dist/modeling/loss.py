@@ -236,7 +236,7 @@ class PackedLoss(nn.Module):
             cu_seqlens=cu_seqlens,
             lengths=tuple(lengths),
             **({"predict_S": predict_S} if self.last_layer_selects else {}),
-        ).last_hidden_state[0]
+        ).last_hidden_state.squeeze(0)
         hidden_SH = hidden_TH if self.last_layer_selects else hidden_TH.index_select(0, predict_S)
         loss: Tensor = self.head_loss(hidden_SH, target_S, causal_lm.lm_head)
         return loss

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from phi3_dist.errors import ModelError, Problem
-from phi3_dist.modeling.base import Base
+from phi3_dist.modeling.base import Base, zero3_unseen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -77,12 +77,7 @@ def whole_tables(causal_lm: Any, zero3: Any) -> Iterator[None]:
     compute with the weight of the table below them is found out by DeepSpeed itself, in the first forward pass.
     """
     import deepspeed
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
     tables = {id(m.weight): m.weight for m in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())}
-    unset_hf_deepspeed_config()
-    try:
-        with deepspeed.zero.GatheredParameters(list(tables.values())):
-            yield
-    finally:
-        set_hf_deepspeed_config(zero3)
+    with zero3_unseen(zero3), deepspeed.zero.GatheredParameters(list(tables.values())):
+        yield

@@ -121,8 +121,11 @@ def support_optimizer(name: str, strategy: str, device: str) -> Yes | No:
         return No("a paged optimizer pages between GPU and host memory, and bitsandbytes has none on a CPU", "adamw")
     if strategy.endswith("_offload"):
         return No("offloaded optimizer states are stepped on the host, by torch's AdamW", "adamw")
-    if strategy.startswith("fsdp") or (strategy.startswith("zero") and device == "cpu"):
+    if strategy.startswith("fsdp"):
         return No(f"bitsandbytes' optimizers have not been proven on the shards of {strategy} here", "adamw, or ddp")
+    if strategy.startswith("zero"):
+        what = "ZeRO cuts the moments across tensors, and bitsandbytes' blocks with them: no checkpoint could tell them"
+        return No(f"{what} apart", "adamw, whose moments ZeRO shards, or ddp")
     return Yes()
 
 

@@ -40,7 +40,7 @@ __all__ = ["build_model"]
 def _load(cfg: RunConfig, base: Base, runtime: Runtime) -> Any:
     strategy = runtime.plan.strategy
     if cfg.model.quantization != "none":
-        return load_quantized(base, cfg.model.quantization, runtime.dtype, runtime.device)
+        return load_quantized(base, cfg.model.quantization, runtime.dtype, runtime.device, runtime.zero3)
     if strategy.startswith("zero3"):
         assert runtime.ds_config is not None
         return load_zero3(base, runtime.dtype, runtime.ds_config)
@@ -116,9 +116,9 @@ def _rotary(cfg: RunConfig, regime: Regime | None, longest_row: int) -> tuple[Ch
 
 
 def _with_lora(cfg: RunConfig, causal_lm: Any, base: Base, runtime: Runtime, token_ids: Sequence[int]) -> Any:
-    if not (token_ids and runtime.plan.strategy.startswith("zero3")):
+    if not token_ids or runtime.zero3 is None:
         return add_lora(causal_lm, cfg.lora, base.source, token_ids)
-    with whole_tables(causal_lm, runtime.accelerator.state.deepspeed_plugin.dschf):
+    with whole_tables(causal_lm, runtime.zero3):
         return add_lora(causal_lm, cfg.lora, base.source, token_ids)
 
 
@@ -153,7 +153,7 @@ def build_model(
     """
     values = _adapter_values(cfg, base, token_ids) if cfg.model.adapter else None
     causal_lm = _load(cfg, base, runtime)
-    use_backend(causal_lm, runtime.plan.attention, runtime.device)
+    use_backend(causal_lm, runtime.plan.attention, runtime.device, deterministic=runtime.plan.deterministic)
     if cfg.model.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     start = start_of(causal_lm) if start_of else {}
@@ -171,5 +171,7 @@ def build_model(
         take_out(model, adapted(causal_lm, peft_model.peft_config["default"]), start)
     fill_adapter(model, cfg.train.seed, values, {**start, **token_rows(base, token_ids)})
     pin_longrope(causal_lm, longest_row, cfg.model.longrope)
+    # a table left on the host is copied, and waited for, in each forward pass
+    causal_lm.model.rotary_emb.to(runtime.device)
     model.train()
     return model

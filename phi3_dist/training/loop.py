@@ -37,6 +37,7 @@ from phi3_dist.training.folder import RunFolder, cache_folder, versions
 from phi3_dist.training.health import Health
 from phi3_dist.training.metrics import Metrics
 from phi3_dist.training.profiling import StepProfile
+from phi3_dist.training.proof import prove_first_step, prove_start
 from phi3_dist.training.readout import Readout
 from phi3_dist.training.resume import agree_on_checkpoint, base_fingerprint, check_identity, cut_metrics, identity
 from phi3_dist.training.runtime import Runtime, start_runtime
@@ -45,7 +46,7 @@ from phi3_dist.training.signals import StopFlag
 from phi3_dist.training.stage import Stage, announce, card_facts, check_trackers, longest_row, tokens_of_rank
 from phi3_dist.training.start import adapter_start
 from phi3_dist.training.startup import StartClock
-from phi3_dist.training.state import import_state
+from phi3_dist.training.state import import_state, unrounded_adapter
 from phi3_dist.training.step import learning_rate, train_step
 from phi3_dist.training.strategy import make_engine
 
@@ -106,7 +107,8 @@ def _evaluate(stage: Stage, step: int) -> HeldOut | None:
 
 
 def _say_first_step(stage: Stage, step: int) -> None:
-    """Where the start's time went, and what turned out otherwise than announced."""
+    """Where the start's time went, and what turned out otherwise than announced. Raises PlanError for wrong dtypes."""
+    prove_first_step(stage.engine)
     stage.clock.mark("first step")
     stage.metrics.say(stage.clock.line())
     spans = {f"{name.replace(' ', '_')}_s": round(seconds, 3) for name, seconds in stage.clock.spans_s.items()}
@@ -168,6 +170,7 @@ def _save(
         tokenizer=tokenizer,
         card=adapter_card(card_facts(stage, base, held_out, regime)),
         taken_out=begun if stage.cfg.lora.init.startswith("pissa") else None,
+        unrounded=unrounded_adapter(stage.engine, keep=stage.runtime.is_main),
         metadata={**({"longrope": regime} if regime else {}), **rows_fact(base)},
     )
     if receipt is not None:
@@ -201,6 +204,7 @@ def _run(
     model = build(longest_row=longest_row(prepared), tokens=tokens)
     regime, begun = pinned_regime(model), model.begun
     engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
+    prove_start(engine, runtime)
     first, health_then = 0, {}
     if start is not None:
         first, health_then = start.step, start.trainer.get("health", {})

@@ -59,6 +59,12 @@ class Runtime:
         return torch.device("cpu") if device.type == "cpu" else device
 
     @property
+    def zero3(self) -> Any:
+        """transformers' HfDeepSpeedConfig where ZeRO-3 is on, else None."""
+        third = self.plan.strategy.startswith("zero3")
+        return self.accelerator.state.deepspeed_plugin.dschf if third else None
+
+    @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.plan.precision]
 
@@ -89,6 +95,9 @@ def deepspeed_config(plan: RunPlan, zero: Mapping[str, Any], max_grad_norm: floa
         "train_batch_size": plan.global_batch,
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": plan.precision == "bf16"},
+        # as the other strategies: micro batches are added up, and ranks, in float32
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         # the trained weights are few: torch's AdamW on the CPU costs nothing, and no C++ build is needed
         "zero_force_ds_cpu_optimizer": False,
@@ -116,6 +125,17 @@ def _refuse_stale_locks() -> None:
                 for lock in stale
             )
         )
+
+
+def _start_both_backends() -> None:
+    """NCCL for tensors on a GPU and gloo for those on the host: FSDP2's offload has shards there, and a norm of them.
+
+    Accelerate would start NCCL alone; a process group that exists already it takes as it is.
+    """
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("cuda:nccl,cpu:gloo", device_id=device)
 
 
 def start_runtime(
@@ -149,6 +169,8 @@ def start_runtime(
         os.environ.pop("ACCELERATE_USE_FSDP", None)
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         options["cpu"] = on_cpu
+    if not on_cpu and not is_deepspeed(plan.strategy) and "RANK" in os.environ:
+        _start_both_backends()
     mixed = "bf16" if plan.precision == "bf16" and not is_fsdp(plan.strategy) else "no"
     accelerator = Accelerator(
         mixed_precision=mixed,

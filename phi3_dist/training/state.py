@@ -2,6 +2,9 @@
 
 Each engine shards these differently. In this form a checkpoint of any strategy and world size goes on under any
 other. Names are the trained parameters' own, from `base_model.` on.
+
+bitsandbytes' 8-bit moments are kept as they are, bytes and the maximum of each block, since dequantised and quantised
+again some would differ. Its 32-bit ones are AdamW's under other names.
 """
 
 from __future__ import annotations
@@ -13,20 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from phi3_dist.adapters.select import choose
 from phi3_dist.errors import Problem, TrainingError
-from phi3_dist.training.strategy import DeepSpeedEngine, Engine
+from phi3_dist.training.strategy import DeepSpeedEngine, Engine, trained
+from phi3_dist.training.zero_state import MOMENTS, export_tensor, link_moments, new_moments, set_tensors, step_count
 
-__all__ = ["MOMENTS", "export_state", "import_state", "trained"]
+__all__ = ["BLOCKS", "MOMENTS", "export_state", "import_state", "unrounded_adapter"]
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+BLOCKS = ("state1", "absmax1", "state2", "absmax2")
+"""An 8-bit moment of bitsandbytes: a byte for each value, and the float32 maximum of each block. The table that gives
+the bytes their values is a constant of the library."""
 WEIGHT = "weight"
-
-
-def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The trained parameters, by the name that no wrapper changes."""
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            yield ("base_model." + name.split("base_model.", 1)[1] if "base_model." in name else name), param
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -34,47 +34,67 @@ def _whole(tensor: Tensor) -> Tensor:
     return full.detach()
 
 
+def _on_host(full: Tensor) -> Tensor:
+    dtype = full.dtype if full.dtype == torch.uint8 else torch.float32
+    return full.to(device="cpu", dtype=dtype, copy=True).contiguous()
+
+
 def export_state(engine: Engine, *, keep: bool) -> dict[str, Tensor]:
     """Full float32 CPU tensors `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` where `keep`, else nothing.
 
-    Collective under ZeRO and FSDP2: every rank calls it, and holds one tensor at a time.
+    8-bit moments are `BLOCKS` in place of the last two. Collective under ZeRO and FSDP2: every rank calls it, and holds
+    one tensor at a time.
     """
     state: dict[str, Tensor] = {}
     if isinstance(engine, DeepSpeedEngine):
-        _link_moments(engine.optimizer)
+        link_moments(engine.optimizer)
     for module in engine.model.modules():
         # after an evaluation FSDP2's outermost group is still whole, in parameters that the optimizer doesn't know
         if isinstance(module, FSDPModule):
             module.reshard()
     for name, param in trained(engine.model):
-        for kind in (WEIGHT, *MOMENTS):
-            full = _export_one(engine, param, kind)
+        for kind, full in _export_one(engine, param):
             if keep:
-                state[f"{kind}/{name}"] = full.to(device="cpu", dtype=torch.float32, copy=True).contiguous()
+                state[f"{kind}/{name}"] = _on_host(full)
     return state
 
 
-def _link_moments(zero: Any) -> None:
-    """Let ZeRO-1/2 find the moments of every parameter group.
-
-    deepspeed 0.19.8 links them once, after the step of the first group, when those of the others are not yet made.
-    """
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._hp_optimizer_states_linked = False
-        zero._lazy_init_hp_params_optimizer_state()
-
-
-def _export_one(engine: Engine, param: nn.Parameter, kind: str) -> Tensor:
+def _export_one(engine: Engine, param: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+    """The weight and its moments, one at a time."""
     if isinstance(engine, DeepSpeedEngine):
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        for kind in (WEIGHT, *MOMENTS):
+            yield kind, export_tensor(param, kind)
+        return
+    yield WEIGHT, _whole(param)
+    state = engine.optimizer.state[param]
+    for kind, name in _kept_as(state):
+        yield kind, _whole(state[name])
 
-        found = safe_get_full_fp32_param(param) if kind == WEIGHT else safe_get_full_optimizer_state(param, kind)
-        assert found is not None, kind
-        full: Tensor = found
-        return full
-    if kind == WEIGHT:
-        return _whole(param)
-    return _whole(engine.optimizer.state[param][kind])
+
+def _kept_as(state: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """What a parameter's moments are called in a checkpoint and in its optimizer's state (torch's or bitsandbytes')."""
+    if "state1" not in state:
+        return tuple((kind, kind) for kind in MOMENTS)
+    if "absmax1" in state:
+        return tuple((kind, kind) for kind in BLOCKS)
+    return tuple(zip(MOMENTS, ("state1", "state2"), strict=True))
+
+
+def unrounded_adapter(engine: Engine, *, keep: bool) -> dict[str, Tensor]:
+    """The adapter's tensors in float32 by saved name, where `keep`, if the model's own are rounded copies of them.
+
+    That is under ZeRO in bf16; else, and of what ZeRO does not train, nothing. Collective.
+    """
+    found: dict[str, Tensor] = {}
+    if not isinstance(engine, DeepSpeedEngine):
+        return found
+    keys = {id(chosen.tensor): chosen.key for chosen in choose(engine.model, None, "default")}
+    for _, param in trained(engine.model):
+        if param.dtype != torch.float32 and id(param) in keys:
+            full = export_tensor(param, WEIGHT)
+            if keep:
+                found[keys[id(param)]] = _on_host(full)
+    return found
 
 
 def import_state(engine: Engine, state: Mapping[str, Tensor], steps: int) -> None:
@@ -84,9 +104,9 @@ def import_state(engine: Engine, state: Mapping[str, Tensor], steps: int) -> Non
     """
     problems = []
     params = dict(trained(engine.model))
-    for name, param in params.items():
-        shape = tuple(getattr(param, "ds_shape", param.shape))
-        for kind in (WEIGHT, *MOMENTS):
+    shapes = {name: _shapes(engine, param) for name, param in params.items()}
+    for name, wanted in shapes.items():
+        for kind, shape in wanted.items():
             found = state.get(f"{kind}/{name}")
             if found is None or tuple(found.shape) != shape:
                 have = "nothing" if found is None else str(tuple(found.shape))
@@ -94,10 +114,25 @@ def import_state(engine: Engine, state: Mapping[str, Tensor], steps: int) -> Non
     if problems:
         raise TrainingError(*problems[:10])
     if isinstance(engine, DeepSpeedEngine):
-        _import_deepspeed(engine, state, steps)
-    else:
-        for name, param in params.items():
-            _import_torch(engine.optimizer, param, {k: state[f"{k}/{name}"] for k in (WEIGHT, *MOMENTS)}, steps)
+        new_moments(engine.optimizer, steps)
+    for name, param in params.items():
+        parts = {kind: state[f"{kind}/{name}"] for kind in shapes[name]}
+        if isinstance(engine, DeepSpeedEngine):
+            set_tensors(engine.optimizer, param, parts)
+        elif _is_bitsandbytes(engine.optimizer):
+            _import_blocks(engine.optimizer, param, parts, steps)
+        else:
+            _import_torch(engine.optimizer, param, parts, steps)
+
+
+def _shapes(engine: Engine, param: nn.Parameter) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that a checkpoint must hold for a parameter."""
+    shape = tuple(getattr(param, "ds_shape", param.shape))
+    moments = dict.fromkeys(MOMENTS, shape)
+    if not isinstance(engine, DeepSpeedEngine) and _is_bitsandbytes(engine.optimizer):
+        state = _new_blocks(engine.optimizer, param)
+        moments = {kind: tuple(state[name].shape) for kind, name in _kept_as(state)}
+    return {WEIGHT: shape, **moments}
 
 
 def _copy_part(target: Tensor, value: Tensor) -> None:
@@ -115,55 +150,32 @@ def _copy_part(target: Tensor, value: Tensor) -> None:
 
 def _import_torch(optimizer: Any, param: nn.Parameter, parts: Mapping[str, Tensor], steps: int) -> None:
     _copy_part(param, parts[WEIGHT])
-    group = next(g for g in optimizer.param_groups if any(p is param for p in g["params"]))
-    # torch's AdamW keeps its step count on the device only where the update runs there as one kernel
-    device = param.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
-    optimizer.state[param] = {"step": torch.tensor(float(steps), device=device)}
+    optimizer.state[param] = {"step": step_count(optimizer, param, steps)}
     for kind in MOMENTS:
         optimizer.state[param][kind] = torch.zeros_like(param)
         _copy_part(optimizer.state[param][kind], parts[kind])
 
 
-def _import_deepspeed(engine: DeepSpeedEngine, state: Mapping[str, Tensor], steps: int) -> None:
-    """ZeRO keeps flat float32 partitions. Adam's state of a flat partition is born in the first step: it is made here.
-
-    deepspeed 0.19.8: `single_partition_of_fp32_groups` (stages 1, 2) and `fp32_partitioned_groups_flat` (stage 3).
-    """
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    zero = engine.optimizer
-    third = hasattr(zero, "fp32_partitioned_groups_flat")
-    flats = zero.fp32_partitioned_groups_flat if third else zero.single_partition_of_fp32_groups
-    for flat in flats:
-        zero.optimizer.state[flat] = {"step": torch.tensor(float(steps))}
-        zero.optimizer.state[flat] |= {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
-    _link_moments(zero)
-    for name, param in trained(engine.model):
-        weight = state[f"{WEIGHT}/{name}"].to(engine.model.device)
-        if third:
-            _import_zero3(zero, param, {k: state[f"{k}/{name}"] for k in (WEIGHT, *MOMENTS)})
-        else:
-            safe_set_full_fp32_param(param, weight)
-            for kind in MOMENTS:
-                safe_set_full_optimizer_state(param, state[f"{kind}/{name}"].to(engine.model.device), kind)
-            with torch.no_grad():
-                param.copy_(weight)
+def _is_bitsandbytes(optimizer: Any) -> bool:
+    return type(optimizer).__module__.startswith("bitsandbytes.")
 
 
-def _import_zero3(zero: Any, param: Any, parts: Mapping[str, Tensor]) -> None:
-    """This rank's slice of each flat tensor, padded with zeros where the last rank's ends early."""
-    from deepspeed import comm
-    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+def _new_blocks(optimizer: Any, param: nn.Parameter) -> dict[str, Any]:
+    """bitsandbytes' own empty state of a parameter: in 8 bits from 4,096 values on, paged where it pages."""
+    for number, group in enumerate(optimizer.param_groups):
+        for index, one in enumerate(group["params"]):
+            if one is param:
+                optimizer.init_state(group, param, number, index)
+    state: dict[str, Any] = optimizer.state[param]
+    return state
 
-    size = int(param.ds_tensor.ds_numel)
-    start = comm.get_rank(group=param.ds_process_group) * size
-    for kind, value in parts.items():
-        piece = torch.zeros(size)
-        mine = value.flatten()[start : start + size]
-        piece[: mine.numel()].copy_(mine)
-        piece = piece.to(param.ds_tensor.device)
-        if kind == WEIGHT:
-            safe_set_local_fp32_param(param, piece)
-            param.ds_tensor.data.view(-1)[:size].copy_(piece)
-        else:
-            safe_set_local_optimizer_state(param, piece, kind)
+
+def _import_blocks(optimizer: Any, param: nn.Parameter, parts: Mapping[str, Tensor], steps: int) -> None:
+    state = optimizer.state[param]
+    if param.device.type == "cuda":
+        torch.cuda.synchronize(param.device)  # paged memory, which the host writes below, was zeroed on the device
+    state["step"] = steps
+    with torch.no_grad():
+        param.copy_(parts[WEIGHT])
+        for kind, name in _kept_as(state):
+            state[name].copy_(parts[kind])

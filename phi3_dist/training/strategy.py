@@ -8,6 +8,7 @@ gives back their global norm before clipping. Where that norm is not finite no u
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +18,16 @@ from phi3_dist.config.schema import OptimConfig
 from phi3_dist.errors import MachineError, Problem, TrainingError
 from phi3_dist.modeling.loss import PackedLoss
 from phi3_dist.training.runtime import Runtime, is_deepspeed, is_fsdp
+from phi3_dist.training.zero_state import set_tensors
 
-__all__ = ["Engine", "make_engine", "make_optimizer", "shard_fsdp2"]
+__all__ = ["DeepSpeedEngine", "Engine", "TorchEngine", "make_engine", "make_optimizer", "shard_fsdp2", "trained"]
+
+
+def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The trained parameters, by the name that no wrapper changes."""
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            yield ("base_model." + name.split("base_model.", 1)[1] if "base_model." in name else name), param
 
 
 class Engine(Protocol):
@@ -172,12 +181,26 @@ def _wrap_ddp(model: nn.Module, runtime: Runtime) -> nn.Module:
     return wrapped
 
 
+def _with_deepspeed(model: PackedLoss, optimizer: Any, runtime: Runtime) -> DeepSpeedEngine:
+    """In bf16 DeepSpeed rounds the whole model: its float32 weights get back what the adapter started with."""
+    unrounded = {
+        name: param.detach().to("cpu", copy=True)
+        for name, param in trained(model)
+        if param.dtype == torch.float32 and not hasattr(param, "ds_id")  # ZeRO-3 has sharded what came of the base
+    }
+    engine, wrapped = runtime.accelerator.prepare(model, optimizer)
+    made = DeepSpeedEngine(engine, wrapped.optimizer, runtime.world, runtime.plan.accumulation)
+    for name, param in trained(engine):
+        if name in unrounded and param.dtype != torch.float32:
+            set_tensors(wrapped.optimizer, param, {"weight": unrounded[name]})
+    return made
+
+
 def make_engine(model: PackedLoss, runtime: Runtime, cfg: OptimConfig, plus_ratio: float = 1.0) -> Engine:
     """Wrap the model for the plan's strategy. An FSDP2 model comes in sharded already. Collective."""
     optimizer = make_optimizer(model, cfg, runtime.device, plus_ratio)
     if is_deepspeed(runtime.plan.strategy):
-        engine, wrapped = runtime.accelerator.prepare(model, optimizer)
-        return DeepSpeedEngine(engine, wrapped.optimizer, runtime.world, runtime.plan.accumulation)
+        return _with_deepspeed(model, optimizer, runtime)
     if not is_fsdp(runtime.plan.strategy):
         wrapped_model = _wrap_ddp(model, runtime)
         return TorchEngine(wrapped_model, optimizer, runtime.world, cfg.max_grad_norm)
