@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from phi3_dist.version import __version__
+
 if TYPE_CHECKING:
     from phi3_dist.adapters.files import save_adapter
     from phi3_dist.adapters.gather import gather_adapter
     from phi3_dist.adapters.loralib import lora_state_dict, mark_only_lora_as_trainable
     from phi3_dist.modeling.tokenizer import load_tokenizer
 
-__version__ = "0.1.0"
 __all__ = [
     "__version__",
     "gather_adapter",

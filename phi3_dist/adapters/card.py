@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from phi3_dist.version import __version__
+
 __all__ = ["adapter_card"]
 
 _LORA = {
@@ -177,8 +179,8 @@ def _of_quantised(facts: Mapping[str, Any]) -> str:
 
 
 def _installed() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("phi3-dist", "torch", "transformers", "peft", "accelerate"):
+    found = {"python": platform.python_version(), "phi3-dist": __version__}
+    for package in ("torch", "transformers", "peft", "accelerate"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -6,6 +6,7 @@ at once on a login node.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -17,7 +18,7 @@ from phi3_dist.cli import training  # noqa: F401 -- each adds its verbs to the a
 # isort: split
 from phi3_dist.cli import looking, outside, slurm  # noqa: F401
 from phi3_dist.cli.app import app
-from phi3_dist.errors import Phi3DistError
+from phi3_dist.errors import MachineError, Phi3DistError, Problem
 
 __all__ = ["app", "main"]
 
@@ -45,6 +46,14 @@ def main() -> None:
         _tell(error)
         sys.stdout.flush()
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "phi3_dist").partition(".")[0]
+        if missing == "phi3_dist" or missing in sys.stdlib_module_names or importlib.util.find_spec(missing):
+            raise
+        fix = f"pip install {missing}, or all that is needed with pip install phi3-dist; phi3-dist doctor looks at each"
+        _tell(MachineError(Problem(missing, "is needed here and is not installed", fix)))
+        sys.stdout.flush()
+        sys.exit(MachineError.exit_code)
     except Exception as error:
         if "RANK" in os.environ:
             error.add_note(f"on rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE', '?')}")

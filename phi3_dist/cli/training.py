@@ -46,11 +46,12 @@ def train(
     if result.steps == 0:
         typer.echo(f"{result.folder} has finished already")
     elif result.receipt is not None:
-        from phi3_dist.report.curves import draw_curves
-        from phi3_dist.report.page import write_page
-
-        typer.echo(f"curves: {draw_curves(result.folder)}")
-        typer.echo(f"page: {write_page(result.folder)}")
+        try:
+            report(result.folder)
+        except ModuleNotFoundError as missing:  # the run is done and well: what draws it may be brought later
+            name = (missing.name or "").partition(".")[0]
+            fix = f"pip install {name}, then phi3-dist report {result.folder}"
+            typer.echo(f"curves: none, {name} is not installed; {fix}")
 
 
 @app.command(

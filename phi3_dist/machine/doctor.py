@@ -10,6 +10,7 @@ import shutil
 import sys
 import sysconfig
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -60,12 +61,7 @@ def _python() -> Iterator[Finding]:
 
 def _packages(versions: Mapping[str, str]) -> Iterator[Finding]:
     """Each required distribution against the range in this package's own metadata."""
-    try:
-        wanted = metadata.requires("phi3-dist") or []
-    except metadata.PackageNotFoundError:
-        yield Finding("bad", "phi3-dist itself is not installed", "pip install -e .")
-        wanted = []
-    for line in wanted:
+    for line in _wanted():
         requirement = Requirement(line)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -82,6 +78,21 @@ def _packages(versions: Mapping[str, str]) -> Iterator[Finding]:
     if "bitsandbytes" not in versions:
         fix = "pip install 'phi3-dist[qlora]'"
         yield Finding("warn", "bitsandbytes is not installed: no nf4, int8 or paged optimizer", fix)
+
+
+def _wanted() -> list[str]:
+    """The distributions that this package requires; of a checkout on the path, from its pyproject.toml.
+
+    A folder that was copied without that file has no list; what is missing then is told by the import that needs it.
+    """
+    try:
+        return metadata.requires("phi3-dist") or []
+    except metadata.PackageNotFoundError:
+        project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    try:
+        return list(tomllib.loads(project.read_text("utf-8"))["project"]["dependencies"])
+    except (OSError, KeyError, ValueError):
+        return []
 
 
 def _device(machine: MachineFacts) -> Iterator[Finding]:

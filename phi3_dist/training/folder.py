@@ -18,6 +18,7 @@ from typing import Any
 
 from phi3_dist.errors import Problem, RunFolderError
 from phi3_dist.machine.cluster import slurm_facts
+from phi3_dist.version import __version__
 
 __all__ = ["PACKAGES", "RunFolder", "cache_folder", "versions"]
 
@@ -41,7 +42,7 @@ def cache_folder() -> Path:
 
 def versions() -> dict[str, str]:
     """Versions of what a run's numbers depend on; packages that are not installed are left out."""
-    found = {"python": platform.python_version(), "phi3_dist": metadata.version("phi3-dist")}
+    found = {"python": platform.python_version(), "phi3_dist": __version__}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)

@@ -7,13 +7,18 @@ import os
 import shutil
 import subprocess
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
+import phi3_dist
+from phi3_dist.adapters import card
 from phi3_dist.machine import doctor
 from phi3_dist.machine.doctor import diagnose, extensions_root, stale_extension_locks
 from phi3_dist.planning.plan import MachineFacts
+from phi3_dist.training import folder
 
 GPU = MachineFacts("cuda", "a GPU", 2, 80.0, 512.0, 64, True, "tensor cores", {"deepspeed": "0.19.8"})
 
@@ -105,3 +110,27 @@ def test_package_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(bad) == 2
     assert "pydantic" in bad[0].what
     assert bad[1].what == "not-a-real-package is not installed"
+
+
+@pytest.fixture
+def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a checkout is on the path and nothing was installed."""
+    found = metadata.Distribution.from_name.__func__  # type: ignore[attr-defined]
+
+    def from_name(cls: type[metadata.Distribution], name: str) -> metadata.Distribution:
+        if name.replace("_", "-") == "phi3-dist":
+            raise metadata.PackageNotFoundError(name)
+        return found(cls, name)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(metadata.Distribution, "from_name", classmethod(from_name))
+    with pytest.raises(metadata.PackageNotFoundError):
+        metadata.version("phi3-dist")
+
+
+@pytest.mark.usefixtures("not_installed")
+def test_a_checkout_on_the_path_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert folder.versions()["phi3_dist"] == card._installed()["phi3-dist"] == phi3_dist.__version__
+    assert "torch" in {Requirement(line).name for line in doctor._wanted()}
+    assert not [finding for finding in doctor._packages({}) if "phi3-dist itself" in finding.what]
+    monkeypatch.setattr(doctor.tomllib, "loads", lambda text: {"project": {"dependencies": ["pydantic>=99"]}})
+    assert [finding.fix for finding in doctor._packages({}) if finding.level == "bad"] == ["pip install 'pydantic>=99'"]
