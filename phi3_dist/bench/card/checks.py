@@ -1,4 +1,4 @@
-"""One check: a function that gives facts, run so that whatever becomes of it the others still run; one JSON line each."""
+"""One check: a function that gives facts, run so that the others still run whatever becomes of it; one JSON line each."""
 
 from __future__ import annotations
 
