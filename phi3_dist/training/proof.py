@@ -46,11 +46,11 @@ def _stored_as_numbers(param: nn.Parameter) -> bool:
 
 def _weights(engine: Engine, runtime: Runtime) -> Iterator[tuple[str, Tensor | torch.dtype, torch.dtype]]:
     zero = isinstance(engine, DeepSpeedEngine)
-    adapter = runtime.dtype if zero else torch.float32
     for name, param in engine.model.named_parameters():
         shard: Any = getattr(param, "ds_tensor", param)
         if param.requires_grad:
-            yield name, shard, adapter
+            # under ZeRO in bf16 it may be a rounded copy of the optimizer's: stages 1 and 2 round, stage 3 does not
+            yield name, shard, runtime.dtype if zero and shard.dtype == runtime.dtype else torch.float32
         elif _stored_as_numbers(param) and ".lora_" not in name:
             yield name, shard, runtime.dtype
     if zero:

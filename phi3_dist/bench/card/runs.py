@@ -173,8 +173,7 @@ def run_all(runner: Runner, base: Path) -> None:
             differ, limit = _differ(ours, theirs), 1e-3 if "fp32" in run.name else 2e-2
             say(runner.out, group="runs", check=f"{run.name} against {run.like}", ok=differ < limit, largest=differ)
     again = [Run(r.name, r.config, r.overrides, r.ranks, resumed=True) for r in runs if runner.interrupt(r)]
-    runner.all(again)
-    for run in again:
+    for run in runner.all(again):
         ours, theirs = runner.losses(run), before[run.name]
         same = len(ours) == len(theirs) == STEPS
         facts: dict[str, Any] = {"largest": _differ(ours, theirs)} if same else {"rows": [len(ours), len(theirs)]}
