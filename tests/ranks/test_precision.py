@@ -43,7 +43,7 @@ def test_zero_in_bf16_gives_ddps_numbers_and_a_float32_adapter(
     assert {t.dtype for t in saved.values()} == {torch.float32}
     assert any(not torch.equal(t, t.bfloat16().float()) for t in saved.values())
     moved = torch.cat([(saved[n] - expected[n]).flatten() for n in expected]).norm()
-    assert moved / torch.cat([t.flatten() for t in expected.values()]).norm() < 1e-3
+    assert moved / torch.cat([t.flatten() for t in expected.values()]).norm() < 5e-3
 
 
 def test_zero3_computes_in_fp32_where_the_accelerator_has_no_fp16(tmp_path: Path, deepspeed_ops: Path) -> None:

@@ -1,4 +1,4 @@
-"""One check: a function that gives facts, run so that the others still run whatever becomes of it; one JSON line each."""
+"""One check: facts of one function, run so that the others still run whatever becomes of it; one line of JSON each."""
 
 from __future__ import annotations
 
