@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftType
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -337,6 +338,9 @@ def _read_config(folder: Path, problems: list[Problem]) -> dict[str, Any]:
     if not isinstance(config, dict) or "peft_type" not in config:
         problems.append(Problem(str(path), "is not a PEFT configuration: it has no peft_type", "save it with PEFT"))
         return {}
+    kind = config["peft_type"]
+    if kind not in [known.value for known in PeftType]:
+        problems.append(Problem(str(path), f"peft_type is {kind!r}, which PEFT does not know", "copy or save it again"))
     return config
 
 

@@ -72,7 +72,7 @@ def convert(
     direction: Annotated[str, typer.Argument(help="loralib-to-peft or peft-to-loralib.", show_default=False)],
     source: Annotated[Path, typer.Argument(help="loralib file, or PEFT adapter folder.", show_default=False)],
     target: Annotated[Path, typer.Argument(help="What to write.", show_default=False)],
-    alpha: Annotated[list[str] | None, typer.Option(help="32, or module=8; a loralib file does not hold it.")] = None,
+    alpha: Annotated[list[str] | None, typer.Option(help="32, or module=8; loralib's own files hold none.")] = None,
     enable_lora: Annotated[
         list[str] | None, typer.Option(help="Groups of a MergedLinear: module=true,false,true.")
     ] = None,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from phi3_dist.adapters import files
 from phi3_dist.adapters.files import read_adapter, recover, save_adapter, write_adapter
@@ -214,6 +214,35 @@ def test_every_fault_of_a_folder_is_told_at_once(tmp_path: Path) -> None:
     assert "checksums.json is damaged" in str(caught.value)
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(AdapterError, match="it has no peft_type"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_an_adapter_of_integers_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter")
+    tensors, config = read_adapter(folder)
+    whole = {name: torch.ones(tensor.shape).to(dtype) for name, tensor in tensors.items()}
+    save_file(whole, folder / "adapter_model.safetensors")
+    (folder / "checksums.json").unlink()  # as PEFT itself writes a folder
+    with pytest.raises(AdapterError, match=r"lora_A\.weight \(torch\..*is not of a floating dtype"):
+        read_adapter(folder)
+    with pytest.raises(AdapterError, match="is not of a floating dtype"):
+        write_adapter(tmp_path / "new", whole, config, card="")
+
+
+def test_the_counter_of_a_module_that_is_saved_whole_may_be_an_integer(tmp_path: Path) -> None:
+    tensors, config = read_adapter(saved(tmp_path / "adapter"))
+    tensors["base_model.model.norm.num_batches_tracked"] = torch.tensor(3)
+    write_adapter(tmp_path / "new", tensors, config, card="")
+    assert read_adapter(tmp_path / "new")[0]["base_model.model.norm.num_batches_tracked"] == 3
+
+
+@pytest.mark.parametrize("kind", ["NONSENSE", "lora", 7, None, ["LORA"]])
+def test_a_peft_type_that_nobody_knows_is_refused(kind: object, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": kind}))
+    with pytest.raises(AdapterError, match=r"adapter_config.json: peft_type is .*which PEFT does not know"):
         read_adapter(folder)
 
 
