@@ -105,9 +105,9 @@ def here() -> MachineFacts:
     return probe()
 
 
-def train(overrides: tuple[str, ...], folder: Path, *, resume: bool = False) -> None:
+def train(overrides: tuple[str, ...], folder: Path, *, resume: bool = False, allow: tuple[str, ...] = ()) -> None:
     cfg = load_run(REPO / "configs" / "run" / "debug.yaml", [*COMMON, *overrides, f"save.folder={folder}"])
-    loop.train(cfg, here(), LaunchFacts(), resume=resume, cache=folder.parent / "cache")
+    loop.train(cfg, here(), LaunchFacts(), resume=resume, allow_changed=allow, cache=folder.parent / "cache")
 
 
 def logits(model: Any, **packed: Any) -> torch.Tensor:
