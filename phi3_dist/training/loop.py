@@ -66,6 +66,13 @@ class TrainResult:
     stopped_by: int = 0
 
     @property
+    def state(self) -> str:
+        """The word for how it ended, as `phi3-dist runs` shows it: a person's Ctrl-C is no preemption."""
+        if self.stopped_by == signal.SIGINT:
+            return "interrupted"
+        return "preempted" if self.stopped_by else "finished"
+
+    @property
     def exit_code(self) -> int:
         if self.stopped_by == signal.SIGINT:
             return 128 + signal.SIGINT
@@ -167,6 +174,7 @@ def _save(
         stage.folder.adapter,
         tokenizer=tokenizer,
         card=adapter_card(card_facts(stage, base, held_out, regime)),
+        base_hint={"revision": stage.cfg.model.revision} if stage.cfg.model.revision else None,
         taken_out=begun if stage.cfg.lora.init.startswith("pissa") else None,
         metadata={**({"longrope": regime} if regime else {}), **rows_fact(base)},
     )
@@ -308,6 +316,6 @@ def train(
             clock=clock,
         )
         if runtime.is_main:  # before the last barrier: no rank has ended when this stands
-            folder.record_exit(result.exit_code, "preempted" if result.stopped_by else "finished")
+            folder.record_exit(result.exit_code, result.state)
     _release(runtime)
     return result
