@@ -1,7 +1,8 @@
 """An adapter's folder: written whole or not at all, read back before it takes its name, checked when it is read.
 
-Files: adapter_model.safetensors, adapter_config.json, README.md, the tokenizer's own, and checksums.json, which is
-written last. Everything is made in `<folder>.tmp-<pid>`, synced, compared with what was to be written, and renamed.
+Files: adapter_model.safetensors, adapter_config.json, README.md, base_facts.json where the base needs something, the
+tokenizer's own, and checksums.json, which is written last. Everything is made in `<folder>.tmp-<pid>`, synced, compared
+with what was to be written, and renamed.
 An adapter that is replaced is first renamed to `<folder>.old-<pid>`: at every moment one complete adapter is on disk,
 and `recover` puts it back in its place after a crash. One writer at a time for a folder.
 """
@@ -14,13 +15,13 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftType
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 WEIGHTS, CONFIG, CARD, CHECKSUMS = "adapter_model.safetensors", "adapter_config.json", "README.md", "checksums.json"
+FACTS = "base_facts.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -130,8 +132,8 @@ def write_adapter(
 
     tensors: PEFT's saved names → CPU tensors, as `gather_adapter` returns them. peft_config: PEFT's configuration
     object, or its dict. card: the README.md. base_hint: keys of adapter_config.json that say where the base is
-    (`base_model_name_or_path`, `revision`), in place of the configuration's own. metadata: facts that the weights' file
-    carries beside the tensors (see `read_metadata`).
+    (`base_model_name_or_path`, `revision`), in place of the configuration's own; a folder's whole path is written.
+    metadata: facts that the weights' file carries beside the tensors (see `read_metadata`), and base_facts.json too.
     An adapter that stands in `folder` is replaced once the new one is complete.
     Raises AdapterError: tensors that are empty or not finite, a disk that is full or read-only, a file that reads
     back different. Then `folder` is as it was, and nothing is left beside it.
@@ -197,6 +199,8 @@ def _fill(
     write_tensors(weights, tensors, metadata)
     (partial / CONFIG).write_text(config, encoding="utf-8")
     (partial / CARD).write_text(card, encoding="utf-8")
+    if metadata:
+        (partial / FACTS).write_text(json.dumps(dict(metadata), indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(str(partial))
     for path in sorted(partial.rglob("*")):
@@ -303,8 +307,8 @@ def _config_json(peft_config: Any, base_hint: Mapping[str, str]) -> str:
     config = _as_dict(peft_config) | {"inference_mode": True} | dict(base_hint)
     config = {key: sorted(value) if isinstance(value, set | frozenset) else value for key, value in config.items()}
     base = config.get("base_model_name_or_path")
-    if isinstance(base, str) and Path(base).is_absolute() and Path(base).is_relative_to(tempfile.gettempdir()):
-        config["base_model_name_or_path"] = Path(base).name  # a temporary folder is gone when somebody reads this
+    if isinstance(base, str) and base and Path(base).is_dir():
+        config["base_model_name_or_path"] = str(Path(base).resolve())  # found from any folder
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
@@ -350,6 +354,9 @@ def _read_config(folder: Path, problems: list[Problem]) -> dict[str, Any]:
     if not isinstance(config, dict) or "peft_type" not in config:
         problems.append(Problem(str(path), "is not a PEFT configuration: it has no peft_type", "save it with PEFT"))
         return {}
+    kind = config["peft_type"]
+    if kind not in [known.value for known in PeftType]:
+        problems.append(Problem(str(path), f"peft_type is {kind!r}, which PEFT does not know", "copy or save it again"))
     return config
 
 

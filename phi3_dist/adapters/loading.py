@@ -1,7 +1,8 @@
-"""A saved adapter on a base in memory, with the rows that it needs: tokens can be taught beyond the base's tables.
+"""A saved adapter on a base in memory, with what it needs of it: rows beyond the base's tables, LongRoPE's factors.
 
-The header of adapter_model.safetensors then says how many rows the tables must have. PEFT 0.21 does not look there, and
-on the plain base it ends with an IndexError.
+The header of adapter_model.safetensors says how many rows the tables must have, and which factors it was trained with.
+PEFT 0.21 does not look there: without the rows it ends with an IndexError, and with a row shorter than the base's
+original context transformers takes the short factors, whatever the adapter was trained with.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from phi3_dist.adapters.files import read_metadata
 from phi3_dist.errors import AdapterError, Problem
 from phi3_dist.modeling.base import Base
 from phi3_dist.modeling.lora import quiet_peft
+from phi3_dist.modeling.rope import pin_longrope
 
 __all__ = ["load_adapter", "rows_fact", "too_few_rows"]
 
-_ROWS = "base_rows"
+_ROWS, _FACTORS = "base_rows", "longrope"
 
 
 def rows_fact(base: Base) -> dict[str, str]:
@@ -41,13 +43,28 @@ def too_few_rows(folder: Path, rows: int) -> list[Problem]:
     return [Problem("model.source", what, "name the adapter's folder as model.tokenizer, and its model.new_tokens")]
 
 
-def load_adapter(model: Any, folder: Path) -> Any:
-    """The PEFT model of `model`, a Phi3ForCausalLM, and the adapter in `folder`; enlarges its tables where need be.
+def _pin(model: Any, folder: Path) -> None:
+    said = read_metadata(folder).get(_FACTORS)
+    if said is None:
+        return
+    if said not in ("short", "long"):
+        what = f"says {_FACTORS} {said!r}, which is neither short nor long"
+        raise AdapterError(Problem(str(folder), what, "save the adapter again"))
+    if pin_longrope(model, 0, "short" if said == "short" else "long") is None:
+        what = f"was trained with LongRoPE's {said} factors, and this base has none"
+        raise AdapterError(Problem(str(folder), what, "load it on the base that it was trained on"))
+    model.model.rotary_emb.to(model.get_input_embeddings().weight.device)
 
-    Raises AdapterError where the folder's weights can't be read.
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """The PEFT model of `model`, a Phi3ForCausalLM, and the adapter in `folder`.
+
+    Enlarges its tables where need be, and pins LongRoPE to the factors that the adapter was trained with.
+    Raises AdapterError where the folder's weights can't be read, or the base has no such factors.
     """
     from peft import PeftModel
 
+    _pin(model, folder)
     needed = _needed(folder)
     if needed > model.get_input_embeddings().num_embeddings:
         # the adapter holds the rows: what they start with is never read

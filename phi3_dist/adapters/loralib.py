@@ -1,7 +1,7 @@
 """loralib (microsoft/LoRA, 0.1.2) and PEFT: state dicts in both directions, and loralib's two functions.
 
-What is equal to what stands in `loralib_layers.py`. A file of loralib holds neither alpha, nor `enable_lora`, nor the
-kind of a layer: they are asked for, never guessed.
+What is equal to what stands in `loralib_layers.py`. A state dict of loralib holds neither alpha, nor `enable_lora`, nor
+the kind of a layer: they are asked for, never guessed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from phi3_dist.adapters.loralib_layers import (
     to_merged,
     whole,
 )
-from phi3_dist.adapters.select import Bias, find_peft_model
+from phi3_dist.adapters.select import FLOATS, Bias, find_peft_model
 from phi3_dist.config.families import LINEARS, Shape
 from phi3_dist.errors import AdapterError, Problem
 
@@ -106,7 +106,9 @@ def _read_loralib(
     biases = {}
     for name, tensor in state.items():
         module, _, last = name.rpartition(".")
-        if last in ("lora_A", "lora_B"):
+        if tensor.dtype not in FLOATS:
+            review.wrong(name, f"is {tensor.dtype}, which does not train", "save it with lora.lora_state_dict(model)")
+        elif last in ("lora_A", "lora_B"):
             if not module or tensor.ndim != 2 or tensor.numel() == 0:
                 review.wrong(name, f"has shape {tuple(tensor.shape)} or no module; loralib's have two dimensions")
             else:

@@ -2,6 +2,9 @@
 
 A pickle is read with `torch.load(weights_only=True)`, which runs no code. What is written is read back and compared
 before it takes its name.
+
+loralib's own files say nothing of alpha and of the kinds of layers. Those written here do, beside the tensors: in the
+header of a safetensors file, and in a pickle as the `_metadata` that state dicts of torch carry. loralib reads past it.
 """
 
 from __future__ import annotations
@@ -9,13 +12,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,7 +27,7 @@ from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.disk import write_tensors
 from phi3_dist.adapters.files import read_adapter, write_adapter
 from phi3_dist.adapters.loralib import loralib_from_peft, peft_from_loralib
-from phi3_dist.adapters.loralib_layers import KINDS, Kind, Layer
+from phi3_dist.adapters.loralib_layers import KINDS, Kind, Layer, lookup
 from phi3_dist.config.families import Shape
 from phi3_dist.errors import AdapterError, ConfigError, Problem
 
@@ -33,6 +37,8 @@ Direction = Literal["loralib→peft", "peft→loralib"]
 _DIRECTIONS: tuple[Direction, ...] = ("loralib→peft", "peft→loralib")
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _NESTED = ("model_state_dict", "state_dict")
+_LAYERS = "loralib_layers"
+"""Key of the header: how each layer is built, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,9 @@ def convert_file(
     """Convert one file or folder; `→` may be written `->` or `-to-`.
 
     loralib→peft: `source` is what `torch.save(lora.lora_state_dict(model), …)` wrote, or a .safetensors with the same
-    names; `target` becomes an adapter folder. `alpha`, `kinds` and `enable_lora` are those of `peft_from_loralib`;
-    `base_name` (hub id or folder) goes into adapter_config.json.
+    names; `target` becomes an adapter folder. `alpha`, `kinds` and `enable_lora` are those of `peft_from_loralib`, and
+    may be left out for a file that was written here: it carries them, and other ones are refused. `base_name` (hub id
+    or folder) goes into adapter_config.json.
     peft→loralib: `source` is an adapter folder; `target` a new file, .safetensors or a pickle of tensors (.pt, .pth,
     .bin, .ckpt). `enable_lora` and `r` are those of `loralib_from_peft`.
     base_config: the base model's config.json, its folder, or its content: sizes and heads are checked against it.
@@ -77,16 +84,15 @@ def convert_file(
     _refuse_foreign({"r": r} if to_peft else {"alpha": alpha, "kinds": kinds, "base_name": base_name}, known[direction])
     base = None if base_config is None else Shape.of(_read_config(base_config))
     if to_peft:
-        state = _read_loralib(source)
-        tensors, config = peft_from_loralib(
-            state, alpha=alpha, kinds=kinds, enable_lora=enable_lora, base=base, base_name=base_name
-        )
+        state, said = _read_loralib(source)
+        arguments = _held_against(said, source, {"alpha": alpha, "kinds": kinds, "enable_lora": enable_lora})
+        tensors, config = peft_from_loralib(state, **arguments, base=base, base_name=base_name)
         facts = {"base": base_name, "lora": config, "converted from": f"loralib, {source.name}"}
         write_adapter(target, tensors, config, card=adapter_card(facts))
         return Converted(target, len(tensors), _notes_of_peft(config), {})
     tensors, config = read_adapter(source)
     state, layers = loralib_from_peft(tensors, config, enable_lora=enable_lora, r=r, base=base)
-    _write_loralib(target, state)
+    _write_loralib(target, state, layers)
     return Converted(target, len(state), _notes_of_loralib(layers, config), layers)
 
 
@@ -95,6 +101,34 @@ def _refuse_foreign(arguments: Mapping[str, object], direction: Direction) -> No
     given = [name for name, value in arguments.items() if value not in (None, {})]
     if given:
         raise ConfigError(*(Problem(name, f"is not for {direction} ({where})", "leave it out") for name in given))
+
+
+def _held_against(said: Mapping[str, Layer], source: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `peft_from_loralib`, filled in from what the file says of its layers.
+
+    Raises ConfigError for those that say something else: another alpha is another update, and nothing would show it.
+    """
+    of_layer: dict[str, Callable[[Layer], Any]] = {
+        "alpha": lambda layer: layer.alpha,
+        "kinds": lambda layer: layer.kind,
+        "enable_lora": lambda layer: layer.enable_lora or None,
+    }
+    filled: dict[str, Any] = {}
+    problems: dict[str, Problem] = {}
+    for name, read in of_layer.items():
+        value = given[name]
+        by_name = isinstance(value, Mapping)
+        filled[name] = dict(value) if by_name else value
+        for module, layer in said.items():
+            ours, theirs = lookup(value, module) if by_name else value, read(layer)
+            if ours is None and theirs is not None:
+                filled[name] = {**(filled[name] or {}), module: theirs}
+            elif ours is not None and (tuple(ours) if name == "enable_lora" else ours) != theirs:
+                what = f"is {ours}, and {source.name} says of {module}: {layer}"
+                problems.setdefault(name, Problem(name, what, "leave it out: the file carries it"))
+    if problems:
+        raise ConfigError(*problems.values())
+    return filled
 
 
 def _notes_of_peft(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -133,10 +167,13 @@ def _read_config(base_config: str | Path | Mapping[str, Any]) -> Mapping[str, An
     return content
 
 
-def _read_loralib(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file of loralib's users, also where a training script put it under a name of its own."""
+def _read_loralib(path: Path) -> tuple[dict[str, Tensor], dict[str, Layer]]:
+    """The state dict in a file of loralib's users, also where a training script put it under a name of its own.
+
+    And what a file that was written here says of its layers; nothing for another one.
+    """
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
+        content, said = _read_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path)
     except OSError as error:
         fix = "give a file saved with torch.save(lora.lora_state_dict(model), path)"
         raise AdapterError(Problem(str(path), f"cannot be read: {error.strerror or error}", fix)) from error
@@ -144,7 +181,7 @@ def _read_loralib(path: Path) -> dict[str, Tensor]:
         what = "is no pickle of tensors alone; other content could run code when it is read"
         fix = "save it with torch.save(lora.lora_state_dict(model), path)"
         raise AdapterError(Problem(str(path), what, fix)) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = (
             f"is damaged, or no file of tensors: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         )
@@ -155,33 +192,56 @@ def _read_loralib(path: Path) -> dict[str, Tensor]:
         fix = "save it with torch.save(lora.lora_state_dict(model), path)"
         raise AdapterError(Problem(str(path), "is not a dict of tensors", fix))
     wrapped = bool(state) and all(name.startswith("module.") for name in state)  # saved from a DDP model
-    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in state.items()}
+    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in state.items()}, said
 
 
-def _unpickle(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Layer]]:
+    with safe_open(path, framework="pt") as file:
+        header = json.loads((file.metadata() or {}).get(_LAYERS, "{}"))
+    return load_file(path), {module: _layer(facts) for module, facts in header.items()}
 
 
-def _write_loralib(target: Path, state: Mapping[str, Tensor]) -> None:
-    """Whole or not at all; what is there already stays."""
+def _unpickle(path: Path) -> tuple[Any, dict[str, Layer]]:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    carried = getattr(content, "_metadata", None) or {}
+    return content, {module: _layer(facts) for module, facts in carried.items() if "alpha" in facts}
+
+
+def _layer(facts: Mapping[str, Any]) -> Layer:
+    """Raises KeyError, TypeError or ValueError for facts that are none of a layer."""
+    if facts["kind"] not in KINDS:
+        raise ValueError(f"no kind of layer: {facts['kind']!r}")
+    flags = tuple(bool(flag) for flag in facts["enable_lora"])
+    return Layer(facts["kind"], int(facts["r"]), float(facts["alpha"]), flags)
+
+
+def _write_loralib(target: Path, state: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> None:
+    """Whole or not at all; what is there already stays. Beside the tensors stands how their layers are built."""
     if target.suffix not in (".safetensors", *_PICKLES):
         fix = f"end it with .safetensors, {', '.join(_PICKLES)}"
         raise ConfigError(Problem(str(target), f"'{target.suffix}' is no form of loralib's files", fix))
     if target.exists():
         raise AdapterError(Problem(str(target), "exists", "choose another name, or remove it"))
     partial = target.with_name(f"{target.stem}.tmp-{os.getpid()}{target.suffix}")
-    own = {name: tensor.contiguous() for name, tensor in state.items()}
+    own = OrderedDict((name, tensor.contiguous()) for name, tensor in state.items())
+    facts = {module: asdict(layer) for module, layer in layers.items()}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             if target.suffix == ".safetensors":
-                write_tensors(partial, own)
+                write_tensors(partial, own, {_LAYERS: json.dumps(facts)})
             else:
+                # load_state_dict hands each module what is under its name here, and loralib's take nothing of it
+                own._metadata = OrderedDict(facts)  # type: ignore[attr-defined]
                 torch.save(own, partial)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
-            again = _read_loralib(partial)
-            if again.keys() != own.keys() or not all(_same(again[name], own[name]) for name in own):
+            again, said = _read_loralib(partial)
+            if (
+                said != dict(layers)
+                or again.keys() != own.keys()
+                or not all(_same(again[name], own[name]) for name in own)
+            ):
                 raise AdapterError(Problem(str(target), "reads back other than it was written", "save to another disk"))
             partial.rename(target)
         finally:

@@ -19,11 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from phi3_dist.errors import AdapterError, Problem
 
-__all__ = ["Bias", "Chosen", "check_tensors", "choose", "expected_keys", "find_peft_model"]
+__all__ = ["FLOATS", "Bias", "Chosen", "check_tensors", "choose", "expected_keys", "find_peft_model"]
 
 Bias = Literal["none", "all", "lora_only"]
 _BIAS_MODES = ("none", "all", "lora_only")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of what trains."""
 _NAMED_AT_MOST = 3
 
 
@@ -81,7 +82,7 @@ def choose(model: nn.Module, bias: Bias | None = None, adapter_name: str = "defa
         problems.append(Problem("adapter", "the model has no tensor to save", "add LoRA to it, or train something"))
     problems += _named("has no elements", [c.key for c in chosen if c.shape.numel() == 0], "a module of size 0 trains")
     params = [c for c in chosen if isinstance(c.tensor, nn.Parameter)]
-    surprising = [f"{c.key} ({c.dtype})" for c in params if c.dtype not in _FLOATS]
+    surprising = [f"{c.key} ({c.dtype})" for c in params if c.dtype not in FLOATS]
     problems += _named("is not of a floating dtype", surprising, "a quantised module cannot train or be saved")
     meta = [c.key for c in chosen if c.tensor.is_meta]
     problems += _named("is on the meta device", meta, "load the weights before gathering")
@@ -178,10 +179,16 @@ def _named(verdict: str, names: Sequence[str], fix: str) -> list[Problem]:
     return [Problem("adapter", f"{', '.join(names[:_NAMED_AT_MOST])}{rest}: {verdict}", fix)]
 
 
+def _is_counter(name: str) -> bool:
+    """A buffer of a module that is saved whole may hold integers, as a batch norm's `num_batches_tracked`."""
+    own = ("lora_", "token_adapter.")
+    return not any(part in name for part in own) and name.rsplit(".", 1)[-1] not in {"weight", "bias"}
+
+
 def check_tensors(
     tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.Size, torch.dtype]] | None = None
 ) -> list[Problem]:
-    """What is wrong with an adapter's tensors: names, shapes, dtypes (where expected), emptiness, non-finite values."""
+    """What is wrong with an adapter's tensors: names, shapes, dtypes, emptiness, non-finite values."""
     problems = []
     if expected is not None:
         both = [key for key in expected if key in tensors]
@@ -193,8 +200,10 @@ def check_tensors(
         problems += _named("another dtype than the model's", dtypes, "gather before converting the model")
     elif not tensors:
         problems.append(Problem("adapter", "no tensor at all", "gather it on every rank, write it on rank 0"))
+    odd = [f"{k} ({t.dtype})" for k, t in tensors.items() if t.dtype not in FLOATS and not _is_counter(k)]
+    problems += _named("is not of a floating dtype that trains", odd, "save the adapter unquantised")
     empty = [k for k, t in tensors.items() if t.numel() == 0]
     problems += _named("has no elements", empty, "save through save_adapter, which gathers shards")
-    bad = [k for k, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    bad = [k for k, t in tensors.items() if t.dtype in FLOATS and not bool(torch.isfinite(t).all())]
     problems += _named("holds NaN or infinity", bad, "the run diverged: lower the learning rate, use a checkpoint")
     return problems

@@ -68,11 +68,24 @@ def lint(source: Annotated[Path, typer.Argument(help="A script, notebook, JSON o
 
 
 @app.command()
+def publish(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="New folder.", show_default=False)],
+    base: Annotated[str, typer.Option(help="Hub id of the base, owner/name.", show_default=False)],
+    revision: Annotated[str | None, typer.Option(help="Revision of the base on the hub.")] = None,
+) -> None:
+    """Copy an adapter to hand on: the base by its hub id, no path of this machine."""
+    from phi3_dist.adapters.publishing import publish as copy
+
+    typer.echo(f"written: {copy(adapter, target, base, revision)}")
+
+
+@app.command()
 def convert(
     direction: Annotated[str, typer.Argument(help="loralib-to-peft or peft-to-loralib.", show_default=False)],
     source: Annotated[Path, typer.Argument(help="loralib file, or PEFT adapter folder.", show_default=False)],
     target: Annotated[Path, typer.Argument(help="What to write.", show_default=False)],
-    alpha: Annotated[list[str] | None, typer.Option(help="32, or module=8; a loralib file does not hold it.")] = None,
+    alpha: Annotated[list[str] | None, typer.Option(help="32, or module=8; loralib's own files hold none.")] = None,
     enable_lora: Annotated[
         list[str] | None, typer.Option(help="Groups of a MergedLinear: module=true,false,true.")
     ] = None,

@@ -43,9 +43,13 @@ def train(
     )
     if result.exit_code:
         raise typer.Exit(result.exit_code)
-    if result.steps == 0:
-        typer.echo(f"{result.folder} has finished already")
-    elif result.receipt is not None:
+    finished_before = result.steps == 0 and os.environ.get("RANK", "0") == "0"
+    if finished_before:
+        adapter = result.folder / "adapter"
+        on = f"a larger train.max_steps or train.epochs extends it, model.adapter={adapter} trains on from its adapter"
+        typer.echo(f"{result.folder} has finished already: {on}")
+    drawn = all((result.folder / name).is_file() for name in ("curves.png", "report.html"))
+    if result.receipt is not None or (finished_before and not drawn):
         try:
             report(result.folder)
         except ModuleNotFoundError as missing:  # the run is done and well: what draws it may be brought later

@@ -220,12 +220,15 @@ def start_value(name: str, shape: torch.Size, seed: int) -> Tensor | None:
     """The start of an adapter tensor in float32, on the CPU; None for one that starts as a copy of the base.
 
     lora_A is uniform in ±1/sqrt(inputs), which is loralib's and PEFT's `kaiming_uniform_(a=sqrt(5))`; lora_B is 0.
+    Of an embedding both have A at 0 and B normal.
     """
-    if ".lora_B." in name:
+    if ".lora_B." in name or ".lora_embedding_A." in name:
         return torch.zeros(shape)
-    if ".lora_A." not in name:
+    if ".lora_A." not in name and ".lora_embedding_B." not in name:
         return None
     generator = torch.Generator().manual_seed(named_seed(seed, name))
+    if ".lora_embedding_B." in name:
+        return torch.randn(shape, generator=generator)
     bound = 1.0 / math.sqrt(math.prod(shape[1:]))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
@@ -250,8 +253,9 @@ def _adapter_name(name: str) -> str:
 
 
 def _saved_name(name: str) -> str:
-    """The name under which PEFT saves the parameter of adapter `default`."""
-    return name.replace(".modules_to_save.default", "").replace(".default", "")
+    """The name under which PEFT saves the parameter of adapter `default`. DoRA's magnitude loses its `.weight`."""
+    saved = name.replace(".modules_to_save.default", "").replace(".default", "")
+    return saved.removesuffix(".weight") if saved.endswith(".lora_magnitude_vector.weight") else saved
 
 
 def fill_adapter(

@@ -27,7 +27,8 @@ __all__ = ["RunRow", "find_log", "follow_log", "list_runs", "read_run", "runs_ta
 STALE_S = 900
 """Age from which a heartbeat from another host counts as dead; a step with an evaluation may take minutes."""
 TAIL_BYTES = 65536
-_STYLES = {"running": "cyan", "finished": "green", "preempted": "yellow", "failed": "red", "lost": "red"}
+_STYLES = {"running": "cyan", "finished": "green", "failed": "red", "lost": "red"}
+_STYLES |= dict.fromkeys(("interrupted", "preempted"), "yellow")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class RunRow:
 
     folder: Path
     state: str
-    """running, finished, preempted, failed, lost (no process and no exit record), or starting (no heartbeat yet)."""
+    """running, finished, interrupted (Ctrl-C), preempted, failed, lost (no process and no exit record), or starting (no
+    heartbeat yet)."""
     step: int
     steps: int | None
     loss: float | None

@@ -202,7 +202,8 @@ class RunFolder:
         try:
             yield
         except BaseException as error:
-            if active and (self.path / "config.yaml").is_file():
+            # a finished run in which a start was refused is finished all the same
+            if active and (self.path / "config.yaml").is_file() and not self.finished():
                 with contextlib.suppress(RunFolderError):  # a full disk may be why it failed: `error` is what counts
                     self.record_exit(getattr(error, "exit_code", 1), "failed")
             raise

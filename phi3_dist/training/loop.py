@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from phi3_dist.adapters.card import adapter_card
-from phi3_dist.adapters.files import AdapterReceipt, recover, save_adapter
+from phi3_dist.adapters.files import AdapterReceipt, save_adapter
 from phi3_dist.adapters.loading import rows_fact
 from phi3_dist.config.load import flatten, resolved_yaml
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.data.batches import Order, Prepared, prepare
+from phi3_dist.data.batches import Prepared, prepare
 from phi3_dist.errors import DataError, Problem
 from phi3_dist.modeling.base import Base, find_base, meta_model
 from phi3_dist.modeling.fused_lora import declined
@@ -34,12 +33,13 @@ from phi3_dist.training.build import build_model
 from phi3_dist.training.checkpoint import Checkpoint, read_state
 from phi3_dist.training.evaluate import HeldOut, held_out_loss
 from phi3_dist.training.folder import RunFolder, cache_folder, versions
+from phi3_dist.training.going_on import Beginning, find_beginning
 from phi3_dist.training.health import Health
 from phi3_dist.training.metrics import Metrics
 from phi3_dist.training.profiling import StepProfile
 from phi3_dist.training.proof import prove_first_step, prove_start
 from phi3_dist.training.readout import Readout
-from phi3_dist.training.resume import agree_on_checkpoint, base_fingerprint, check_identity, cut_metrics, identity
+from phi3_dist.training.resume import base_fingerprint, identity, order_of, steps_of
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.saving import Saver
 from phi3_dist.training.signals import StopFlag
@@ -65,6 +65,13 @@ class TrainResult:
     held_out: HeldOut | None
     receipt: AdapterReceipt | None
     stopped_by: int = 0
+
+    @property
+    def state(self) -> str:
+        """The word for how it ended, as `phi3-dist runs` shows it: a person's Ctrl-C is no preemption."""
+        if self.stopped_by == signal.SIGINT:
+            return "interrupted"
+        return "preempted" if self.stopped_by else "finished"
 
     @property
     def exit_code(self) -> int:
@@ -149,7 +156,7 @@ def _steps(stage: Stage, first: int, saver: Saver, health: Health, flag: StopFla
 
 def _record_start(folder: RunFolder, stage: Stage, first: int, of_model: tuple[Choice, ...]) -> None:
     plan = replace(stage.runtime.plan, steps=stage.total, choices=(*stage.runtime.plan.choices, *of_model))
-    folder.write_json("plan.json", plan.to_dict())
+    folder.write_json("plan.json", {**plan.to_dict(), "identity": dict(stage.facts)})
     folder.record_environment()
     folder.heartbeat(first)
 
@@ -169,6 +176,7 @@ def _save(
         stage.folder.adapter,
         tokenizer=tokenizer,
         card=adapter_card(card_facts(stage, base, held_out, regime)),
+        base_hint={"revision": stage.cfg.model.revision} if stage.cfg.model.revision else None,
         taken_out=begun if stage.cfg.lora.init.startswith("pissa") else None,
         unrounded=unrounded_adapter(stage.engine, keep=stage.runtime.is_main),
         metadata={**({"longrope": regime} if regime else {}), **rows_fact(base)},
@@ -197,8 +205,8 @@ def _run(
     start_of = partial(
         adapter_start, cfg, base=base, runtime=runtime, packs=prepared.train, folder=where, resumed=again
     )
-    order = Order(len(prepared.train.packs), cfg.train.global_batch, cfg.train.seed, cfg.train.shuffle)
-    total = cfg.train.max_steps or order.steps(cfg.train.epochs or 1.0)
+    order = order_of(cfg, prepared.train)
+    total = steps_of(cfg, order)
     tokens = tokens_of_rank(prepared.train, total * order.global_batch, runtime.world)
     build = partial(build_model, cfg, base, runtime, start_of=start_of, token_ids=token_ids)
     model = build(longest_row=longest_row(prepared), tokens=tokens)
@@ -249,25 +257,11 @@ def _release(runtime: Runtime) -> None:
 
 def _agreed_facts(cfg: RunConfig, base: Base, runtime: Runtime, prepared: Prepared, cache: Path) -> dict[str, Any]:
     """What this run is, once all ranks have said that they are in the same one. Collective."""
-    config = {key: str(value) for key, value in flatten(cfg.model_dump(mode="json")).items()}
-    agree(runtime, {**config, "data": prepared.fingerprint, **versions()})
+    facts = identity(cfg, prepared, base, weights="", precision=runtime.plan.precision)
+    said = {**flatten(cfg.model_dump(mode="json")), **facts}
+    agree(runtime, {**{key: str(value) for key, value in said.items()}, **versions()})
     weights = base_fingerprint(base, cache) if runtime.is_main else ""
-    return identity(cfg, prepared, runtime.broadcast(weights))
-
-
-def _start_of(
-    runtime: Runtime, folder: RunFolder, facts: dict[str, Any], allowed: Collection[str]
-) -> Checkpoint | None:
-    """The checkpoint that a resumed run goes on from, checked against this run; None: from the start. Collective."""
-    found, passed = agree_on_checkpoint(runtime, folder.checkpoints)
-    if found is not None:
-        check_identity(found.trainer["identity"], facts, allowed)
-    if runtime.is_main:
-        for line in passed:
-            Console(soft_wrap=True).print(line, markup=False)
-        cut_metrics(folder.metrics, found.step if found else 0)
-        recover(folder.adapter)
-    return found
+    return {**facts, "base weights": runtime.broadcast(weights)}
 
 
 def train(
@@ -294,8 +288,6 @@ def train(
     clock.mark("plan")
     prepared = _prepare(cfg, tokenizer, cache)
     clock.mark("data")
-    if resume and folder.finished():
-        return TrainResult(folder.path, 0, None, None)
     if launch.rank == 0:
         folder.reopen() if resume else folder.claim(overwrite=overwrite)
     runtime = start_runtime(
@@ -307,7 +299,10 @@ def train(
     )
     with folder.recording_failure(active=runtime.is_main):
         facts = _agreed_facts(cfg, base, runtime, prepared, cache)
-        start = _start_of(runtime, folder, facts, allow_changed) if resume else None
+        begin = find_beginning(runtime, folder, facts, allow_changed, cfg.optim) if resume else Beginning()
+        if begin.finished:
+            _release(runtime)
+            return TrainResult(folder.path, 0, None, None)
         if runtime.is_main:  # the first file: it makes the folder a run's, which --resume can go on in
             folder.write("config.yaml", resolved_yaml(cfg))
         runtime.accelerator.init_trackers(cfg.log.project)
@@ -321,10 +316,10 @@ def train(
             token_ids=token_ids,
             folder=folder,
             facts=facts,
-            start=start,
+            start=begin.checkpoint,
             clock=clock,
         )
         if runtime.is_main:  # before the last barrier: no rank has ended when this stands
-            folder.record_exit(result.exit_code, "preempted" if result.stopped_by else "finished")
+            folder.record_exit(result.exit_code, result.state)
     _release(runtime)
     return result

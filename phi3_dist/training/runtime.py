@@ -144,7 +144,7 @@ def start_runtime(
     """Build the Accelerator that the plan asks for, and refuse to go on where reality differs.
 
     On a CPU each library needs telling: DeepSpeed its accelerator before it is imported, Accelerate that several
-    CPU processes are one world. FSDP2 is not left to Accelerate, which trains unwrapped on a CPU; see strategy.py.
+    CPU processes are one world. FSDP2 is not left to Accelerate, which shards nothing on a CPU; see strategy.py.
     Raises PlanError.
     """
     on_cpu = plan.device == "cpu"

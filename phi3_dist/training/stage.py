@@ -111,7 +111,7 @@ def card_facts(stage: Stage, base: Base, held_out: HeldOut | None, regime: str |
         "rows": len(stage.train.rows.lengths),
         "supervised_tokens": int(stage.train.targets.sum()),
         "data_fingerprint": stage.facts["data"],
-        "longrope": f"{regime} factors: serve it with these, whatever the length" if regime else None,
+        "longrope": regime,
         "base_rows": base.enlarged_rows,
         "quantization": None if stage.cfg.model.quantization == "none" else stage.cfg.model.quantization,
         "precision": stage.runtime.plan.precision,

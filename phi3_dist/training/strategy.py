@@ -150,8 +150,8 @@ class DeepSpeedEngine:
 def shard_fsdp2(model: PackedLoss, runtime: Runtime) -> PackedLoss:
     """`fully_shard` each decoder layer and then the rest, in place. The same call on CPU (gloo) and GPU (NCCL).
 
-    Accelerate's own FSDP2 path is not used: on a CPU it silently trains unwrapped ranks, and one path that the
-    tests start for real is worth more than two of which one never runs here.
+    Accelerate's own FSDP2 path is not used: on a CPU it silently shards nothing, and one path that the tests start for
+    real is worth more than two of which one never runs here.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard

@@ -48,7 +48,10 @@ def test_the_factors_are_one_choice_on_every_rank_and_stand_in_the_adapter(base:
     for name in ("one", "two"):
         adapter = tmp_path / name / "adapter"
         assert read_metadata(adapter)["longrope"] == "long"
-        assert "long factors: serve it with these" in (adapter / "README.md").read_text()
+        assert (
+            "| LongRoPE factors: serve it with these, whatever the length | long |"
+            in (adapter / "README.md").read_text()
+        )
     choices = {c["name"]: c["value"] for c in json.loads((tmp_path / "one" / "plan.json").read_text())["choices"]}
     assert choices["LongRoPE"] == "long factors"
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from phi3_dist.adapters import files
 from phi3_dist.adapters.files import read_adapter, recover, save_adapter, write_adapter
 from phi3_dist.adapters.gather import gather_adapter
-from phi3_dist.errors import AdapterError
+from phi3_dist.adapters.publishing import publish
+from phi3_dist.errors import AdapterError, ConfigError
 from tests.ranks.gather_bodies import same, tiny_peft, tiny_phi3
 
 # peft 0.21 asks transformers 5.24 for a name that is on its way out
@@ -99,13 +100,69 @@ def test_plain_peft_restores_every_value(tmp_path: Path, kind: str) -> None:
     assert same(gather_adapter(PeftModel.from_pretrained(tiny_phi3(), folder)), gather_adapter(tiny_peft(kind)))
 
 
-def test_a_temporary_path_of_the_base_is_not_written(tmp_path: Path) -> None:
+def text_of(folder: Path) -> str:
+    return "".join(path.read_text() for path in sorted(folder.iterdir()) if path.suffix in {".json", ".md"})
+
+
+@pytest.mark.parametrize("how", ["whole", "relative", "symbolic"])
+def test_plain_peft_finds_a_local_base_from_any_folder(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    tiny_phi3().save_pretrained(tmp_path / "bases" / "phi3")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "bases")
+    monkeypatch.chdir(tmp_path)
+    name = {"whole": str(tmp_path / "bases/phi3"), "relative": "bases/phi3", "symbolic": "link/phi3"}[how]
+    model = tiny_peft()
+    model.peft_config["default"].base_model_name_or_path = name
+    model.peft_config["default"].task_type = "CAUSAL_LM"
+    save_adapter(model, "adapter")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter"))
+    assert same(gather_adapter(loaded), gather_adapter(model))
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+        # transformers' own way, too
+        found = AutoModelForCausalLM.from_pretrained(str(tmp_path / "adapter")).eval()(ids).logits
+        torch.testing.assert_close(loaded.eval()(ids).logits, expected)
+        torch.testing.assert_close(found, expected)
+    assert "| base |" not in (tmp_path / "adapter" / "README.md").read_text()
+    assert str(tmp_path) not in (tmp_path / "adapter" / "README.md").read_text()
+
+    copy = publish(tmp_path / "adapter", tmp_path / "out" / "copy", "someone/phi3-tiny", "v2")
+    assert str(tmp_path) not in text_of(copy)
+    config = read_adapter(copy)[1]
+    assert (config["base_model_name_or_path"], config["revision"]) == ("someone/phi3-tiny", "v2")
+    card = (copy / "README.md").read_text()
+    assert "base_model: someone/phi3-tiny\n" in card
+    assert "- base_model:adapter:someone/phi3-tiny\n" in card
+    assert "A LoRA adapter for `someone/phi3-tiny` (revision `v2`)" in card
+    assert 'from_pretrained("someone/phi3-tiny", revision="v2", dtype="auto")' in card
+    assert "local folder" not in card
+    assert read_adapter(tmp_path / "adapter")[1]["base_model_name_or_path"] == str(tmp_path / "bases/phi3")
+
+
+def test_what_cannot_be_published(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter")
+    for base in ("phi3", "/data/phi3", "./phi3/tiny", "~/phi3", "a/b/c", str(tmp_path)):
+        with pytest.raises(ConfigError, match="is no model on the hub"):
+            publish(folder, tmp_path / "copy", base)
+    with pytest.raises(AdapterError, match="exists"):
+        publish(folder, folder, "a/b")
+    with pytest.raises(AdapterError, match=r"cannot be written: (Not a directory|File exists)"):
+        publish(folder, folder / "README.md" / "copy", "a/b")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(AdapterError, match="is damaged"):
+        publish(folder, tmp_path / "copy", "a/b")
+    assert names(tmp_path) == ["adapter"]
+
+
+def test_the_hint_of_a_base_takes_its_place(tmp_path: Path) -> None:
     tensors, config = read_adapter(saved(tmp_path / "first"))
-    config["base_model_name_or_path"] = "/tmp/some/run/phi3-base"
-    write_adapter(tmp_path / "second", tensors, config, card="")
-    text = "".join(p.read_text() for p in (tmp_path / "second").iterdir() if p.suffix in {".json", ".md"})
-    assert "/tmp" not in text
-    assert read_adapter(tmp_path / "second")[1]["base_model_name_or_path"] == "phi3-base"
     hint = {"base_model_name_or_path": "microsoft/Phi-3-mini-4k-instruct", "revision": "main"}
     write_adapter(tmp_path / "second", tensors, config, card="", base_hint=hint)
     assert read_adapter(tmp_path / "second")[1].items() >= hint.items()
@@ -214,6 +271,35 @@ def test_every_fault_of_a_folder_is_told_at_once(tmp_path: Path) -> None:
     assert "checksums.json is damaged" in str(caught.value)
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(AdapterError, match="it has no peft_type"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_an_adapter_of_integers_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter")
+    tensors, config = read_adapter(folder)
+    whole = {name: torch.ones(tensor.shape).to(dtype) for name, tensor in tensors.items()}
+    save_file(whole, folder / "adapter_model.safetensors")
+    (folder / "checksums.json").unlink()  # as PEFT itself writes a folder
+    with pytest.raises(AdapterError, match=r"lora_A\.weight \(torch\..*is not of a floating dtype"):
+        read_adapter(folder)
+    with pytest.raises(AdapterError, match="is not of a floating dtype"):
+        write_adapter(tmp_path / "new", whole, config, card="")
+
+
+def test_the_counter_of_a_module_that_is_saved_whole_may_be_an_integer(tmp_path: Path) -> None:
+    tensors, config = read_adapter(saved(tmp_path / "adapter"))
+    tensors["base_model.model.norm.num_batches_tracked"] = torch.tensor(3)
+    write_adapter(tmp_path / "new", tensors, config, card="")
+    assert read_adapter(tmp_path / "new")[0]["base_model.model.norm.num_batches_tracked"] == 3
+
+
+@pytest.mark.parametrize("kind", ["NONSENSE", "lora", 7, None, ["LORA"]])
+def test_a_peft_type_that_nobody_knows_is_refused(kind: object, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": kind}))
+    with pytest.raises(AdapterError, match=r"adapter_config.json: peft_type is .*which PEFT does not know"):
         read_adapter(folder)
 
 

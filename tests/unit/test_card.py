@@ -64,6 +64,33 @@ def test_absolute_paths_in_other_facts_are_cut() -> None:
     assert "| odd | a\\|b c |" in card
 
 
+def test_a_fact_stands_in_the_card_once() -> None:
+    """What is known has its table; `More` is for the rest, and is not there without one."""
+    assert "## More" not in adapter_card(FACTS)
+    card = adapter_card(
+        {**FACTS, "base": "bases/phi3", "base_is_local": True, "schedule": {"lr": 1e-4}, "odd": "~/rows.jsonl"}
+    )
+    more = card.split("## More\n")[1].split("\n## ")[0]
+    assert [line for line in more.splitlines() if line.startswith("| ") and line != "| | |"] == [
+        "| schedule | lr 0.0001 |",
+        "| odd | rows.jsonl |",
+    ]
+    assert "bases/phi3" not in card
+    assert card.count("0123abcd") == 1
+
+
+@pytest.mark.parametrize(("kept", "other"), [("long", "short"), ("short", "long")])
+def test_the_factors_of_longrope_are_told_and_loaded(kept: str, other: str) -> None:
+    card = adapter_card({**FACTS, "longrope": kept, "quantization": "nf4", "revision": "v1"})
+    assert f"| LongRoPE factors: serve it with these, whatever the length | {kept} |" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert f'factors["{other}_factor"] = factors["{kept}_factor"]' in code
+    assert 'AutoConfig.from_pretrained("microsoft/Phi-3-mini-4k-instruct", revision="v1")' in code
+    assert ", config=config, quantization_config=quantized)" in code
+    assert "AutoConfig" not in adapter_card(FACTS)
+
+
 def test_a_card_of_nothing_is_still_a_card() -> None:
     card = adapter_card({})
     assert front_matter(card)["tags"]

@@ -436,6 +436,48 @@ def test_files_that_are_not_loralibs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not Path("adapter").exists()
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_that_was_written_here_says_how_it_was_built_and_is_held_to_it(tmp_path: Path, suffix: str) -> None:
+    """Of a file without alpha, 32 in place of 16 is twice the update, without a word."""
+    trained, plain = own_pair("none")
+    torch.save(dict(lora.lora_state_dict(trained)), tmp_path / "lora.pt")
+    convert_file(tmp_path / "lora.pt", tmp_path / "adapter", "loralib→peft", **SAID)
+    file = tmp_path / f"back{suffix}"
+    convert_file(tmp_path / "adapter", file, "peft→loralib", enable_lora=FLAGS, r=3)
+    other: dict[str, Any]
+    for other, said in (
+        ({"alpha": 12}, "alpha: is 12, and back"),
+        ({"alpha": {"qkv": 3}}, "says of qkv: lora.MergedLinear(r=3, lora_alpha=6"),
+        ({"kinds": {"fc": "embedding"}}, "kinds: is embedding"),
+        ({"enable_lora": {"qkv": (True, True, False)}}, "enable_lora: is (True, True, False)"),
+        ({"enable_lora": {"fc": (True,)}}, "says of fc: lora.Linear"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            convert_file(file, tmp_path / "again", "loralib→peft", **other)
+        assert said in str(caught.value)
+    assert not (tmp_path / "again").exists()
+    convert_file(file, tmp_path / "same", "loralib→peft", alpha=6)
+    convert_file(file, tmp_path / "again", "loralib→peft")
+    assert same(read_adapter(tmp_path / "again")[0], read_adapter(tmp_path / "adapter")[0])
+    close(PeftModel.from_pretrained(plain, tmp_path / "again").eval()(IDS), trained.train()(IDS))
+    trained.load_state_dict(torch.load(file, weights_only=True) if suffix == ".pt" else _read(file), strict=False)
+
+
+def test_what_a_file_says_of_its_layers_may_be_damaged(tmp_path: Path) -> None:
+    for number, said in enumerate(
+        ("{", "[1]", '{"fc": 3}', '{"fc": {"kind": "cube", "r": 1, "alpha": 1, "enable_lora": []}}')
+    ):
+        save_file(own_state(), tmp_path / f"{number}.safetensors", metadata={"loralib_layers": said})
+        with pytest.raises(AdapterError, match="is damaged"):
+            convert_file(tmp_path / f"{number}.safetensors", tmp_path / "adapter", "loralib→peft", **SAID)
+
+
+def test_tensors_of_integers_are_no_loralib_file(tmp_path: Path) -> None:
+    torch.save({"fc.lora_A": torch.ones(2, 8, dtype=torch.int8), "fc.lora_B": torch.ones(6, 2)}, tmp_path / "lora.pt")
+    with pytest.raises(AdapterError, match=r"fc.lora_A: is torch.int8, which does not train"):
+        convert_file(tmp_path / "lora.pt", tmp_path / "adapter", "loralib→peft", **FC)
+
+
 def test_a_file_saved_from_ddp_loses_its_prefix(tmp_path: Path) -> None:
     torch.save({f"module.{k}": v for k, v in own_state().items()}, tmp_path / "ddp.pth")
     convert_file(tmp_path / "ddp.pth", tmp_path / "adapter", "loralib→peft", **SAID)

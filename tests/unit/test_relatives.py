@@ -232,7 +232,7 @@ def test_facts_of_the_run_stand_in_the_header_of_the_weights(tmp_path: Path) -> 
 
 def test_a_frozen_a_that_another_file_brings_is_part_of_the_runs_identity(tmp_path: Path) -> None:
     """It is in no checkpoint: a resumed run takes it from the adapter's folder again."""
-    prepared: Any = SimpleNamespace(fingerprint="data")
+    prepared: Any = SimpleNamespace(fingerprint="data", train=SimpleNamespace(packs=[0]), validation=None)
     found = []
     for seed in (0, 1):
         model = add_lora(tiny(), LoraConfig(r=2, freeze_a=True), "tiny-random")
@@ -242,6 +242,6 @@ def test_a_frozen_a_that_another_file_brings_is_part_of_the_runs_identity(tmp_pa
         for freeze_a in (True, False):
             lora = {"r": 2, "freeze_a": freeze_a}
             cfg = RunConfig.model_validate({"model": model_section, "data": {"train": "x"}, "lora": lora})
-            found.append(identity(cfg, prepared, "weights"))
+            found.append(identity(cfg, prepared, find_base("tiny-random"), weights="weights", precision="fp32"))
     assert found[0]["frozen A"] != found[2]["frozen A"]
     assert found[1] == found[3]
