@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import nullcontext
 
 import typer
 
@@ -17,9 +18,14 @@ from phi3_dist.cli import training  # noqa: F401 -- each adds its verbs to the a
 # isort: split
 from phi3_dist.cli import looking, outside, slurm  # noqa: F401
 from phi3_dist.cli.app import app
-from phi3_dist.errors import Phi3DistError
+from phi3_dist.errors import Phi3DistError, plain, redacted
+from phi3_dist.machine.terminal import open_standard_streams, unfailing_streams
+from phi3_dist.training.signals import Stopped, answered, starts_a_run
 
 __all__ = ["app", "main"]
+
+_LONG = ("train", "prepare")
+"""Verbs that go on whatever becomes of the terminal."""
 
 
 def _tell(error: Phi3DistError) -> None:
@@ -30,22 +36,36 @@ def _tell(error: Phi3DistError) -> None:
         for problem in error.problems:
             typer.echo(f"  {problem}", err=True)
     else:
-        typer.echo(
-            f"[rank {rank}] {type(error).__name__}: {error.problems[0].where} {error.problems[0].what}", err=True
-        )
+        first = plain(redacted(f"{error.problems[0].where} {error.problems[0].what}"))
+        typer.echo(f"[rank {rank}] {type(error).__name__}: {first}", err=True)
 
 
 def main() -> None:
     """Run the command line. A user's mistake ends in one message and its exit code; a bug in a traceback."""
     # bitsandbytes announces at import that an optional kernel for 4-bit inference is missing
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        app()
-    except Phi3DistError as error:
-        _tell(error)
-        sys.stdout.flush()
-        sys.exit(error.exit_code)
-    except Exception as error:
-        if "RANK" in os.environ:
-            error.add_note(f"on rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE', '?')}")
-        raise
+    open_standard_streams()
+    words = sys.argv[1:]
+    early = answered(words) if starts_a_run(words) else nullcontext()
+    with early, unfailing_streams() if words and words[0] in _LONG else nullcontext():
+        try:
+            app()
+        except Stopped as stop:
+            if os.environ.get("RANK", "0") == "0":
+                typer.echo(f"phi3-dist: {stop}", err=True)
+            _leave(stop.exit_code)
+        except Phi3DistError as error:
+            _tell(error)
+            sys.stdout.flush()
+            sys.exit(error.exit_code)
+        except Exception as error:
+            if "RANK" in os.environ:
+                error.add_note(f"on rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE', '?')}")
+            raise
+
+
+def _leave(code: int) -> None:
+    """End now: a process group that still waits for its other ranks would hold the interpreter's end up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
