@@ -109,7 +109,7 @@ def launch(arguments: Sequence[str]) -> Ended:
         return ended
     name = _name(handed_on.signal)
     stopped = 128 + handed_on.signal if handed_on.signal == signal.SIGINT else STOPPED_EARLY
-    if ended.code == 128 + handed_on.signal:
+    if ended.why and ended.code == 128 + handed_on.signal:
         return Ended(stopped, f"stopped by {name}, and a rank with it before it had begun")
     return ended
 

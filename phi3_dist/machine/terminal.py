@@ -2,7 +2,7 @@
 
 Standard output and error are replaced for as long as a run speaks. Each line goes to the descriptor at once and leaves
 nothing in a buffer, so that the end of the process has nothing to fail at. A character that the terminal's encoding
-lacks is shown by its number.
+lacks is shown by its number, and tokens and passwords that a library writes are left out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
+
+from phi3_dist.errors import redacted
 
 __all__ = ["Unfailing", "lost_lines", "open_standard_streams", "unfailing", "unfailing_streams"]
 
@@ -58,15 +60,19 @@ class Unfailing(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        self._line += text
-        if "\n" in text:
-            self.flush()
+        whole, ended, rest = (self._line + text).rpartition("\n")
+        self._line = rest
+        if ended:
+            self._say(whole + ended)
         return len(text)
 
     def flush(self) -> None:
         text, self._line = self._line, ""
-        if not text:
-            return
+        if text:
+            self._say(text)
+
+    def _say(self, text: str) -> None:
+        text = redacted(text)  # libraries name addresses with all that stands in them
         untold = f"\n[{self._untold} lines could not be written here]\n" if self._untold else ""
         if self._emit(untold + text):
             self._untold = 0

@@ -329,7 +329,7 @@ def _train(
         launch.zero_settings,
         max_grad_norm=cfg.optim.max_grad_norm,
         trackers=cfg.log.trackers,
-        folder=folder.path,
+        folder=folder.held,  # tensorboard opens its file anew for each write
     )
     with folder.recording_failure(active=runtime.is_main):
         facts = _agreed_facts(cfg, base, runtime, prepared, cache)

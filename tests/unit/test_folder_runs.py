@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from phi3_dist.config.load import load_run
 from phi3_dist.errors import ModelError
@@ -17,6 +21,8 @@ from phi3_dist.report.curves import draw_curves
 from phi3_dist.report.page import write_page
 from phi3_dist.training import loop
 from phi3_dist.training.belongings import strangers
+from phi3_dist.training.early import TRACKERS
+from phi3_dist.training.resume import base_fingerprint
 from phi3_dist.training.signals import Stopped
 from tests.ranks.launcher import REPO
 from tests.unit.test_folder import claimed, contents
@@ -103,3 +109,25 @@ def test_a_whole_run_follows_its_folder_and_leaves_the_next_one_alone(
     assert (tmp_path / "moved" / "adapter" / "adapter_model.safetensors").is_file()
     assert sorted(contents(second)) == [".phi3_dist_run", "config.yaml"]
     assert "was moved to" in capsys.readouterr().out
+
+
+def test_first_starts_beside_each_other_share_no_file(tmp_path: Path) -> None:
+    """Runs that hash the same weights for the first time, into one cache."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
+    base = SimpleNamespace(folder=tmp_path / "base", source="base")
+    starts = 400
+
+    def start(number: int) -> str:
+        return base_fingerprint(base, tmp_path / "cache")  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(start, range(starts)))
+    assert len(found) == 1
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["weights.json"]
+
+
+def test_the_trackers_are_accelerates() -> None:
+    assert sorted(TRACKERS) == sorted(LOGGER_TYPE_TO_CLASS)
+    here = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    assert {name for name, packages in TRACKERS.items() if any(map(find_spec, packages))} == here
