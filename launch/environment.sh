@@ -8,6 +8,10 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ] && [ -x 
     PATH=$ROOT/.venv/bin:$PATH
 fi
 
+# a signal before anything is begun: the exit code of a run that may be started again, as from `phi3-dist train`
+trap 'exit 75' TERM USR1 HUP
+trap 'exit 130' INT
+
 # fail MESSAGE [FIX]: a mistake in the command line ends with 2, as everywhere in phi3-dist
 fail() {
     echo "$(basename -- "$0"): $1" >&2
@@ -63,9 +67,11 @@ supervise() {
     local restarts=$1 function=$2 attempt=0 status stopped='' child=''
     shift 2
     trap 'stopped=1; kill -TERM "$child" 2>/dev/null || true' TERM HUP
+    trap 'stopped=1; kill -USR1 "$child" 2>/dev/null || true' USR1
     trap 'stopped=1; kill -INT "$child" 2>/dev/null || true' INT
     case " $* " in *" --resume "*) ;; *) set -- "$@" --resume ;; esac
     while :; do
+        [ -z "$stopped" ] || exit 75
         "$function" "$attempt" "$@" &
         child=$!
         while :; do

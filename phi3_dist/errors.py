@@ -16,6 +16,7 @@ Each error holds one or more `Problem`s, so that a user sees all mistakes at onc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -30,7 +31,39 @@ __all__ = [
     "Problem",
     "RunFolderError",
     "TrainingError",
+    "control_character",
+    "plain",
+    "redacted",
 ]
+
+# C0 and C1 but newline and tab; what separates lines elsewhere; what turns the direction of text; halves of characters
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_ANY_CONTROL = re.compile(rf"{_CONTROL.pattern}|[\n\t]")
+_USER_INFO = re.compile(r"(?<=://)[^\s/?#:]*:[^\s/?#]*@")
+_TOKEN = re.compile(
+    r"\b(hf_)(?=[a-zA-Z0-9]*[A-Z0-9])[a-zA-Z0-9]{10,}|\b(gh[pousr]_|github_pat_|glpat-|sk-(?:proj|ant|or)-)[\w-]{16,}"
+    r"|\b(AKIA)[A-Z0-9]{12,}"
+)
+
+
+def control_character(text: str) -> str:
+    """The first character of `text` that could write a line, a file name or a terminal of its own, as Python writes it.
+
+    Empty where there is none. Newline and tab are among them.
+    """
+    found = _ANY_CONTROL.search(text)
+    return ascii(found[0])[1:-1] if found else ""
+
+
+def redacted(text: str) -> str:
+    """`text` without the user and password of an address, and without tokens that are known by their form."""
+    shown = _USER_INFO.sub("***@", text)
+    return _TOKEN.sub(lambda found: f"{found[1] or found[2] or found[3]}***", shown)
+
+
+def plain(text: str) -> str:
+    """`text` for a terminal: what a row or a file holds moves no cursor and sets no colour. Newlines stay."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 @dataclass(frozen=True)
@@ -43,7 +76,7 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
-        return f"{place}{self.what}" + (f"\n    fix: {self.fix}" if self.fix else "")
+        return plain(redacted(f"{place}{self.what}" + (f"\n    fix: {self.fix}" if self.fix else "")))
 
 
 class Phi3DistError(Exception):

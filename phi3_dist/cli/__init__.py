@@ -10,6 +10,8 @@ import importlib.util
 import logging
 import os
 import sys
+from contextlib import nullcontext
+from typing import NoReturn
 
 import typer
 
@@ -18,9 +20,14 @@ from phi3_dist.cli import training  # noqa: F401 -- each adds its verbs to the a
 # isort: split
 from phi3_dist.cli import looking, outside, slurm  # noqa: F401
 from phi3_dist.cli.app import app
-from phi3_dist.errors import MachineError, Phi3DistError, Problem
+from phi3_dist.errors import MachineError, Phi3DistError, Problem, plain, redacted
+from phi3_dist.machine.terminal import open_standard_streams, unfailing_streams
+from phi3_dist.training.signals import Stopped, answered, starts_a_run
 
 __all__ = ["app", "main"]
+
+_LONG = ("train", "prepare")
+"""Verbs that go on whatever becomes of the terminal."""
 
 
 def _tell(error: Phi3DistError) -> None:
@@ -31,30 +38,47 @@ def _tell(error: Phi3DistError) -> None:
         for problem in error.problems:
             typer.echo(f"  {problem}", err=True)
     else:
-        typer.echo(
-            f"[rank {rank}] {type(error).__name__}: {error.problems[0].where} {error.problems[0].what}", err=True
-        )
+        first = plain(redacted(f"{error.problems[0].where} {error.problems[0].what}"))
+        typer.echo(f"[rank {rank}] {type(error).__name__}: {first}", err=True)
 
 
 def main() -> None:
     """Run the command line. A user's mistake ends in one message and its exit code; a bug in a traceback."""
     # bitsandbytes announces at import that an optional kernel for 4-bit inference is missing
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        app()
-    except Phi3DistError as error:
-        _tell(error)
-        sys.stdout.flush()
-        sys.exit(error.exit_code)
-    except ModuleNotFoundError as error:
-        missing = (error.name or "phi3_dist").partition(".")[0]
-        if missing == "phi3_dist" or missing in sys.stdlib_module_names or importlib.util.find_spec(missing):
+    open_standard_streams()
+    words = sys.argv[1:]
+    early = answered(words) if starts_a_run(words) else nullcontext()
+    with early, unfailing_streams() if words and words[0] in _LONG else nullcontext():
+        try:
+            app()
+        except Stopped as stop:
+            if os.environ.get("RANK", "0") == "0":
+                typer.echo(f"phi3-dist: {stop}", err=True)
+            _leave(stop.exit_code)
+        except Phi3DistError as error:
+            _end(error)
+        except ModuleNotFoundError as error:
+            missing = (error.name or "phi3_dist").partition(".")[0]
+            if missing == "phi3_dist" or missing in sys.stdlib_module_names or importlib.util.find_spec(missing):
+                raise
+            every = "or all that is needed with pip install phi3-dist; phi3-dist doctor looks at each"
+            fix = f"pip install {missing}, {every}"
+            _end(MachineError(Problem(missing, "is needed here and is not installed", fix)))
+        except Exception as error:
+            if "RANK" in os.environ:
+                error.add_note(f"on rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE', '?')}")
             raise
-        fix = f"pip install {missing}, or all that is needed with pip install phi3-dist; phi3-dist doctor looks at each"
-        _tell(MachineError(Problem(missing, "is needed here and is not installed", fix)))
-        sys.stdout.flush()
-        sys.exit(MachineError.exit_code)
-    except Exception as error:
-        if "RANK" in os.environ:
-            error.add_note(f"on rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE', '?')}")
-        raise
+
+
+def _end(error: Phi3DistError) -> NoReturn:
+    _tell(error)
+    sys.stdout.flush()
+    sys.exit(error.exit_code)
+
+
+def _leave(code: int) -> None:
+    """End now: a process group that still waits for its other ranks would hold the interpreter's end up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -72,5 +72,6 @@ def slurm(
         directives=tuple(directive or ()),
     )
     job = replace(job, sweep=parse_sweep(array)) if array else job
-    for line in slurm_command(job, topology, script=script, submit=submit, chain=chain).lines():
+    done = slurm_command(job, topology, script=script, submit=submit, chain=chain, tell=typer.echo)
+    for line in done.lines():
         typer.echo(line)

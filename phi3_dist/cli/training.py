@@ -28,11 +28,15 @@ def train(
     from phi3_dist.config.load import load_run
 
     cfg = load_run(run_file, overrides or ())
-    from phi3_dist.machine.probe import launch_facts, probe
-    from phi3_dist.training.loop import train as run_training
+    from phi3_dist.training.early import check_early
 
     if overwrite and resume:
         raise ConfigError(Problem("--overwrite --resume", "exclude each other", "give one of them"))
+    check_early(cfg, os.environ, overwrite=overwrite, resume=resume)
+    from phi3_dist.machine.probe import launch_facts, probe
+    from phi3_dist.training.loop import train as run_training
+    from phi3_dist.training.signals import finishing
+
     result = run_training(
         cfg,
         probe(),
@@ -41,6 +45,7 @@ def train(
         resume=resume,
         allow_changed=allow_changed or (),
     )
+    finishing()
     if result.exit_code:
         raise typer.Exit(result.exit_code)
     finished_before = result.steps == 0 and os.environ.get("RANK", "0") == "0"
@@ -88,13 +93,24 @@ def plan(
     from phi3_dist.config.load import load_run
     from phi3_dist.machine.probe import package_versions
     from phi3_dist.planning.plan import make_plan
-    from phi3_dist.planning.preview import assumed_machine, launch_of_config, plan_table, shape_of_source
+    from phi3_dist.planning.preview import (
+        assumed_machine,
+        check_fit,
+        check_rows,
+        launch_of_config,
+        plan_table,
+        shape_of_source,
+    )
 
     cfg = load_run(run_file, overrides or ())
+    check_rows(cfg)
     launch = launch_of_config(config, processes, nodes)
     kind = "cpu" if launch.use_cpu else device
     machine = assumed_machine(kind, launch.world_size // launch.nodes, memory_gib, package_versions())
-    Console(highlight=False).print(plan_table(make_plan(cfg, machine, launch, family_or_shape=shape_of_source(cfg))))
+    shape = shape_of_source(cfg)
+    planned = make_plan(cfg, machine, launch, family_or_shape=shape)
+    Console(highlight=False).print(plan_table(planned))
+    check_fit(cfg, machine, launch, planned, shape)
 
 
 @app.command("prepare")

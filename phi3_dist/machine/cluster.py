@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from phi3_dist.errors import MachineError, PlanError, Problem
+from phi3_dist.machine.launcher import deepspeed_file_beside
 from phi3_dist.planning.slurm import SlurmJob, SlurmTopology, render_sbatch
 
 __all__ = ["Check", "Rendered", "SlurmFacts", "check_script", "slurm_command", "slurm_facts", "submit_script"]
@@ -111,16 +113,25 @@ def submit_script(script: Path, *, after: str | None = None) -> str:
 
 
 def slurm_command(
-    job: SlurmJob, topology: SlurmTopology, *, script: Path | None = None, submit: bool = False, chain: int = 1
+    job: SlurmJob,
+    topology: SlurmTopology,
+    *,
+    script: Path | None = None,
+    submit: bool = False,
+    chain: int = 1,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Rendered:
     """The verb `phi3-dist slurm`: write the script, check it, and with `submit` hand it to Slurm, `chain` times.
 
-    The script goes beside the job's logs unless `script` says where. Raises PlanError for a topology that can't run
-    or that Slurm refuses, MachineError where submitting fails.
+    The script goes beside the job's logs unless `script` says where. `tell` gets each job's id at once, so that no end
+    of this process leaves a job that nobody knows of. Raises PlanError for a topology that can't run or that Slurm
+    refuses, MachineError where submitting fails.
     """
     workdir = Path(topology.workdir).resolve()
-    topology = replace(topology, workdir=str(workdir))
     problems = list(_chain_problems(job, chain))
+    config, config_problems = _config_from(workdir, topology.config)
+    problems += config_problems
+    topology = replace(topology, workdir=str(workdir), config=config)
     texts = [render_sbatch(job, topology)] if chain == 1 else _links(job, topology, chain)
     if problems:
         raise PlanError(*problems)
@@ -132,13 +143,46 @@ def slurm_command(
     check = check_script(scripts[-1])
     if check.answer in ("impossible", "wrong"):
         raise PlanError(Problem("sbatch --test-only", check.text, f"change the options; the script is {scripts[-1]}"))
-    job_ids: list[str] = []
-    if submit:
-        for link in scripts:
-            job_ids.append(submit_script(link, after=job_ids[-1] if job_ids else None))
+    job_ids = _submit(scripts, tell) if submit else []
     first = job_ids[0] if job_ids else "JOBID"
     output = job.output.replace("%A_%a", f"{first}_0").replace("%j", first)
     return Rendered(tuple(scripts), check, tuple(job_ids), f"tail -F {shlex.quote(str(workdir / output))}")
+
+
+def _submit(scripts: Sequence[Path], tell: Callable[[str], None]) -> list[str]:
+    job_ids: list[str] = []
+    for link in scripts:
+        try:
+            job_ids.append(submit_script(link, after=job_ids[-1] if job_ids else None))
+        except MachineError as error:
+            if not job_ids:
+                raise
+            what = f"{len(job_ids)} of {len(scripts)} jobs are submitted, and go on one from another"
+            fix = f"let them run, or scancel {' '.join(job_ids)}"
+            raise MachineError(*error.problems, Problem("--chain", what, fix)) from error
+        if len(scripts) > 1:
+            tell(f"submitted {len(job_ids)} of {len(scripts)}: job {job_ids[-1]}")
+    return job_ids
+
+
+def _config_from(workdir: Path, config: str) -> tuple[str, list[Problem]]:
+    """The Accelerate config as the job finds it, from its folder or in full; what of it the job would not find.
+
+    A shipped config is found from anywhere, where this toolkit runs out of its repository.
+    """
+    path = workdir / config
+    if not path.is_file():
+        path = Path(__file__).resolve().parents[2] / config
+        if not path.is_file():
+            what = f"{config} is not in {workdir}, where the job runs"
+            return config, [Problem("--config_file", what, "name it from there, or in full")]
+        config = str(path)
+    with contextlib.chdir(workdir):
+        beside = deepspeed_file_beside(path)
+    if beside is None:
+        return config, []
+    what = f"{config} names a DeepSpeed file that is not in {workdir}, where the job runs, but {beside}"
+    return config, [Problem("--config_file", what, "submit from there, or write that path into a config of your own")]
 
 
 def _chain_problems(job: SlurmJob, chain: int) -> Sequence[Problem]:

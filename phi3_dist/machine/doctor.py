@@ -20,6 +20,7 @@ from typing import Literal
 import psutil
 from packaging.requirements import Requirement
 
+from phi3_dist.errors import redacted
 from phi3_dist.machine.probe import probe
 from phi3_dist.planning.attention import backends, choose_backend
 from phi3_dist.planning.plan import MachineFacts
@@ -220,7 +221,7 @@ def _hub(environ: Mapping[str, str]) -> Iterator[Finding]:
     if on:
         yield Finding("warn", f"{', '.join(on)} is set: models come from local folders and the cache only", "")
     if environ.get("HF_ENDPOINT"):
-        yield Finding("ok", f"models come from the mirror HF_ENDPOINT={environ['HF_ENDPOINT']}")
+        yield Finding("ok", f"models come from the mirror HF_ENDPOINT={redacted(environ['HF_ENDPOINT'])}")
     if not on:
         token = "is set" if environ.get("HF_TOKEN") else "is not set; gated models need it"
         yield Finding("ok", f"HF_TOKEN {token}")

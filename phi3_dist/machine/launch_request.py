@@ -94,6 +94,9 @@ def _recognise(command: Sequence[str], folder: Path) -> _Launcher | None:
         return _Launcher("accelerate", _own_options(words[1:]), folder)
     if program in ("accelerate-launch", "accelerate.commands.launch"):
         return _Launcher("accelerate", _own_options(words), folder)
+    # accelerate's own options, read in the process of this toolkit
+    if program in ("phi3-dist", "phi3_dist", "phi3_dist.__main__") and words[:1] == ("launch",):
+        return _Launcher("accelerate", _own_options(words[1:]), folder)
     if program in ("torchrun", "torch.distributed.run"):
         return _Launcher("torchrun", _own_options(words), folder)
     return None

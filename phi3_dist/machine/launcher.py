@@ -1,15 +1,33 @@
-"""`accelerate launch` without its last fifty lines: the exit code and the end of the rank that failed first."""
+"""`accelerate launch` without its last fifty lines: the exit code and the end of the rank that failed first.
+
+A signal is handed on to the ranks, which save and stop in their own time. torch's launcher would kill them 30 s later.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import signal
-from collections.abc import Sequence
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
-__all__ = ["Ended", "launch"]
+import psutil
+import yaml
 
-TOLD_BY_RANK_0 = (*range(2, 10), 75, 130)
+from phi3_dist.planning.job_script import STOPPED_EARLY
+
+__all__ = ["Ended", "deepspeed_file_beside", "launch"]
+
+TOLD_BY_RANK_0 = (*range(2, 10), STOPPED_EARLY, 130)
 """Exit codes of ranks that have said why: the user's mistakes, and a stop by a signal after a checkpoint."""
+_HANDED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+_LATER_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -20,21 +38,97 @@ class Ended:
     why: str = ""
 
 
+class _HandedOn:
+    """Within it, signals go to the children of this process, those that it starts later included. `signal`: the first.
+
+    Ranks know two signals of one kind within a second, as from a terminal and from here, for one.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int = 0
+        self._asked: dict[int, set[int]] = {}
+        self._done = threading.Event()
+
+    @contextlib.contextmanager
+    def answered(self) -> Iterator[None]:
+        before: dict[int, Any] = {}
+        number: int
+        for number in _HANDED_ON:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                before[number] = signal.signal(number, self._handle)
+        # torch's launcher takes the signals that it is told to, when it starts the ranks: this one nobody sends
+        named = os.environ.get("PET_SIGNALS_TO_HANDLE")
+        os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+        try:
+            yield
+        finally:
+            self._done.set()
+            os.environ.pop("PET_SIGNALS_TO_HANDLE")
+            if named is not None:
+                os.environ["PET_SIGNALS_TO_HANDLE"] = named
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        first = not self.signal
+        self.signal = self.signal or number
+        self._asked[number] = set()
+        self._hand_on()
+        if first:
+            threading.Thread(target=self._again, daemon=True, name="signals").start()
+
+    def _hand_on(self) -> None:
+        for child in _children():
+            for number, told in list(self._asked.items()):
+                if child not in told:
+                    told.add(child)
+                    with contextlib.suppress(OSError):
+                        os.kill(child, number)
+
+    def _again(self) -> None:
+        while not self._done.wait(_LATER_S):
+            self._hand_on()
+
+
+def _children() -> list[int]:
+    try:
+        return [process.pid for process in psutil.Process().children()]
+    except psutil.Error:
+        return []
+
+
 def launch(arguments: Sequence[str]) -> Ended:
     """Run `accelerate launch ARGUMENTS` in this process. Returns once all ranks of this node have ended.
 
     The command's own mistakes end the process with 2, as in Accelerate.
     """
+    handed_on = _HandedOn()
+    with handed_on.answered():
+        ended = _launch(arguments, handed_on)
+    if not handed_on.signal:
+        return ended
+    name = _name(handed_on.signal)
+    stopped = 128 + handed_on.signal if handed_on.signal == signal.SIGINT else STOPPED_EARLY
+    if ended.why and ended.code == 128 + handed_on.signal:
+        return Ended(stopped, f"stopped by {name}, and a rank with it before it had begun")
+    return ended
+
+
+def _launch(arguments: Sequence[str], handed_on: _HandedOn) -> Ended:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    options = launch_command_parser().parse_args(list(arguments))
+    options = launch_command_parser().parse_args(_with_deepspeed_file(list(arguments)))
+    if handed_on.signal:
+        return Ended(128 + handed_on.signal)
     try:
         launch_command(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return _ended(rank, failure.exitcode)
+    except subprocess.CalledProcessError as error:  # one process, without torch's launcher
+        return _ended(0, error.returncode)
     except SignalException as error:
         number = int(error.sigval)
         return Ended(128 + number, f"stopped by {signal.Signals(number).name}, and the ranks with it")
@@ -54,3 +148,32 @@ def _name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def _with_deepspeed_file(arguments: list[str]) -> list[str]:
+    """The shipped configs name DeepSpeed's file from the repository's root: from elsewhere it is found beside them."""
+    own = list(itertools.takewhile(lambda word: word not in ("-m", "--module"), arguments))
+    names = [word.partition("=")[0].replace("-", "_") for word in own]
+    if "__deepspeed_config_file" in names or "__config_file" not in names:
+        return arguments
+    place = names.index("__config_file")
+    config = own[place].partition("=")[2] or "".join(own[place + 1 : place + 2])
+    beside = deepspeed_file_beside(Path(config))
+    return arguments if beside is None else ["--deepspeed_config_file", str(beside), *arguments]
+
+
+def deepspeed_file_beside(config: Path) -> Path | None:
+    """The DeepSpeed file of an Accelerate config, where it lies beside that and not where Accelerate looks for it.
+
+    Accelerate looks from the folder it is run in. None where it finds the file, or there is none to be found.
+    """
+    try:
+        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None  # Accelerate will say so
+    section = values.get("deepspeed_config") if isinstance(values, dict) else None
+    file = section.get("deepspeed_config_file") if isinstance(section, dict) else None
+    if not isinstance(file, str) or Path(file).is_file():
+        return None
+    beside = config.resolve().parent.parent.parent / file
+    return beside if beside.is_file() else None

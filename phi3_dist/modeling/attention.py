@@ -91,7 +91,7 @@ def _deterministic_backward(node: Any) -> None:
     """Let torch's own kernels add up in one order while `node` runs backward: they ask a global, which no other node
     sees. (torch 2.11 to 2.13, aten/src/ATen/native/transformers/cuda/attention_backward.cu.) That torch would then
     fill new memory with NaN, to show who reads it unwritten, is switched off: it takes a pass over each gradient."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     before = torch.are_deterministic_algorithms_enabled()
     node.register_prehook(lambda _: torch.use_deterministic_algorithms(True))
     node.register_hook(lambda *_: torch.use_deterministic_algorithms(before))

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ from rich.table import Table
 
 from phi3_dist.config.families import FAMILIES, Family
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.errors import PlanError, Problem
-from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan
+from phi3_dist.errors import DataError, PlanError, Problem
+from phi3_dist.planning.memory import fits, total_gib
+from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan, make_plan
 
-__all__ = ["assumed_machine", "launch_of_config", "plan_table", "shape_of_source"]
+__all__ = ["assumed_machine", "check_fit", "check_rows", "launch_of_config", "plan_table", "shape_of_source"]
+
+_ROW_FILES = r"\.(jsonl?|csv|parquet|txt|gz|zst)$"
 
 
 def launch_of_config(config: Path | None, processes: int | None, nodes: int | None = None) -> LaunchFacts:
@@ -127,6 +132,74 @@ def _rows_for(tokens: Sequence[str], tokenizer_json: Path) -> int:
     fresh = [token for token in tokens if token not in vocab and token not in added]
     ids = {**vocab, **added, **{token: free + place for place, token in enumerate(fresh)}}
     return 1 + max(ids[token] for token in tokens)
+
+
+def check_rows(cfg: RunConfig) -> None:
+    """Raises DataError for rows that are named as a file or folder and are not there. Hub ids are not looked up."""
+    problems = []
+    for key, value in (("data.train", cfg.data.train), ("data.validation", cfg.data.validation or ())):
+        for entry in (value,) if isinstance(value, str) else value:
+            name = entry if isinstance(entry, str) else entry.path
+            on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not re.search(_ROW_FILES, name)
+            if not Path(name).exists() and (not on_hub or name.startswith(".")):
+                problems.append(Problem(key, f"{name} is not there", "name a file, a folder or a hub id"))
+    if problems:
+        raise DataError(*problems)
+
+
+def check_fit(
+    cfg: RunConfig,
+    machine: MachineFacts,
+    launch: LaunchFacts,
+    plan: RunPlan,
+    shape: Family | Mapping[str, Any] | None,
+) -> None:
+    """Raises PlanError for a plan whose memory is estimated to be more than there is, with changes that would fit."""
+    if shape is None or _fits(plan, machine, launch):
+        return
+    place = "host" if machine.device == "cpu" else "device"
+    ranks = launch.ranks_per_node if machine.device == "cpu" else 1
+    have = machine.host_memory_gib if machine.device == "cpu" else machine.device_memory_gib
+    terms = plan.memory or ()
+    need = ranks * (total_gib(terms, "host") if machine.device == "cpu" else total_gib(terms))
+    found = []
+    for name, changed, other in _smaller(cfg, launch):
+        try:
+            if _fits(make_plan(changed, machine, other, family_or_shape=shape), machine, other):
+                found.append(name)
+        except PlanError:
+            continue
+    fix = f"fits with {', or '.join(found[:3])}" if found else f"a {place} with more memory, or a smaller model"
+    what = f"{need:.1f} GiB are estimated, a tenth is kept free, and the {place} has {have:.1f} GiB"
+    raise PlanError(Problem("memory", what, fix))
+
+
+def _fits(plan: RunPlan, machine: MachineFacts, launch: LaunchFacts) -> bool:
+    if machine.device == "cpu":
+        return launch.ranks_per_node * total_gib(plan.memory or (), "host") <= machine.host_memory_gib
+    return fits(plan.memory or (), machine.device_memory_gib)
+
+
+def _smaller(cfg: RunConfig, launch: LaunchFacts) -> Iterator[tuple[str, RunConfig, LaunchFacts]]:
+    """Changes that take less memory, as they are written on the command line, the cheapest first."""
+
+    def changed(**sections: Mapping[str, Any]) -> RunConfig:
+        new = {name: getattr(cfg, name).model_copy(update=dict(keys)) for name, keys in sections.items()}
+        return cfg.model_copy(update=new)
+
+    if cfg.train.micro_batch > 1:
+        yield "train.micro_batch=1", changed(train={"micro_batch": 1}), launch
+    if not cfg.model.activation_checkpointing:
+        yield "model.activation_checkpointing=true", changed(model={"activation_checkpointing": True}), launch
+    if cfg.model.quantization == "none" and not cfg.model.fp8:
+        yield "model.quantization=nf4", changed(model={"quantization": "nf4"}), launch
+        both = {"quantization": "nf4", "activation_checkpointing": True}
+        yield "model.quantization=nf4 model.activation_checkpointing=true", changed(model=both), launch
+    for length in (2048, 1024, 512):
+        if length < cfg.data.pack_length:
+            yield f"data.pack_length={length}", changed(data={"pack_length": length}), launch
+    if launch.strategy == "ddp":
+        yield "configs/accelerate/zero3.yaml", cfg, replace(launch, strategy="zero3")
 
 
 def plan_table(plan: RunPlan) -> Table:

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.errors import PlanError, Problem
+from phi3_dist.errors import PlanError, Problem, control_character, redacted
 from phi3_dist.planning.job_script import JOB_BODY
 
 __all__ = ["SlurmJob", "SlurmTopology", "parse_env", "parse_sweep", "render_sbatch", "slurm_time"]
@@ -92,8 +92,22 @@ class SlurmTopology:
             if not re.fullmatch(r"--?[A-Za-z][\w-]*(=\S.*| \S.*)?", directive):
                 yield Problem("--directive", f"{directive!r} is not an sbatch option", "--name=value")
         for name, _ in self.env:
-            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
                 yield Problem("--env", f"{name!r} is not a variable's name", "NAME=VALUE")
+        yield from _unfit(self._texts())
+
+    def _texts(self) -> Iterator[tuple[str, str]]:
+        """Every text of the user's that goes into the script, by the option it came with."""
+        options = ("config", "time", "partition", "account", "qos", "constraint", "mem", "master", "env_file")
+        for name in (*options, "container_image"):
+            yield f"--{_OPTION_NAMES.get(name, name.replace('_', '-'))}", getattr(self, name) or ""
+        yield "the working folder", self.workdir
+        yield from (("--directive", directive) for directive in self.directives)
+        for directive in self.directives:
+            if re.search(rf"({_SECRET.pattern})\w*=", directive, re.IGNORECASE):
+                yield "--directive", "https://x:y@"
+        yield from (("--env", f"{name}={value}") for name, value in self.env)
+        yield from (("container mounts", mount) for mount in self.container_mounts)
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,13 @@ class SlurmJob:
         """The job of a loaded run file (name and folder are the run's own)."""
         name = run.name or PurePosixPath(run_file).stem
         return cls(run_file, name, run.save.folder.replace("{name}", name), tuple(arguments))
+
+    def problems(self) -> Iterator[Problem]:
+        """What of this job can't stand in a script."""
+        texts = [("the run file", self.run_file), ("name", self.name), ("save.folder", self.folder)]
+        texts += [("override", argument) for argument in self.arguments]
+        texts += [("--array", override) for task in self.sweep for override in task]
+        yield from _unfit(texts)
 
     @property
     def resumes(self) -> bool:
@@ -176,7 +197,7 @@ def parse_sweep(specs: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     return tuple(itertools.product(*axes)) if axes else ()
 
 
-_SECRET = re.compile(r"TOKEN|API_?KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_SECRET = re.compile(r"TOKEN|API_?KEY|SECRET|PASSW|CREDENTIAL|PRIVATE_?KEY|ACCESS_?KEY", re.IGNORECASE)
 
 
 def parse_env(specs: Iterable[str]) -> tuple[tuple[str, str], ...]:
@@ -187,9 +208,7 @@ def parse_env(specs: Iterable[str]) -> tuple[tuple[str, str], ...]:
     pairs = [(spec, *spec.partition("=")) for spec in specs]
     problems = [Problem("--env", f"{spec!r} has no value", "NAME=VALUE") for spec, _, equals, _ in pairs if not equals]
     problems += [
-        Problem(
-            "--env", f"{name} would be written into the script for all to read", "put it into a file for --env-file"
-        )
+        Problem("--env", f"{name} {_READ_BY_ALL}", "put it into a file for --env-file")
         for _, name, equals, _ in pairs
         if equals and _SECRET.search(name)
     ]
@@ -198,9 +217,22 @@ def parse_env(specs: Iterable[str]) -> tuple[tuple[str, str], ...]:
     return tuple((name, value) for _, name, _, value in pairs)
 
 
+_OPTION_NAMES = {"config": "config_file"}
+_READ_BY_ALL = "would be written into the script for all to read"
+
+
+def _unfit(texts: Iterable[tuple[str, str]]) -> Iterator[Problem]:
+    """What may not stand in a script: a second line, which would be a directive or a command; a secret."""
+    for where, text in texts:
+        if control := control_character(text):
+            yield Problem(where, f"{text!r} holds the control character {control}", "write it without")
+        if redacted(text) != text:
+            yield Problem(where, f"a token or a password {_READ_BY_ALL}", "put it into a file for --env-file")
+
+
 def render_sbatch(job: SlurmJob, topology: SlurmTopology) -> str:
     """The whole script. Raises PlanError with everything about the topology that can't run."""
-    problems = list(topology.problems())
+    problems = [*job.problems(), *topology.problems()]
     if problems:
         raise PlanError(*problems)
     lines = ["#!/bin/bash", f"# {_comment(job)}: rendered by `phi3-dist slurm`; render again rather than edit."]
@@ -210,7 +242,7 @@ def render_sbatch(job: SlurmJob, topology: SlurmTopology) -> str:
 
 
 def _comment(job: SlurmJob) -> str:
-    return " ".join([job.run_file, *job.arguments]).replace("\n", " ")
+    return " ".join([job.run_file, *job.arguments])
 
 
 def _directives(job: SlurmJob, topology: SlurmTopology) -> Iterator[str]:
@@ -246,7 +278,8 @@ def _directives(job: SlurmJob, topology: SlurmTopology) -> Iterator[str]:
 
 def _word(text: str) -> str:
     """A directive's value as sbatch reads it: quoted only where it has to be."""
-    return text if re.fullmatch(r"[\w.,:/@%+&|!*\[\]()-]+", text) else '"' + text.replace('"', '\\"') + '"'
+    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
+    return text if re.fullmatch(r"[\w.,:/@%+&|!*\[\]()-]+", text) else f'"{quoted}"'
 
 
 def _settings(job: SlurmJob, topology: SlurmTopology) -> Iterator[str]:

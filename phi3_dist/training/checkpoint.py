@@ -5,15 +5,15 @@
         trainer.json         step, identity of the run, versions, held-out loss
         manifest.json        size and sha256 of the others; written last
 
-A folder without a manifest, or whose files differ from it, is passed over by name. Dropout and the order of packs are
-functions of the step, so no generator's state is needed.
+A folder without a manifest, or whose files differ from it, is passed over by name, and set aside as damaged-step_000120
+once a newer one stands. Dropout and the order of packs are functions of the step, so no generator's state is needed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor
 from phi3_dist.adapters.disk import file_sha256, sync, write_tensors
 from phi3_dist.errors import Problem, TrainingError
 
-__all__ = ["Checkpoint", "find_checkpoint", "prune", "read_state", "verify", "write_checkpoint"]
+__all__ = ["Checkpoint", "Kept", "find_checkpoint", "read_state", "verify", "write_checkpoint"]
 
 STATE, TRAINER, MANIFEST = "state.safetensors", "trainer.json", "manifest.json"
 
@@ -53,8 +53,8 @@ def write_checkpoint(root: Path, step: int, state: Mapping[str, Tensor], trainer
         for link in (target, partial):
             if link.is_symlink():
                 link.unlink()
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        _remove(partial)
+        partial.mkdir(exist_ok=True)
         try:
             write_tensors(partial / STATE, state)
         except SafetensorError as error:  # safetensors reports a full disk as its own error
@@ -68,12 +68,16 @@ def write_checkpoint(root: Path, step: int, state: Mapping[str, Tensor], trainer
         (partial / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n", encoding="utf-8")
         sync(partial / MANIFEST)
         sync(partial)
+        before = root / f"{target.name}.old"
         if target.exists():
-            shutil.rmtree(target)
+            _remove(before)
+            target.rename(before)
         partial.rename(target)
         sync(root)
+        _remove(before)
     except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove(partial)
         raise
     return target
 
@@ -128,13 +132,71 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return tensors
 
 
-def prune(root: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one; leftovers of killed saves go too."""
-    numbered = sorted(_numbered(root), reverse=True)
-    for step, path in numbered[keep:]:
-        if step != best_step:
-            # without its manifest it is no checkpoint any more, whatever of it a kill leaves behind
-            (path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
-    for path in root.glob("step_*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+class Kept:
+    """Which checkpoints of one run stay. Each is verified once by a process, and again when it has changed."""
+
+    def __init__(self, start: Path | None = None) -> None:
+        """`start`: the checkpoint that the run goes on from. This process never removes it."""
+        self._start = start.name if start else None
+        self._known: dict[str, tuple[list[tuple[int, ...]], bool]] = {}
+
+    def prune(self, root: Path, keep: int, best_step: int | None, written: int | None = None) -> list[str]:
+        """Remove all but the newest `keep` checkpoints that verify, the best, and the one the run went on from.
+
+        `written`: the step that has just been written. Nothing is removed while it doesn't verify. What doesn't verify
+        is renamed and counts for nothing. Leftovers of killed saves go. A line for each that was set aside.
+        """
+        good, said = [], []
+        for step, path in sorted(_numbered(root), reverse=True):
+            if self.verifies(path):
+                good.append((step, path))
+            else:
+                said.append(_set_aside(path))
+        if written is None or any(step == written for step, _ in good):
+            stay = {best_step, written, *(step for step, _ in good[:keep])}
+            for step, path in good:
+                if step not in stay and path.name != self._start:
+                    # without its manifest it is no checkpoint any more, whatever of it a kill leaves behind
+                    (path / MANIFEST).unlink(missing_ok=True)
+                    _remove(path)
+        for path in root.iterdir():
+            if re.fullmatch(r"step_\d{6,}\.(tmp|old)", path.name) and path.is_dir() and not path.is_symlink():
+                _remove(path)
+        return said
+
+    def verifies(self, folder: Path) -> bool:
+        """As `verify`, remembered for as long as no file of it changes."""
+        facts: list[tuple[int, ...]] = []
+        for name in (STATE, TRAINER, MANIFEST):
+            try:
+                found = (folder / name).lstat()
+            except OSError:
+                return False
+            facts.append((found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+        known = self._known.get(folder.name)
+        if known is None or known[0] != facts:
+            known = (facts, isinstance(verify(folder), Checkpoint))
+            self._known[folder.name] = known
+        return known[1]
+
+
+def _set_aside(folder: Path) -> str:
+    """Give a folder that doesn't verify a name that no checkpoint has."""
+    why, number, aside = verify(folder), 1, folder.with_name(f"damaged-{folder.name}")
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"damaged-{number}-{folder.name}")
+    folder.rename(aside)
+    return f"{folder.name} is damaged and now called {aside.name}: {why}"
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint's folder with the files of one. Others stay, and it stays for them. Raises OSError."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        # safetensors writes beside its file and renames
+        if path.name in (MANIFEST, STATE, TRAINER) or re.fullmatch(r"\.tmp\w{6}", path.name):
+            path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()

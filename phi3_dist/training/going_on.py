@@ -71,10 +71,10 @@ def find_beginning(
         for line in lines:
             Console(soft_wrap=True).print(line, markup=False)
         step = checkpoint.step if checkpoint else -1  # -1: what was measured before the first step goes, too
-        cut_metrics(folder.metrics, step, measured_again=step == wanted)
+        cut_metrics(folder.held / folder.metrics.name, step, measured_again=step == wanted)
         if changed:
             _mark(folder, step, changed)
-        recover(folder.adapter)
+        recover(folder.held / folder.adapter.name)
     if checkpoint is not None and HELD_OUT in changed:
         # a loss over other rows: no later one can be compared with it
         checkpoint = replace(checkpoint, trainer={**checkpoint.trainer, "best": None})
@@ -138,5 +138,5 @@ def _said(found: _Found, changed: Collection[str], wanted: int, optim: OptimConf
 
 def _mark(folder: RunFolder, step: int, changed: Collection[str]) -> None:
     """A row of kind `changed` in metrics.jsonl: what this run does otherwise from `step` on."""
-    with folder.metrics.open("a", encoding="utf-8") as file:
+    with (folder.held / folder.metrics.name).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"kind": "changed", "step": step, "keys": sorted(changed)}) + "\n")

@@ -31,6 +31,7 @@ from phi3_dist.planning.plan import Choice, LaunchFacts, MachineFacts, make_plan
 from phi3_dist.training.agree import agree
 from phi3_dist.training.build import build_model
 from phi3_dist.training.checkpoint import Checkpoint, read_state
+from phi3_dist.training.early import check_trackers, inputs_of
 from phi3_dist.training.evaluate import HeldOut, held_out_loss
 from phi3_dist.training.folder import RunFolder, cache_folder, versions
 from phi3_dist.training.going_on import Beginning, find_beginning
@@ -42,8 +43,8 @@ from phi3_dist.training.readout import Readout
 from phi3_dist.training.resume import base_fingerprint, identity, order_of, steps_of
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.saving import Saver
-from phi3_dist.training.signals import StopFlag
-from phi3_dist.training.stage import Stage, announce, card_facts, check_trackers, longest_row, tokens_of_rank
+from phi3_dist.training.signals import EXIT_STOPPED, StopFlag, exit_code_of
+from phi3_dist.training.stage import Stage, announce, card_facts, longest_row, tokens_of_rank
 from phi3_dist.training.start import adapter_start
 from phi3_dist.training.startup import StartClock
 from phi3_dist.training.state import import_state, unrounded_adapter
@@ -51,9 +52,6 @@ from phi3_dist.training.step import learning_rate, train_step
 from phi3_dist.training.strategy import make_engine
 
 __all__ = ["EXIT_STOPPED", "TrainResult", "train"]
-
-EXIT_STOPPED = 75
-"""Exit code of a run that a signal stopped after its checkpoint: sysexits' EX_TEMPFAIL, start it again."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,7 @@ class TrainResult:
 
     @property
     def exit_code(self) -> int:
-        if self.stopped_by == signal.SIGINT:
-            return 128 + signal.SIGINT
-        return EXIT_STOPPED if self.stopped_by else 0
+        return exit_code_of(self.stopped_by) if self.stopped_by else 0
 
 
 def _find(cfg: RunConfig) -> tuple[Base, Any, list[int]]:
@@ -120,6 +116,8 @@ def _say_first_step(stage: Stage, step: int) -> None:
     stage.metrics.say(stage.clock.line())
     spans = {f"{name.replace(' ', '_')}_s": round(seconds, 3) for name, seconds in stage.clock.spans_s.items()}
     stage.metrics.note("start", {"step": step, **spans, "total_s": round(stage.clock.total_s, 3)})
+    if stage.runtime.is_main:
+        stage.folder.settle()
     for why, layers in declined(stage.engine.model).items():
         stage.metrics.say(f"note: {layers} LoRA linears ran as PEFT's after all: {why}")
 
@@ -135,7 +133,7 @@ def _steps(stage: Stage, first: int, saver: Saver, health: Health, flag: StopFla
         lr = learning_rate(step, stage.total, cfg.optim)
         result = train_step(stage.engine, stage.runtime, stage.train, stage.order, step, lr=lr, seed=cfg.train.seed)
         if stage.profile.step():
-            stage.metrics.say(f"profile: {stage.profile.folder}/table.txt and trace.json.gz")
+            stage.metrics.say(f"profile: {stage.folder.path / 'profile'}/table.txt and trace.json.gz")
         readout.add(done, result, begun)
         evaluate = done == stage.total or bool(cfg.train.eval_every and done % cfg.train.eval_every == 0)
         if evaluate or saver.due(done) or readout.stop or step == first:
@@ -171,16 +169,19 @@ def _save(
     regime: str | None,
 ) -> AdapterReceipt | None:
     """Write the adapter; one of PiSSA, which `begun` was taken out of the base for, as one for the plain base."""
-    receipt = save_adapter(
-        stage.engine.model,
-        stage.folder.adapter,
-        tokenizer=tokenizer,
-        card=adapter_card(card_facts(stage, base, held_out, regime)),
-        base_hint={"revision": stage.cfg.model.revision} if stage.cfg.model.revision else None,
-        taken_out=begun if stage.cfg.lora.init.startswith("pissa") else None,
-        unrounded=unrounded_adapter(stage.engine, keep=stage.runtime.is_main),
-        metadata={**({"longrope": regime} if regime else {}), **rows_fact(base)},
-    )
+    if moved := stage.folder.moved():
+        stage.metrics.say(moved)
+    with stage.folder.by_name():
+        receipt = save_adapter(
+            stage.engine.model,
+            stage.folder.held / "adapter",
+            tokenizer=tokenizer,
+            card=adapter_card(card_facts(stage, base, held_out, regime)),
+            base_hint={"revision": stage.cfg.model.revision} if stage.cfg.model.revision else None,
+            taken_out=begun if stage.cfg.lora.init.startswith("pissa") else None,
+            unrounded=unrounded_adapter(stage.engine, keep=stage.runtime.is_main),
+            metadata={**({"longrope": regime} if regime else {}), **rows_fact(base)},
+        )
     if receipt is not None:
         size = f"{receipt.bytes / 2**20:.1f} MiB, {receipt.tensors} tensors"
         stage.metrics.say(f"adapter: {stage.folder.adapter} ({size})")
@@ -199,9 +200,10 @@ def _run(
     facts: dict[str, Any],
     start: Checkpoint | None,
     clock: StartClock,
+    flag: StopFlag,
 ) -> TrainResult:
     """Build, train and save. The wrapped model lives in here alone: see `_release`."""
-    where, again = folder.path, start is not None
+    where, again = folder.held, start is not None
     start_of = partial(
         adapter_start, cfg, base=base, runtime=runtime, packs=prepared.train, folder=where, resumed=again
     )
@@ -209,7 +211,8 @@ def _run(
     total = steps_of(cfg, order)
     tokens = tokens_of_rank(prepared.train, total * order.global_batch, runtime.world)
     build = partial(build_model, cfg, base, runtime, start_of=start_of, token_ids=token_ids)
-    model = build(longest_row=longest_row(prepared), tokens=tokens)
+    with folder.by_name():
+        model = build(longest_row=longest_row(prepared), tokens=tokens)
     regime, begun = pinned_regime(model), model.begun
     engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
     prove_start(engine, runtime)
@@ -218,10 +221,10 @@ def _run(
         first, health_then = start.step, start.trainer.get("health", {})
         import_state(engine, read_state(start), first - health_then.get("skipped", 0))
     clock.mark("model")
+    flag.save_first()
     with (
-        StopFlag() as flag,
-        Metrics(folder.metrics, total, runtime.accelerator, active=runtime.is_main) as metrics,
-        StepProfile(cfg.train.profile, folder.path / "profile", active=runtime.is_main) as profile,
+        Metrics(where / folder.metrics.name, total, runtime.accelerator, active=runtime.is_main) as metrics,
+        StepProfile(cfg.train.profile, where / "profile", active=runtime.is_main) as profile,
     ):
         packs = (prepared.train, prepared.validation)
         stage = Stage(cfg, runtime, engine, *packs, order, total, metrics, folder, facts, clock, profile)
@@ -277,12 +280,39 @@ def train(
     """Run what `cfg` asks for on the processes that `launch` describes. Every rank calls it.
 
     With `resume` the run goes on from its newest checkpoint that verifies, or starts where there is none.
-    Raises the errors of the tree in phi3_dist.errors; a user's mistakes come before the process group exists.
+    Raises the errors of the tree in phi3_dist.errors; a user's mistakes come before the process group exists. A signal
+    before the first step raises Stopped.
     """
+    with StopFlag() as flag:
+        return _train(
+            cfg,
+            machine,
+            launch,
+            overwrite=overwrite,
+            resume=resume,
+            allow_changed=allow_changed,
+            cache=cache or cache_folder(),
+            flag=flag,
+        )
+
+
+def _train(
+    cfg: RunConfig,
+    machine: MachineFacts,
+    launch: LaunchFacts,
+    *,
+    overwrite: bool,
+    resume: bool,
+    allow_changed: Collection[str],
+    cache: Path,
+    flag: StopFlag,
+) -> TrainResult:
     clock = StartClock()
     clock.mark("imports")
-    folder, cache = RunFolder(Path(cfg.save.folder)), cache or cache_folder()
-    check_trackers(cfg.log.trackers)
+    folder = RunFolder(Path(cfg.save.folder), inputs=inputs_of(cfg))
+    if launch.rank == 0:
+        folder.check(overwrite=overwrite, resume=resume)
+    check_trackers(cfg.log)
     base, tokenizer, token_ids = _find(cfg)
     plan = make_plan(cfg, machine, launch, family_or_shape=base.config.to_dict())
     clock.mark("plan")
@@ -295,7 +325,7 @@ def train(
         launch.zero_settings,
         max_grad_norm=cfg.optim.max_grad_norm,
         trackers=cfg.log.trackers,
-        folder=folder.path,
+        folder=folder.held,  # tensorboard opens its file anew for each write
     )
     with folder.recording_failure(active=runtime.is_main):
         facts = _agreed_facts(cfg, base, runtime, prepared, cache)
@@ -318,6 +348,7 @@ def train(
             facts=facts,
             start=begin.checkpoint,
             clock=clock,
+            flag=flag,
         )
         if runtime.is_main:  # before the last barrier: no rank has ended when this stands
             folder.record_exit(result.exit_code, result.state)

@@ -7,11 +7,14 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
+
+from phi3_dist.errors import plain, redacted
+from phi3_dist.machine.terminal import unfailing
 
 __all__ = ["Metrics", "Tracker"]
 
@@ -32,7 +35,7 @@ class Metrics:
     def __init__(self, path: Path, total: int, tracker: Tracker, *, active: bool) -> None:
         self.active, self.total, self.tracker = active, total, tracker
         self.started = time.perf_counter()
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = Console(file=cast(IO[str], unfailing(sys.stdout)), highlight=False, soft_wrap=True)
         self._path, self._told = path, False
         self._file = path.open("a", encoding="utf-8") if active else None
         self._progress: Progress | None = None
@@ -72,11 +75,13 @@ class Metrics:
         """One line to the person, on rank 0."""
         if not self.active:
             return
-        (self._progress.console if self._progress is not None else self.console).print(text, markup=False)
+        (self._progress.console if self._progress is not None else self.console).print(
+            plain(redacted(text)), markup=False
+        )
 
     def _tell(self, error: OSError) -> None:
         if not self._told:
-            self.say(f"{self._path}: rows can't be written now: {error.strerror or error}; training goes on")
+            self.say(f"{self._path.name}: rows can't be written now: {error.strerror or error}; training goes on")
         self._told = True
 
     def _write(self, row: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def base_fingerprint(base: Base, cache: Path) -> str:
             known[key] = file_sha256(path)
         digest.update(f"{path.name} {known[key]}\n".encode())
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = known_file.with_suffix(".tmp")
+    temporary = known_file.with_name(f".{known_file.name}.{uuid.uuid4().hex}.tmp")  # other runs start beside this one
     temporary.write_text(json.dumps(known), encoding="utf-8")
     temporary.replace(known_file)
     return digest.hexdigest()

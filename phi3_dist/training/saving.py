@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from phi3_dist.errors import Problem, TrainingError
-from phi3_dist.training.checkpoint import Checkpoint, prune, write_checkpoint
+from phi3_dist.errors import Problem, RunFolderError, TrainingError
+from phi3_dist.training.checkpoint import Checkpoint, Kept, verify, write_checkpoint
 from phi3_dist.training.evaluate import HeldOut
 from phi3_dist.training.health import Health
 from phi3_dist.training.stage import Stage
@@ -28,6 +31,7 @@ class Saver:
         self.stood_s = 0.0
         self.started = time.perf_counter()
         best = start.trainer.get("best") if start else None
+        self._kept = Kept(start.folder if start else None)
         self._best: tuple[float, int] | None = (float(best[0]), int(best[1])) if best else None
 
     def due(self, done: int) -> bool:
@@ -53,11 +57,7 @@ class Saver:
                 "best": self._best,
                 "health": self.health.facts(),
             }
-            try:
-                write_checkpoint(stage.folder.checkpoints, done, state, trainer)
-                prune(stage.folder.checkpoints, stage.cfg.save.keep, self._best[1] if self._best else None)
-            except OSError as problem:
-                error = [f"{stage.folder.checkpoints}: {problem.strerror or problem}"]
+            error = [self._write(done, state, trainer)]
         if stage.runtime.world > 1:
             torch.distributed.broadcast_object_list(error)
         self.failed = error[0]
@@ -69,6 +69,25 @@ class Saver:
             stage.metrics.save({"step": done, "save_s": round(took, 4), "save_bytes": size})
         else:
             stage.metrics.say(f"checkpoint of step {done} not written: {self.failed}; trying again at the next one")
+
+    def _write(self, done: int, state: Mapping[str, Tensor], trainer: Mapping[str, Any]) -> str | None:
+        """Write and prune, on rank 0. What went wrong, or None."""
+        stage, where = self.stage, self.stage.folder.checkpoints
+        if moved := stage.folder.moved():
+            stage.metrics.say(moved)
+        try:
+            root = stage.folder.held / "checkpoints"
+            written = write_checkpoint(root, done, state, trainer)
+            if not self._kept.verifies(written):
+                return f"{where / written.name}: {verify(written)}"
+            best = self._best[1] if self._best else None
+            for line in self._kept.prune(root, stage.cfg.save.keep, best, done):
+                stage.metrics.say(line)
+        except OSError as problem:
+            return f"{where}: {problem.strerror or problem}"
+        except RunFolderError as problem:
+            return f"{problem.problems[0].where}: {problem.problems[0].what}"
+        return None
 
     def report(self, done: int) -> None:
         """How long training stood still for its checkpoints, and the share of this run's time so far."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Order, Packs, Prepared
-from phi3_dist.errors import MachineError, Problem
 from phi3_dist.modeling.base import Base
 from phi3_dist.modeling.lora import Counts
 from phi3_dist.planning.plan import Choice, RunPlan
@@ -21,7 +20,7 @@ from phi3_dist.training.runtime import Runtime
 from phi3_dist.training.startup import StartClock
 from phi3_dist.training.strategy import Engine
 
-__all__ = ["Stage", "announce", "card_facts", "check_trackers", "longest_row", "tokens_of_rank"]
+__all__ = ["Stage", "announce", "card_facts", "longest_row", "tokens_of_rank"]
 
 
 @dataclass(frozen=True)
@@ -51,21 +50,6 @@ def longest_row(prepared: Prepared) -> int:
 def tokens_of_rank(packs: Packs, taken: int, world: int) -> int:
     """Tokens that one rank of `world` trains on while all take so many packs, on average."""
     return len(packs.rows.ids) * taken // (len(packs.packs) * world)
-
-
-def check_trackers(names: tuple[str, ...]) -> None:
-    """Raises MachineError for a tracker that Accelerate doesn't know or whose package is missing."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    known, here = sorted(LOGGER_TYPE_TO_CLASS), {str(getattr(t, "value", t)) for t in get_available_trackers()}
-    problems = []
-    for name in names:
-        if name not in known:
-            problems.append(Problem("log.trackers", f"'{name}' is not a tracker", f"one of {', '.join(known)}"))
-        elif name not in here:
-            problems.append(Problem("log.trackers", f"'{name}' is not installed", f"pip install {name}"))
-    if problems:
-        raise MachineError(*problems)
 
 
 def announce(

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def nursery() -> ForkServerContext:
     return context
 
 
-def _rank(arguments: Sequence[str], environment: dict[str, str], log: str) -> None:
+def _rank(arguments: Sequence[str], environment: dict[str, str], log: str, before: Callable[[], None] | None) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -39,20 +39,30 @@ def _rank(arguments: Sequence[str], environment: dict[str, str], log: str) -> No
     sys.stderr = os.fdopen(2, "w", buffering=1)
     from phi3_dist.cli import main
 
+    if before is not None:
+        before()
     main()
 
 
 class Group:
     """The ranks of one run. `log` collects what all of them print."""
 
-    def __init__(self, context: ForkServerContext, arguments: Sequence[str], world: int, log: Path) -> None:
+    def __init__(
+        self,
+        context: ForkServerContext,
+        arguments: Sequence[str],
+        world: int,
+        log: Path,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        """`before`, a function of a module, is called in each rank first of all."""
         self.log, port = log, free_port()
         self.ranks: list[ForkServerProcess] = []
         for rank in range(world):
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             environment = {name: str(value) for name, value in names.items()}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-            process = context.Process(target=_rank, args=(list(arguments), environment, str(log)), daemon=True)
+            process = context.Process(target=_rank, args=(list(arguments), environment, str(log), before), daemon=True)
             process.start()
             self.ranks.append(process)
 

@@ -30,6 +30,9 @@ REPO = Path(__file__).resolve().parents[2]
         ("/v/bin/python /v/bin/torchrun train.py", 1),
         ("python -m torch.distributed.run --nproc_per_node 2 train.py", 2),
         ("python3.11 -u /v/bin/accelerate launch --num_processes 2 train.py", 2),
+        ("python -m phi3_dist launch --num_processes 2 -m phi3_dist train run.yaml", 2),
+        ("/v/bin/python3 /v/bin/phi3-dist launch --num_processes=3 -m phi3_dist train run.yaml", 3),
+        ("phi3-dist launch -m phi3_dist train run.yaml", None),
         # no launcher, or one that doesn't say
         ("python -m phi3_dist train run.yaml", None),
         ("python train.py accelerate launch --num_processes 2", None),

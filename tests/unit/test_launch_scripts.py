@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -233,16 +234,36 @@ def test_a_mistake_in_the_run_file_starts_no_launcher(shell: Shell) -> None:
         assert error.split() == ["-m", "phi3_dist", "config", "show", "run.yaml", "optim.lr=x"]
 
 
-def test_a_signal_ends_the_restarts(shell: Shell, tmp_path: Path) -> None:
-    wait = f'trap "exit 143" TERM; : >{tmp_path}/up; while :; do sleep 0.05; done'
+@pytest.mark.parametrize(("number", "handed_on"), [("TERM", "TERM"), ("HUP", "TERM"), ("USR1", "USR1"), ("INT", "INT")])
+def test_a_signal_ends_the_restarts(shell: Shell, tmp_path: Path, number: str, handed_on: str) -> None:
+    wait = f"""trap "exit 75" {handed_on}; : >{tmp_path}/up; while :; do sleep 0.05; done"""
     shell.program("python", f'[ "$3" = launch ] || exit 0; {wait}')
-    env = {"PATH": f"{shell.bin}:/usr/bin:/bin", "VIRTUAL_ENV": str(tmp_path), "HOME": str(tmp_path)}
-    command = ["bash", str(LAUNCH / "local.sh"), "--config", "ddp", "--restarts", "5", "run.yaml"]
-    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
-        while not (tmp_path / "up").exists():
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.terminate()
-        assert process.wait(timeout=20) == 143
+    with started(shell, tmp_path, "--restarts", "5") as process:
+        await_up(process, tmp_path)
+        process.send_signal(getattr(signal, f"SIG{number}"))
+        assert process.wait(timeout=20) == 75
         assert process.stderr is not None
         assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(("number", "code"), [("TERM", 75), ("HUP", 75), ("USR1", 75), ("INT", 130)])
+def test_a_signal_while_the_run_file_is_read_starts_nothing(
+    shell: Shell, tmp_path: Path, number: str, code: int
+) -> None:
+    shell.program("python", f'[ "$3" = config ] || exit 1; : >{tmp_path}/up; sleep 0.5')
+    with started(shell, tmp_path) as process:
+        await_up(process, tmp_path)
+        process.send_signal(getattr(signal, f"SIG{number}"))
+        assert process.wait(timeout=20) == code
+
+
+def started(shell: Shell, folder: Path, *options: str) -> subprocess.Popen[str]:
+    env = {"PATH": f"{shell.bin}:/usr/bin:/bin", "VIRTUAL_ENV": str(folder), "HOME": str(folder)}
+    command = ["bash", str(LAUNCH / "local.sh"), "--config", "ddp", *options, "run.yaml"]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def await_up(process: subprocess.Popen[str], folder: Path) -> None:
+    while not (folder / "up").exists():
+        assert process.poll() is None
+        time.sleep(0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -17,6 +18,7 @@ from phi3_dist.planning.slurm import SlurmJob, SlurmTopology, parse_env, parse_s
 
 REPO = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
+CONFIGS = REPO / "configs" / "accelerate"
 
 JOB = SlurmJob("configs/run/mini.yaml", "mini", "runs/mini", ("optim.lr=1e-4", "--resume"))
 PLAIN = SlurmTopology(nodes=2, gpus_per_node=8, time="4h", workdir="/home/me/phi3")
@@ -138,14 +140,93 @@ def test_topology_names_every_mistake() -> None:
 
 def test_command_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    result = slurm_command(JOB, replace(PLAIN, workdir=str(tmp_path)))
+    here = replace(PLAIN, workdir=str(tmp_path), config=str(CONFIGS / "ddp.yaml"))
+    result = slurm_command(JOB, here)
     assert result.scripts == (tmp_path / "runs/slurm/mini.sbatch",)
     assert (result.check.answer, result.job_ids) == ("no sbatch", ())
-    assert result.scripts[0].read_text() == render_sbatch(JOB, replace(PLAIN, workdir=str(tmp_path)))
+    assert result.scripts[0].read_text() == render_sbatch(JOB, here)
     with pytest.raises(MachineError, match="to a login node"):
         submit_script(result.scripts[0])
     with pytest.raises(PlanError, match="one chain for each value"):
         slurm_command(replace(JOB, sweep=(("lora.r=8",),)), replace(PLAIN, workdir=str(tmp_path)), chain=2)
+
+
+def test_a_config_is_found_from_another_folder_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that names a file which the job would not find costs a place in the queue."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    there = replace(PLAIN, workdir=str(tmp_path))
+    script = slurm_command(JOB, there).scripts[0].read_text()
+    assert f"CONFIG={shlex.quote(str(CONFIGS / 'ddp.yaml'))}\n" in script
+    for config, says in (("mine.yaml", "mine.yaml is not in"), ("configs/accelerate/zero3.yaml", "DeepSpeed file")):
+        with pytest.raises(PlanError, match=says):
+            slurm_command(JOB, replace(there, config=config))
+    (tmp_path / "configs").symlink_to(CONFIGS.parent)
+    script = slurm_command(JOB, replace(there, config="configs/accelerate/zero3.yaml")).scripts[0].read_text()
+    assert "CONFIG=configs/accelerate/zero3.yaml\n" in script
+
+
+CONTROL = ("\n#SBATCH --uid=0", "\n touch /tmp/x #", "\r", "\x1b[31m", "\x00", "\u2028", "\u202e")
+
+
+@pytest.mark.parametrize("text", CONTROL, ids=ascii)
+def test_no_value_becomes_a_line_of_its_own(text: str) -> None:
+    """A directive or a command of whoever wrote the value."""
+    values = dict.fromkeys(("config", "partition", "account", "qos", "constraint", "mem", "master"), f"x{text}")
+    values |= dict.fromkeys(("workdir", "env_file", "container_image"), f"x{text}")
+    topology = replace(
+        PLAIN, **values, container_mounts=(f"/a:{text}",), env=(("A", text),), directives=(f"--comment={text}",)
+    )
+    job = SlurmJob(f"run{text}.yaml", f"n{text}", f"runs{text}", (f"name={text}",), sweep=((f"lora.r=8{text}",),))
+    with pytest.raises(PlanError) as raised:
+        render_sbatch(job, topology)
+    named = {problem.where for problem in raised.value.problems if "control character" in problem.what}
+    options = "config_file partition account qos constraint mem master env-file container-image directive env array"
+    assert named == {f"--{option}" for option in options.split()} | {
+        "the run file", "name", "save.folder", "override", "the working folder", "container mounts",
+    }  # fmt: skip
+    assert text not in str(raised.value)
+
+
+def test_a_value_ends_no_quotes_of_its_directive() -> None:
+    script = render_sbatch(JOB, replace(PLAIN, partition='a" --uid=0 "\\'))
+    assert '#SBATCH --partition="a\\" --uid=0 \\"\\\\"\n' in script
+
+
+@pytest.mark.parametrize(
+    "env", ["MY=hf_abcdefghijKLMNOP1234", "MIRROR=https://me:secret@host/x", "PAT=ghp_0123456789abcdefghij"]
+)
+def test_a_secret_is_known_by_its_value_too(env: str) -> None:
+    with pytest.raises(PlanError, match="--env-file") as raised:
+        render_sbatch(JOB, replace(PLAIN, env=parse_env([env])))
+    assert env.partition("=")[2] not in str(raised.value)
+    with pytest.raises(PlanError, match="for all to read"):
+        render_sbatch(JOB, replace(PLAIN, directives=("--export=ALL,HF_TOKEN=mine",)))
+    with pytest.raises(PlanError, match="for all to read"):
+        render_sbatch(replace(JOB, arguments=(f"name={env.partition('=')[2]}",)), PLAIN)
+
+
+def sbatch(folder: Path, accepts: int) -> None:
+    """A stand-in that takes so many jobs and refuses the next."""
+    (folder / "count").write_text("0")
+    body = f"""case " $* " in *--test-only*) exit 0 ;; esac
+n=$(($(cat {folder}/count) + 1)); echo $n >{folder}/count
+[ $n -le {accepts} ] || {{ echo 'sbatch: error: no' >&2; exit 1; }}
+echo 7$n"""
+    (folder / "sbatch").write_text(f"#!/bin/bash\n{body}\n")
+    (folder / "sbatch").chmod(0o755)
+
+
+def test_a_chain_that_ends_early_tells_the_jobs_it_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    sbatch(tmp_path, accepts=2)
+    there, told = replace(PLAIN, workdir=str(tmp_path)), list[str]()
+    with pytest.raises(MachineError, match="scancel 71 72") as raised:
+        slurm_command(JOB, there, submit=True, chain=4, tell=told.append)
+    assert "2 of 4 jobs are submitted" in str(raised.value)
+    assert told == ["submitted 1 of 4: job 71", "submitted 2 of 4: job 72"]
+    sbatch(tmp_path, accepts=0)
+    with pytest.raises(MachineError, match=r"no$"):
+        slurm_command(JOB, there, submit=True, chain=4)
 
 
 def test_what_the_user_is_told() -> None:

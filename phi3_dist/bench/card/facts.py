@@ -39,8 +39,8 @@ def _machine(group: Group) -> dict[str, Any]:
         "capability": [card.major, card.minor],
         "gib": round(card.total_memory / 2**30, 1),
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
         "copy_tb_per_s": round(2 * buffer.nbytes / copy_s / 1e12, 2),
     }
 

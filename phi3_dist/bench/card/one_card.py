@@ -30,7 +30,7 @@ def share() -> None:
         "LOCAL_RANK": "0",  # DeepSpeed and Accelerate take the device from it
     }
     seen = machine.probe
-    machine.probe = lambda **asked: dataclasses.replace(seen(**asked), devices_per_node=RANKS)  # type: ignore[assignment]
+    machine.probe = lambda **asked: dataclasses.replace(seen(**asked), devices_per_node=RANKS)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +29,7 @@ def _rates(group: Group) -> dict[str, Any]:
         ms = flops = 0.0
         for inputs, outputs in _sizes(group):
             x, w, grad = (group.random(*s) for s in ((tokens, inputs), (outputs, inputs), (tokens, outputs)))
-            # each a function of its own arguments: a loop's variables would be the last ones
-            ms += group.milliseconds(lambda x=x, w=w: F.linear(x, w))
-            ms += group.milliseconds(lambda g=grad, w=w: g @ w)
+            ms += group.milliseconds(partial(F.linear, x, w)) + group.milliseconds(partial(torch.mm, grad, w))
             flops += 4 * tokens * inputs * outputs
         found[tokens] = round(flops / ms / 1e9, 1)
     return {"tflops_by_tokens": found}
@@ -47,14 +46,14 @@ def _head(group: Group) -> dict[str, Any]:
         return states
 
     found: dict[str, Any] = {
-        f"ms_chunk_{size}": group.milliseconds(lambda size=size: both(chunked_nll, size), runs=7)
+        f"ms_chunk_{size}": group.milliseconds(partial(both, chunked_nll, size), runs=7)
         for size in (512, 1024, 2048, 4096)
     }
     if not group.cpu:
         try:
             found["ms_liger"] = group.milliseconds(lambda: both(liger_nll), runs=7)
-        except ImportError as error:
-            found["liger"] = str(error)
+        except ImportError as missing:
+            found["liger"] = str(missing)
     states = group.random(rows, hidden, grad=True)
     nll = chunked_nll(states, weight, None, target)
     nll.backward()  # type: ignore[no-untyped-call]

@@ -130,7 +130,9 @@ class Runner:
 
     def all(self, runs: Iterable[Run]) -> list[Run]:
         """Run them, each started when another has ended; those for which no time is left are said."""
-        waiting, going, done = list(runs), [], []
+        waiting = list(runs)
+        going: list[Run] = []
+        done: list[Run] = []
         while waiting or going:
             while waiting and len(going) < self.parallel:
                 run = waiting.pop(0)
