@@ -167,6 +167,7 @@ def test_a_killed_preparation_goes_on_and_its_lock_is_free(tmp_path: Path) -> No
         "packs-train-128-error",
         "packs-validation-128-error",
         "train",
+        "used",
         "validation",
     ]
 
