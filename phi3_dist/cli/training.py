@@ -28,6 +28,10 @@ def train(
     from phi3_dist.config.load import load_run
 
     cfg = load_run(run_file, overrides or ())
+    import faulthandler
+
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # "Bus error" and where: base weights are mapped, and may be cut short meanwhile
     from phi3_dist.machine.probe import launch_facts, probe
     from phi3_dist.training.loop import train as run_training
 

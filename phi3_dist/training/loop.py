@@ -28,6 +28,7 @@ from phi3_dist.modeling.lora import count_parameters, peft_config
 from phi3_dist.modeling.rope import pinned_regime
 from phi3_dist.modeling.tokenizer import load_tokenizer
 from phi3_dist.modeling.tokens import enlarged, new_token_ids
+from phi3_dist.modeling.watch import WeightsWatch
 from phi3_dist.planning.plan import Choice, LaunchFacts, MachineFacts, make_plan
 from phi3_dist.training.agree import agree
 from phi3_dist.training.build import build_model
@@ -115,13 +116,16 @@ def _say_first_step(stage: Stage, step: int) -> None:
         stage.metrics.say(f"note: {layers} LoRA linears ran as PEFT's after all: {why}")
 
 
-def _steps(stage: Stage, first: int, saver: Saver, health: Health, flag: StopFlag) -> tuple[int, HeldOut | None, int]:
+def _steps(
+    stage: Stage, first: int, saver: Saver, health: Health, flag: StopFlag, *, watch: WeightsWatch
+) -> tuple[int, HeldOut | None, int]:
     """Steps `first` to the end, with log rows, held-out losses and checkpoints.
 
     Returns the steps done, the last held-out loss, and the signal that stopped the run or 0.
     """
     cfg, held_out, readout = stage.cfg, None, Readout(stage, health, flag)
     for step in range(first, stage.total):
+        watch.check()
         begun, done = time.perf_counter(), step + 1
         lr = learning_rate(step, stage.total, cfg.optim)
         result = train_step(stage.engine, stage.runtime, stage.train, stage.order, step, lr=lr, seed=cfg.train.seed)
@@ -137,6 +141,7 @@ def _steps(stage: Stage, first: int, saver: Saver, health: Health, flag: StopFla
             held_out = _evaluate(stage, done)
         stop = readout.stop if done < stage.total else 0
         if saver.due(done) or stop:
+            watch.check()
             saver.save(done, held_out)
         if stop:
             return done, held_out, stop
@@ -188,6 +193,7 @@ def _run(
     facts: dict[str, Any],
     start: Checkpoint | None,
     clock: StartClock,
+    watch: WeightsWatch,
 ) -> TrainResult:
     """Build, train and save. The wrapped model lives in here alone: see `_release`."""
     where, again = folder.path, start is not None
@@ -200,6 +206,7 @@ def _run(
     build = partial(build_model, cfg, base, runtime, start_of=start_of, token_ids=token_ids)
     model = build(longest_row=longest_row(prepared), tokens=tokens)
     regime, begun = pinned_regime(model), model.begun
+    watch.loaded(model)
     engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
     first, health_then = 0, {}
     if start is not None:
@@ -220,7 +227,7 @@ def _run(
             metrics.say(f"resumed after step {first} of {total}, from {start.folder.name}")
         health = Health(stage, health_then)
         saver = Saver(stage, health, start)
-        done, held_out, stopped = _steps(stage, first, saver, health, flag)
+        done, held_out, stopped = _steps(stage, first, saver, health, flag, watch=watch)
         saver.report(done)
         if stopped:
             saver.finish()
@@ -286,6 +293,7 @@ def train(
     folder, cache = RunFolder(Path(cfg.save.folder)), cache or cache_folder()
     check_trackers(cfg.log.trackers)
     base, tokenizer, token_ids = _find(cfg)
+    watch = WeightsWatch(base.folder)
     plan = make_plan(cfg, machine, launch, family_or_shape=base.config.to_dict())
     clock.mark("plan")
     prepared = _prepare(cfg, tokenizer, cache)
@@ -319,6 +327,7 @@ def train(
             facts=facts,
             start=start,
             clock=clock,
+            watch=watch,
         )
         if runtime.is_main:  # before the last barrier: no rank has ended when this stands
             folder.record_exit(result.exit_code, "preempted" if result.stopped_by else "finished")
