@@ -28,7 +28,12 @@ def train(
     from phi3_dist.config.load import load_run
 
     cfg = load_run(run_file, overrides or ())
+    import faulthandler
+
     from phi3_dist.training.early import check_early
+
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # "Bus error" and where: base weights are mapped, and may be cut short meanwhile
 
     if overwrite and resume:
         raise ConfigError(Problem("--overwrite --resume", "exclude each other", "give one of them"))

@@ -78,6 +78,10 @@ class DataSource(Section):
     """A file, a folder or a hub id, as in `data.train`."""
     weight: Annotated[Real, Field(gt=0)] = 1.0
     """How often its rows count: 2 repeats each, 0.25 takes a quarter of them, chosen by a hash of the row."""
+    split: StrictStr | None = None
+    """As `data.split`, for this source alone."""
+    subset: StrictStr | None = None
+    """As `data.subset`, for this source alone."""
 
 
 class ColumnsConfig(Section):
@@ -112,9 +116,12 @@ class DataConfig(Section):
     validation_share: Share = 0.05
     """Share of prompts held out, chosen by a hash of the prompt, so that equal prompts stay together. 0: none."""
     split: StrictStr = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, of a folder of `save_to_disk`, and of a folder whose files or folders are named after
+    splits (train, validation, test, dev, eval, the hub's `NAME-00000-of-00001`). What is left out is said."""
     validation_split: StrictStr = "test"
-    """Split of a hub data set named in `validation`."""
+    """The same for what `validation` names."""
+    subset: StrictStr | None = None
+    """Configuration of a hub data set, or of a clone of one, that has several."""
     revision: StrictStr | None = None
     """Revision of a hub data set."""
     pack_length: Annotated[StrictInt, Field(ge=16)] = 2048
@@ -131,6 +138,12 @@ class DataConfig(Section):
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     """What a row looks like. `auto`: that of the first good row of each source; anything but messages is shown. `text`
     is a document of raw text, to which the tokenizer's end-of-document token is added; all but its first is learned."""
+    ignore: tuple[StrictStr, ...] = ()
+    """Columns and message keys that are not read, without a word: `[chosen, rejected]`, or flags that are not meant.
+    `[images]` reads the text of rows with pictures, `['<image>']` learns that as text."""
+    reasoning: Literal["auto", "drop", "refuse"] = "auto"
+    """`reasoning_content` or `thinking` before an answer. `auto`: learned where the chat template renders it, else
+    dropped and counted; `drop`: never rendered; `refuse`: a row that has it can't be used."""
     columns: ColumnsConfig = ColumnsConfig()
     """Names of the columns that rows are read from, such as `{prompt: question, completion: answer}`."""
 

@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from phi3_dist.data.chat_format import ChatFormat, unfit
-from phi3_dist.data.formats import TEXT
+from phi3_dist.data.formats import TEXT, Message
 from phi3_dist.data.sources import BadRow, Chat, problems_of
 from phi3_dist.data.template import Renderer
 from phi3_dist.errors import DataError
@@ -130,7 +130,7 @@ def encode_stream(
         waiting: tuple[Sequence[Chat], list[str], Future[tuple[NDArray[np.int32], NDArray[np.int64]]]] | None = None
         for chunk in blocks:
             reasons = [_refused(chat, fmt, control) for chat in chunk]
-            texts = _render_all(renderer, chunk, reasons, ending)
+            texts = _render_all(renderer, chunk, reasons, ending, fmt.reasoning)
             following = (chunk, reasons, pool.submit(tokenized, texts))
             if waiting:
                 yield waiting[0], _masked(fmt, waiting[0], waiting[1], *waiting[2].result(), supervise=supervise)
@@ -149,10 +149,12 @@ def document_end(tokenizer: PreTrainedTokenizerFast) -> str:
     return _END_OF_TEXT if _END_OF_TEXT in known else str(tokenizer.eos_token or "")
 
 
-def _render_all(renderer: Renderer, chats: Sequence[Chat], reasons: list[str], ending: str) -> list[str]:
+def _render_all(
+    renderer: Renderer, chats: Sequence[Chat], reasons: list[str], ending: str, reasoning: str
+) -> list[str]:
     """The text of each row; an empty one for a row that is refused already."""
     good = [
-        [{"role": m.role, "content": m.content} for m in chat.messages]
+        [_turn(m, reasoning) for m in chat.messages]
         for chat, reason in zip(chats, reasons, strict=True)
         if not reason and not _is_text(chat)
     ]
@@ -164,6 +166,11 @@ def _render_all(renderer: Renderer, chats: Sequence[Chat], reasons: list[str], e
         "" if reason else chat.messages[0].content + ending if _is_text(chat) else next(texts)
         for chat, reason in zip(chats, reasons, strict=True)
     ]
+
+
+def _turn(message: Message, reasoning: str) -> dict[str, str]:
+    turn = {"role": message.role, "content": message.content}
+    return {**turn, reasoning: message.reasoning} if reasoning and message.reasoning else turn
 
 
 def _is_text(chat: Chat) -> bool:
@@ -190,8 +197,7 @@ def _masked(
     for i, token in enumerate(fmt.generation_prompt):
         headed_A &= ids_T[np.minimum(start_A + i, len(ids_T) - 1)] == token
     for a in np.flatnonzero(~headed_A)[::-1]:  # backwards: the first one of a row is named
-        what = f"assistant turn {number_A[a]} begins with white space that merges with the template's own: remove it"
-        reasons[row_A[a]] = what
+        reasons[row_A[a]] = _headless(chats[row_A[a]], int(number_A[a]))
     learned_A = headed_A & (weight_A > 0)
     supervised_T = np.zeros(len(ids_T), dtype=np.bool_)
     first_A = start_A[learned_A] + len(fmt.generation_prompt)
@@ -208,6 +214,15 @@ def _masked(
     for row in np.flatnonzero(np.diff(learned_before) == 0).tolist():
         reasons[row] = reasons[row] or f"supervises nothing (data.supervise: {supervise}, weight: 0)"
     return EncodedBlock(ids_T, supervised_T, offsets, reasons)
+
+
+def _headless(chat: Chat, number: int) -> str:
+    """Why the ids of an answer don't begin with the generation prompt."""
+    at = [i for i, m in enumerate(chat.messages) if m.role == "assistant"][number - 1]
+    if not chat.messages[at].content[:1].isspace():
+        before = chat.messages[at - 1].role if at else "nothing"
+        return f"assistant turn {number} follows {before}, and the chat template begins it only after a user's turn"
+    return f"assistant turn {number} begins with white space that merges with the template's own: remove it"
 
 
 def _answers(
@@ -231,8 +246,12 @@ def _answers(
         has_system = chat.messages[0].role == "system"
         turns = chat.messages[1:] if has_system else chat.messages
         n_ends = ends_before[row + 1] - ends_before[row]
-        if n_ends != len(turns) + (fmt.added_turns_with_system if has_system else fmt.added_turns):
-            reasons[row] = f"{n_ends} turns after the template instead of {len(turns)}"
+        due = len(turns) + (fmt.added_turns_with_system if has_system else fmt.added_turns)
+        if n_ends != due:
+            why = ""
+            if blank := next((m.role for m in chat.messages if not m.content.strip()), ""):
+                why = f": it leaves out the empty {blank} message"
+            reasons[row] = f"the chat template makes {n_ends} turns of it where {due} are due{why}"
             continue
         first = ends_before[row + 1] - len(turns)  # counted from the end: the template may have put turns in front
         mine = [(first + i, m.weight) for i, m in enumerate(turns) if m.role == "assistant"]
@@ -249,7 +268,8 @@ def _refused(chat: Chat, fmt: ChatFormat, control: re.Pattern[str]) -> str:
     for i, message in enumerate(chat.messages):
         if message.role == "tool" and fmt.tools:
             return f"messages[{i}]: role tool, which {fmt.tools}"
-        hit = control.search(message.content)
+        thought = message.reasoning if fmt.reasoning else ""
+        hit = control.search(message.content) or (control.search(thought) if thought else None)
         if hit:
             where = "text" if message.role == TEXT else f"messages[{i}]: content"
             return f"{where} holds {hit[0]!r}, which the tokenizer would read as a control token"

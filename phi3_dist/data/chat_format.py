@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jinja2 import TemplateError
 
+from phi3_dist.data.turns import REASONING
 from phi3_dist.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class ChatFormat:
     """The same for a conversation with a system message, that message included."""
     system: Literal["kept", "dropped", "refused"]
     """What becomes of system messages."""
+    reasoning: str
+    """The key of a message under which the template renders what an assistant thought before; "" where it does not."""
     tools: str
     """Why rows with a `tool` message can't be used; "" where the template renders them."""
     notices: tuple[str, ...]
@@ -77,6 +80,7 @@ class ChatFormat:
             added_turns=added_turns,
             added_turns_with_system=added_turns_with_system,
             system=system,
+            reasoning=_reasoning(tokenizer, prompt, end),
             tools=_tools(tokenizer, end, generation_prompt, added_turns),
             notices=tuple(notices),
         )
@@ -97,6 +101,21 @@ def _system(
     if _SYSTEM["content"] in text:
         return "kept", extra, []
     return "dropped", extra, ["the chat template drops system messages: the model never sees them"]
+
+
+def _reasoning(tokenizer: PreTrainedTokenizerFast, prompt: list[int], end: int) -> str:
+    """The first key of reasoning that shows in an answer, and changes nothing of its form."""
+    for key in REASONING:
+        thought = {**_ANSWER, key: "zebra reasoning probe"}
+        try:
+            text = str(tokenizer.apply_chat_template([_USER, thought], tokenize=False))
+        except TemplateError:
+            continue
+        ids = _batch_ids(tokenizer, [text])[0]
+        same_form = ids[: len(prompt)] == prompt and ids.count(end) == prompt.count(end) + 1
+        if thought[key] in text and _ANSWER["content"] in text and same_form:
+            return key
+    return ""
 
 
 def _tools(tokenizer: PreTrainedTokenizerFast, end: int, header: tuple[int, ...], added_turns: int) -> str:

@@ -2,16 +2,16 @@
 
 | format | keys of a row |
 |---|---|
-| `messages` | `messages`: a list of `{role, content, weight?}` |
-| `sharegpt` | `conversations`: a list of `{from, value, weight?}`; human and gpt are user and assistant |
+| `messages` | `messages`: a list of turns, see `turns` |
+| `sharegpt` | `conversations`: a list of turns |
 | `alpaca` | `instruction`, `output`, and perhaps `input`, which stands under the instruction after an empty line |
 | `prompt_completion` | `prompt`, `completion`: two texts, or two lists of messages, of which the second is learned |
 | `text` | `text`: a document, every token of which is learned but the first |
 
 Sharegpt, alpaca and prompt_completion may have a `system` text. A conversation is at most one system message, which
 comes first, then user and assistant in turn, beginning with the user; what tools gave back (`tool`) may stand between
-two answers. `weight: 0` on an assistant message keeps it out of the loss. A document of raw text is a conversation of
-one message whose role is `TEXT`: no template goes around it.
+two answers. A document of raw text is a conversation of one message whose role is `TEXT`: no template goes around it.
+Columns that no format reads are counted; those of pictures, films and sounds are refused where they hold something.
 """
 
 from __future__ import annotations
@@ -20,13 +20,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-__all__ = ["TEXT", "BadRow", "Chat", "Format", "Message", "RowReader", "unfit_columns"]
+from phi3_dist.data.printable import clipped
+from phi3_dist.data.turns import (
+    MEDIA,
+    TEXT,
+    Message,
+    Rules,
+    Seen,
+    UnusableError,
+    empty,
+    kind_name,
+    missing,
+    read_turn,
+    refuse_placeholders,
+    text_of,
+)
 
-TEXT = "text"
-"""The role of the one message that stands for a document of raw text."""
-ROLES = ("system", "user", "assistant", "tool")
-_TOOL_KEYS = ("tool_calls", "function_call")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"} | {role: role for role in ROLES}
+__all__ = ["TEXT", "BadRow", "Chat", "Format", "Message", "RowReader", "meant_columns", "unfit_columns"]
 
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 _REQUIRED: dict[Format, tuple[str, ...]] = {
@@ -37,18 +47,19 @@ _REQUIRED: dict[Format, tuple[str, ...]] = {
     "text": ("text",),
 }
 """The keys that a row of each format has, in the order in which `auto` looks for them."""
+_OPTIONAL: dict[Format, tuple[str, ...]] = {
+    "sharegpt": ("system",),
+    "alpaca": ("input", "system"),
+    "prompt_completion": ("system",),
+}
 _NOT_SUPPORTED = ("tools", "history")
 KEYS = (*(key for keys in _REQUIRED.values() for key in keys), "input", "system", *_NOT_SUPPORTED)
 """Every key that means something in some format."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn. `weight` 0 keeps an assistant turn out of the loss; on other roles it means nothing."""
-
-    role: str
-    content: str
-    weight: int = 1
+_ALSO_MESSAGES = ("conversation", "dialogue", "dialog", "turns", "chat")
+"""Columns that are read as `messages` where they hold a list of turns, and no format fits otherwise."""
+_QUESTIONS = ("question", "query", "problem", "instruction", "prompt", "input")
+_ANSWERS = ("answer", "response", "completion", "output", "solution")
+_KEYS_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -67,55 +78,88 @@ class BadRow:
     reason: str
 
 
-class _UnusableError(Exception):
-    """Why a row can't be used."""
-
-
 class RowReader:
     """Reads the rows of one source, all in one format: the asked one or, with `auto`, that of the first good row."""
 
-    def __init__(self, format: Literal["auto"] | Format, columns: Mapping[str, str]) -> None:
+    def __init__(
+        self, format: Literal["auto"] | Format, columns: Mapping[str, str], rules: Rules | None = None
+    ) -> None:
         self.format: Format | None = None if format == "auto" else format
         """The format, once it is known."""
         self.columns = {key: columns.get(key, key) for key in KEYS}
         """For each key of a format, the column it is read from."""
+        self.rules = rules or Rules()
+        self.seen = Seen()
+        """What the good rows held that a user should hear of."""
+        self._meant = {
+            format: {self.columns[key] for key in (*_REQUIRED[format], *_OPTIONAL.get(format, ()), *_NOT_SUPPORTED)}
+            for format in _REQUIRED
+        }
 
     def read(self, row: Any, place: str) -> Chat | BadRow:
         """The conversation of a raw row, or why there is none."""
+        seen = Seen()
         try:
             if not isinstance(row, dict):
-                raise _UnusableError(f"not an object but {_kind(row)}")
-            format = self._format_of(row)
-            values = {key: row.get(column) for key, column in self.columns.items()}
+                raise UnusableError(f"not an object but {kind_name(row)}")
+            format, columns = self._format_of(row)
+            for key in row.keys() & MEDIA:
+                if not empty(row[key]) and key not in self.rules.ignore:
+                    raise UnusableError(f"has {key}, and only text can be trained on (data.ignore: [{key}] drops it)")
+            values = {key: _present(row.get(column)) for key, column in columns.items()}
             for key in _NOT_SUPPORTED:
-                if values[key]:
-                    raise _UnusableError(f"has {self.columns[key]}, which {_is_are(key)} not supported")
-            messages = _READERS[format](values, self.columns)
+                if not empty(values[key]) and columns[key] not in self.rules.ignore:
+                    raise UnusableError(f"has {columns[key]}, which {_is_are(key)} not supported")
+            messages = _READERS[format](values, columns, seen, self.rules)
             if format != "text":
-                _check_turns(messages, self.columns[_REQUIRED[format][0]])
-        except _UnusableError as reason:
-            return BadRow(place, str(reason))
+                _check_turns(messages, columns[_REQUIRED[format][0]], seen["empty system", ""])
+            if columns is not self.columns:
+                seen["turns in", columns["messages"]] += 1
+            self._count_unread(row, format, columns, seen)
+        except UnusableError as reason:
+            return BadRow(place, clipped(str(reason)))
         self.format = format
+        self.seen.update(seen)
         return Chat(messages, place)
 
-    def _format_of(self, row: dict[Any, Any]) -> Format:
-        """Raises _UnusableError for a row of no format, or of another one than the rows before it."""
+    def _count_unread(self, row: dict[Any, Any], format: Format, columns: Mapping[str, str], seen: Seen) -> None:
+        for key in row.keys() - self._meant[format]:
+            if key != columns["messages"] and key not in self.rules.ignore and not _nothing(row[key]):
+                seen["column", str(key)] += 1
+
+    def _format_of(self, row: dict[Any, Any]) -> tuple[Format, Mapping[str, str]]:
+        """The format, and this row's columns. Raises UnusableError for a row of none, or of another than before."""
         if self.format and self._fits(self.format, row):
-            return self.format
+            return self.format, self.columns
         found = next((format for format in _REQUIRED if self._fits(format, row)), None)
         if self.format is None and found:
-            return found
+            return found, self.columns
         if found:
-            raise _UnusableError(f"is {found} where the source is {self.format}: one source has one format")
-        wanted = self._wanted(self.format or "messages", row)
-        raise _UnusableError(f"no {wanted}" + (f"; its keys are {', '.join(map(str, row))}" if row else ""))
+            raise UnusableError(f"is {found} where the source is {self.format}: one source has one format")
+        if self.format in (None, "messages") and self.columns["messages"] == "messages":
+            also = next((key for key in _ALSO_MESSAGES if _are_turns(row.get(key))), None)
+            if also:
+                return "messages", {**self.columns, "messages": also}
+        raise UnusableError(self._why_none(row))
 
     def _fits(self, format: Format, row: Mapping[Any, Any]) -> bool:
-        return all(row.get(self.columns[key]) is not None for key in _REQUIRED[format])
+        return all(not missing(row.get(self.columns[key])) for key in _REQUIRED[format])
 
-    def _wanted(self, format: Format, row: Mapping[Any, Any]) -> str:
+    def _why_none(self, row: dict[Any, Any]) -> str:
+        formats: list[Format] = [self.format] if self.format else list(_REQUIRED)
+        format = max(formats, key=lambda known: self._present_of(known, row))
         columns = [self.columns[key] for key in _REQUIRED[format]]
-        return " and no ".join(column for column in columns if row.get(column) is None)
+        lacks = " and no ".join(column for column in columns if missing(row.get(column)))
+        has = " and ".join(column for column in columns if not missing(row.get(column)))
+        keys = [str(key) for key in row]
+        listed = ", ".join(keys[:_KEYS_SHOWN]) + (
+            f" and {len(keys) - _KEYS_SHOWN} more" if len(keys) > _KEYS_SHOWN else ""
+        )
+        reason = f"no {lacks}" + (f" beside {has}" if has else "")
+        return reason + (f"; its keys are {listed}" if row else "") + _way_of(keys, row)
+
+    def _present_of(self, format: Format, row: Mapping[Any, Any]) -> int:
+        return sum(not missing(row.get(self.columns[key])) for key in _REQUIRED[format])
 
 
 def unfit_columns(columns: Sequence[str], reader: RowReader) -> str:
@@ -123,44 +167,96 @@ def unfit_columns(columns: Sequence[str], reader: RowReader) -> str:
     formats = [reader.format] if reader.format else list(_REQUIRED)
     if any(all(reader.columns[key] in columns for key in _REQUIRED[format]) for format in formats):
         return ""
+    if "messages" in formats and reader.columns["messages"] == "messages" and set(_ALSO_MESSAGES) & set(columns):
+        return ""
     wanted = [" and ".join(f"`{reader.columns[key]}`" for key in _REQUIRED[format]) for format in formats]
-    return f"has no column {', or '.join(wanted)}; its columns are {', '.join(columns)}"
+    what = f"has no column {', or '.join(wanted)}; its columns are {', '.join(columns)}"
+    return clipped(what) + clipped(_way_of(columns, {}))
 
 
-def _from_messages(values: Mapping[str, Any], names: Mapping[str, str]) -> tuple[Message, ...]:
-    return _turns(values["messages"], names["messages"], _message_of)
+def meant_columns(columns: Sequence[str], reader: RowReader) -> list[str]:
+    """Those of a table's columns that `reader` looks at."""
+    meant = {*reader.columns.values(), *_ALSO_MESSAGES, *MEDIA}
+    return [column for column in columns if column in meant]
 
 
-def _from_sharegpt(values: Mapping[str, Any], names: Mapping[str, str]) -> tuple[Message, ...]:
-    return (*_system(values, names), *_turns(values["conversations"], names["conversations"], _sharegpt_turn))
+def _way_of(keys: Sequence[str], row: Mapping[Any, Any]) -> str:
+    """How `data.columns` would read a row of these keys, where that can be guessed."""
+    turns = next((key for key in keys if _are_turns(row.get(key))), None)
+    if turns:
+        return f"; data.columns: {{messages: {turns}}} reads its turns"
+    names = {key.lower(): key for key in reversed(keys)}
+    question = next((names[name] for name in _QUESTIONS if name in names), None)
+    answer = next((names[name] for name in _ANSWERS if name in names and names[name] != question), None)
+    if question is None or answer is None:
+        return ""
+    if "context" in names or (question.lower() == "instruction" and "input" in names):
+        more = f", input: {names['context']}" if "context" in names else ""
+        return f"; data.columns: {{instruction: {question}{more}, output: {answer}}} reads it as alpaca"
+    return f"; data.columns: {{prompt: {question}, completion: {answer}}} reads it as prompt_completion"
 
 
-def _from_alpaca(values: Mapping[str, Any], names: Mapping[str, str]) -> tuple[Message, ...]:
+def _are_turns(value: Any) -> bool:
+    """Whether it is a list of objects that name a role."""
+    return (
+        bool(value)
+        and isinstance(value, list)
+        and all(isinstance(v, dict) and v.keys() & {"role", "from"} for v in value)
+    )
+
+
+def _present(value: Any) -> Any:
+    return None if missing(value) else value
+
+
+def _nothing(value: Any) -> bool:
+    return missing(value) or (isinstance(value, str | list | dict) and not value)
+
+
+Values = Mapping[str, Any]
+Names = Mapping[str, str]
+
+
+def _from_messages(values: Values, names: Names, seen: Seen, rules: Rules) -> tuple[Message, ...]:
+    return _turns(values["messages"], names["messages"], seen, rules)
+
+
+def _from_sharegpt(values: Values, names: Names, seen: Seen, rules: Rules) -> tuple[Message, ...]:
+    return (*_system(values, names), *_turns(values["conversations"], names["conversations"], seen, rules))
+
+
+def _from_alpaca(values: Values, names: Names, seen: Seen, rules: Rules) -> tuple[Message, ...]:
     more = values["input"]
     if more is not None and not isinstance(more, str):
-        raise _UnusableError(f"{names['input']} is {_kind(more)}, not text")
-    question = _text(values["instruction"], names["instruction"])
+        raise UnusableError(f"{names['input']} is {kind_name(more)}, not text")
+    question = text_of(values["instruction"], names["instruction"])
     if more and more.strip():
-        question = f"{question}\n\n{_text(more, names['input'])}"
-    answer = _text(values["output"], names["output"])
-    return (*_system(values, names), Message("user", question), Message("assistant", answer))
+        question = f"{question}\n\n{text_of(more, names['input'])}"
+    answer = text_of(values["output"], names["output"])
+    return _asked(values, names, question, answer, rules)
 
 
-def _from_prompt_completion(values: Mapping[str, Any], names: Mapping[str, str]) -> tuple[Message, ...]:
+def _from_prompt_completion(values: Values, names: Names, seen: Seen, rules: Rules) -> tuple[Message, ...]:
     prompt, completion = values["prompt"], values["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        before = _turns(prompt, names["prompt"], _message_of)
-        after = _turns(completion, names["completion"], _message_of)
+        before = _turns(prompt, names["prompt"], seen, rules)
+        after = _turns(completion, names["completion"], seen, rules)
         return (*_system(values, names), *(replace(m, weight=int(m.role != "assistant")) for m in before), *after)
-    question, answer = _text(prompt, names["prompt"]), _text(completion, names["completion"])
+    question, answer = text_of(prompt, names["prompt"]), text_of(completion, names["completion"])
+    return _asked(values, names, question, answer, rules)
+
+
+def _asked(values: Values, names: Names, question: str, answer: str, rules: Rules) -> tuple[Message, ...]:
+    for text in (question, answer):
+        refuse_placeholders(text, rules)
     return (*_system(values, names), Message("user", question), Message("assistant", answer))
 
 
-def _from_text(values: Mapping[str, Any], names: Mapping[str, str]) -> tuple[Message, ...]:
-    return (Message(TEXT, _text(values["text"], names["text"])),)
+def _from_text(values: Values, names: Names, seen: Seen, rules: Rules) -> tuple[Message, ...]:
+    return (Message(TEXT, text_of(values["text"], names["text"])),)
 
 
-_READERS: dict[Format, Callable[[Mapping[str, Any], Mapping[str, str]], tuple[Message, ...]]] = {
+_READERS: dict[Format, Callable[[Values, Names, Seen, Rules], tuple[Message, ...]]] = {
     "messages": _from_messages,
     "sharegpt": _from_sharegpt,
     "alpaca": _from_alpaca,
@@ -169,86 +265,47 @@ _READERS: dict[Format, Callable[[Mapping[str, Any], Mapping[str, str]], tuple[Me
 }
 
 
-def _system(values: Mapping[str, Any], names: Mapping[str, str]) -> tuple[Message, ...]:
+def _system(values: Values, names: Names) -> tuple[Message, ...]:
     value = values["system"]
     if value is None or (isinstance(value, str) and not value.strip()):
         return ()
-    return (Message("system", _text(value, names["system"])),)
+    return (Message("system", text_of(value, names["system"])),)
 
 
-def _turns(values: Any, name: str, read: Callable[[Any], Message]) -> tuple[Message, ...]:
+def _turns(values: Any, name: str, seen: Seen, rules: Rules) -> tuple[Message, ...]:
     if not isinstance(values, list):
-        raise _UnusableError(f"{name} is {_kind(values)}, not a list")
+        raise UnusableError(f"{name} is {kind_name(values)}, not a list")
     if not values:
-        raise _UnusableError(f"{name} is empty")
+        raise UnusableError(f"{name} is empty")
     messages: list[Message] = []
     for i, value in enumerate(values):
         try:
-            messages.append(read(value))
-        except _UnusableError as reason:
-            raise _UnusableError(f"{name}[{i}]: {reason}") from None
+            message = read_turn(value, seen, rules)
+        except UnusableError as reason:
+            raise UnusableError(f"{name}[{i}]: {reason}") from None
+        if message:
+            messages.append(message)
     return tuple(messages)
 
 
-def _sharegpt_turn(value: Any) -> Message:
-    if not isinstance(value, dict):
-        raise _UnusableError(f"not an object but {_kind(value)}")
-    name = value.get("from")
-    if not isinstance(name, str) or name not in _SHAREGPT_ROLES:
-        raise _UnusableError(f"unknown from {name!r}; known are {', '.join(_SHAREGPT_ROLES)}")
-    return _message_of({**value, "role": _SHAREGPT_ROLES[name], "content": value.get("value")})
-
-
-def _message_of(value: Any) -> Message:
-    if not isinstance(value, dict):
-        raise _UnusableError(f"not an object but {_kind(value)}")
-    role, content, weight = value.get("role"), value.get("content"), value.get("weight")
-    if role not in ROLES:
-        raise _UnusableError(f"unknown role {role!r}; known are {', '.join(ROLES)}")
-    for key in _TOOL_KEYS:
-        if value.get(key):
-            raise _UnusableError(f"has {key}, which is not supported")
-    if content is None or (isinstance(content, str) and not content.strip()):
-        raise _UnusableError(f"empty content ({role})")
-    if weight is not None and (type(weight) is not int or weight not in (0, 1)):
-        raise _UnusableError(f"weight is {weight!r}; it can be 0 or 1")
-    return Message(role, _text(content, "content"), 1 if weight is None else weight)
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise _UnusableError(f"{name} is {_kind(value)}, not text")
-    if not value.strip():
-        raise _UnusableError(f"{name} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _UnusableError(f"{name} holds half of a surrogate pair, which is no character") from None
-    return value
-
-
-def _check_turns(messages: tuple[Message, ...], name: str) -> None:
-    turns = messages[1:] if messages[0].role == "system" else messages
-    first = len(messages) - len(turns)
+def _check_turns(messages: tuple[Message, ...], name: str, left_out: int) -> None:
+    """Raises UnusableError for turns out of order, or none to learn; `left_out` stood before those that are here."""
+    turns = messages[1:] if messages and messages[0].role == "system" else messages
+    first = len(messages) - len(turns) + left_out
     expected = "user"
     for i, message in enumerate(turns):
         of_tool = message.role == "tool" and i > 0 and turns[i - 1].role in ("assistant", "tool")
         if message.role != expected and not of_tool:
             rule = "system may only come first" if message.role == "system" else "user and assistant take turns"
             rule = "tool follows an assistant turn or another tool" if message.role == "tool" else rule
-            raise _UnusableError(f"{name}[{first + i}] is {message.role} where {expected} is due ({rule})")
+            raise UnusableError(f"{name}[{first + i}] is {message.role} where {expected} is due ({rule})")
         expected = "user" if message.role == "assistant" else "assistant"
     answers = [m for m in turns if m.role == "assistant"]
     if not answers:
-        raise _UnusableError("no assistant turn")
+        raise UnusableError("no assistant turn")
     if not any(m.weight for m in answers):
-        raise _UnusableError("supervises nothing: every assistant turn has weight 0")
+        raise UnusableError("supervises nothing: every assistant turn is kept out of the loss (weight 0)")
 
 
 def _is_are(key: str) -> str:
     return "are" if key.endswith("s") else "is"
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

@@ -1,4 +1,4 @@
-"""The elements of one JSON array, one after the other: a file of rows need not fit in memory."""
+"""JSON values of a file one after the other, in an array or end to end: a file of rows need not fit in memory."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from phi3_dist.data.opening import LONGEST_ROW
 from phi3_dist.errors import DataError, Problem
 
-__all__ = ["array_elements"]
+__all__ = ["array_elements", "objects"]
 
 _BOM = "\ufeff"
+_BLANK = f" \t\n\r{_BOM}"
+"""Between values; a mark stands where files were laid end to end."""
 
 
 def array_elements(pieces: Iterable[bytes], label: str) -> Iterator[Any]:
@@ -31,6 +34,13 @@ def array_elements(pieces: Iterable[bytes], label: str) -> Iterator[Any]:
         raise text.error("Extra data")
 
 
+def objects(pieces: Iterable[bytes], label: str) -> Iterator[tuple[int, Any]]:
+    """(line, value) of each JSON value that the pieces spell end to end. Raises DataError as `array_elements` does."""
+    text = _Text(pieces, label)
+    while text.next_char():
+        yield text.line(), text.value()
+
+
 class _Text:
     def __init__(self, pieces: Iterable[bytes], label: str) -> None:
         self._pieces, self._label = iter(pieces), label
@@ -38,13 +48,13 @@ class _Text:
         self._json = json.JSONDecoder()
         self._bytes = 0
         self._text, self._at = "", 0
-        self._lines = 1
+        self._lines, self._counted = 1, 0
 
     def next_char(self) -> str:
         """The next character that is no white space; "" at the end."""
         while True:
             while self._at < len(self._text):
-                if self._text[self._at] not in " \t\n\r":
+                if self._text[self._at] not in _BLANK:
                     return self._text[self._at]
                 self._at += 1
             if not self._more():
@@ -63,6 +73,9 @@ class _Text:
             try:
                 value, end = self._json.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
+                if len(self._text) - self._at > LONGEST_ROW:
+                    what = f"a value of more than {LONGEST_ROW:,} characters, or {error.msg}"
+                    raise self.error(what, error.pos) from error
                 if self._more():
                     continue
                 raise self.error(error.msg, error.pos) from error
@@ -73,16 +86,22 @@ class _Text:
             self._at = end
             return value
 
+    def line(self) -> int:
+        """The line of what comes next, counted from 1."""
+        self._lines += self._text.count("\n", self._counted, self._at)
+        self._counted = self._at
+        return self._lines
+
     def error(self, what: str, at: int | None = None) -> DataError:
-        line = self._lines + self._text.count("\n", 0, self._at if at is None else at)
+        line = self._lines + self._text.count("\n", self._counted, self._at if at is None else at)
         return DataError(Problem(self._label, f"not JSON: {what}: line {line}"))
 
     def _more(self) -> bool:
         """Read at least as much again as is left, so that a large element is not tried too often. False at the end."""
-        self._lines += self._text.count("\n", 0, self._at)
+        self.line()
         found = [self._text[self._at :]]
         left, due = len(found[0]), max(len(found[0]), 1)
-        self._at = 0
+        self._at = self._counted = 0
         while due > 0:
             piece = next(self._pieces, b"")
             found.append(self._decoded(piece))

@@ -5,10 +5,12 @@ CACHE/KEY/
     train/          all rows (`TokenRows`), and validation/
     packs-…/        where they stand in packs, one for each data.pack_length and data.on_long_row
     facts.json      comes last: where it is, train/ and validation/ are whole
+    used            its time says when a run last read this
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -29,10 +31,12 @@ from phi3_dist.data.packs import SHOWN_AT_MOST, Packed, Packs, load_packed, pack
 from phi3_dist.data.parts import encode_to_parts
 from phi3_dist.data.readers import content_hash
 from phi3_dist.data.rows import RowsWriter, TokenRows
-from phi3_dist.data.sources import HubSet, locate, names_of
+from phi3_dist.data.sources import HubSet, Source, located, split_notices
 from phi3_dist.data.store import read_whole, remove_unfinished, write_whole
 from phi3_dist.data.stream import BLOCK_BYTES, BLOCK_ROWS, Totals, blocks_of, encode_blocks_of
+from phi3_dist.data.tables import arrow_files
 from phi3_dist.errors import DataError, Problem
+from phi3_dist.machine.file_state import State, changed_files, settled, states_of
 from phi3_dist.modeling.tokenizer import tokenizer_hash
 
 if TYPE_CHECKING:
@@ -115,7 +119,7 @@ def prepare(
         skipped=tokens.skipped,
         dropped=tuple(dropped),
         cut=tuple(cut),
-        notices=(*tokens.notices, *_cut_notice(cut)),
+        notices=(*split_notices(cfg), *tokens.notices, *_cut_notice(cut)),
         fingerprint=train.packs.fingerprint,
         seconds=time.perf_counter() - began,
         cached=cached,
@@ -158,11 +162,14 @@ def _through_cache(
 ) -> tuple[_Tokens, bool, Packed | None, Packed | None]:
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
+        before = states_of(_files_of(cfg))  # before they are hashed: what is read later must be what was hashed
         key = _cache_key(cfg, tokenizer, cache_dir)
         folder = cache_dir / key
-        folder.mkdir(exist_ok=True)
         with _locked(cache_dir / f"{key}.lock", tell):
-            tokens, cached = _tokens_in(folder, cfg, tokenizer, workers, tell)
+            folder.mkdir(exist_ok=True)
+            tokens, cached = _tokens_in(folder, cfg, tokenizer, workers, tell, before=before)
+            with contextlib.suppress(OSError):  # a help for `phi3-dist cache` alone
+                (folder / "used").touch()
             packed = [_packed(folder, name, tokens, cfg) for name in ("train", "validation")]
     except OSError as error:
         what = f"the token cache can't be written: {error}"
@@ -189,7 +196,13 @@ class _locked:  # noqa: N801  reads as what it does
 
 
 def _tokens_in(
-    folder: Path, cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, workers: int, tell: Progress
+    folder: Path,
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    workers: int,
+    tell: Progress,
+    *,
+    before: dict[str, State],
 ) -> tuple[_Tokens, bool]:
     broken = ""
     if (folder / "facts.json").exists():
@@ -199,16 +212,26 @@ def _tokens_in(
             broken = f"the token cache was broken and has been made anew ({error.problems[0].what})"
             shutil.rmtree(folder)
             folder.mkdir()
-    _encode(folder, cfg, tokenizer, workers, tell)
+    _encode(folder, cfg, tokenizer, workers, tell, before=before)
     tokens = _load(folder, just_written=True)
     return (replace(tokens, notices=(*tokens.notices, broken)) if broken else tokens), False
 
 
-def _encode(folder: Path, cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, workers: int, tell: Progress) -> None:
+def _encode(
+    folder: Path,
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    workers: int,
+    tell: Progress,
+    *,
+    before: dict[str, State],
+) -> None:
     """Tokens into train/ and validation/, written while the next blocks are tokenized."""
     fmt, totals = ChatFormat.of(tokenizer), Totals(cfg)
     for unfinished in (folder, folder / "parts"):
         remove_unfinished(unfinished)
+    _begin_parts(folder / "parts", before)
+    fresh = None if settled(before) else _contents(before)
     with RowsWriter(folder / "train") as train, RowsWriter(folder / "validation") as validation:
         gc.freeze()  # rows are many small objects: what was there before must not be searched for garbage again
         try:
@@ -219,13 +242,52 @@ def _encode(folder: Path, cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, w
                 tell("tokenize", totals.rows)
         finally:
             gc.unfreeze()
+        _refuse_changed(folder, before, fresh)
         totals.check()
         for name, writer in (("train", train), ("validation", validation)):
             tell(f"write {name}", totals.rows)
             writer.finish()
-    facts = {"skipped": [asdict(row) for row in totals.skipped], "notices": totals.notices(fmt)}
+    about = {"sources": list(totals.labels), "rows": totals.rows}
+    facts = {"skipped": [asdict(row) for row in totals.skipped], "notices": totals.notices(fmt), "about": about}
     write_whole(folder / "facts.json", facts)
     shutil.rmtree(folder / "parts", ignore_errors=True)
+
+
+def _begin_parts(parts: Path, before: dict[str, State]) -> None:
+    """Parts of an earlier call go on only where no source was touched since that began."""
+    note = parts / "sources.json"
+    if parts.exists():
+        try:
+            same = read_whole(note)["states"] == before
+        except (DataError, KeyError):
+            same = False
+        if not same:
+            shutil.rmtree(parts)
+    if not parts.exists():
+        parts.mkdir()
+        write_whole(note, {"states": before})
+
+
+def _contents(states: dict[str, State]) -> dict[str, str]:
+    return {path: content_hash(Path(path)) for path in states}
+
+
+def _refuse_changed(folder: Path, before: dict[str, State], fresh: dict[str, str] | None) -> None:
+    """Raises DataError where a source was touched since it was hashed: what was read may be rows of two files."""
+    changed = changed_files(before)
+    if fresh is not None and not changed:
+        changed = [path for path, digest in fresh.items() if content_hash(Path(path)) != digest]
+    if changed:
+        shutil.rmtree(folder / "parts", ignore_errors=True)
+        what = "was changed while it was read: what was read is thrown away"
+        raise DataError(*(Problem(path, what, "run it again once nobody writes to it") for path in changed))
+
+
+def _files_of(cfg: DataConfig) -> list[Path]:
+    """Every local file that rows are read from."""
+    train, held, labels = located(cfg)
+    local = [source for source, _ in (*train, *held) if isinstance(source, Path)]
+    return [part for s in local for part in (arrow_files(s, labels[s]) if s.is_dir() else [s])]
 
 
 def _load(folder: Path, *, just_written: bool = False) -> _Tokens:
@@ -255,14 +317,12 @@ def _cache_key(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: P
     """sha256 over what decides the tokens. Packing is no part of it: packs are kept beside them."""
     settings = cfg.model_dump(mode="json", exclude={"pack_length", "on_long_row"})
     parts: list[Any] = [CACHE_FORMAT, BLOCK_ROWS, BLOCK_BYTES, settings, tokenizer_hash(tokenizer)]
-    sources = locate(names_of(cfg.train), cfg.split, cfg.revision, "data.train")
-    if cfg.validation:
-        sources += locate(cfg.validation, cfg.validation_split, cfg.revision, "data.validation")
-    parts += [_source_hash(source, cache_dir) for source in sources]
+    train, held, _ = located(cfg)
+    parts += [_source_hash(source, cache_dir) for source, _ in (*train, *held)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()[:32]
 
 
-def _source_hash(source: Path | HubSet, cache_dir: Path) -> list[str]:
+def _source_hash(source: Source, cache_dir: Path) -> list[str]:
     if isinstance(source, HubSet):
         # `datasets` names its own cache by this; there is no public way to ask for it
         return [source.name, str(source.load()._fingerprint)]
@@ -276,9 +336,8 @@ def _remembered_hash(path: Path, cache_dir: Path) -> str:
 
     Not remembered where the file was changed within the last 2 s: it could change again in the same tick of its time.
     """
-    stat = path.stat()
-    state = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    name = hashlib.sha256(json.dumps(state).encode("utf-8")).hexdigest()[:32]
+    states = states_of([path])
+    name = hashlib.sha256(json.dumps(list(states.items())).encode("utf-8")).hexdigest()[:32]
     note = cache_dir / "source-hashes" / f"{name}.json"
     if note.exists():
         try:
@@ -286,7 +345,7 @@ def _remembered_hash(path: Path, cache_dir: Path) -> str:
         except (DataError, KeyError):
             note.unlink(missing_ok=True)
     digest = content_hash(path)
-    if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2 * 10**9:
+    if settled(states) and not changed_files(states):
         note.parent.mkdir(exist_ok=True)
         write_whole(note, {"sha256": digest})
     return digest

@@ -17,7 +17,9 @@ from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.chat_format import ChatFormat
 from phi3_dist.data.packing import pack_rows
 from phi3_dist.data.packs import SHOWN_AT_MOST, none_fits
+from phi3_dist.data.printable import printable
 from phi3_dist.data.rows import TokenRows
+from phi3_dist.data.sources import split_notices
 from phi3_dist.data.stream import Totals, blocks_of, encode_blocks_of
 
 if TYPE_CHECKING:
@@ -57,7 +59,8 @@ def show(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, n: int) -> Group:
     fmt, totals = ChatFormat.of(tokenizer), Totals(cfg)
     first = TokenRows.of([], [])
     lengths, supervised = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    a_long_one = ""
+    long: list[str] = []
+    cut = 0
     for _, done in encode_blocks_of(blocks_of(cfg), cfg, fmt, tokenizer):
         totals.add(done.facts)
         rows = done.train
@@ -65,25 +68,36 @@ def show(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, n: int) -> Group:
             first = TokenRows.join([first, rows.select(np.arange(min(n - len(first), len(rows))))])
         lengths.append(rows.lengths)
         supervised.append(np.diff(np.searchsorted(np.flatnonzero(rows.supervised), rows.offsets)))
-        for i in np.flatnonzero(rows.lengths > cfg.pack_length)[: not a_long_one].tolist():
-            a_long_one = rows.places[i]
+        too_long = rows.select(np.flatnonzero(rows.lengths > cfg.pack_length))
+        long += too_long.places
+        cut += len(too_long.cut(cfg.pack_length)[1])
     totals.check()
     lengths_N, supervised_N = np.concatenate(lengths), np.concatenate(supervised)
     fits_N = lengths_N <= cfg.pack_length
-    if not fits_N.any():
+    if not fits_N.any() and not (cut and cfg.on_long_row == "cut_turn"):
         raise none_fits(len(lengths_N), cfg.pack_length)
-    facts = [f"note: {notice}" for notice in totals.notices(fmt)]
+    facts = [f"note: {notice}" for notice in (*split_notices(cfg), *totals.notices(fmt))]
     facts.append(f"held out: {totals.held:,} rows")
     facts += [f"skipped: {row.place}: {row.reason}" for row in totals.skipped[:SHOWN_AT_MOST]]
     if len(totals.skipped) > SHOWN_AT_MOST:
         facts.append(f"skipped: and {len(totals.skipped) - SHOWN_AT_MOST:,} more")
-    if a_long_one:
-        n_long = len(lengths_N) - int(fits_N.sum())
-        facts.append(f"longer than a pack, not counted in the table: {n_long:,} rows, such as {a_long_one}")
-    return Group(
-        render_rows(tokenizer, first, len(lengths_N)),
-        length_table(lengths_N[fits_N], supervised_N[fits_N], cfg.pack_length),
-        Text("\n".join(facts)),
+    if long:
+        facts.append(_of_long_rows(cfg, long[0], len(long), cut, int(lengths_N.max())))
+    parts = [length_table(lengths_N[fits_N], supervised_N[fits_N], cfg.pack_length)] if fits_N.any() else []
+    return Group(render_rows(tokenizer, first, len(lengths_N)), *parts, Text(printable("\n".join(facts))))
+
+
+def _of_long_rows(cfg: DataConfig, example: str, long: int, cut: int, longest: int) -> str:
+    """What becomes of rows that are longer than a pack, and what the other choices would do."""
+    would = {
+        "error": "a run stops at them",
+        "drop": "all are dropped",
+        "cut_turn": f"{cut:,} are cut after an answer, {long - cut:,} dropped",
+    }
+    others = "; ".join(f"{choice}: {what}" for choice, what in would.items() if choice != cfg.on_long_row)
+    return (
+        f"longer than a pack, not counted in the table: {long:,} rows, such as {example}; {would[cfg.on_long_row]} "
+        f"(data.on_long_row: {cfg.on_long_row}; {others}); data.pack_length: {longest} holds all"
     )
 
 
@@ -103,7 +117,8 @@ def _spans(tokenizer: PreTrainedTokenizerFast, ids: list[int], supervised: list[
     """Runs of equal supervision. They end at control tokens, so no character is cut in two by decoding them alone."""
     for learned, run in groupby(zip(supervised, ids, strict=True), key=lambda pair: pair[0]):
         span = [token for _, token in run]
-        yield learned, str(tokenizer.decode(span, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        text = str(tokenizer.decode(span, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        yield learned, printable(text)
 
 
 def length_table(lengths_N: NDArray[np.int64], supervised_N: NDArray[np.int64], pack_length: int) -> Table:

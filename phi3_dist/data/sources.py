@@ -17,15 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from phi3_dist.config.schema import DataConfig, DataSource
-from phi3_dist.data.formats import BadRow, Chat, Message, RowReader, unfit_columns
-from phi3_dist.data.readers import KINDS, arrow_folder, kind_of, raw_rows
+from phi3_dist.data.folders import files_of, left_out
+from phi3_dist.data.formats import BadRow, Chat, Message, RowReader, meant_columns, unfit_columns
+from phi3_dist.data.opening import KINDS, Form, kind_of
+from phi3_dist.data.printable import clipped, printable
+from phi3_dist.data.readers import arrow_folder, arrow_splits, raw_rows
+from phi3_dist.data.tables import hub_rows
 from phi3_dist.errors import DataError, Problem
 
-__all__ = ["BadRow", "Chat", "HubSet", "Message", "locate", "problems_of", "prompt_share"]
+__all__ = ["BadRow", "Chat", "HubSet", "Message", "located", "problems_of", "prompt_share"]
 
 SHOWN_AT_MOST = 20
-_IN_FOLDERS = (".jsonl", ".csv", ".parquet")
-"""Kinds that a folder's name stands for. Not .json: most of those in a folder describe it."""
+GROUPED_FROM = 5
+"""More bad rows than this of one reason are told in one line."""
+_SEVERAL = re.compile(r"(?:available configs:|Available:) \[(.*?)\]", re.DOTALL)
+"""In what `datasets` says where a set has several configurations, and the asked one is none of them."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -36,15 +42,20 @@ class HubSet:
     name: str
     split: str
     revision: str | None
+    subset: str | None = None
 
     def load(self) -> Any:
         """The `datasets.Dataset`, from the cache or the hub. Raises DataError with the fix."""
         import datasets  # a second to import; local files must not pay for it
 
         try:
-            return datasets.load_dataset(self.name, split=self.split, revision=self.revision)
+            return datasets.load_dataset(self.name, self.subset, split=self.split, revision=self.revision)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            first_line = str(error).strip().split("\n", 1)[0]
+            several = _SEVERAL.search(str(error))
+            if several:
+                what = f"has several configurations: {several[1]}" + (f", and no {self.subset}" if self.subset else "")
+                raise DataError(Problem(self.name, what, "choose one with data.subset")) from error
+            first_line = printable(str(error).strip().split("\n", 1)[0])
             raise DataError(
                 Problem(
                     self.name,
@@ -59,25 +70,56 @@ Source = Path | HubSet
 Weighted = list[tuple[Source, float]]
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """One name in the run file, with what may be said of it alone."""
+
+    path: str
+    split: str
+    subset: str | None
+    weight: float = 1.0
+
+
 def located(cfg: DataConfig) -> tuple[Weighted, Weighted, dict[Source, str]]:
-    """The sources of `train` with their weights, those of `validation`, and the name of each in places."""
-    per_entry = locate_each(names_of(cfg.train), cfg.split, cfg.revision, "data.train")
-    train = [(s, weight) for found, weight in zip(per_entry, _weights_of(cfg.train), strict=True) for s in found]
-    held: Weighted = []
-    if cfg.validation:
-        held = [(s, 1.0) for s in locate(cfg.validation, cfg.validation_split, cfg.revision, "data.validation")]
+    """The sources of `train` with their weights, those of `validation`, and the name of each in places.
+
+    Raises DataError naming all names that stand for no source.
+    """
+    problems: list[Problem] = []
+    sides = []
+    for key in ("data.train", "data.validation"):
+        found: Weighted = []
+        for entry in _entries(cfg, key):
+            try:
+                found += [(source, entry.weight) for source in _sources_of(entry, cfg, key)[0]]
+            except DataError as error:
+                problems += error.problems
+        if not found and not problems and (key == "data.train" or cfg.validation):
+            problems.append(Problem(key, "names no source", "name a file, a folder or a hub id"))
+        sides.append(found)
+    if problems:
+        raise DataError(*problems)
+    train, held = sides
     return train, held, _labels([s for s, _ in (*train, *held)])
 
 
-def names_of(train: str | Sequence[str | DataSource]) -> tuple[str, ...]:
-    """The names in `data.train`, in order."""
-    entries = (train,) if isinstance(train, str) else train
-    return tuple(entry.path if isinstance(entry, DataSource) else entry for entry in entries)
+def split_notices(cfg: DataConfig) -> list[str]:
+    """What folders hold beside the split that is trained on: it is not read, and may be held out."""
+    notices = [_sources_of(entry, cfg, "data.train")[1] for entry in _entries(cfg, "data.train")]
+    return [notice for notice in notices if notice]
 
 
-def _weights_of(train: str | Sequence[str | DataSource]) -> tuple[float, ...]:
-    entries = (train,) if isinstance(train, str) else train
-    return tuple(entry.weight if isinstance(entry, DataSource) else 1.0 for entry in entries)
+def _entries(cfg: DataConfig, key: str) -> list[_Entry]:
+    if key == "data.validation":
+        names = (cfg.validation,) if isinstance(cfg.validation, str) else cfg.validation or ()
+        return [_Entry(name, cfg.validation_split, cfg.subset) for name in names]
+    train = (cfg.train,) if isinstance(cfg.train, str) else cfg.train
+    return [
+        _Entry(e.path, e.split or cfg.split, e.subset or cfg.subset, e.weight)
+        if isinstance(e, DataSource)
+        else _Entry(e, cfg.split, cfg.subset)
+        for e in train
+    ]
 
 
 def times(chat: Chat, weight: float) -> int:
@@ -135,61 +177,54 @@ def _hash_share(value: Sequence[Any]) -> float:
 
 
 def problems_of(bad: Sequence[BadRow]) -> list[Problem]:
-    """The bad rows as problems: the first 20, then how many more, then the fix."""
-    problems = [Problem(row.place, row.reason) for row in bad[:SHOWN_AT_MOST]]
-    rest = len(bad) - len(problems)
+    """The bad rows as problems: the first 20, rows with one reason as one of them; how many more; the fix."""
+    by_reason: dict[str, list[str]] = {}
+    for row in bad:
+        by_reason.setdefault(row.reason, []).append(row.place)
+    grouped = {reason for reason, places in by_reason.items() if len(places) > GROUPED_FROM}
+    problems: list[Problem] = []
+    named: set[str] = set()
+    told = 0
+    for row in bad:
+        if row.reason in named or len(problems) == SHOWN_AT_MOST:
+            continue
+        if row.reason in grouped:
+            places = by_reason[row.reason]
+            named.add(row.reason)
+            told += len(places)
+            problems.append(Problem(f"{', '.join(places[:3])} and {len(places) - 3:,} more", row.reason))
+        else:
+            told += 1
+            problems.append(Problem(row.place, row.reason))
+    rest = len(bad) - told
     last = f"and {rest:,} more; {len(bad):,} bad rows" if rest else f"{len(bad):,} bad row{'s' * (len(bad) > 1)}"
     return [*problems, Problem("data", last, "correct them, or leave them out with data.on_bad_row: skip")]
 
 
-def locate(names: str | Sequence[str], split: str, revision: str | None, key: str) -> list[Path | HubSet]:
-    """The files and hub sets that the names of one config key stand for. Raises DataError naming all that are missing.
-
-    A folder stands for the JSONL, CSV and Parquet files directly in it, in the order of their names, or, if it was
-    made by `save_to_disk`, for the data set in it.
-    """
-    each = locate_each((names,) if isinstance(names, str) else names, split, revision, key)
-    return [source for found in each for source in found]
-
-
-def locate_each(names: Sequence[str], split: str, revision: str | None, key: str) -> list[list[Path | HubSet]]:
-    """As `locate`, name by name."""
-    found: list[list[Path | HubSet]] = []
-    problems: list[Problem] = []
-    for name in names:
-        try:
-            found.append(_sources_of(name, split, revision, key))
-        except DataError as error:
-            problems += error.problems
-    if not found and not problems:
-        problems.append(Problem(key, "names no source", "name a file, a folder or a hub id"))
-    if problems:
-        raise DataError(*problems)
-    return found
-
-
-def _sources_of(name: str, split: str, revision: str | None, key: str) -> list[Path | HubSet]:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        saved = arrow_folder(path, split)
-        inside: list[Path | HubSet] = [saved] if saved else [*sorted(p for p in path.iterdir() if _in_folder(p))]
-        if not inside:
-            what = f"the folder {name} holds no {', '.join(_IN_FOLDERS)} file and no saved data set"
-            fix = "folders inside it are not searched, and .json files must be named: name them"
-            raise DataError(Problem(key, what, fix))
-        return inside
-    if path.is_file():
-        if kind_of(path):
-            return [path]
-        what = f"{name} is no {', '.join(KINDS)} file (the first three may end in .gz or .zst too)"
-        raise DataError(Problem(key, what, "write one JSON object on each line of a .jsonl file"))
-    if _is_hub_id(name, path):
-        return [HubSet(name, split, revision)]
-    raise DataError(Problem(key, f"no such file or folder: {name}", _did_you_mean(path)))
-
-
-def _in_folder(path: Path) -> bool:
-    return path.is_file() and kind_of(path) in _IN_FOLDERS and not path.name.startswith(".")
+def _sources_of(entry: _Entry, cfg: DataConfig, key: str) -> tuple[list[Path | HubSet], str]:
+    """The sources that a name stands for, and what was left out. Raises DataError where it stands for none."""
+    name = entry.path
+    offered = key == "data.train" and not cfg.validation
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            saved = arrow_folder(path, entry.split)
+            if saved:
+                others = [s for s in arrow_splits(path) if s != saved.name] if saved != path else []
+                return [saved], left_out(name, entry.split, dict.fromkeys(others, 1), "table", offered)
+            inside = files_of(path, name, entry.split, entry.subset, key)
+            return [*inside.files], left_out(name, inside.split, inside.others, "file", offered)
+        if path.is_file():
+            if kind_of(path):
+                return [path], ""
+            what = f"{name} is no {', '.join(KINDS)} file (the first three may end in .gz or .zst too)"
+            raise DataError(Problem(key, what, "write one JSON object on each line of a .jsonl file"))
+        if _is_hub_id(name, path):
+            return [HubSet(name, entry.split, cfg.revision, entry.subset)], ""
+        raise DataError(Problem(key, f"no such file or folder: {clipped(name)}", _did_you_mean(path)))
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, no home for `~`, no right to look
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(Problem(key, f"{clipped(name)} can't be looked at: {reason}", "correct the name")) from error
 
 
 def _is_hub_id(name: str, path: Path) -> bool:
@@ -203,7 +238,7 @@ def _did_you_mean(path: Path) -> str:
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either"
     near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=3)
-    return "did you mean " + " or ".join(str(path.parent / name) for name in near) + "?" if near else ""
+    return "did you mean " + clipped(" or ".join(str(path.parent / name) for name in near)) + "?" if near else ""
 
 
 def _labels(sources: Iterable[Path | HubSet]) -> dict[Path | HubSet, str]:
@@ -211,7 +246,10 @@ def _labels(sources: Iterable[Path | HubSet]) -> dict[Path | HubSet, str]:
     unique = list(dict.fromkeys(sources))
     names = Counter(s.name for s in unique if isinstance(s, Path))
     return {
-        s: f"{s.name}[{s.split}]" if isinstance(s, HubSet) else s.name if names[s.name] == 1 else str(s) for s in unique
+        s: f"{s.name}{f'/{s.subset}' if s.subset else ''}[{s.split}]"
+        if isinstance(s, HubSet)
+        else printable(s.name if names[s.name] == 1 else str(s))
+        for s in unique
     }
 
 
@@ -225,20 +263,23 @@ def refuse_empty(rows: int, bad: Sequence[BadRow], labels: Sequence[str]) -> Non
     raise DataError(Problem(where, "holds no rows"))
 
 
-def source_rows(source: Path | HubSet, label: str, reader: RowReader) -> Iterator[tuple[str, Any]]:
-    """(place, row) for each row; a row that can't even be parsed comes as a BadRow."""
+def source_rows(
+    source: Path | HubSet, label: str, reader: RowReader, form: Form | None = None
+) -> tuple[Iterator[tuple[str, Any]], list[str]]:
+    """(place, row) for each row; a row that can't even be parsed comes as a BadRow. Also the columns of a table that
+    are not read, once the first row has come.
+    """
+    unread: list[str] = []
 
     def wanted(columns: list[str]) -> list[str]:
         unfit = unfit_columns(columns, reader)
         if unfit:
             fix = "name the columns in data.columns, or turn each row into messages of role and content first"
             raise DataError(Problem(label, unfit, fix))
-        meant = set(reader.columns.values())
-        return [column for column in columns if column in meant]
+        meant = meant_columns(columns, reader)
+        unread[:] = [column for column in columns if column not in meant]
+        return meant
 
     if isinstance(source, Path):
-        yield from raw_rows(source, label, wanted)
-        return
-    dataset = source.load()
-    for i, row in enumerate(dataset.select_columns(wanted(dataset.column_names))):
-        yield f"{label} row {i}", row
+        return raw_rows(source, label, wanted, form), unread
+    return hub_rows(source.load(), label, wanted), unread

@@ -18,7 +18,8 @@ from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.chat import EncodedBlock, encode_stream
 from phi3_dist.data.chat_format import ChatFormat
 from phi3_dist.data.formats import BadRow, Chat, Format, RowReader
-from phi3_dist.data.readers import kind_of, line_blocks, rows_of_lines
+from phi3_dist.data.notes import held_out_notice, seen_notices
+from phi3_dist.data.readers import form_of, line_blocks, rows_of_lines
 from phi3_dist.data.rows import TokenRows
 from phi3_dist.data.sources import (
     Source,
@@ -31,6 +32,7 @@ from phi3_dist.data.sources import (
     source_rows,
     times,
 )
+from phi3_dist.data.turns import Rules, Seen
 from phi3_dist.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -67,6 +69,10 @@ class Block:
     lines: list[bytes] | None = None
     first_line: int = 1
     rows: list[tuple[str, Any]] | None = None
+    unread: tuple[str, ...] = ()
+    """Columns of a table that were not read."""
+    said: str = ""
+    """With the first block of a file that is not what its name says."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +98,12 @@ class Chats:
     """What a user should know about formats and weights."""
 
 
+def reader_of(cfg: DataConfig, format: Format | None = None) -> RowReader:
+    """The reader of one source's rows."""
+    rules = Rules(frozenset(cfg.ignore), cfg.reasoning)
+    return RowReader(format or cfg.format, cfg.columns.model_dump(), rules)
+
+
 def blocks_of(cfg: DataConfig) -> Iterator[Block]:
     """All rows of the `data` section: those of `train` up to `max_rows` good ones, then those of `validation`.
 
@@ -104,7 +116,7 @@ def blocks_of(cfg: DataConfig) -> Iterator[Block]:
         if left == 0 and not is_held:
             continue
         label = labels[source]
-        reader = RowReader(cfg.format, cfg.columns.model_dump())
+        reader = reader_of(cfg)
         known = None if cfg.format == "auto" else cfg.format
         for block in _raw(source, label, reader, None if is_held else left):
             yield Block(number, label, weight, is_held, known, **block)
@@ -118,15 +130,20 @@ def blocks_of(cfg: DataConfig) -> Iterator[Block]:
 
 def _raw(source: Source, label: str, reader: RowReader, at_most: int | None) -> Iterator[dict[str, Any]]:
     """The rows of a source in blocks; with `at_most`, no further than so many good ones."""
-    if at_most is None and isinstance(source, Path) and source.is_file() and kind_of(source) == ".jsonl":
-        for first, lines in line_blocks(source, label, BLOCK_ROWS, BLOCK_BYTES):
-            yield {"lines": lines, "first_line": first}
+    form = form_of(source, label) if isinstance(source, Path) and source.is_file() else None
+    more = {"said": f"{label}: {form.said}"} if form and form.said else {}
+    if at_most is None and form and form.shape == "lines":
+        assert isinstance(source, Path)
+        for first, lines in line_blocks(source, form, label, BLOCK_ROWS, BLOCK_BYTES):
+            yield {"lines": lines, "first_line": first, **more}
+            more = {}
         return
-    rows = source_rows(source, label, reader)
+    rows, unread = source_rows(source, label, reader, form)
     if at_most is not None:
-        rows = _until(rows, RowReader(reader.format or "auto", reader.columns), at_most)
+        rows = _until(rows, RowReader(reader.format or "auto", reader.columns, reader.rules), at_most)
     while block := list(islice(rows, BLOCK_ROWS)):
-        yield {"rows": block}
+        yield {"rows": block, "unread": tuple(unread), **more}
+        more = {}
 
 
 def _until(rows: Iterator[tuple[str, Any]], reader: RowReader, good: int) -> Iterator[tuple[str, Any]]:
@@ -191,18 +208,19 @@ def encode_blocks_of(
 
 def _divided(block: Block, cfg: DataConfig) -> tuple[list[Chat], list[int], list[Chat], dict[str, Any]]:
     """Training rows that count, how often each does, held-out rows, and the facts so far."""
-    reader = RowReader(block.format or cfg.format, cfg.columns.model_dump())
+    reader = reader_of(cfg, block.format)
     train: list[Chat] = []
     held: list[Chat] = []
     counts: list[int] = []
     bad: list[BadRow] = []
     kept = 0
+    shares = [1.0, 0.0]
     share = 0.0 if cfg.validation or block.held else cfg.validation_share
     for place, row in _rows(block.lines, block.first_line, block.rows, block.label):
         chat = row if isinstance(row, BadRow) else reader.read(row, place)
         if isinstance(chat, BadRow):
             bad.append(chat)
-        elif block.held or (share > 0 and prompt_share(chat) < share):
+        elif block.held or (share > 0 and _below(chat, share, shares)):
             held.append(chat)
         else:
             kept += 1
@@ -220,8 +238,26 @@ def _divided(block: Block, cfg: DataConfig) -> tuple[list[Chat], list[int], list
         "held": len(held),
         "weighted": sum(counts),
         "with_system": with_system + sum(chat.messages[0].role == "system" for chat in held),
+        "shares": shares,
+        "seen": [[*key, count] for key, count in _seen(reader, block).items()],
     }
     return train, counts, held, facts
+
+
+def _below(chat: Chat, share: float, shares: list[float]) -> bool:
+    """Whether a prompt's hash falls below the share; the smallest and largest hash are kept in `shares`."""
+    found = prompt_share(chat)
+    shares[:] = min(shares[0], found), max(shares[1], found)
+    return found < share
+
+
+def _seen(reader: RowReader, block: Block) -> Seen:
+    seen = reader.seen.copy()
+    rows = len(block.rows or ())
+    seen.update({("column", name): rows for name in block.unread if name not in reader.rules.ignore})
+    if block.said:
+        seen["said", block.said] = 1
+    return seen
 
 
 def _done(encoded: EncodedBlock, train: list[Chat], counts: list[int], held: list[Chat], facts: dict[str, Any]) -> Done:
@@ -250,6 +286,10 @@ class Totals:
     held: int = 0
     weighted: int = 0
     with_system: int = 0
+    shares: tuple[float, float] = (1.0, 0.0)
+    """The smallest and the largest hash of a prompt, where a share of them was to be held out."""
+    seen: Seen = field(default_factory=Seen)
+    labels: dict[str, None] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
     bad: list[BadRow] = field(default_factory=list)
     bad_held: list[BadRow] = field(default_factory=list)
@@ -267,6 +307,10 @@ class Totals:
         self.weighted += facts["weighted"]
         self.with_system += facts["with_system"]
         self.rows += len(bad) + facts["kept"] + facts["held"]
+        least, most = facts["shares"]
+        self.shares = min(self.shares[0], least), max(self.shares[1], most)
+        self.seen.update({(kind, name): count for kind, name, count in facts["seen"]})
+        self.labels.setdefault(facts["label"])
         if facts["format"]:
             self.formats[facts["label"]] = facts["format"]
 
@@ -300,7 +344,8 @@ class Totals:
             notices.append(f"weights of data.train: {self.kept:,} training rows are read as {self.weighted:,}")
         if fmt and fmt.system == "dropped" and self.with_system:
             notices.append(f"{self.with_system:,} rows have a system message that is lost that way")
+        notices += seen_notices(self.seen, fmt)
         wanted = self.cfg.validation or self.cfg.validation_share > 0
         if wanted and self.held == len(self.unfit_held):
-            notices.append("no row is held out: there will be no held-out loss (see data.validation_share)")
+            notices.append(held_out_notice(self.cfg, self.kept, self.held, self.shares))
         return notices

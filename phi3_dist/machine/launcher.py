@@ -139,7 +139,10 @@ def _ended(rank: int, code: int) -> Ended:
     if code in TOLD_BY_RANK_0:
         return Ended(code)
     if code < 0:
-        return Ended(128 - code, f"rank {rank} was killed by {_name(-code)}, and the others were stopped")
+        why = f"rank {rank} was killed by {_name(-code)}, and the others were stopped"
+        if -code == signal.SIGBUS:
+            why += "; a mapped file was cut short: the base's weights, or the token cache"
+        return Ended(128 - code, why)
     return Ended(code, f"rank {rank} ended first, with exit code {code}; the others were stopped")
 
 

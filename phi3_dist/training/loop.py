@@ -27,6 +27,7 @@ from phi3_dist.modeling.lora import count_parameters, peft_config
 from phi3_dist.modeling.rope import pinned_regime
 from phi3_dist.modeling.tokenizer import load_tokenizer
 from phi3_dist.modeling.tokens import enlarged, new_token_ids
+from phi3_dist.modeling.watch import WeightsWatch
 from phi3_dist.planning.plan import Choice, LaunchFacts, MachineFacts, make_plan
 from phi3_dist.training.agree import agree
 from phi3_dist.training.build import build_model
@@ -122,13 +123,16 @@ def _say_first_step(stage: Stage, step: int) -> None:
         stage.metrics.say(f"note: {layers} LoRA linears ran as PEFT's after all: {why}")
 
 
-def _steps(stage: Stage, first: int, saver: Saver, health: Health, flag: StopFlag) -> tuple[int, HeldOut | None, int]:
+def _steps(
+    stage: Stage, first: int, saver: Saver, health: Health, flag: StopFlag, *, watch: WeightsWatch
+) -> tuple[int, HeldOut | None, int]:
     """Steps `first` to the end, with log rows, held-out losses and checkpoints.
 
     Returns the steps done, the last held-out loss, and the signal that stopped the run or 0.
     """
     cfg, held_out, readout = stage.cfg, None, Readout(stage, health, flag)
     for step in range(first, stage.total):
+        watch.check()
         begun, done = time.perf_counter(), step + 1
         lr = learning_rate(step, stage.total, cfg.optim)
         result = train_step(stage.engine, stage.runtime, stage.train, stage.order, step, lr=lr, seed=cfg.train.seed)
@@ -144,6 +148,7 @@ def _steps(stage: Stage, first: int, saver: Saver, health: Health, flag: StopFla
             held_out = _evaluate(stage, done)
         stop = readout.stop if done < stage.total else 0
         if saver.due(done) or stop:
+            watch.check()
             saver.save(done, held_out)
         if stop:
             return done, held_out, stop
@@ -201,6 +206,7 @@ def _run(
     start: Checkpoint | None,
     clock: StartClock,
     flag: StopFlag,
+    watch: WeightsWatch,
 ) -> TrainResult:
     """Build, train and save. The wrapped model lives in here alone: see `_release`."""
     where, again = folder.held, start is not None
@@ -214,6 +220,7 @@ def _run(
     with folder.by_name():
         model = build(longest_row=longest_row(prepared), tokens=tokens)
     regime, begun = pinned_regime(model), model.begun
+    watch.loaded(model)
     engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
     prove_start(engine, runtime)
     first, health_then = 0, {}
@@ -235,7 +242,7 @@ def _run(
             metrics.say(f"resumed after step {first} of {total}, from {start.folder.name}")
         health = Health(stage, health_then)
         saver = Saver(stage, health, start)
-        done, held_out, stopped = _steps(stage, first, saver, health, flag)
+        done, held_out, stopped = _steps(stage, first, saver, health, flag, watch=watch)
         saver.report(done)
         if stopped:
             saver.finish()
@@ -314,6 +321,7 @@ def _train(
         folder.check(overwrite=overwrite, resume=resume)
     check_trackers(cfg.log)
     base, tokenizer, token_ids = _find(cfg)
+    watch = WeightsWatch(base.folder)
     plan = make_plan(cfg, machine, launch, family_or_shape=base.config.to_dict())
     clock.mark("plan")
     prepared = _prepare(cfg, tokenizer, cache)
@@ -349,6 +357,7 @@ def _train(
             start=begin.checkpoint,
             clock=clock,
             flag=flag,
+            watch=watch,
         )
         if runtime.is_main:  # before the last barrier: no rank has ended when this stands
             folder.record_exit(result.exit_code, result.state)

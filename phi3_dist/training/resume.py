@@ -14,7 +14,8 @@ from phi3_dist.adapters.files import WEIGHTS
 from phi3_dist.config.load import flatten
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Order, Packs, Prepared
-from phi3_dist.errors import Problem, TrainingError
+from phi3_dist.errors import ModelError, Problem, TrainingError
+from phi3_dist.machine.file_state import state_of
 from phi3_dist.modeling.base import Base
 from phi3_dist.modeling.rope import regime_for
 from phi3_dist.training.folder import versions
@@ -46,6 +47,9 @@ FREE = (
     "data.format",
     "data.columns",
     "data.split",
+    "data.subset",
+    "data.ignore",
+    "data.reasoning",
     "data.revision",
     "data.max_rows",
     "model.source",
@@ -85,7 +89,10 @@ _SHOWN_CHARACTERS = 80
 
 
 def base_fingerprint(base: Base, cache: Path) -> str:
-    """sha256 over the base's weight files, remembered by path, size and time so that it is computed once."""
+    """sha256 over the base's weight files, remembered by path and inode's state so that it is computed once.
+
+    Raises ModelError for a file that changes while it is read.
+    """
     if base.folder is None:
         return base.source
     digest = hashlib.sha256()
@@ -95,10 +102,12 @@ def base_fingerprint(base: Base, cache: Path) -> str:
     except (OSError, ValueError):
         known = {}
     for path in sorted(base.folder.glob("*.safetensors")):
-        facts = path.stat()
-        key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+        state = state_of(path)
+        key = " ".join(map(str, (path.resolve(), *state)))
         if key not in known:
             known[key] = file_sha256(path)
+            if state_of(path) != state:
+                raise ModelError(Problem(str(path), "was changed while it was hashed", "start again when it is whole"))
         digest.update(f"{path.name} {known[key]}\n".encode())
     cache.mkdir(parents=True, exist_ok=True)
     temporary = known_file.with_name(f".{known_file.name}.{uuid.uuid4().hex}.tmp")  # other runs start beside this one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -337,7 +338,7 @@ def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
 def test_hub_set_through_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = write(tmp_path / "a.jsonl").read_text().splitlines()
     hub = {"main": datasets.Dataset.from_list([json.loads(line) for line in lines])}
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, revision: hub["main"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split, revision: hub["main"])
     cfg = DataConfig(train="owner/name", pack_length=128)
     assert [prepare(cfg, TOKENIZER, tmp_path / "cache").cached for _ in range(2)] == [False, True]
     hub["main"] = hub["main"].select(range(30))
@@ -389,6 +390,90 @@ def test_show(tmp_path: Path) -> None:
     last.write_text(file.read_text().splitlines()[-1])
     with pytest.raises(DataError, match="no row is left"):
         show(config(last, pack_length=16, validation_share=0), TOKENIZER, 1)
+
+
+def long_rows(path: Path) -> Path:
+    """One that fits in 60 tokens, one of which the first answer does, and one that has no such answer."""
+    short, long = {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "a" * 80}
+    asked = {"role": "user", "content": "q"}
+    every = [[asked, short], [asked, short, asked, long], [asked, long]]
+    path.write_text("\n".join(json.dumps({"messages": messages}) for messages in every))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ("error", "a run stops at them (data.on_long_row: error; drop: all are dropped; cut_turn: 1 are cut after an"),
+        ("drop", "all are dropped (data.on_long_row: drop; error: a run stops at them; cut_turn: 1 are cut after an"),
+        ("cut_turn", "1 are cut after an answer, 1 dropped (data.on_long_row: cut_turn; error: a run stops at them;"),
+    ],
+)
+def test_show_says_what_would_become_of_long_rows(tmp_path: Path, choice: Any, said: str) -> None:
+    cfg = config(long_rows(tmp_path / "a.jsonl"), pack_length=60, validation_share=0, on_long_row=choice)
+    text = " ".join(render(show(cfg, TOKENIZER, 3), colour=False).split())
+    assert f"2 rows, such as a.jsonl:2; {said}" in text
+    assert "data.pack_length: 92 holds all" in text
+
+
+def test_show_of_rows_that_are_all_cut(tmp_path: Path) -> None:
+    file = long_rows(tmp_path / "a.jsonl")
+    file.write_text(file.read_text().splitlines()[1])
+    cfg = config(file, pack_length=60, validation_share=0, on_long_row="cut_turn")
+    assert "1 are cut after an answer, 0 dropped" in render(show(cfg, TOKENIZER, 3), colour=False)
+    assert len(prepare(cfg, TOKENIZER, None).train.rows) == 1
+    with pytest.raises(DataError, match="no row is left"):
+        show(config(file, pack_length=60, validation_share=0, on_long_row="drop"), TOKENIZER, 3)
+
+
+def test_show_obeys_no_escape_of_a_row(tmp_path: Path) -> None:
+    file = tmp_path / "a\x1b[2Jb.jsonl"
+    evil = "\x1b]0;title\x07\x9b31m\u202etxt\rend\ttab\nline"
+    row = {"prompt": evil, "completion": evil, f"k{evil}": 1}
+    file.write_text(json.dumps(row) + "\n" + json.dumps({**row, "completion": ""}))
+    cfg = config(file, on_bad_row="skip", pack_length=512, validation_share=0)
+    text = render(show(cfg, TOKENIZER, 3), colour=False)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
+    assert "\\x1b]0;title\\x07\\x9b31m\\u202etxt\\rend" in text
+    assert "a\\x1b[2Jb.jsonl:1" in text
+    with pytest.raises(DataError) as caught:
+        prepare(config(file, pack_length=512), TOKENIZER, None)
+    assert "\x1b" not in str(caught.value)
+
+
+NONE_HELD = [
+    (
+        20,
+        0.0001,
+        r"of 20 rows none has a prompt whose hash is below data.validation_share: 0.0001; (0\.\d+) holds some",
+    ),
+    (1, 0.05, "all rows have the same prompt, and equal prompts stay together; name rows in data.validation, or set"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "share", "why"), NONE_HELD)
+def test_a_share_that_holds_out_nothing_says_why(tmp_path: Path, prompts: int, share: float, why: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"q{i % prompts}", "completion": "a"}) for i in range(20)))
+    notice = prepare(config(file, pack_length=64, validation_share=share), TOKENIZER, None).notices[-1]
+    assert notice.startswith("no row is held out, so there will be no held-out loss: ")
+    match = re.search(why, notice)
+    assert match
+    if prompts > 1:  # what it says holds some out, and leaves some
+        assert prepare(config(file, pack_length=64, validation_share=float(match[1])), TOKENIZER, None).validation
+
+
+def test_rows_without_answers_are_one_line(tmp_path: Path) -> None:
+    for name, row in (("chats", {"messages": [{"role": "user", "content": "q"}]}), ("prompts", {"prompt": "q"})):
+        (tmp_path / name).write_text("")
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("\n".join([json.dumps(row)] * 50))
+        with pytest.raises(DataError) as caught:
+            prepare(config(file), TOKENIZER, None)
+        first, last = caught.value.problems
+        assert first.where == f"{name}.jsonl:1, {name}.jsonl:2, {name}.jsonl:3 and 47 more"
+        assert first.what in ("no assistant turn", "no completion beside prompt; its keys are prompt")
+        assert last.what == "50 bad rows"
 
 
 def test_show_reads_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,16 @@ def test_a_template_that_drops_system_messages_says_so() -> None:
         assert learned(tokenizer, encode_chats(tokenizer, [row], "all")[0]) == "A<|end|>|B<|end|>"
 
 
+def test_refusals_name_what_is_wrong() -> None:
+    two_answers = Chat((Message("user", "Q"), Message("assistant", "A"), Message("assistant", "B")), "a:1")
+    with pytest.raises(DataError, match="assistant turn 2 follows assistant, and the chat template begins it only"):
+        encode_chats(with_template(MEDIUM), [two_answers], "all")
+    asks = "{% for m in messages %}{% if m['content'] %}" + TURN + "{% endif %}{% endfor %}" + PROMPT
+    empty = Chat((Message("system", ""), *two_answers.messages[:2]), "a:1")
+    with pytest.raises(DataError, match="makes 2 turns of it where 3 are due: it leaves out the empty system message"):
+        encode_chats(with_template(asks), [empty], "all")
+
+
 def test_a_template_that_refuses_system_messages() -> None:
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     tokenizer = with_template(refusing + PHI3.chat_template)

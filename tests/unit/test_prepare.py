@@ -30,6 +30,7 @@ from phi3_dist.data.prepare import Prepared
 from phi3_dist.data.rows import RowsWriter, TokenRows
 from phi3_dist.data.stream import Block
 from phi3_dist.errors import DataError
+from phi3_dist.machine import file_state
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -167,6 +168,7 @@ def test_a_killed_preparation_goes_on_and_its_lock_is_free(tmp_path: Path) -> No
         "packs-train-128-error",
         "packs-validation-128-error",
         "train",
+        "used",
         "validation",
     ]
 
@@ -209,6 +211,58 @@ def test_ranks_that_wait_say_so_once(capsys: pytest.CaptureFixture[str]) -> None
     for what in ("tokenize", prepare._WAITING, prepare._WAITING):
         tell(what, 0)
     assert capsys.readouterr().err == "phi3-dist: waiting for another process that prepares the same data\n"
+
+
+@pytest.mark.parametrize("restored", [True, False])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_source_edited_while_it_is_read_poisons_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored: bool, fresh: bool
+) -> None:
+    source = write(tmp_path / "a.jsonl")
+    cfg, cache, right, stat = config(source), tmp_path / "cache", source.read_bytes(), source.stat()
+    expected = told_of(prepare.prepare(cfg, TOKENIZER, None))
+    plain = prepare.encode_to_parts
+    if not fresh:
+        monkeypatch.setattr(file_state, "_TICK_NS", -(10**12))
+
+    def edited(*arguments: Any) -> Iterator[Any]:
+        source.write_bytes(right.replace(b"aa", b"bb"))
+        yield from plain(*arguments)
+        if restored:
+            source.write_bytes(right)
+            os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    monkeypatch.setattr(prepare, "encode_to_parts", edited)
+    with pytest.raises(DataError, match=r"a\.jsonl: was changed while it was read"):
+        prepare.prepare(cfg, TOKENIZER, cache)
+    monkeypatch.setattr(prepare, "encode_to_parts", plain)
+    source.write_bytes(right)
+    found = prepare.prepare(cfg, TOKENIZER, cache)
+    assert not found.cached
+    assert told_of(found) == expected
+    assert prepare.prepare(cfg, TOKENIZER, cache).cached
+
+
+def test_parts_of_an_edited_source_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "a.jsonl")
+    cfg, cache, right = config(source), tmp_path / "cache", source.read_bytes()
+    expected = told_of(prepare.prepare(cfg, TOKENIZER, None))
+    plain = prepare.encode_to_parts
+
+    def killed(*arguments: Any) -> Iterator[Any]:
+        source.write_bytes(right.replace(b"aa", b"bb"))
+        for i, done in enumerate(plain(*arguments)):
+            yield done
+            if i == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "encode_to_parts", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(cfg, TOKENIZER, cache)
+    assert len(list(cache.glob("*/parts/*.safetensors"))) >= 3
+    source.write_bytes(right)
+    monkeypatch.setattr(prepare, "encode_to_parts", plain)
+    assert told_of(prepare.prepare(cfg, TOKENIZER, cache)) == expected
 
 
 def test_a_dead_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

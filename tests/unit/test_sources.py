@@ -81,8 +81,8 @@ def test_bad_row_is_named(tmp_path: Path, bad: object, reason: str) -> None:
 
 
 def test_all_bad_rows_at_once_and_the_list_is_capped(tmp_path: Path) -> None:
-    train = write(tmp_path / "a.jsonl", *[b"no"] * 15)
-    held = write(tmp_path / "b.jsonl", *[b"no"] * 15)
+    train = write(tmp_path / "a.jsonl", *[b" " * i + b"no" for i in range(15)])
+    held = write(tmp_path / "b.jsonl", *[b" " * i + b"no" for i in range(20, 35)])
     with pytest.raises(DataError) as caught:
         read_chats(config(train, validation=held))
     problems = caught.value.problems
@@ -167,17 +167,17 @@ def test_a_slip_in_a_relative_path_is_no_hub_id(tmp_path: Path, monkeypatch: pyt
 
 
 def test_hub_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str, str | None]] = []
+    asked: list[tuple[str, str | None, str, str | None]] = []
 
-    def load_dataset(name: str, split: str, revision: str | None) -> datasets.Dataset:
-        asked.append((name, split, revision))
+    def load_dataset(name: str, subset: str | None, split: str, revision: str | None) -> datasets.Dataset:
+        asked.append((name, subset, split, revision))
         return datasets.Dataset.from_list([row("a"), row("b")])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     chats = read_chats(config("owner/name", split="train_sft", validation="owner/name", revision="v1"))
     assert [c.place for c in chats.train] == ["owner/name[train_sft] row 0", "owner/name[train_sft] row 1"]
     assert len(chats.validation) == 2
-    assert asked == [("owner/name", "train_sft", "v1"), ("owner/name", "test", "v1")]
+    assert asked == [("owner/name", None, "train_sft", "v1"), ("owner/name", None, "test", "v1")]
 
 
 def test_hub_set_out_of_reach_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
