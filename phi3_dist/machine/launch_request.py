@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-import yaml
+
+from phi3_dist.config.yaml_text import YamlFault, read_yaml_file
 
 __all__ = ["LaunchRequest", "cpu_was_asked", "launch_request", "read_command_line"]
 
@@ -174,8 +175,8 @@ def _config_file(launcher: _Launcher, environ: Mapping[str, str]) -> Path | None
 def _load(config: Path) -> Mapping[str, Any]:
     """The config's values; empty where it can't be read, which the launcher itself has complained about."""
     try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        values = read_yaml_file(config)
+    except (OSError, YamlFault):
         return {}
     return values if isinstance(values, dict) else {}
 
