@@ -12,8 +12,10 @@ from typing import Any
 
 from rich.table import Table
 
+from phi3_dist.config.base_config import read_config
 from phi3_dist.config.families import FAMILIES, Family
 from phi3_dist.config.schema import RunConfig
+from phi3_dist.config.texts import is_folder
 from phi3_dist.config.yaml_text import YamlFault, read_yaml_file
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan
@@ -110,10 +112,9 @@ def shape_of_source(cfg: RunConfig) -> Family | Mapping[str, Any] | None:
     for family in FAMILIES:
         if cfg.model.source in family.hub_ids:
             return family
-    local = Path(cfg.model.source) / "config.json"
-    if not local.is_file():
+    if not is_folder(cfg.model.source):
         return None
-    values: Mapping[str, Any] = _json_of(local)
+    values: Mapping[str, Any] = read_config(Path(cfg.model.source).expanduser(), f"model.source: {cfg.model.source}")
     rows = _rows_for(cfg.model.new_tokens, Path(cfg.model.tokenizer or cfg.model.source) / "tokenizer.json")
     return {**values, "vocab_size": rows} if rows > values.get("vocab_size", rows) else values
 
@@ -136,7 +137,7 @@ def _rows_for(tokens: Sequence[str], tokenizer_json: Path) -> int:
     try:
         vocab = {str(token): int(number) for token, number in values["model"]["vocab"].items()}
         added = {str(token["content"]): int(token["id"]) for token in values["added_tokens"]}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"does not say which token has which id: {error!r}"
         raise PlanError(Problem(str(tokenizer_json), what, "download the model again")) from error
     free = max(len(vocab), *(number + 1 for number in added.values()))

@@ -19,16 +19,19 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import Phi3ForCausalLM
 
 from phi3_dist.adapters.files import read_adapter, write_adapter
 from phi3_dist.config.faults import faults
 from phi3_dist.config.importing import import_run
 from phi3_dist.config.load import load_run, resolved_yaml
-from phi3_dist.config.schema import DataConfig
+from phi3_dist.config.schema import DataConfig, RunConfig
+from phi3_dist.config.starting import first_run_file
 from phi3_dist.data.batches import prepare
 from phi3_dist.errors import Phi3DistError
+from phi3_dist.modeling.base import find_base, meta_model, tiny_config
 from phi3_dist.modeling.tokenizer import load_tokenizer, tiny_tokenizer
-from phi3_dist.planning.preview import launch_of_config
+from phi3_dist.planning.preview import launch_of_config, shape_of_source
 from phi3_dist.training.checkpoint import Checkpoint, find_checkpoint, read_state, write_checkpoint
 from phi3_dist.training.resume import check_identity, cut_metrics
 
@@ -238,6 +241,47 @@ def test_rows(row: int, changes: list[tuple[float, Any]], bites: list[Any], poli
     file.write_bytes(bitten(raw, bites) if bites else raw)
     cfg = DataConfig(train=str(file), validation_share=0.0, pack_length=512, on_bad_row=policy, on_long_row="drop")
     survives(lambda: prepare(cfg, TOKENIZER, None))
+
+
+# --- a base's config.json -----------------------------------------------------------------------------------------
+
+BASE: dict[str, Any] = json.loads(tiny_config().to_json_string())
+ROPE = {"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
+NEAR = st.sampled_from([0, 1, -1, 2, 3, 8, 64, 65, 320, 10**7, 2**40, 10**400, 1.5, "64", None, True, [], {}, ROPE])
+BASE_KEYS = st.sampled_from(
+    [*BASE, "head_dim", "rope_scaling", "quantization_config", "original_max_position_embeddings"]
+)
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    Phi3ForCausalLM(tiny_config()).save_pretrained(folder)
+    return folder
+
+
+@timeout
+@given(
+    values=st.dictionaries(BASE_KEYS, st.one_of(NEAR, VALUES), max_size=4),
+    rope=st.dictionaries(st.sampled_from([*ROPE, "rope_type", "factor", "rope_theta"]), st.one_of(NEAR, VALUES)),
+    bites=st.one_of(st.just([]), BITES),
+)
+@fire(80)
+def test_configs_of_bases(
+    values: dict[str, Any], rope: dict[str, Any], bites: list[Any], base_folder: Path, tmp_path: Path
+) -> None:
+    scaling = {"rope_parameters": {**ROPE, **rope}} if rope else {}
+    raw = json.dumps({**BASE, **scaling, **values}).encode("utf-8", "surrogatepass")
+    for file in base_folder.iterdir():
+        if not (tmp_path / file.name).exists():
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_bytes(bitten(raw, bites) if bites else raw)
+    cfg = RunConfig.model_validate({"model": {"source": str(tmp_path)}, "data": {"train": "x"}})
+    survives(lambda: meta_model(find_base(str(tmp_path)), torch.float32))
+    survives(lambda: first_run_file(str(tmp_path)))
+    survives(lambda: shape_of_source(cfg))
 
 
 # --- tokenizer folders -----------------------------------------------------------------------------------------------
