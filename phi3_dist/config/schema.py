@@ -117,6 +117,9 @@ class DataConfig(Section):
     """Split of a hub data set named in `validation`."""
     revision: StrictStr | None = None
     """Revision of a hub data set."""
+    cache: StrictStr | None = None
+    """Folder that keeps tokens, packs and hashes of weights between runs; by default phi3_dist below XDG_CACHE_HOME or
+    ~/.cache. What is finished in it is read without the right to write there."""
     pack_length: Annotated[StrictInt, Field(ge=16, le=2**31 - 1)] = 2048
     """Tokens in a pack at most. Packs hold whole rows, without padding."""
     on_long_row: Literal["error", "drop", "cut_turn"] = "error"

@@ -20,7 +20,9 @@ LONGEST_PART = 255
 LONGEST_PATH = 4096
 _ROOM = 55
 """Bytes that a run adds to its folder's name while it writes beside it."""
-_PATHS = re.compile(r"model\.(source|tokenizer|adapter)|data\.(train|validation)(\[\d+\])?(\.path)?|save\.folder")
+_PATHS = re.compile(
+    r"model\.(source|tokenizer|adapter)|data\.(train|validation)(\[\d+\])?(\.path)?|data\.cache|save\.folder"
+)
 _ANY_TEXT = "data.columns"
 """Names of columns, which belong to whoever made the file: a line's end may stand in one."""
 _HUB_ADDRESS = re.compile(r"https?://[^/]+/(?:datasets/)?([\w.-]+/[\w.-]+?)(?:/(?:tree|blob|resolve)/.*|/)?")
@@ -38,7 +40,10 @@ def text_faults(cfg: RunConfig) -> Iterator[Cross]:
     """Control characters in any text; and paths that are web addresses, too long, or below a home that is not known."""
     for path, text in _texts(cfg.model_dump(mode="python"), ""):
         control = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs")), None)
-        if control is not None and not (path.startswith(_ANY_TEXT) and control in "\n\r\t"):
+        if control is not None and unicodedata.category(control) == "Cs":
+            what = f"holds bytes that are no text in this language setting ({control!a})"
+            yield Cross((path,), what, "set LC_ALL=C.UTF-8, or write it in the run file")
+        elif control is not None and not (path.startswith(_ANY_TEXT) and control in "\n\r\t"):
             what = f"has the control character {control!a}, which no path, script or terminal may get"
             yield Cross((path,), what, "leave it out")
         elif _PATHS.fullmatch(path):

@@ -167,9 +167,12 @@ def _config_file(launcher: _Launcher, environ: Mapping[str, str]) -> Path | None
     if "--cpu" in launcher.options:
         return None
     cache = environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = Path(environ.get("HF_HOME") or f"{cache}/huggingface").expanduser()
-    default = home / "accelerate" / "default_config.yaml"
-    return default if default.is_file() else None
+    try:
+        home = Path(environ.get("HF_HOME") or f"{cache}/huggingface").expanduser()
+        default = home / "accelerate" / "default_config.yaml"
+        return default if default.is_file() else None
+    except (RuntimeError, OSError, ValueError):  # no home folder, or none that may be looked at
+        return None
 
 
 def _load(config: Path) -> Mapping[str, Any]:

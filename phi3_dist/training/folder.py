@@ -18,6 +18,7 @@ from typing import Any
 
 from phi3_dist.errors import Problem, RunFolderError
 from phi3_dist.machine.cluster import slurm_facts
+from phi3_dist.machine.storage import NO_LOCKS, cache_folder, storage_fault
 
 __all__ = ["PACKAGES", "RunFolder", "cache_folder", "versions"]
 
@@ -32,11 +33,6 @@ PACKAGES = (
     "flash-attn",
     "flash-attn-3",
 )
-
-
-def cache_folder() -> Path:
-    """Where tokens and hashes of weights are kept between runs: `$XDG_CACHE_HOME/phi3_dist`, or below ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi3_dist"
 
 
 def versions() -> dict[str, str]:
@@ -99,8 +95,12 @@ class RunFolder:
             os.close(handle)
             where, what = str(self.path), "another process trains in here"
             raise RunFolderError(Problem(where, what, "stop it first; heartbeat.json holds its host and pid")) from None
-        except OSError:
-            os.close(handle)  # a file system without locks
+        except OSError as error:
+            os.close(handle)
+            if error.errno not in NO_LOCKS:
+                raise RunFolderError(Problem(str(self.path), *storage_fault(error))) from error
+            what, fix = storage_fault(error)
+            sys.stderr.write(f"phi3-dist: {self.path}: {what}: a second run in it would not be seen; {fix}\n")
             return
         self._lock = handle
 

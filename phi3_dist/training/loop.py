@@ -289,7 +289,7 @@ def train(
     """
     clock = StartClock()
     clock.mark("imports")
-    folder, cache = RunFolder(Path(cfg.save.folder)), cache or cache_folder()
+    folder, cache = RunFolder(Path(cfg.save.folder)), cache or cache_folder(cfg.data.cache)
     check_trackers(cfg.log.trackers)
     base, tokenizer, token_ids = find_model(cfg)
     plan = make_plan(cfg, machine, launch, family_or_shape=base.config.to_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Collection, Mapping
@@ -28,6 +29,7 @@ FREE = (
     "name",
     "save.",
     "log.",
+    "data.cache",
     "data.train",
     "data.validation",
     "data.on_",
@@ -70,10 +72,11 @@ def base_fingerprint(base: Base, cache: Path) -> str:
         if key not in known:
             known[key] = file_sha256(path)
         digest.update(f"{path.name} {known[key]}\n".encode())
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = known_file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(known), encoding="utf-8")
-    temporary.replace(known_file)
+    with contextlib.suppress(OSError):  # a help for the next start alone
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = known_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(known), encoding="utf-8")
+        temporary.replace(known_file)
     return digest.hexdigest()
 
 

@@ -55,6 +55,12 @@ def test_also_inside_lists_and_keys(tmp_path: Path, override: str, where: str) -
     assert fault(tmp_path, override)[0] == where
 
 
+def test_bytes_that_are_no_text_name_the_language_setting(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"its value is not YAML"):  # an override in LANG=C
+        load_run(run_file(tmp_path), ["name=\udcc3"])
+    assert "LC_ALL" in fault(tmp_path, "", "a\udcc3.yaml")[2]
+
+
 def test_a_column_may_have_a_line_end_in_its_name(tmp_path: Path) -> None:
     assert load_run(run_file(tmp_path), ['data.columns.text="a\\nb"']).data.columns.text == "a\nb"
 
