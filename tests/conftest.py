@@ -19,7 +19,7 @@ ORDER = ("unit", "ranks")  # quick ones first; folders not named here come last
 FIRST_BUILD_TIMEOUT_S = 900
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # as machines may be
 settings.load_profile("busy")
-settings.register_profile("fuzz", max_examples=2500)  # of each of five kinds of input: see tests/unit/test_fuzz.py
+settings.register_profile("fuzz", max_examples=2500)  # of each kind of input: see tests/unit/test_fuzz.py
 _SESSION_LOCK = pytest.StashKey[IO[str]]()
 
 

@@ -6,6 +6,7 @@ at once on a login node.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import logging
 import os
@@ -20,7 +21,8 @@ from phi3_dist.cli import training  # noqa: F401 -- each adds its verbs to the a
 # isort: split
 from phi3_dist.cli import caching, looking, outside, slurm  # noqa: F401
 from phi3_dist.cli.app import app
-from phi3_dist.errors import MachineError, Phi3DistError, Problem, plain, redacted
+from phi3_dist.errors import ConfigError, MachineError, Phi3DistError, Problem, plain, redacted
+from phi3_dist.machine.encoding import print_in_any_encoding
 from phi3_dist.machine.terminal import open_standard_streams, unfailing_streams
 from phi3_dist.training.signals import Stopped, answered, starts_a_run
 
@@ -31,22 +33,33 @@ _LONG = ("train", "prepare")
 
 
 def _tell(error: Phi3DistError) -> None:
-    """One message: on rank 0 in full, on other ranks in one line with the rank."""
-    rank = os.environ.get("RANK", "0")
+    """One message: on rank 0 in full, on a launcher's other ranks in one line with the rank."""
+    rank = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ and "MASTER_ADDR" in os.environ else "0"
     if rank == "0":
-        typer.echo(f"{type(error).__name__}:", err=True)
-        for problem in error.problems:
-            typer.echo(f"  {problem}", err=True)
+        lines = [f"{type(error).__name__}:", *(f"  {problem}" for problem in error.problems)]
     else:
         first = plain(redacted(f"{error.problems[0].where} {error.problems[0].what}"))
-        typer.echo(f"[rank {rank}] {type(error).__name__}: {first}", err=True)
+        lines = [f"[rank {rank}] {type(error).__name__}: {first}"]
+    typer.echo("\n".join(lines), err=True)
+
+
+def _end(error: Phi3DistError) -> NoReturn:
+    _tell(error)
+    sys.stdout.flush()
+    sys.exit(error.exit_code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End now: a process group that still waits for its other ranks would hold the interpreter's end up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main() -> None:
     """Run the command line. A user's mistake ends in one message and its exit code; a bug in a traceback."""
     # bitsandbytes announces at import that an optional kernel for 4-bit inference is missing
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    open_standard_streams()
     words = sys.argv[1:]
     early = answered(words) if starts_a_run(words) else nullcontext()
     with early, unfailing_streams() if words and words[0] in _LONG else nullcontext():
@@ -63,22 +76,14 @@ def main() -> None:
             if missing == "phi3_dist" or missing in sys.stdlib_module_names or importlib.util.find_spec(missing):
                 raise
             every = "or all that is needed with pip install phi3-dist; phi3-dist doctor looks at each"
-            fix = f"pip install {missing}, {every}"
-            _end(MachineError(Problem(missing, "is needed here and is not installed", fix)))
+            _end(
+                MachineError(Problem(missing, "is needed here and is not installed", f"pip install {missing}, {every}"))
+            )
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            _end(ConfigError(Problem(f"{error.filename!s:.60}...", "is longer than a path can be", "shorten it")))
         except Exception as error:
             if "RANK" in os.environ:
                 error.add_note(f"on rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE', '?')}")
             raise
-
-
-def _end(error: Phi3DistError) -> NoReturn:
-    _tell(error)
-    sys.stdout.flush()
-    sys.exit(error.exit_code)
-
-
-def _leave(code: int) -> None:
-    """End now: a process group that still waits for its other ranks would hold the interpreter's end up."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -48,8 +49,12 @@ def _write(run_yaml: str, output: Path | None) -> None:
     elif output.exists():
         raise ConfigError(Problem(str(output), "exists", "give another name"))
     else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(run_yaml, encoding="utf-8")
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(run_yaml, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(Problem(str(output), f"cannot be written: {error.strerror}")) from error
+        typer.echo(f"written: {output}; look at it with phi3-dist config show {shlex.quote(str(output))}")
 
 
 @app.command()

@@ -135,23 +135,23 @@ def prepare_run(
 
     cfg = load_run(run_file, overrides or ())
     from phi3_dist.cli.progress import told
-    from phi3_dist.data.batches import prepare
     from phi3_dist.data.parts import workers_for
     from phi3_dist.machine.probe import cpu_count
-    from phi3_dist.modeling.base import find_base
-    from phi3_dist.modeling.tokenizer import load_tokenizer
-    from phi3_dist.training.folder import cache_folder
+    from phi3_dist.machine.storage import cache_folder
+    from phi3_dist.training.loop import find_model, prepare_rows
     from phi3_dist.training.resume import base_fingerprint
+    from phi3_dist.training.stage import check_trackers
 
-    base = find_base(cfg.model.source, cfg.model.revision)
-    tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.source, cfg.model.revision, cfg.model.new_tokens)
+    cache = cache_folder(cfg.data.cache)
+    check_trackers(cfg.log.trackers)
+    base, tokenizer, _ = find_model(cfg)
     workers = workers or workers_for(cpu_count())
     with told() as tell:
-        data = prepare(cfg.data, tokenizer, cache_folder(), workers=workers, progress=tell)
-    base_fingerprint(base, cache_folder())
+        data = prepare_rows(cfg, tokenizer, cache, workers=workers, progress=tell)
+    base_fingerprint(base, cache)
     typer.echo(f"base   {base.folder or base.source}")
     held_out = len(data.validation.packs) if data.validation else 0
-    typer.echo(f"data   {len(data.train.packs)} packs to train on, {held_out} held out, in {cache_folder()}")
+    typer.echo(f"data   {len(data.train.packs)} packs to train on, {held_out} held out, in {cache}")
     if data.skipped or data.dropped:
         typer.echo(f"       {len(data.skipped):,} rows can't be used, {len(data.dropped):,} are longer than a pack")
     for notice in data.notices:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from phi3_dist.config.foreign import Entry, Foreign, read_script
 from phi3_dist.config.load import flatten
+from phi3_dist.config.yaml_text import YamlFault, read_yaml
 from phi3_dist.errors import ConfigError, Problem
 
 __all__ = [
@@ -111,12 +111,16 @@ def _script(name: str, dialect: str, cells: list[tuple[str, str]]) -> Foreign:
 def _code_cells(name: str, text: str) -> list[tuple[str, str]]:
     """(place, Python text) of each code cell. Magics and shell lines become comments: lines keep their number."""
     values, _ = _mapping(name, text, is_json=True)
-    cells = []
-    for number, cell in enumerate(values.get("cells") or [], 1):
+    cells: list[tuple[str, str]] = []
+    found = values.get("cells")
+    if not isinstance(found, list):
+        raise ConfigError(Problem(name, "has no list of cells", "save the notebook in format 4, as Jupyter does now"))
+    for number, cell in enumerate(found, 1):
         if not isinstance(cell, dict) or cell.get("cell_type") != "code":
             continue
         source = cell.get("source", "")
-        lines = (source if isinstance(source, str) else "".join(source)).splitlines()
+        parts = source if isinstance(source, list) else [source]
+        lines = "".join(part for part in parts if isinstance(part, str)).splitlines()
         if not any(line.lstrip().startswith("%%") for line in lines):
             code = "\n".join("#" + line if line.lstrip().startswith(("!", "%")) else line for line in lines)
             cells.append((f"{name} cell {number}", code))
@@ -130,16 +134,19 @@ def _mapping(name: str, text: str, *, is_json: bool) -> tuple[dict[str, Any], di
         if is_json:
             values = json.loads(text)
         else:
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-            if isinstance(node, yaml.MappingNode):
-                lines = {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
-            values = yaml.safe_load(text)
+            document = read_yaml(text, place=str, name=name, merge=True)
+            if document.problems:
+                raise ConfigError(
+                    *(replace(problem, where=f"{name}: {problem.where}") for problem in document.problems)
+                )
+            values = document.values
+            lines = {key: int(line) for key, line in document.places.items() if "." not in key}
     except json.JSONDecodeError as error:
         raise ConfigError(Problem(f"{name}:{error.lineno}", f"is not JSON: {error.msg}")) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(Problem(f"{name}:{mark.line + 1}" if mark else name, f"is not YAML: {what}")) from None
+    except YamlFault as error:
+        raise ConfigError(Problem(f"{name}:{error.line}" if error.line else name, error.what)) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists a thousand deep
+        raise ConfigError(Problem(name, f"is not JSON that can be read: {error}")) from None
     if not isinstance(values, dict):
         raise ConfigError(Problem(name, "holds no mapping of keys to values", f"known are: {', '.join(DIALECTS)}"))
     return {str(key): value for key, value in values.items()}, lines

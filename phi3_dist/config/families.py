@@ -204,6 +204,8 @@ PRESETS: Mapping[str, Preset] = {
 def _rope_kind(hf_config: Mapping[str, Any]) -> str:
     """`plain` or `longrope`, from either spelling: `rope_scaling` (published files) or `rope_parameters` (new)."""
     scaling = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    if not isinstance(scaling, Mapping):
+        return "plain"
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     return "longrope" if kind in ("longrope", "su", "yarn") else "plain"
 
@@ -238,15 +240,18 @@ _CLASSES: Mapping[str, str] = {
 
 def refuse_unsupported(hf_config: Mapping[str, Any]) -> None:
     """Raise `ModelError` unless this `config.json` is a `Phi3ForCausalLM`'s; the message names what is supported."""
-    classes: Sequence[str] = hf_config.get("architectures") or ()
+    listed = hf_config.get("architectures")
+    classes = [str(name) for name in listed] if isinstance(listed, list | tuple) else []
     model_type = str(hf_config.get("model_type", ""))
     if any(key.startswith("blocksparse") for key in hf_config):
         model_type = "phi3small"
+    if not classes and listed:
+        classes = [str(listed)]
     reason = next((_REFUSED[_CLASSES[name]] for name in classes if name in _CLASSES), _REFUSED.get(model_type))
     if reason is None:
         if "Phi3ForCausalLM" in classes or (not classes and model_type == "phi3"):
             return
-        found = ", ".join(classes) or model_type or "no architecture at all"
+        found = ", ".join(classes)[:100] or model_type[:100] or "no architecture at all"
         reason = f"its class is {found}, and this toolkit trains Phi3ForCausalLM"
     fix = f"use one of {HUB_IDS}, or a model of that class"
     raise ModelError(Problem("model.source", f"not supported: {reason}", fix))

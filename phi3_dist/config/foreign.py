@@ -112,9 +112,11 @@ class _Script:
             literal = all(key is not None and not isinstance(value, Computed) for key, value in pairs)
             return dict(pairs) if literal else Computed(ast.unparse(node))
         try:
-            return ast.literal_eval(node)
+            value = ast.literal_eval(node)
+            repr(value)  # a number of thousands of digits has no text in decimals
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return Computed(ast.unparse(node))
+        return value
 
     def add(self, key: str, node: ast.expr, prefix: str, section: str) -> None:
         self.entries.append(Entry(key, self.value(node), f"{prefix}:{node.lineno}", section))
@@ -225,9 +227,13 @@ def read_script(cells: list[tuple[str, str]]) -> tuple[list[Entry], list[tuple[s
     unread: list[Unread] = []
     for prefix, text in cells:
         try:
-            trees.append((prefix, ast.parse(text)))
+            tree = ast.parse(text)
+            # recursion, as in what follows: what nests too deep for it is told here
+            (ast.dump(tree), ast.unparse(tree))
+            trees.append((prefix, tree))
         except (SyntaxError, ValueError, RecursionError) as error:
-            unread.append(Unread(prefix, f"is not Python: {getattr(error, 'msg', None) or error}"))
+            why = "nests too deep" if isinstance(error, RecursionError) else getattr(error, "msg", None) or error
+            unread.append(Unread(prefix, f"is not Python: {why}"))
     script = _Script()
     for _, tree in trees:
         script.learn_names(tree)

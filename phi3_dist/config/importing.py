@@ -23,6 +23,7 @@ from phi3_dist.config.foreign import Computed, Entry, Foreign
 from phi3_dist.config.messages import cross_checks, explain
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.config.settling import SETTLED, settle
+from phi3_dist.config.texts import text_faults
 from phi3_dist.config.translations import ALIASES, FULL, RULES, UNSUPPORTED, unsupported_by_prefix
 
 __all__ = ["FILL_IN_MODEL", "FILL_IN_ROWS", "Finding", "Imported", "findings_table", "import_run"]
@@ -178,7 +179,8 @@ def _until_valid(draft: Draft) -> None:
     for _ in range(len(draft.values) + 1):
         nested = _nested(draft.values)
         try:
-            bad = [(cross.paths, cross.what) for cross in cross_checks(RunConfig.model_validate(nested))]
+            run = RunConfig.model_validate(nested)
+            bad = [(fault.paths, fault.what) for fault in (*text_faults(run), *cross_checks(run))]
         except ValidationError as error:
             bad = [((path,), what) for path, what, _ in explain(error, nested)]
         if not bad:

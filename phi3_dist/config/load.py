@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,14 @@ from pydantic import ValidationError
 
 from phi3_dist.config import messages
 from phi3_dist.config.schema import RunConfig
+from phi3_dist.config.texts import expanded, text_faults
+from phi3_dist.config.yaml_text import DEEPEST, LARGEST_BYTES, YamlFault, read_yaml
 from phi3_dist.errors import ConfigError, Problem
 
 __all__ = ["load_run", "resolved_yaml", "json_schema", "diff", "flatten"]
+
+_TOLD_AT_MOST = 50
+"""Mistakes in one message. What is wrong with a thousand keys is wrong with the file."""
 
 
 @dataclass
@@ -30,6 +35,15 @@ class _Source:
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    untold: int = 0
+
+    def read(self, text: str, place: Callable[[int], str], path: str = "") -> Any:
+        """The values of a YAML text that stands at `path`. Raises `YamlFault`."""
+        document = read_yaml(text, place=place, path=path, name=self.name)
+        self.places |= document.places
+        self.problems += document.problems
+        self.untold += document.untold
+        return document.values
 
     def where(self, path: str) -> str:
         """`path (run.yaml:12)`; for a missing key the place of the nearest section above it."""
@@ -37,74 +51,27 @@ class _Source:
         return f"{path} ({place})" if place else path
 
 
-class _Reader(yaml.SafeLoader):
-    """PyYAML's safe loader, walked node by node for line numbers and duplicate keys, which it drops in silence."""
-
-    def __init__(self, text: str, source: _Source, file_name: str = "") -> None:
-        super().__init__(text)
-        self.source = source
-        self.file_name = file_name
-        self.above: list[yaml.Node] = []
-
-    def value(self, node: yaml.Node, path: str) -> Any:
-        if any(node is other for other in self.above):
-            self.source.problems.append(Problem(self.source.where(path), "an alias that contains itself"))
-            return None
-        self.above.append(node)
-        try:
-            if isinstance(node, yaml.MappingNode):
-                return self.mapping(node, path)
-            if isinstance(node, yaml.SequenceNode):
-                return [self.value(item, f"{path}[{index}]") for index, item in enumerate(node.value)]
-            return self.construct_object(node)
-        finally:
-            self.above.pop()
-
-    def mapping(self, node: yaml.MappingNode, path: str) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            line = f"{self.file_name}:{key_node.start_mark.line + 1}" if self.file_name else "override"
-            if not isinstance(key_node, yaml.ScalarNode):
-                self.source.problems.append(Problem(f"{path or self.source.name} ({line})", "a key must be plain text"))
-                continue
-            key = key_node.value
-            full = f"{path}.{key}" if path else key
-            if key in out:
-                first = self.source.places[full]
-                self.source.problems.append(
-                    Problem(f"{full} ({line})", f"the key stands twice, first at {first}", "keep one of them")
-                )
-            self.source.places[full] = line
-            out[key] = self.value(value_node, full)
-        return out
-
-
-def _read_yaml(text: str, source: _Source, path: str = "", file_name: str = "") -> Any:
-    reader = _Reader(text, source, file_name)
-    try:
-        node = reader.get_single_node()
-        return None if node is None else reader.value(node, path)
-    finally:
-        reader.dispose()
-
-
 def _read_file(path: Path) -> _Source:
     source = _Source(path.name)
     place = str(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            raw = file.read(LARGEST_BYTES + 1)
+        values = source.read(raw.decode("utf-8-sig"), lambda line: f"{path.name}:{line}")
     except FileNotFoundError:
         raise ConfigError(Problem(place, "no such file", _nearby(path))) from None
     except IsADirectoryError:
         raise ConfigError(Problem(place, "is a folder; a run file is wanted", _nearby(path / "x"))) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(Problem(place, f"is not UTF-8 text: {error.reason} at byte {error.start}")) from None
+        what = f"is not UTF-8 text: {error.reason} at byte {error.start}"
+        raise ConfigError(Problem(place, what, "save it as UTF-8")) from None
+    except YamlFault as error:
+        where = f"{place}:{error.line}" if error.line else place
+        raise ConfigError(*source.problems, Problem(where, error.what, "correct the YAML at that place")) from None
     except OSError as error:
         raise ConfigError(Problem(place, f"cannot be read: {error.strerror}")) from None
-    try:
-        values = _read_yaml(text, source, file_name=path.name)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(Problem(*_yaml_fault(error, place), "correct the YAML at that place")) from None
+    except ValueError:  # what the system takes for no path at all
+        raise ConfigError(Problem(repr(place), "has a null character, which no path has")) from None
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -113,12 +80,6 @@ def _read_file(path: Path) -> _Source:
         )
     source.values = values
     return source
-
-
-def _yaml_fault(error: Exception, place: str) -> tuple[str, str]:
-    mark = getattr(error, "problem_mark", None)
-    what = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return (f"{place}:{mark.line + 1}" if mark else place), f"is not YAML: {what}"
 
 
 def _nearby(path: Path) -> str:
@@ -130,16 +91,17 @@ def _nearby(path: Path) -> str:
 def _apply_override(source: _Source, text: str) -> None:
     path, equals, value_text = text.partition("=")
     path = path.strip().lstrip("-")
-    if not equals or not path or not all(part.strip() for part in path.split(".")):
+    place = f"override {messages.shown(text)}"
+    parts = path.split(".")
+    if not equals or not path or not all(part.strip() for part in parts) or len(parts) > DEEPEST:
         fix = "write it as key.path=value, such as optim.lr=1e-4"
-        source.problems.append(Problem(f"override {text!r}", "is not of the form key.path=value", fix))
+        source.problems.append(Problem(place, "is not of the form key.path=value", fix))
         return
-    place = f"override {text!r}"
     try:
-        value = _read_yaml(value_text, source, path)
-    except (yaml.YAMLError, ValueError) as error:
-        what = _yaml_fault(error, place)[1]
-        source.problems.append(Problem(place, what.replace("is not YAML", "its value is not YAML"), "quote the value"))
+        value = source.read(value_text, lambda line: "override", path)
+    except YamlFault as error:
+        what = error.what.replace("is not YAML", "its value is not YAML")
+        source.problems.append(Problem(place, what, "quote the value"))
         return
     section = source.values
     *parents, last = path.split(".")
@@ -172,21 +134,31 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         config = RunConfig.model_validate(source.values)
     except ValidationError as error:
+        said = {problem.where for problem in source.problems}
         for bad, what, fix in messages.explain(error, source.values):
             bad_paths.add(bad)
-            if all(problem.where != source.where(bad) for problem in source.problems):
+            if source.where(bad) not in said:
                 problems.append(Problem(source.where(bad), what, fix))
+        source.untold += max(0, error.error_count() - messages.EXPLAINED_AT_MOST)
         config = _what_makes_sense(source.values, bad_paths)
     if config is not None:
-        for cross in messages.cross_checks(config):
+        config = config.model_copy(update={"name": config.name or file.stem})
+        for cross in (*text_faults(config), *messages.cross_checks(config)):
             if not any(_overlap(cross_path, bad) for cross_path in cross.paths for bad in bad_paths):
                 problems.append(Problem(source.where(cross.paths[0]), cross.what, cross.fix))
     if problems:
-        raise ConfigError(*problems)
+        raise ConfigError(*_first(problems, source.untold))
     assert config is not None
-    name = config.name or file.stem
-    save = config.save.model_copy(update={"folder": config.save.folder.replace("{name}", name)})
-    return config.model_copy(update={"name": name, "save": save})
+    save = config.save.model_copy(update={"folder": config.save.folder.replace("{name}", config.name)})
+    return expanded(config.model_copy(update={"save": save}))
+
+
+def _first(problems: list[Problem], untold: int) -> list[Problem]:
+    """As many as a person reads, and how many more there are."""
+    untold += max(0, len(problems) - _TOLD_AT_MOST)
+    about = "about " if len(problems) >= messages.EXPLAINED_AT_MOST else ""
+    more = [Problem("", f"and {about}{untold:,} more")] if untold else []
+    return [*problems[:_TOLD_AT_MOST], *more]
 
 
 def _overlap(one: str, other: str) -> bool:

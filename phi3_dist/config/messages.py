@@ -8,16 +8,19 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from phi3_dist.config.families import LINEARS
 from phi3_dist.config.schema import STARTS, DataSource, RunConfig
+from phi3_dist.config.texts import Cross, is_folder
 
-__all__ = ["Cross", "cross_checks", "explain", "kind", "shown"]
+__all__ = ["EXPLAINED_AT_MOST", "Cross", "cross_checks", "explain", "kind", "shown"]
+
+EXPLAINED_AT_MOST = 200
+"""Errors that are put into words: each unknown key is compared with every known one."""
 
 _TOPOLOGY = "topology stands in the Accelerate config (configs/accelerate/), not in the run file"
 _ELSEWHERE: Mapping[str, str] = {
@@ -168,6 +171,7 @@ def _wanted(error: ErrorDetails) -> str:
         "greater_than": f"above {context.get('gt')}",
         "greater_than_equal": f"{context.get('ge')} or more",
         "less_than": f"below {context.get('lt')}",
+        "less_than_equal": f"{context.get('le')} or less",
         "string_pattern_mismatch": _FORMS.get(
             context.get("pattern", ""), f"a text of the form {context.get('pattern')}"
         ),
@@ -184,6 +188,10 @@ def _fix_for(error: ErrorDetails, path: str) -> str:
         return "fp16 needs loss scaling, which this toolkit refuses; use bf16 or fp32"
     if error["type"] == "string_type" and not isinstance(value, dict | list) and value is not None:
         return "put it in quotes if that text is meant"
+    if error["type"] == "tuple_type" and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return f"write it as a list: [{value}]"
+    if error["type"] in ("float_parsing", "int_type") and isinstance(value, str):
+        return _number_meant(value)
     if error["type"] == "literal_error" and isinstance(value, str):
         allowed = re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", "")))
         close = difflib.get_close_matches(value.lower(), allowed, n=1)
@@ -191,11 +199,22 @@ def _fix_for(error: ErrorDetails, path: str) -> str:
     return ""
 
 
+def _number_meant(text: str) -> str:
+    """The number in a text that is nearly one: `5%`, `0,05`, `'16'`; or nothing."""
+    plain = text.strip().replace("_", "")
+    percent = re.fullmatch(r"(\d+(?:[.,]\d+)?) ?%", plain)
+    if percent:
+        return f"write the share: {float(percent[1].replace(',', '.')) / 100:g}"
+    if re.fullmatch(r"[+-]?\d+,\d+", plain):
+        return f"write it with a point: {plain.replace(',', '.')}"
+    return f"write {plain}, without quotes" if re.fullmatch(r"[+-]?\d+", plain) else ""
+
+
 def explain(error: ValidationError, values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(dotted path, what is wrong, fix) for each bad place: one for each field, however many its types are."""
     unknown: list[tuple[str, str, str]] = []
     grouped: dict[str, list[ErrorDetails]] = {}
-    for item in error.errors(include_url=False):
+    for item in error.errors(include_url=False)[:EXPLAINED_AT_MOST]:
         path, section = _path_of(item["loc"])
         if item["type"] == "extra_forbidden":
             unknown.append((path, f"unknown key (value {shown(item['input'])})", _unknown_key_fix(path, section)))
@@ -224,16 +243,8 @@ def _about(path: str, section: type[BaseModel]) -> str:
 
 
 def _in_file_order(found: list[tuple[str, str, str]], values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    order = list(values)
-    return sorted(found, key=lambda item: order.index(top) if (top := item[0].split(".")[0]) in order else -1)
-
-
-class Cross(NamedTuple):
-    """Fields that cannot stand together: their dotted paths (the first is where it is shown), what, fix."""
-
-    paths: tuple[str, ...]
-    what: str
-    fix: str
+    order = {key: place for place, key in enumerate(values)}
+    return sorted(found, key=lambda item: order.get(item[0].split(".")[0], -1))
 
 
 def cross_checks(cfg: RunConfig) -> list[Cross]:
@@ -250,7 +261,7 @@ def _model_pairs(cfg: RunConfig) -> Iterator[Cross]:
         yield Cross(("model.source",), "is empty", "name a local folder, a hub id, or tiny-random")
     if revision is not None and source == "tiny-random":
         yield Cross(("model.revision", "model.source"), f"is {revision!r}, but tiny-random has none", "remove it")
-    elif revision is not None and (source.startswith((".", "/", "~")) or Path(source).is_dir()):
+    elif revision is not None and (source.startswith((".", "/", "~")) or is_folder(source)):
         what = f"is {revision!r}, but model.source is the local folder {source}"
         yield Cross(("model.revision", "model.source"), what, "remove it, or name a hub id as model.source")
     kept = cfg.model.dequantized_layers
@@ -278,7 +289,7 @@ def _pattern_faults(cfg: RunConfig) -> Iterator[Cross]:
         for key in pattern:
             try:
                 re.compile(key)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 what = f"{key!r} is no regular expression: {error}"
                 yield Cross((f"lora.{name}",), what, "write the end of a module's name, such as down_proj")
     layers = cfg.lora.layers

@@ -18,7 +18,7 @@ def _refuse_bool(value: object) -> object:
     return value
 
 
-Count = Annotated[StrictInt, Field(ge=1)]
+Count = Annotated[StrictInt, Field(ge=1, le=2**40)]
 Real = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
 """A finite number. PyYAML reads `1e-4` as text, which becomes a number here; `true` does not become 1."""
 STARTS = r"^(default|pissa|pissa_niter_[1-9][0-9]*|loftq|eva)$"
@@ -40,7 +40,7 @@ class ModelConfig(Section):
     """Compute dtype. `auto`: bf16 where the hardware has it fast, else fp32; the reason is shown at start."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Storage of the frozen base. `nf4` is QLoRA (double quantised NF4), `int8` is LLM.int8()."""
-    dequantized_layers: Literal["auto"] | Annotated[StrictInt, Field(ge=0)] = "auto"
+    dequantized_layers: Literal["auto"] | Annotated[StrictInt, Field(ge=0, le=2**40)] = "auto"
     """nf4: decoder layers, counted from the last, that keep their dequantised weights from forward to backward and need
     not dequantise twice: the same numbers. `auto`: with activation checkpointing all, else as many as fit on a GPU."""
     fp8: StrictBool = False
@@ -124,7 +124,10 @@ class DataConfig(Section):
     """Configuration of a hub data set, or of a clone of one, that has several."""
     revision: StrictStr | None = None
     """Revision of a hub data set."""
-    pack_length: Annotated[StrictInt, Field(ge=16)] = 2048
+    cache: StrictStr | None = None
+    """Folder that keeps tokens, packs and hashes of weights between runs; by default phi3_dist below XDG_CACHE_HOME or
+    ~/.cache. What is finished in it is read without the right to write there."""
+    pack_length: Annotated[StrictInt, Field(ge=16, le=2**31 - 1)] = 2048
     """Tokens in a pack at most. Packs hold whole rows, without padding."""
     on_long_row: Literal["error", "drop", "cut_turn"] = "error"
     """A row longer than `pack_length`: stop, drop it, or cut it after the last learned answer that fits (and drop it
@@ -170,7 +173,7 @@ class LoraConfig(Section):
     `{down_proj: 8}`, `{'layers.[0-3].*': 4}`. The first match counts."""
     alpha_pattern: dict[StrictStr, Annotated[Real, Field(gt=0)]] = {}
     """The same for `alpha`."""
-    layers: tuple[Annotated[StrictInt, Field(ge=0)], ...] | None = None
+    layers: tuple[Annotated[StrictInt, Field(ge=0, le=2**40)], ...] | None = None
     """Decoder layers that get an adapter, counted from 0. By default every one."""
     plus_ratio: Annotated[Real, Field(ge=1)] = 1.0
     """LoRA+: B learns with `optim.lr` times this. 1 is plain LoRA; the paper (arXiv 2402.12354) suggests about 16."""
@@ -210,14 +213,14 @@ class TrainConfig(Section):
     """Packs in one optimizer step, over all ranks. Accumulation follows: global_batch / (micro_batch * ranks)."""
     micro_batch: Count = 1
     """Packs in one forward pass of one rank, joined into one ragged row."""
-    eval_every: Annotated[StrictInt, Field(ge=0)] = 0
+    eval_every: Annotated[StrictInt, Field(ge=0, le=2**40)] = 0
     """Steps between two measurements of the held-out loss. 0: only at the end."""
     max_bad_steps: Count = 3
     """A step whose loss or gradient is no finite number is skipped; the run stops at this many in a row."""
-    profile: Annotated[StrictInt, Field(ge=0)] = 0
+    profile: Annotated[StrictInt, Field(ge=0, le=2**40)] = 0
     """Steps, from the second on, that torch's profiler records on rank 0: a trace and a table of where the time went,
     in `profile/` of the run folder. 0: none."""
-    seed: Annotated[StrictInt, Field(ge=0)] = 0
+    seed: Annotated[StrictInt, Field(ge=0, le=2**63)] = 0
     """Seed of the adapter's start, the order of packs and dropout."""
     shuffle: StrictBool = True
     """Draw a new order of packs each epoch."""
@@ -229,7 +232,7 @@ class TrainConfig(Section):
 class SaveConfig(Section):
     folder: StrictStr = "runs/{name}"
     """The run folder. `{name}` is the run file's name without its ending."""
-    every: Annotated[StrictInt, Field(ge=0)] = 100
+    every: Annotated[StrictInt, Field(ge=0, le=2**40)] = 100
     """Steps between two checkpoints; one more at the end. 0: none. A checkpoint costs what the adapter costs."""
     keep: Count = 2
     """Newest checkpoints that are kept, beside the one with the best held-out loss."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from phi3_dist.config.base_config import read_config
 from phi3_dist.config.families import (
     FAMILIES,
     HUB_IDS,
@@ -12,12 +13,11 @@ from phi3_dist.config.families import (
     PRESETS,
     Family,
     Preset,
-    Shape,
     recognise,
-    refuse_unsupported,
 )
 from phi3_dist.config.importing import FILL_IN_ROWS
 from phi3_dist.config.schema import DataConfig, OptimConfig, TrainConfig
+from phi3_dist.config.texts import is_folder, path_fault
 from phi3_dist.errors import ModelError, Problem
 
 __all__ = ["first_run_file"]
@@ -65,13 +65,11 @@ train:
 
 
 def _preset(source: str) -> tuple[Family | None, Preset]:
-    config = Path(source).expanduser() / "config.json"
-    if config.is_file():
-        try:
-            values = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(Problem(str(config), f"is not JSON: {error}", "download the model again")) from error
-        refuse_unsupported(values)
+    what, fix = path_fault(source)
+    if what:
+        raise ModelError(Problem(source[:100], what, fix))
+    if is_folder(source):
+        values = read_config(Path(source).expanduser(), source)
         family = recognise(values)
         return family, PRESETS[family.name] if family else _of_another_size(values)
     family = next((f for f in FAMILIES if source.lower() in map(str.lower, f.hub_ids)), None)
@@ -82,7 +80,6 @@ def _preset(source: str) -> tuple[Family | None, Preset]:
 
 
 def _of_another_size(values: dict[str, object]) -> Preset:
-    Shape.of(values)  # a config.json without sizes is said to be one
     said = (values.get(f"{kind}max_position_embeddings") for kind in ("original_", ""))
     length = min([_USUAL, *(number for number in said if isinstance(number, int))])
     stored = values.get("dtype") or values.get("torch_dtype")

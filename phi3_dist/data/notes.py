@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.printable import clipped, printable
+from phi3_dist.data.printable import clipped
+from phi3_dist.errors import plain
 from phi3_dist.data.turns import Seen
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ _NAMES_SHOWN = 20
 
 def seen_notices(seen: Seen, fmt: ChatFormat | None = None) -> list[str]:
     """One line for each kind; with `fmt`, whether the chat template renders reasoning."""
-    notices = [printable(text) for text in _names(seen, "said")]
+    notices = [plain(text) for text in _names(seen, "said")]
     if names := _counted(seen, "turns in"):
         notices.append(f"turns are read from the column {names}: data.columns: {{messages: …}} says so in the run file")
     if names := _counted(seen, "not learned"):

@@ -37,6 +37,7 @@ from phi3_dist.data.stream import BLOCK_BYTES, BLOCK_ROWS, Totals, blocks_of, en
 from phi3_dist.data.tables import arrow_files
 from phi3_dist.errors import DataError, Problem
 from phi3_dist.machine.file_state import State, changed_files, settled, states_of
+from phi3_dist.machine.storage import CACHE_FIX, DENIED, NO_LOCKS, storage_fault
 from phi3_dist.modeling.tokenizer import tokenizer_hash
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ def _in_memory(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast) -> _Tokens:
 def _through_cache(
     cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: Path, workers: int, tell: Progress
 ) -> tuple[_Tokens, bool, Packed | None, Packed | None]:
+    key = ""
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         before = states_of(_files_of(cfg))  # before they are hashed: what is read later must be what was hashed
@@ -172,9 +174,31 @@ def _through_cache(
                 (folder / "used").touch()
             packed = [_packed(folder, name, tokens, cfg) for name in ("train", "validation")]
     except OSError as error:
-        what = f"the token cache can't be written: {error}"
-        raise DataError(Problem(str(cache_dir), what, "make the folder writable, or name another one")) from error
+        # another user's cache, a read-only disk, a file server without locks: what is finished there is read
+        found = _only_read(cache_dir / key, cfg) if key and error.errno in DENIED | NO_LOCKS else None
+        if found is None:
+            what, fix = storage_fault(error, CACHE_FIX)
+            raise DataError(Problem(str(cache_dir), f"the token cache {what}", fix)) from error
+        return found[0], True, found[1], found[2]
     return tokens, cached, packed[0], packed[1]
+
+
+def _only_read(folder: Path, cfg: DataConfig) -> tuple[_Tokens, Packed | None, Packed | None] | None:
+    """Tokens and packs out of a finished cache, without a lock and without a write; None where it isn't finished."""
+    try:
+        tokens = _load(folder)
+        train, held = (_packed_or_made(folder, name, tokens, cfg) for name in ("train", "validation"))
+    except DataError:
+        return None
+    return tokens, train, held
+
+
+def _packed_or_made(folder: Path, name: str, tokens: _Tokens, cfg: DataConfig) -> Packed | None:
+    try:
+        rows = tokens.train if name == "train" else tokens.validation
+        return load_packed(_packs_folder(folder, name, cfg), rows, cfg.pack_length) if len(rows) else None
+    except DataError:
+        return _packed(None, name, tokens, cfg)
 
 
 class _locked:  # noqa: N801  reads as what it does
@@ -303,7 +327,7 @@ def _packed(folder: Path | None, name: str, tokens: _Tokens, cfg: DataConfig) ->
         return None
     if folder is None:
         return pack(rows, cfg.pack_length, cfg.on_long_row)
-    kept = folder / f"packs-{name}-{cfg.pack_length}-{cfg.on_long_row}"
+    kept = _packs_folder(folder, name, cfg)
     if kept.exists():
         try:
             return load_packed(kept, rows, cfg.pack_length)
@@ -313,9 +337,13 @@ def _packed(folder: Path | None, name: str, tokens: _Tokens, cfg: DataConfig) ->
     return load_packed(kept, rows, cfg.pack_length, just_written=True)
 
 
+def _packs_folder(folder: Path, name: str, cfg: DataConfig) -> Path:
+    return folder / f"packs-{name}-{cfg.pack_length}-{cfg.on_long_row}"
+
+
 def _cache_key(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: Path) -> str:
     """sha256 over what decides the tokens. Packing is no part of it: packs are kept beside them."""
-    settings = cfg.model_dump(mode="json", exclude={"pack_length", "on_long_row"})
+    settings = cfg.model_dump(mode="json", exclude={"pack_length", "on_long_row", "cache"})
     parts: list[Any] = [CACHE_FORMAT, BLOCK_ROWS, BLOCK_BYTES, settings, tokenizer_hash(tokenizer)]
     train, held, _ = located(cfg)
     parts += [_source_hash(source, cache_dir) for source, _ in (*train, *held)]
@@ -343,9 +371,11 @@ def _remembered_hash(path: Path, cache_dir: Path) -> str:
         try:
             return str(read_whole(note)["sha256"])
         except (DataError, KeyError):
-            note.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                note.unlink(missing_ok=True)
     digest = content_hash(path)
     if settled(states) and not changed_files(states):
-        note.parent.mkdir(exist_ok=True)
-        write_whole(note, {"sha256": digest})
+        with contextlib.suppress(OSError):  # a help for the next start alone
+            note.parent.mkdir(exist_ok=True)
+            write_whole(note, {"sha256": digest})
     return digest

@@ -17,7 +17,6 @@ from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.chat_format import ChatFormat
 from phi3_dist.data.packing import pack_rows
 from phi3_dist.data.packs import SHOWN_AT_MOST, none_fits
-from phi3_dist.data.printable import printable
 from phi3_dist.data.rows import TokenRows
 from phi3_dist.data.sources import split_notices
 from phi3_dist.data.stream import Totals, blocks_of, encode_blocks_of
@@ -84,7 +83,7 @@ def show(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, n: int) -> Group:
     if long:
         facts.append(_of_long_rows(cfg, long[0], len(long), cut, int(lengths_N.max())))
     parts = [length_table(lengths_N[fits_N], supervised_N[fits_N], cfg.pack_length)] if fits_N.any() else []
-    return Group(render_rows(tokenizer, first, len(lengths_N)), *parts, Text(printable("\n".join(facts))))
+    return Group(render_rows(tokenizer, first, len(lengths_N)), *parts, Text(plain("\n".join(facts))))
 
 
 def _of_long_rows(cfg: DataConfig, example: str, long: int, cut: int, longest: int) -> str:
@@ -118,7 +117,7 @@ def _spans(tokenizer: PreTrainedTokenizerFast, ids: list[int], supervised: list[
     for learned, run in groupby(zip(supervised, ids, strict=True), key=lambda pair: pair[0]):
         span = [token for _, token in run]
         text = str(tokenizer.decode(span, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        yield learned, printable(text)
+        yield learned, plain(text)
 
 
 def length_table(lengths_N: NDArray[np.int64], supervised_N: NDArray[np.int64], pack_length: int) -> Table:

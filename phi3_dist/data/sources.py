@@ -20,10 +20,10 @@ from phi3_dist.config.schema import DataConfig, DataSource
 from phi3_dist.data.folders import files_of, left_out
 from phi3_dist.data.formats import BadRow, Chat, Message, RowReader, meant_columns, unfit_columns
 from phi3_dist.data.opening import KINDS, Form, kind_of
-from phi3_dist.data.printable import clipped, printable
+from phi3_dist.data.printable import clipped
 from phi3_dist.data.readers import arrow_folder, arrow_splits, raw_rows
 from phi3_dist.data.tables import hub_rows
-from phi3_dist.errors import DataError, Problem
+from phi3_dist.errors import DataError, Problem, plain
 
 __all__ = ["BadRow", "Chat", "HubSet", "Message", "located", "problems_of", "prompt_share"]
 
@@ -55,7 +55,7 @@ class HubSet:
             if several:
                 what = f"has several configurations: {several[1]}" + (f", and no {self.subset}" if self.subset else "")
                 raise DataError(Problem(self.name, what, "choose one with data.subset")) from error
-            first_line = printable(str(error).strip().split("\n", 1)[0])
+            first_line = plain(str(error).strip().split("\n", 1)[0])
             raise DataError(
                 Problem(
                     self.name,
@@ -248,7 +248,7 @@ def _labels(sources: Iterable[Path | HubSet]) -> dict[Path | HubSet, str]:
     return {
         s: f"{s.name}{f'/{s.subset}' if s.subset else ''}[{s.split}]"
         if isinstance(s, HubSet)
-        else printable(s.name if names[s.name] == 1 else str(s))
+        else plain(s.name if names[s.name] == 1 else str(s))
         for s in unique
     }
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -20,14 +21,17 @@ from typing import Literal
 import psutil
 from packaging.requirements import Requirement
 
-from phi3_dist.errors import redacted
+from phi3_dist.errors import MachineError, redacted
 from phi3_dist.machine.probe import probe
+from phi3_dist.machine.storage import CACHE_FIX, cache_folder, shared_memory_bytes
 from phi3_dist.planning.attention import backends, choose_backend
 from phi3_dist.planning.plan import MachineFacts
 
 __all__ = ["Finding", "diagnose", "extensions_root", "stale_extension_locks"]
 
 COMPILERS = ("ninja", "nvcc", "cicc", "ptxas", "c++", "g++", "gcc", "cc1plus", "clang", "clang++", "as", "ld")
+_ROOMY_SHM_BYTES = 2**29
+"""Docker's default is an eighth of it."""
 _YOUNG_S = 60.0
 """A lock younger than this may belong to a build whose ninja hasn't started yet."""
 
@@ -51,6 +55,8 @@ def diagnose() -> list[Finding]:
         *_flash(machine),
         *_deepspeed(machine),
         *_locks(),
+        *_cache(),
+        *_shared_memory(machine),
         *_tokenizer(machine.packages),
         *_hub(os.environ),
     ]
@@ -151,10 +157,11 @@ def _python_header() -> str | None:
 
 def extensions_root(environ: Mapping[str, str]) -> Path:
     """Where torch keeps compiled extensions: `TORCH_EXTENSIONS_DIR`, else the user's cache (torch 2.13, read)."""
-    named = environ.get("TORCH_EXTENSIONS_DIR")
-    if named:
+    named = environ.get("TORCH_EXTENSIONS_DIR") or f"{environ.get('XDG_CACHE_HOME') or '~/.cache'}/torch_extensions"
+    try:
         return Path(named).expanduser()
-    return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torch_extensions"
+    except RuntimeError:  # no home folder: torch leaves the ~ as it is
+        return Path(named)
 
 
 def stale_extension_locks(root: Path | None = None, *, now: float | None = None) -> list[Path]:
@@ -202,6 +209,33 @@ def _locks() -> Iterator[Finding]:
         yield Finding("bad", what, f"rm '{lock}'")
     if not stale:
         yield Finding("ok", f"no stale lock in {extensions_root(os.environ)}")
+
+
+def _cache() -> Iterator[Finding]:
+    """Whether tokens and hashes can be kept. The folder is made by the first run: what counts is the nearest above."""
+    try:
+        folder = cache_folder()
+    except MachineError as error:
+        yield Finding("bad", error.problems[0].what, error.problems[0].fix)
+        return
+    try:
+        above = next(path for path in (folder, *folder.parents) if path.exists())
+        writable = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+    except OSError:  # a folder above that may not be looked into
+        writable = False
+    if writable:
+        yield Finding("ok", f"tokens and hashes are kept in {folder}")
+    else:
+        yield Finding("bad", f"{folder} may not be written by this user: prepared data can't be kept", CACHE_FIX)
+
+
+def _shared_memory(machine: MachineFacts) -> Iterator[Finding]:
+    size = shared_memory_bytes()
+    if size is None or size >= _ROOMY_SHM_BYTES:
+        return
+    who = "NCCL" if machine.device == "cuda" else "DeepSpeed"
+    what = f"/dev/shm has {size / 2**20:.0f} MiB, which is little for {who}'s ranks of one node"
+    yield Finding("warn", what, "start the container with --shm-size=1g or --ipc=host")
 
 
 def _tokenizer(versions: Mapping[str, str]) -> Iterator[Finding]:

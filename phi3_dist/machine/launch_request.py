@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-import yaml
+
+from phi3_dist.config.yaml_text import YamlFault, read_yaml_file
 
 __all__ = ["LaunchRequest", "cpu_was_asked", "launch_request", "read_command_line"]
 
@@ -169,16 +170,19 @@ def _config_file(launcher: _Launcher, environ: Mapping[str, str]) -> Path | None
     if "--cpu" in launcher.options:
         return None
     cache = environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = Path(environ.get("HF_HOME") or f"{cache}/huggingface").expanduser()
-    default = home / "accelerate" / "default_config.yaml"
-    return default if default.is_file() else None
+    try:
+        home = Path(environ.get("HF_HOME") or f"{cache}/huggingface").expanduser()
+        default = home / "accelerate" / "default_config.yaml"
+        return default if default.is_file() else None
+    except (RuntimeError, OSError, ValueError):  # no home folder, or none that may be looked at
+        return None
 
 
 def _load(config: Path) -> Mapping[str, Any]:
     """The config's values; empty where it can't be read, which the launcher itself has complained about."""
     try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        values = read_yaml_file(config)
+    except (OSError, YamlFault):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -22,6 +22,7 @@ import psutil
 
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.machine import launch_request
+from phi3_dist.machine.half_launched import refuse_half_a_launch, whole_number
 from phi3_dist.machine.launch_request import LaunchRequest
 from phi3_dist.planning.attention import PACKAGES as ATTENTION_PACKAGES
 from phi3_dist.planning.plan import LaunchFacts, MachineFacts
@@ -169,8 +170,10 @@ def launch_facts(environ: Mapping[str, str], *, request: LaunchRequest | None = 
     Raises `PlanError` for a launch that this toolkit can't follow (FSDP version 1, Megatron, ZeRO stage 0, …).
     Source: `accelerate/utils/launch.py` of accelerate 1.15, which sets every variable read here.
     """
-    world = _int(environ, "WORLD_SIZE", 1)
-    nodes = _int(environ, "GROUP_WORLD_SIZE", 0) or max(1, world // max(1, _int(environ, "LOCAL_WORLD_SIZE", world)))
+    refuse_half_a_launch(environ)
+    world = whole_number(environ, "WORLD_SIZE", 1)
+    per_node = max(1, whole_number(environ, "LOCAL_WORLD_SIZE", world))
+    nodes = whole_number(environ, "GROUP_WORLD_SIZE", 0) or max(1, world // per_node)
     problems = _foreign(environ)
     strategy, settings = "ddp" if world > 1 else "single", {}
     if _flag(environ, "ACCELERATE_USE_DEEPSPEED"):
@@ -192,19 +195,12 @@ def launch_facts(environ: Mapping[str, str], *, request: LaunchRequest | None = 
         asked_by=request.asked_by if request else "",
         zero_settings=settings,
         use_cpu=launch_request.cpu_was_asked(environ),
-        rank=_int(environ, "RANK", 0),
+        rank=whole_number(environ, "RANK", 0),
     )
 
 
 def _flag(environ: Mapping[str, str], name: str) -> bool:
     return environ.get(name, "").lower() in ("1", "true", "yes", "on")
-
-
-def _int(environ: Mapping[str, str], name: str, default: int) -> int:
-    text = environ.get(name, "")
-    if text and not text.isdecimal():
-        raise PlanError(Problem(name, f"is {text!r}, not a whole number", "unset it, or start with accelerate launch"))
-    return int(text) if text else default
 
 
 def _foreign(environ: Mapping[str, str]) -> list[Problem]:
@@ -232,11 +228,14 @@ def _zero_settings(environ: Mapping[str, str], problems: list[Problem]) -> dict[
         except json.JSONDecodeError as error:
             problems.append(Problem(f"{file}:{error.lineno}", f"is not JSON: {error.msg}"))
             return {}
+        except (ValueError, RecursionError) as error:  # a null character in the path; lists a thousand deep
+            problems.append(Problem(repr(file), f"cannot be read: {error}"))
+            return {}
         if isinstance(settings, dict) and isinstance(settings.get("zero_optimization"), dict):
             return settings
         problems.append(Problem(file, "has no section zero_optimization", "compare configs/deepspeed/zero3.json"))
         return {}
-    zero: dict[str, Any] = {"stage": _int(environ, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)}
+    zero: dict[str, Any] = {"stage": whole_number(environ, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)}
     for key, name in (("offload_optimizer", "OFFLOAD_OPTIMIZER_DEVICE"), ("offload_param", "OFFLOAD_PARAM_DEVICE")):
         device = environ.get(f"ACCELERATE_DEEPSPEED_{name}", "none")
         if device != "none":
@@ -252,9 +251,10 @@ def _zero_strategy(settings: Mapping[str, Any], problems: list[Problem]) -> str:
     if zero is None:
         return "zero2"  # its problem is noted already
     stage = zero.get("stage", 0)
-    devices = {key: (zero.get(f"offload_{key}") or {}).get("device", "none") for key in ("optimizer", "param")}
+    offloads = {key: zero.get(f"offload_{key}") for key in ("optimizer", "param")}
+    devices = {key: one.get("device", "none") if isinstance(one, dict) else "none" for key, one in offloads.items()}
     where = "DeepSpeed config: zero_optimization"
-    if stage not in (1, 2, 3):
+    if stage not in (1, 2, 3) or isinstance(stage, bool):
         fix = "use stage 1, 2 or 3, or configs/accelerate/ddp.yaml for none"
         problems.append(Problem(f"{where}.stage", f"is {stage!r}", fix))
         return "zero2"

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
 from phi3_dist.errors import redacted
+from phi3_dist.machine.encoding import IN_ASCII
 
 __all__ = ["Unfailing", "lost_lines", "open_standard_streams", "unfailing", "unfailing_streams"]
 
@@ -45,7 +46,7 @@ class Unfailing(io.TextIOBase):
 
     @property
     def errors(self) -> str:  # type: ignore[override]
-        return "backslashreplace"
+        return IN_ASCII
 
     def isatty(self) -> bool:
         try:
@@ -86,7 +87,7 @@ class Unfailing(io.TextIOBase):
                 self._stream.write(text)
                 self._stream.flush()
             else:
-                _write_all(self._descriptor, text.encode(self.encoding, "backslashreplace"))
+                _write_all(self._descriptor, text.encode(self.encoding, IN_ASCII))
         except (OSError, ValueError):
             return False
         return True

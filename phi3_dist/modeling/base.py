@@ -7,7 +7,7 @@ its own part of every tensor, and no rank ever holds the whole base. Remote code
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import Phi3Config, Phi3ForCausalLM
+from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 
-from phi3_dist.config.families import refuse_unsupported
+from phi3_dist.config.base_config import read_config
 from phi3_dist.errors import ModelError, Problem
 from phi3_dist.modeling.weights import Weights, freed_memory_goes_back
 
@@ -42,6 +44,11 @@ TINY = "tiny-random"
 _PATTERNS = ["*.safetensors", "*.json", "tokenizer*"]
 # buffers that old checkpoints hold and the model computes itself
 _IGNORED = ("rotary_emb.inv_freq",)
+_QUANTISED = (
+    *(".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".SCB", ".weight_format"),
+    *(".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv", ".weight_packed"),
+)
+"""Ends of names beside quantised weights: bitsandbytes', then GPTQ's, AWQ's and those of FP8 and packed formats."""
 
 
 @dataclass(frozen=True)
@@ -115,21 +122,23 @@ def find_base(source: str, revision: str | None = None) -> Base:
     """
     if source == TINY:
         return _tiny_base()
-    folder = Path(source) if Path(source).is_dir() else _hub_folder(source, revision)
     where = f"model.source: {source}"
     try:
-        raw = json.loads((folder / "config.json").read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(Problem(where, "no config.json in the folder", "give the folder of a saved model")) from error
-    except (ValueError, OSError) as error:
-        raise ModelError(Problem(where, f"config.json cannot be read: {error}", "download it again")) from error
-    if not isinstance(raw, dict):
-        raise ModelError(Problem(where, "config.json holds no object", "download it again"))
-    refuse_unsupported(raw)
+        local = Path(source).expanduser()
+        folder = local if local.is_dir() else _hub_folder(source, revision)
+    except (OSError, RuntimeError, ValueError) as error:  # not allowed, too long; no home; a null character
+        what = f"cannot be looked at: {getattr(error, 'strerror', None) or error}"
+        raise ModelError(Problem(where, what, "name a folder that you may read, or a hub id")) from error
+    raw = read_config(folder, where)
+    activation = raw.get("hidden_act", "silu")
+    if activation not in ACT2FN:
+        what = f"config.json: hidden_act is {activation[:60]!r}, which transformers does not know"
+        raise ModelError(Problem(where, what, "Phi-3's is silu"))
     try:
         config = Phi3Config.from_dict(raw)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(Problem(where, f"config.json is not a valid Phi-3 configuration: {error}", "")) from error
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        what = f"config.json is not a valid Phi-3 configuration: {' '.join(str(error).split())[:300]}"
+        raise ModelError(Problem(where, what, "download it again")) from error
     return Base(source, config, folder, Weights.of_folder(folder))
 
 
@@ -166,6 +175,10 @@ def _check_names(base: Base, model: nn.Module) -> None:
     tied = {"lm_head.weight"} if base.config.tie_word_embeddings else set()
     want = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     missing, extra = sorted(want - have - tied), sorted(have - want - tied)
+    if any(name.endswith(_QUANTISED) for name in extra):
+        what = f"its weights are quantised already ({next(name for name in extra if name.endswith(_QUANTISED))})"
+        fix = "name the 16-bit model it was made of; model.quantization: nf4 or int8 quantises it while it is loaded"
+        raise ModelError(Problem(f"model.source: {base.source}", what, fix))
     problems = [
         Problem(f"model.source: {base.source}", f"{len(names)} weights {verdict}, first {names[0]}", fix)
         for names, verdict, fix in (
@@ -322,7 +335,7 @@ def load_quantized(
         )
     with zero3_unseen(zero3):
         model: Phi3ForCausalLM = Phi3ForCausalLM.from_pretrained(
-            base.folder, quantization_config=config, dtype=dtype, device_map={"": device}
+            base.folder, config=_as_filed(base), quantization_config=config, dtype=dtype, device_map={"": device}
         )
     _enlarge(model, base)
     for module in model.modules():
@@ -331,6 +344,14 @@ def load_quantized(
             # goes on with it after the first held-out loss, on CPUs that have AVX512-BF16
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _as_filed(base: Base) -> Phi3Config:
+    """The configuration that was checked and read, with the rows that the files have."""
+    config = copy.deepcopy(base.config)
+    if base.weights.added:
+        config.vocab_size = int(base.config.vocab_size) - max(base.weights.added.values())
+    return config
 
 
 def _enlarge(model: Phi3ForCausalLM, base: Base) -> None:

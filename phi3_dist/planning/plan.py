@@ -363,10 +363,9 @@ def _memory_choice(
     per_node = launch.ranks_per_node
     host_gib = per_node * total_gib(terms, "host")
     if machine.device == "cpu":
-        what = f"{host_gib:.1f} GiB"
-        return Choice(
-            "memory", what, f"estimated for {per_node} ranks, on a host with {machine.host_memory_gib:.1f} GiB"
-        )
+        ranks = "1 rank" if per_node == 1 else f"{per_node} ranks"
+        why = f"estimated for {ranks}, on a host with {machine.host_memory_gib:.1f} GiB"
+        return Choice("memory", f"{host_gib:.1f} GiB", why)
     have = machine.device_memory_gib
     certain = total_gib(term for term in terms if not term.estimated)
     if certain > have:

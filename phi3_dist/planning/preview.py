@@ -12,11 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.table import Table
 
+from phi3_dist.config.base_config import read_config
 from phi3_dist.config.families import FAMILIES, Family
 from phi3_dist.config.schema import RunConfig
+from phi3_dist.config.texts import is_folder
+from phi3_dist.config.yaml_text import YamlFault, read_yaml_file
 from phi3_dist.errors import DataError, PlanError, Problem
 from phi3_dist.planning.memory import fits, total_gib
 from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan, make_plan
@@ -35,42 +37,58 @@ def launch_of_config(config: Path | None, processes: int | None, nodes: int | No
         world = processes or 1
         return LaunchFacts(world_size=world, nodes=nodes or 1, strategy="single" if world == 1 else "ddp")
     try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = read_yaml_file(config)
+    except (OSError, YamlFault) as error:
         raise PlanError(Problem(str(config), f"cannot be read: {error}", "one of configs/accelerate/")) from error
     if not isinstance(values, dict):
         raise PlanError(Problem(str(config), "is no Accelerate config", "one of configs/accelerate/"))
-    kind = values.get("distributed_type", "NO")
-    world = processes or (1 if kind == "NO" else values.get("num_processes", 1))
+    kind = str(values.get("distributed_type", "NO"))
+    world = processes or (1 if kind == "NO" else _count(config, values, "num_processes"))
     strategy, settings = _strategy(config, kind, values)
     return LaunchFacts(
         world_size=world,
-        nodes=nodes or values.get("num_machines", 1),
+        nodes=nodes or _count(config, values, "num_machines"),
         strategy=("single" if world == 1 else "ddp") if strategy == "ddp" else strategy,
         zero_settings=settings,
         use_cpu=values.get("use_cpu") is True,
     )
 
 
+def _count(config: Path, values: Mapping[str, Any], key: str) -> int:
+    number = values.get(key, 1)
+    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number < 2**31:
+        raise PlanError(Problem(f"{config}: {key}", f"is {str(number)[:60]}; a whole number of 1 or more is wanted"))
+    return number
+
+
+def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The keys under `key`; none where nothing or something else stands there."""
+    inner = values.get(key)
+    return inner if isinstance(inner, dict) else {}
+
+
 def _strategy(config: Path, kind: str, values: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     if kind in {"NO", "MULTI_GPU"}:
         return "ddp", {}
     if kind == "FSDP":
-        return ("fsdp2_offload" if values.get("fsdp_config", {}).get("fsdp_offload_params") else "fsdp2"), {}
+        return ("fsdp2_offload" if _section(values, "fsdp_config").get("fsdp_offload_params") else "fsdp2"), {}
     if kind != "DEEPSPEED":
         raise PlanError(
             Problem(
                 f"{config}: distributed_type", f"{kind} starts no run of this toolkit", "one of configs/accelerate/"
             )
         )
-    file = values.get("deepspeed_config", {}).get("deepspeed_config_file")
+    file = _section(values, "deepspeed_config").get("deepspeed_config_file")
     # accelerate looks from the folder it is run in; the shipped files lie beside each other
     found = next((p for p in (Path(str(file)), config.parent.parent.parent / str(file)) if p.is_file()), None)
     if found is None:
         raise PlanError(Problem(f"{config}: deepspeed_config_file", f"{file} is not there", "configs/deepspeed/"))
-    settings = json.loads(found.read_text(encoding="utf-8"))
-    zero = settings["zero_optimization"]
-    offload = any(zero.get(f"offload_{k}", {}).get("device", "none") != "none" for k in ("optimizer", "param"))
+    settings = _json_of(found)
+    zero = _section(settings, "zero_optimization") if isinstance(settings, dict) else {}
+    if zero.get("stage") not in (1, 2, 3):
+        what = f"its zero_optimization.stage is {str(zero.get('stage'))[:60]}"
+        raise PlanError(Problem(str(found), what, "1, 2 or 3; compare configs/deepspeed/zero3.json"))
+    offload = any(_section(zero, f"offload_{k}").get("device", "none") != "none" for k in ("optimizer", "param"))
     return f"zero{zero['stage']}" + ("_offload" if offload else ""), settings
 
 
@@ -99,10 +117,9 @@ def shape_of_source(cfg: RunConfig) -> Family | Mapping[str, Any] | None:
     for family in FAMILIES:
         if cfg.model.source in family.hub_ids:
             return family
-    local = Path(cfg.model.source) / "config.json"
-    if not local.is_file():
+    if not is_folder(cfg.model.source):
         return None
-    values: Mapping[str, Any] = _json_of(local)
+    values: Mapping[str, Any] = read_config(Path(cfg.model.source).expanduser(), f"model.source: {cfg.model.source}")
     rows = _rows_for(cfg.model.new_tokens, Path(cfg.model.tokenizer or cfg.model.source) / "tokenizer.json")
     return {**values, "vocab_size": rows} if rows > values.get("vocab_size", rows) else values
 
@@ -110,8 +127,8 @@ def shape_of_source(cfg: RunConfig) -> Family | Mapping[str, Any] | None:
 def _json_of(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PlanError(Problem(str(file), f"is not JSON: {error}", "download the model again")) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise PlanError(Problem(str(file), f"is not JSON: {error}", "write or download it again")) from error
 
 
 def _rows_for(tokens: Sequence[str], tokenizer_json: Path) -> int:
@@ -125,7 +142,7 @@ def _rows_for(tokens: Sequence[str], tokenizer_json: Path) -> int:
     try:
         vocab = {str(token): int(number) for token, number in values["model"]["vocab"].items()}
         added = {str(token["content"]): int(token["id"]) for token in values["added_tokens"]}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"does not say which token has which id: {error!r}"
         raise PlanError(Problem(str(tokenizer_json), what, "download the model again")) from error
     free = max(len(vocab), *(number + 1 for number in added.values()))

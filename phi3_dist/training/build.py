@@ -34,7 +34,7 @@ from phi3_dist.planning.plan import Choice, RunPlan
 from phi3_dist.training.runtime import Runtime, is_fsdp
 from phi3_dist.training.strategy import shard_fsdp2
 
-__all__ = ["build_model"]
+__all__ = ["adapter_values", "build_model"]
 
 
 def _load(cfg: RunConfig, base: Base, runtime: Runtime) -> Any:
@@ -49,7 +49,7 @@ def _load(cfg: RunConfig, base: Base, runtime: Runtime) -> Any:
     return load_full(base, runtime.dtype, runtime.device)
 
 
-def _adapter_values(cfg: RunConfig, base: Base, token_ids: Sequence[int]) -> dict[str, torch.Tensor]:
+def adapter_values(cfg: RunConfig, base: Base, token_ids: Sequence[int]) -> dict[str, torch.Tensor]:
     """The tensors of the adapter to train on from. Raises ModelError where the `lora` section means another update.
 
     Shapes are compared later, with the model; a scale that differs would show nowhere but in the losses.
@@ -151,7 +151,7 @@ def build_model(
     `longest_row` in tokens fixes LongRoPE's regime for the run; `tokens`, all that this rank will train on, are what
     compiling has to pay within. Collective under ZeRO-3 and FSDP2.
     """
-    values = _adapter_values(cfg, base, token_ids) if cfg.model.adapter else None
+    values = adapter_values(cfg, base, token_ids) if cfg.model.adapter else None
     causal_lm = _load(cfg, base, runtime)
     use_backend(causal_lm, runtime.plan.attention, runtime.device, deterministic=runtime.plan.deterministic)
     if cfg.model.activation_checkpointing:

@@ -17,6 +17,7 @@ from typing import Any
 
 from phi3_dist.errors import Phi3DistError, Problem, RunFolderError
 from phi3_dist.machine.cluster import slurm_facts
+from phi3_dist.machine.storage import NO_LOCKS, cache_folder, storage_fault
 from phi3_dist.machine.terminal import lost_lines
 from phi3_dist.training.belongings import (
     LOCK,
@@ -47,11 +48,6 @@ PACKAGES = (
     "flash-attn",
     "flash-attn-3",
 )
-
-
-def cache_folder() -> Path:
-    """Where tokens and hashes of weights are kept between runs: `$XDG_CACHE_HOME/phi3_dist`, or below ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi3_dist"
 
 
 def versions() -> dict[str, str]:
@@ -169,8 +165,13 @@ class RunFolder:
                 where, what = str(self.path), "another process trains in here"
                 fix = "stop it first; heartbeat.json holds its host and pid"
                 raise RunFolderError(Problem(where, what, fix)) from None
-            except OSError:
-                continue  # a file system without such locks
+            except OSError as error:
+                what, fix = storage_fault(error)
+                if error.errno not in NO_LOCKS:
+                    self._release()
+                    raise RunFolderError(Problem(str(self.path), what, fix)) from error
+                if handle == handles[-1]:  # a folder alone can often not be locked
+                    sys.stderr.write(f"phi3-dist: {self.path}: {what}: a second run in it would not be seen; {fix}\n")
 
     def _release(self) -> None:
         for handle in (self._handle, self._lock):

@@ -20,6 +20,7 @@ from phi3_dist.adapters.loading import rows_fact
 from phi3_dist.config.load import flatten, resolved_yaml
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Prepared, prepare
+from phi3_dist.data.prepare import Progress
 from phi3_dist.errors import DataError, Problem
 from phi3_dist.modeling.base import Base, find_base, meta_model
 from phi3_dist.modeling.fused_lora import declined
@@ -30,7 +31,7 @@ from phi3_dist.modeling.tokens import enlarged, new_token_ids
 from phi3_dist.modeling.watch import WeightsWatch
 from phi3_dist.planning.plan import Choice, LaunchFacts, MachineFacts, make_plan
 from phi3_dist.training.agree import agree
-from phi3_dist.training.build import build_model
+from phi3_dist.training.build import adapter_values, build_model
 from phi3_dist.training.checkpoint import Checkpoint, read_state
 from phi3_dist.training.early import check_trackers, inputs_of
 from phi3_dist.training.evaluate import HeldOut, held_out_loss
@@ -52,7 +53,7 @@ from phi3_dist.training.state import import_state, unrounded_adapter
 from phi3_dist.training.step import learning_rate, train_step
 from phi3_dist.training.strategy import make_engine
 
-__all__ = ["EXIT_STOPPED", "TrainResult", "train"]
+__all__ = ["EXIT_STOPPED", "TrainResult", "find_model", "prepare_rows", "train"]
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,23 @@ class TrainResult:
         return exit_code_of(self.stopped_by) if self.stopped_by else 0
 
 
-def _find(cfg: RunConfig) -> tuple[Base, Any, list[int]]:
+def find_model(cfg: RunConfig) -> tuple[Base, Any, list[int]]:
     """The base with rows for the new tokens, the tokenizer, and the ids of the new tokens."""
     base = find_base(cfg.model.source, cfg.model.revision)
     peft_config(meta_model(base, torch.float32), cfg.lora, base.source)  # wrong targets are said before all else
     tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.source, cfg.model.revision, cfg.model.new_tokens)
     token_ids = new_token_ids(tokenizer, cfg.model.new_tokens, base)
-    return enlarged(base, token_ids), tokenizer, token_ids
+    base = enlarged(base, token_ids)
+    if cfg.model.adapter is not None:
+        adapter_values(cfg, base, token_ids)
+    return base, tokenizer, token_ids
 
 
-def _prepare(cfg: RunConfig, tokenizer: Any, cache: Path | None) -> Prepared:
+def prepare_rows(
+    cfg: RunConfig, tokenizer: Any, cache: Path | None, *, workers: int = 1, progress: Progress | None = None
+) -> Prepared:
     """Tokenize and pack before the process group exists: a long preparation can time out no collective."""
-    prepared = prepare(cfg.data, tokenizer, cache)
+    prepared = prepare(cfg.data, tokenizer, cache, workers=workers, progress=progress)
     if int(prepared.train.targets.sum()) == 0:
         raise DataError(Problem("data.train", "no token is supervised", "every row needs an assistant turn"))
     return prepared
@@ -298,7 +304,7 @@ def train(
             overwrite=overwrite,
             resume=resume,
             allow_changed=allow_changed,
-            cache=cache or cache_folder(),
+            cache=cache or cache_folder(cfg.data.cache),
             flag=flag,
         )
 
@@ -320,11 +326,11 @@ def _train(
     if launch.rank == 0:
         folder.check(overwrite=overwrite, resume=resume)
     check_trackers(cfg.log)
-    base, tokenizer, token_ids = _find(cfg)
+    base, tokenizer, token_ids = find_model(cfg)
     watch = WeightsWatch(base.folder)
     plan = make_plan(cfg, machine, launch, family_or_shape=base.config.to_dict())
     clock.mark("plan")
-    prepared = _prepare(cfg, tokenizer, cache)
+    prepared = prepare_rows(cfg, tokenizer, cache)
     clock.mark("data")
     if launch.rank == 0:
         folder.reopen() if resume else folder.claim(overwrite=overwrite)

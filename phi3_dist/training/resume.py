@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import uuid
@@ -41,6 +42,7 @@ FREE = (
     "name",
     "save.",
     "log.",
+    "data.cache",
     "data.train",
     "data.validation",
     "data.on_",
@@ -109,10 +111,13 @@ def base_fingerprint(base: Base, cache: Path) -> str:
             if state_of(path) != state:
                 raise ModelError(Problem(str(path), "was changed while it was hashed", "start again when it is whole"))
         digest.update(f"{path.name} {known[key]}\n".encode())
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = known_file.with_name(f".{known_file.name}.{uuid.uuid4().hex}.tmp")  # other runs start beside this one
-    temporary.write_text(json.dumps(known), encoding="utf-8")
-    temporary.replace(known_file)
+    with contextlib.suppress(OSError):  # a help for the next start alone
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = known_file.with_name(
+            f".{known_file.name}.{uuid.uuid4().hex}.tmp"
+        )  # other runs start beside this one
+        temporary.write_text(json.dumps(known), encoding="utf-8")
+        temporary.replace(known_file)
     return digest.hexdigest()
 
 

@@ -17,6 +17,7 @@ from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, ProjectCon
 
 from phi3_dist.errors import MachineError, Problem
 from phi3_dist.machine.doctor import stale_extension_locks
+from phi3_dist.machine.storage import shared_memory_bytes, shared_memory_problem
 from phi3_dist.planning.plan import RunPlan, check_reality
 
 __all__ = ["Runtime", "deepspeed_config", "is_deepspeed", "is_fsdp", "start_runtime"]
@@ -127,6 +128,12 @@ def _refuse_stale_locks() -> None:
         )
 
 
+def _refuse_small_shared_memory(plan: RunPlan) -> None:
+    problem = shared_memory_problem(plan.world_size // plan.nodes, shared_memory_bytes())
+    if problem is not None:
+        raise MachineError(problem)
+
+
 def _start_both_backends() -> None:
     """NCCL for tensors on a GPU and gloo for those on the host: FSDP2's offload has shards there, and a norm of them.
 
@@ -155,6 +162,8 @@ def start_runtime(
     ds_config = None
     if is_deepspeed(plan.strategy):
         _refuse_stale_locks()
+        if on_cpu:
+            _refuse_small_shared_memory(plan)
         # torch compiles DeepSpeed's operators with the ninja on the path; another one's build is made anew each time
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         if on_cpu:

@@ -19,13 +19,19 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import Phi3ForCausalLM
 
 from phi3_dist.adapters.files import read_adapter, write_adapter
+from phi3_dist.config.faults import faults
+from phi3_dist.config.importing import import_run
 from phi3_dist.config.load import load_run, resolved_yaml
-from phi3_dist.config.schema import DataConfig
+from phi3_dist.config.schema import DataConfig, RunConfig
+from phi3_dist.config.starting import first_run_file
 from phi3_dist.data.batches import prepare
 from phi3_dist.errors import Phi3DistError
+from phi3_dist.modeling.base import find_base, meta_model, tiny_config
 from phi3_dist.modeling.tokenizer import load_tokenizer, tiny_tokenizer
+from phi3_dist.planning.preview import launch_of_config, shape_of_source
 from phi3_dist.training.checkpoint import Checkpoint, find_checkpoint, read_state, write_checkpoint
 from phi3_dist.training.resume import check_identity, cut_metrics
 
@@ -156,6 +162,59 @@ def test_run_files(
     survives(load)
 
 
+ODD = st.sampled_from([
+    *("*a", "*b", "&a x", "!!bool maybe", "!!int ''", "!!float x", "!!timestamp noon", "!!null x", "!!str 5"),
+    *("2024-13-45", "59:59:59", "1e999", "'\\0'", '"\\0\\e"', "!!set {a, b}", "!x y", "~", "<<", "!!binary *"),
+    *("[", "}", "? a", "|", "-", "https://a/b", "~/x", "~nobody/x", "5%", "0x" + "f" * 310, "9" * 290),
+])  # fmt: skip
+STRUCTURES = st.recursive(
+    ODD,
+    lambda inner: st.one_of(
+        st.tuples(st.just("list"), st.lists(inner, min_size=1, max_size=9)),
+        st.tuples(st.sampled_from(["&a", "&b", "a", "<<", ". "]), st.tuples(inner)),
+        st.tuples(st.sampled_from(["times", "deep", "long"]), st.tuples(st.integers(2, 3000), inner)),
+    ),
+    max_leaves=8,
+)
+"""YAML by its structure: aliases of lists of aliases, depth, width, tags that promise what is not there."""
+
+
+def text_of(structure: Any) -> str:
+    if isinstance(structure, str):
+        return structure
+    how, inside = structure
+    if how == "list":
+        return f"[{', '.join(map(text_of, inside))}]"
+    if how.startswith("&"):
+        return f"{how} {text_of(inside[0])}"
+    if len(inside) == 1:
+        return f"{{{how}: {text_of(inside[0])}}}"
+    many, inner = inside[0], text_of(inside[1])
+    if how == "times":
+        return f"[{', '.join([inner] * min(many, 1500 // len(inner)))}]"
+    return f"{'[' * many}{inner}{']' * many}" if how == "deep" else inner[:20] * many
+
+
+KEYS = st.sampled_from(["x", "data", "data.train", "model.source", "lora.rank_pattern", "train.seed", "name"])
+
+
+@timeout
+@given(key=KEYS, parts=st.lists(STRUCTURES, min_size=1, max_size=12), override=st.one_of(st.just(""), STRUCTURES))
+@fire(20)
+def test_run_files_by_structure(key: str, parts: list[Any], override: Any, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    base = yaml.safe_dump(RUN)
+    # each part may name the ones before, many times
+    grown = "".join(f"g{n}: &{'ab'[n % 2]} {text_of(part)}\n" for n, part in enumerate(parts))
+    file.write_text(f"{base}{grown}", encoding="utf-8")
+    survives(lambda: load_run(file, [f"{key}={text_of(override or parts[0])}"]))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"base_model: m\nsequence_len: 512\nlearning_rate: 1e-4\n{grown}", encoding="utf-8")
+    survives(lambda: import_run(recipe))
+    survives(lambda: faults(recipe))
+    survives(lambda: launch_of_config(recipe, None))
+
+
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 ROWS: list[dict[str, Any]] = [
@@ -182,6 +241,47 @@ def test_rows(row: int, changes: list[tuple[float, Any]], bites: list[Any], poli
     file.write_bytes(bitten(raw, bites) if bites else raw)
     cfg = DataConfig(train=str(file), validation_share=0.0, pack_length=512, on_bad_row=policy, on_long_row="drop")
     survives(lambda: prepare(cfg, TOKENIZER, None))
+
+
+# --- a base's config.json -----------------------------------------------------------------------------------------
+
+BASE: dict[str, Any] = json.loads(tiny_config().to_json_string())
+ROPE = {"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
+NEAR = st.sampled_from([0, 1, -1, 2, 3, 8, 64, 65, 320, 10**7, 2**40, 10**400, 1.5, "64", None, True, [], {}, ROPE])
+BASE_KEYS = st.sampled_from(
+    [*BASE, "head_dim", "rope_scaling", "quantization_config", "original_max_position_embeddings"]
+)
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    Phi3ForCausalLM(tiny_config()).save_pretrained(folder)
+    return folder
+
+
+@timeout
+@given(
+    values=st.dictionaries(BASE_KEYS, st.one_of(NEAR, VALUES), max_size=4),
+    rope=st.dictionaries(st.sampled_from([*ROPE, "rope_type", "factor", "rope_theta"]), st.one_of(NEAR, VALUES)),
+    bites=st.one_of(st.just([]), BITES),
+)
+@fire(80)
+def test_configs_of_bases(
+    values: dict[str, Any], rope: dict[str, Any], bites: list[Any], base_folder: Path, tmp_path: Path
+) -> None:
+    scaling = {"rope_parameters": {**ROPE, **rope}} if rope else {}
+    raw = json.dumps({**BASE, **scaling, **values}).encode("utf-8", "surrogatepass")
+    for file in base_folder.iterdir():
+        if not (tmp_path / file.name).exists():
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_bytes(bitten(raw, bites) if bites else raw)
+    cfg = RunConfig.model_validate({"model": {"source": str(tmp_path)}, "data": {"train": "x"}})
+    survives(lambda: meta_model(find_base(str(tmp_path)), torch.float32))
+    survives(lambda: first_run_file(str(tmp_path)))
+    survives(lambda: shape_of_source(cfg))
 
 
 # --- tokenizer folders -----------------------------------------------------------------------------------------------

@@ -135,6 +135,78 @@ def test_not_a_run_file(tmp_path: Path, text: str, part: str) -> None:
     assert any(part in what for what, _ in mistakes(tmp_path, text).values())
 
 
+def _levels_of_aliases(levels: int) -> str:
+    rows = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    rows += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)]
+    return GOOD + "\n".join(rows) + "\n"
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (_levels_of_aliases(6), "by aliases"),  # the sixth level takes seconds where nothing bounds it,
+        (_levels_of_aliases(12), "by aliases"),  # and the twelfth has 3 * 10**11 values
+        (GOOD + "x: " + "[" * 100_000, "nests more than 20 levels"),
+        (GOOD + "".join(" " * depth + "a:\n" for depth in range(1000)), "nests more than 20 levels"),
+        (GOOD + "".join(f"k{number}: 1\n" for number in range(100_000)), "larger than 512 KiB"),
+        (GOOD + "x: [" + "1, " * 100_000 + "1]\n", "holds over 20,000 values"),
+        (GOOD + "k" * 300 + ": 1\n", "a key of 300 characters"),
+        (GOOD + "x: !!bool maybe\n", "'maybe' is no bool"),
+        (GOOD + "x: !!int ''\n", "'' is no int"),
+        (GOOD + "x: !!float 'a'\n", "'a' is no float"),
+        (GOOD + "x: !!timestamp noon\n", "'noon' is no timestamp"),
+        (GOOD + "x: 2024-13-45\n", "'2024-13-45' is no timestamp"),
+        (GOOD + "train: {seed: 0x" + "f" * 100_000 + "}\n", "a number or date of 100,002 characters"),
+        (GOOD + "train: {seed: 0x" + "f" * 250 + "}\n", "9223372036854775808 or less is wanted"),
+        (GOOD + "x: " + "59:" * 90 + "59.5\n", "unknown key"),
+        (GOOD + "x: !!set {a, b}\n", "the tag !!set is not read"),
+        (GOOD + "x: !!python/object/apply:os.getcwd []\n", "the tag !!python/object/apply:os.getcwd is not read"),
+        (GOOD + "lora: {rank_pattern: {'a{99999999999}': 2}}\n", "is no regular expression"),
+    ],
+)
+def test_whatever_yaml_can_hide_is_one_message_at_once(tmp_path: Path, text: str, part: str) -> None:
+    found = mistakes(tmp_path, text)
+    assert any(part in what for what, _ in found.values()), found
+    assert all(len(f"{where} {what} {fix}") < 500 for where, (what, fix) in found.items())
+
+
+@pytest.mark.timeout(30)
+def test_thousands_of_mistakes_are_told_by_the_first_and_their_number(tmp_path: Path) -> None:
+    found = mistakes(tmp_path, GOOD + "".join(f"k{number}: 1\n" for number in range(9_000)))
+    assert len(found) == 51
+    assert found["k0 (run.yaml:5)"][0] == "unknown key (value 1)"
+    assert found[""][0] == "and about 8,950 more"
+    found = mistakes(tmp_path, GOOD + "lora: {r: 1}\n" * 60)
+    assert (len(found), found[""][0]) == (51, "and 9 more")
+
+
+def test_an_override_is_bounded_as_the_file_is(tmp_path: Path) -> None:
+    found = mistakes(tmp_path, GOOD, "a." * 3000 + "b=1", f"optim.lr={'[' * 1000}", "optim.lr=!!bool maybe")
+    whats = [what for what, _ in found.values()]
+    assert whats[0] == "is not of the form key.path=value"
+    assert whats[1] == "nests more than 20 levels"
+    assert whats[2] == "its value is not YAML: 'maybe' is no bool"
+    assert all(len(where) < 100 for where in found)
+
+
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [
+        ("optim.warmup=5%", "write the share: 0.05"),
+        ("data.validation_share='2,5 %'", "write the share: 0.025"),
+        ("optim.lr='0,0001'", "write it with a point: 0.0001"),
+        ("lora.r='16'", "write 16, without quotes"),
+        ("log.trackers=wandb", "write it as a list: [wandb]"),
+        ("lora.layers=3", "write it as a list: [3]"),
+        ("lora.targets=true", ""),
+    ],
+)
+def test_a_value_that_is_nearly_right_is_told_how_it_is_written(tmp_path: Path, override: str, fix: str) -> None:
+    ((_, found),) = mistakes(tmp_path, GOOD, override).values()
+    assert found == fix
+
+
 def test_duplicate_key_names_both_lines(tmp_path: Path) -> None:
     found = mistakes(tmp_path, GOOD + "lora:\n  r: 4\n  alpha: 8\n  r: 16\n")
     assert found["lora.r (run.yaml:8)"][0] == "the key stands twice, first at run.yaml:6"

@@ -24,7 +24,7 @@ from phi3_dist.modeling.tokenizer import load_tokenizer, tiny_tokenizer
 from phi3_dist.modeling.tokens import enlarged, new_token_ids, token_rows
 from phi3_dist.planning.memory import GIB, Workload, adapter_parameters, memory_terms
 from phi3_dist.planning.preview import shape_of_source
-from phi3_dist.training.build import _adapter_values
+from phi3_dist.training.build import adapter_values
 from phi3_dist.training.resume import base_fingerprint
 from tests.unit.test_relatives import learn, reloaded
 
@@ -218,10 +218,10 @@ def test_training_on_from_an_adapter_that_taught_other_tokens_is_refused(tmp_pat
     fill_adapter(model, 0, None, token_rows(base, [270]))
     save_adapter(model, tmp_path / "adapter")
     cfg = going_on(tmp_path / "adapter")
-    fill_adapter(model, 0, _adapter_values(cfg, base, [270]))
+    fill_adapter(model, 0, adapter_values(cfg, base, [270]))
     for ids in ([], [271], [270, 271]):
         with pytest.raises(ModelError, match=r"the adapter in .* has taught \[270\]"):
-            _adapter_values(cfg, base, ids)
+            adapter_values(cfg, base, ids)
 
 
 def going_on(adapter: Path) -> RunConfig:
@@ -235,9 +235,9 @@ def test_training_on_needs_the_rows_that_the_adapter_says(tmp_path: Path) -> Non
     model = add_lora(plain(large), LoraConfig(r=2), "tiny-random", [320])
     fill_adapter(model, 0, None, token_rows(large, [320]))
     save_adapter(model, tmp_path / "adapter", metadata=rows_fact(large))
-    fill_adapter(model, 0, _adapter_values(going_on(tmp_path / "adapter"), large, [320]))
+    fill_adapter(model, 0, adapter_values(going_on(tmp_path / "adapter"), large, [320]))
     with pytest.raises(ModelError, match=r"has 320 rows of embedding, and the adapter in .* up to row 321"):
-        _adapter_values(going_on(tmp_path / "adapter"), base, [320])
+        adapter_values(going_on(tmp_path / "adapter"), base, [320])
     save_adapter(model, tmp_path / "adapter", metadata={"base_rows": "many"})
     with pytest.raises(AdapterError, match="no number of rows"):
         load_adapter(plain(base), tmp_path / "adapter")

@@ -13,9 +13,27 @@ from phi3_dist.machine.launch_request import LaunchRequest
 from phi3_dist.machine.probe import launch_facts, no_compiler, probe
 from phi3_dist.planning.render import SHIPPED
 
-TWO = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1", "RANK": "1"}
+MEETING = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+TWO = {**MEETING, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1", "RANK": "1"}
 DEEPSPEED = {**TWO, "ACCELERATE_USE_DEEPSPEED": "true"}
 FSDP = {**TWO, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"RANK": "0", "WORLD_SIZE": "1"},  # as some images have it
+        {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"},  # as job scripts export it
+        {"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"},
+        {"PMI_SIZE": "", "SLURM_STEP_NUM_TASKS": "x" * 100},
+    ],
+)
+def test_what_says_that_this_process_is_alone_is_no_launch(environ: dict[str, str]) -> None:
+    assert launch_facts(environ).world_size == 1
+
+
+def test_a_launchers_rank_below_mpi_is_the_launchers() -> None:
+    assert launch_facts({**TWO, "PMI_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2"}).world_size == 2
 
 
 def test_without_a_launcher() -> None:
@@ -28,7 +46,7 @@ def test_ddp_and_nodes() -> None:
     facts = launch_facts(TWO, request=LaunchRequest(2, "cpu_2.yaml: num_processes"))
     assert (facts.strategy, facts.world_size, facts.rank, facts.nodes) == ("ddp", 2, 1, 1)
     assert (facts.asked_world_size, facts.asked_by) == (2, "cpu_2.yaml: num_processes")
-    assert launch_facts({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}).nodes == 2
+    assert launch_facts({**MEETING, "RANK": "8", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}).nodes == 2
     assert launch_facts({**TWO, "GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}).nodes == 2
 
 
@@ -83,7 +101,19 @@ def test_fsdp() -> None:
         ({**DEEPSPEED, "ACCELERATE_USE_CPU": "true"}, "unset it"),
         ({**TWO, "ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron"),
         ({**TWO, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config"),
-        ({"WORLD_SIZE": "two"}, "not a whole number"),
+        ({**TWO, "WORLD_SIZE": "two"}, "not a whole number"),
+        ({**TWO, "WORLD_SIZE": "9" * 5000}, "not a whole number"),
+        ({**TWO, "RANK": "２"}, "not a whole number"),
+        ({**TWO, "RANK": "2"}, "rank 2 (on its node 0) of a world of 2, which cannot be"),
+        ({**TWO, "MASTER_PORT": "70000"}, "ports end at 65535"),
+        # left over in a shell, or set by a scheduler: all that is missing is named, and what to unset
+        ({"RANK": "1"}, "RANK=1, and WORLD_SIZE and LOCAL_RANK and MASTER_ADDR and MASTER_PORT not"),
+        ({"LOCAL_RANK": "0"}, "unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "and LOCAL_RANK not"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}, "mpirun (Open MPI) has started this process 4"),
+        ({"PMI_SIZE": "2"}, "each would train alone"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "srun has started this process 8 times"),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "a\0b"}, "cannot be read"),
     ],
 )
 def test_launches_that_are_refused(environ: dict[str, str], part: str) -> None:

@@ -47,8 +47,8 @@ def test_a_phi3_of_another_size_gets_the_usual_values_within_its_positions(tmp_p
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (None, "no folder with a config.json"),
-        ("{", "is not JSON"),
+        (None, "no config.json in the folder"),
+        ("{", "config.json cannot be read"),
         ('{"architectures": ["PhiForCausalLM"]}', "Phi-1 and Phi-2 are another class"),
         ('{"architectures": ["Phi3ForCausalLM"]}', "num_hidden_layers is missing"),
     ],
