@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Annotated
@@ -28,29 +29,31 @@ def train(
     from phi3_dist.config.load import load_run
 
     cfg = load_run(run_file, overrides or ())
-    from phi3_dist.machine.probe import launch_facts, probe
-    from phi3_dist.training.loop import train as run_training
+    from phi3_dist.training.transcript import Transcript
 
     if overwrite and resume:
         raise ConfigError(Problem("--overwrite --resume", "exclude each other", "give one of them"))
-    result = run_training(
-        cfg,
-        probe(),
-        launch_facts(os.environ),
-        overwrite=overwrite,
-        resume=resume,
-        allow_changed=allow_changed or (),
-    )
+    with Transcript() as transcript:
+        from phi3_dist.machine.probe import launch_facts, probe
+        from phi3_dist.training.loop import train as run_training
+
+        result = run_training(
+            cfg,
+            probe(),
+            launch_facts(os.environ),
+            overwrite=overwrite,
+            resume=resume,
+            allow_changed=allow_changed or (),
+            transcript=transcript,
+        )
+        if result.receipt is not None:
+            from phi3_dist.report.drawing import draw_report
+
+            typer.echo(draw_report(result.folder))
     if result.exit_code:
         raise typer.Exit(result.exit_code)
     if result.steps == 0:
         typer.echo(f"{result.folder} has finished already")
-    elif result.receipt is not None:
-        from phi3_dist.report.curves import draw_curves
-        from phi3_dist.report.page import write_page
-
-        typer.echo(f"curves: {draw_curves(result.folder)}")
-        typer.echo(f"page: {write_page(result.folder)}")
 
 
 @app.command(
@@ -147,25 +150,30 @@ def runs(
     folder: Annotated[Path, typer.Argument(help="Folder that holds run folders.")] = Path("runs"),
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
 ) -> None:
-    """List run folders: state, step, loss, tokens/s, last checkpoint, job and nodes."""
+    """List run folders, newest first: state, step, loss, tokens/s, last checkpoint, job and nodes."""
     from rich.console import Console
 
     from phi3_dist.report.runs import list_runs, runs_table, watch_runs
 
+    console = Console()
     if watch:
-        watch_runs(folder, Console())
-    else:
-        Console().print(runs_table(list_runs(folder), base=folder))
+        with contextlib.suppress(KeyboardInterrupt):
+            watch_runs(folder, console)
+    elif console.is_terminal:
+        console.print(runs_table(list_runs(folder), base=folder, width=console.width))
+    else:  # a file or a pipe has no width
+        Console(width=10_000).print(runs_table(list_runs(folder), base=folder))
 
 
 @app.command()
 def logs(
     run_folder: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
     rank: Annotated[int, typer.Option(min=0, help="Rank whose log to print.")] = 0,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing what is appended.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing, until Ctrl-C.")] = False,
 ) -> None:
-    """Print the log of one rank of a run's Slurm job."""
-    from phi3_dist.report.runs import find_log, follow_log
+    """Print what one rank of a run has printed."""
+    from phi3_dist.report.logs import find_log, follow_log
 
-    for piece in follow_log(find_log(run_folder, rank), follow=follow):
-        typer.echo(piece, nl=False)
+    with contextlib.suppress(KeyboardInterrupt):
+        for piece in follow_log(find_log(run_folder, rank), follow=follow):
+            typer.echo(piece, nl=False)

@@ -18,6 +18,7 @@ from typing import Any
 
 from phi3_dist.errors import Problem, RunFolderError
 from phi3_dist.machine.cluster import slurm_facts
+from phi3_dist.machine.processes import who
 
 __all__ = ["PACKAGES", "RunFolder", "cache_folder", "versions"]
 
@@ -182,7 +183,7 @@ class RunFolder:
         """
         job = slurm_facts()
         beat = {
-            "pid": os.getpid(),
+            **who(),
             "host": socket.gethostname(),
             "time": time.time(),
             "step": step,
@@ -193,7 +194,12 @@ class RunFolder:
             self.write_json("heartbeat.json", beat)
 
     def record_exit(self, code: int, state: str) -> None:
-        self.write_json("exit.json", {"code": code, "state": state, "time": time.time()})
+        self.write_json("exit.json", {"code": code, "state": state, "time": time.time(), **who()})
+
+    def forget_exit(self) -> None:
+        """A start that goes on has not ended, whatever the one before wrote, and whatever the clock says."""
+        with contextlib.suppress(OSError):
+            (self.path / "exit.json").unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def recording_failure(self, *, active: bool) -> Iterator[None]:

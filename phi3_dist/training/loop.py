@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,18 +37,29 @@ from phi3_dist.training.evaluate import HeldOut, held_out_loss
 from phi3_dist.training.folder import RunFolder, cache_folder, versions
 from phi3_dist.training.health import Health
 from phi3_dist.training.metrics import Metrics
+from phi3_dist.training.outlook import Outlook
 from phi3_dist.training.profiling import StepProfile
-from phi3_dist.training.readout import Readout
+from phi3_dist.training.readout import EvaluationWatch, Readout
 from phi3_dist.training.resume import agree_on_checkpoint, base_fingerprint, check_identity, cut_metrics, identity
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.saving import Saver
 from phi3_dist.training.signals import StopFlag
-from phi3_dist.training.stage import Stage, announce, card_facts, check_trackers, longest_row, tokens_of_rank
+from phi3_dist.training.stage import (
+    Stage,
+    announce,
+    card_facts,
+    check_trackers,
+    longest_row,
+    measured,
+    steps_of_an_evaluation,
+    tokens_of_rank,
+)
 from phi3_dist.training.start import adapter_start
-from phi3_dist.training.startup import StartClock
+from phi3_dist.training.startup import StartClock, compile_notice
 from phi3_dist.training.state import import_state
 from phi3_dist.training.step import learning_rate, train_step
 from phi3_dist.training.strategy import make_engine
+from phi3_dist.training.transcript import Transcript
 
 __all__ = ["EXIT_STOPPED", "TrainResult", "train"]
 
@@ -89,10 +101,16 @@ def _prepare(cfg: RunConfig, tokenizer: Any, cache: Path | None) -> Prepared:
     return prepared
 
 
-def _evaluate(stage: Stage, step: int) -> HeldOut | None:
+def _evaluate(stage: Stage, step: int) -> tuple[HeldOut | None, int]:
+    """The held-out loss after `step` steps, None without held-out rows; and the signal that broke it off, or 0."""
     if stage.validation is None:
-        return None
-    found = held_out_loss(stage.engine, stage.runtime, stage.validation)
+        return None, 0
+    watch = EvaluationWatch(stage, step)
+    found, stop = held_out_loss(stage.engine, stage.runtime, stage.validation, stage.flag, watch.tell)
+    if found is None:
+        stage.metrics.say(f"the held-out loss after step {step} was broken off by {signal.Signals(stop).name}")
+        return None, stop
+    stage.outlook.evaluation_s = found.seconds
     stage.metrics.evaluation(
         {
             "step": step,
@@ -102,7 +120,7 @@ def _evaluate(stage: Stage, step: int) -> HeldOut | None:
             "eval_s": round(found.seconds, 3),
         }
     )
-    return found
+    return found, 0
 
 
 def _say_first_step(stage: Stage, step: int) -> None:
@@ -115,12 +133,26 @@ def _say_first_step(stage: Stage, step: int) -> None:
         stage.metrics.say(f"note: {layers} LoRA linears ran as PEFT's after all: {why}")
 
 
-def _steps(stage: Stage, first: int, saver: Saver, health: Health, flag: StopFlag) -> tuple[int, HeldOut | None, int]:
+def _evaluation_due(stage: Stage, first: int) -> bool:
+    """Whether to measure before step `first` is made: in a new run, and what was broken off before the checkpoint."""
+    every = stage.cfg.train.eval_every
+    if stage.validation is None or first in {0, stage.total}:
+        return True
+    return bool(every) and first % every == 0 and not measured(stage, first)
+
+
+def _steps(stage: Stage, first: int, saver: Saver, health: Health) -> tuple[int, HeldOut | None, int]:
     """Steps `first` to the end, with log rows, held-out losses and checkpoints.
 
-    Returns the steps done, the last held-out loss, and the signal that stopped the run or 0.
+    A new run measures the held-out loss before its first step, too. Returns the steps done, the last held-out loss, and
+    the signal that stopped the run or 0.
     """
-    cfg, held_out, readout = stage.cfg, None, Readout(stage, health, flag)
+    cfg, held_out, readout = stage.cfg, None, Readout(stage, health)
+    if _evaluation_due(stage, first):
+        held_out, stop = _evaluate(stage, first)
+        stage.clock.mark("held out")
+        if stop or first == stage.total:
+            return first, held_out, stop
     for step in range(first, stage.total):
         begun, done = time.perf_counter(), step + 1
         lr = learning_rate(step, stage.total, cfg.optim)
@@ -133,15 +165,17 @@ def _steps(stage: Stage, first: int, saver: Saver, health: Health, flag: StopFla
             readout.read()
         if step == first:
             _say_first_step(stage, done)
-        if evaluate:
-            held_out = _evaluate(stage, done)
-        stop = readout.stop if done < stage.total else 0
+        stop = readout.stop
+        if evaluate and not stop:
+            found, stop = _evaluate(stage, done)
+            held_out = found or held_out
+        # nothing is left to stop after the last step but the evaluation that it was to end with
+        stop = stop if done < stage.total or stage.validation else 0
         if saver.due(done) or stop:
             saver.save(done, held_out)
+            stage.outlook.save_s = saver.stood_s / max(saver.saves, 1)
         if stop:
             return done, held_out, stop
-    if first == stage.total:
-        held_out = _evaluate(stage, first)
     return stage.total, held_out, 0
 
 
@@ -149,6 +183,7 @@ def _record_start(folder: RunFolder, stage: Stage, first: int, of_model: tuple[C
     plan = replace(stage.runtime.plan, steps=stage.total, choices=(*stage.runtime.plan.choices, *of_model))
     folder.write_json("plan.json", plan.to_dict())
     folder.record_environment()
+    folder.forget_exit()
     folder.heartbeat(first)
 
 
@@ -188,6 +223,7 @@ def _run(
     facts: dict[str, Any],
     start: Checkpoint | None,
     clock: StartClock,
+    keep: Callable[[str], None] | None,
 ) -> TrainResult:
     """Build, train and save. The wrapped model lives in here alone: see `_release`."""
     where, again = folder.path, start is not None
@@ -208,11 +244,12 @@ def _run(
     clock.mark("model")
     with (
         StopFlag() as flag,
-        Metrics(folder.metrics, total, runtime.accelerator, active=runtime.is_main) as metrics,
+        Metrics(folder.metrics, total, runtime.accelerator, active=runtime.is_main, keep=keep) as metrics,
         StepProfile(cfg.train.profile, folder.path / "profile", active=runtime.is_main) as profile,
     ):
         packs = (prepared.train, prepared.validation)
-        stage = Stage(cfg, runtime, engine, *packs, order, total, metrics, folder, facts, clock, profile)
+        outlook = Outlook(cfg, total, evaluation_steps=steps_of_an_evaluation(*packs, order))
+        stage = Stage(cfg, runtime, engine, *packs, order, total, metrics, folder, facts, clock, profile, flag, outlook)
         if runtime.is_main:
             _record_start(folder, stage, first, model.choices)
         announce(metrics, runtime.plan, prepared, count_parameters(model), total, of_model=model.choices)
@@ -220,7 +257,7 @@ def _run(
             metrics.say(f"resumed after step {first} of {total}, from {start.folder.name}")
         health = Health(stage, health_then)
         saver = Saver(stage, health, start)
-        done, held_out, stopped = _steps(stage, first, saver, health, flag)
+        done, held_out, stopped = _steps(stage, first, saver, health)
         saver.report(done)
         if stopped:
             saver.finish()
@@ -261,7 +298,7 @@ def _start_of(
     if runtime.is_main:
         for line in passed:
             Console(soft_wrap=True).print(line, markup=False)
-        cut_metrics(folder.metrics, found.step if found else 0)
+        cut_metrics(folder.metrics, found.step if found else -1)  # -1: what was measured before the first step, too
         recover(folder.adapter)
     return found
 
@@ -275,10 +312,12 @@ def train(
     resume: bool = False,
     allow_changed: Collection[str] = (),
     cache: Path | None = None,
+    transcript: Transcript | None = None,
 ) -> TrainResult:
     """Run what `cfg` asks for on the processes that `launch` describes. Every rank calls it.
 
-    With `resume` the run goes on from its newest checkpoint that verifies, or starts where there is none.
+    With `resume` the run goes on from its newest checkpoint that verifies, or starts where there is none. What
+    `transcript` has heard is kept in the run folder.
     Raises the errors of the tree in phi3_dist.errors; a user's mistakes come before the process group exists.
     """
     clock = StartClock()
@@ -294,6 +333,10 @@ def train(
         return TrainResult(folder.path, 0, None, None)
     if launch.rank == 0:
         folder.reopen() if resume else folder.claim(overwrite=overwrite)
+        if transcript:
+            transcript.into(folder.path, 0)
+        for line in compile_notice(plan, os.environ):
+            Console(soft_wrap=True).print(line, markup=False)
     runtime = start_runtime(
         plan,
         launch.zero_settings,
@@ -301,6 +344,8 @@ def train(
         trackers=cfg.log.trackers,
         folder=folder.path,
     )
+    if transcript and not runtime.is_main:
+        transcript.into(folder.path, runtime.rank)
     with folder.recording_failure(active=runtime.is_main):
         facts = _agreed_facts(cfg, base, runtime, prepared, cache)
         start = _start_of(runtime, folder, facts, allow_changed) if resume else None
@@ -319,6 +364,7 @@ def train(
             facts=facts,
             start=start,
             clock=clock,
+            keep=transcript.line if transcript else None,
         )
         if runtime.is_main:  # before the last barrier: no rank has ended when this stands
             folder.record_exit(result.exit_code, "preempted" if result.stopped_by else "finished")
