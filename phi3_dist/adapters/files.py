@@ -185,7 +185,7 @@ def _fill(
     (partial / CONFIG).write_text(config, encoding="utf-8")
     (partial / CARD).write_text(card, encoding="utf-8")
     if tokenizer is not None:
-        tokenizer.save_pretrained(str(partial))
+        _save_tokenizer(tokenizer, partial)
     for path in sorted(partial.rglob("*")):
         sync(path)
     _compare(weights, tensors)
@@ -196,6 +196,16 @@ def _fill(
     sync(partial / CHECKSUMS)
     sync(partial)
     return receipt
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Raises OSError for a full disk, also where tokenizers (0.22, Rust) reports it as a bare Exception."""
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"the tokenizer: {error}") from error
 
 
 def _compare(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -173,7 +173,8 @@ def _through_cache(
             packed = [_packed(folder, name, tokens, cfg) for name in ("train", "validation")]
     except OSError as error:
         what = f"the token cache can't be written: {error}"
-        raise DataError(Problem(str(cache_dir), what, "make the folder writable, or name another one")) from error
+        fix = "make room, or the folder writable, or name another one in XDG_CACHE_HOME; what is finished is kept"
+        raise DataError(Problem(str(cache_dir), what, fix)) from error
     return tokens, cached, packed[0], packed[1]
 
 

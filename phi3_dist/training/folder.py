@@ -171,6 +171,8 @@ class RunFolder:
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(target)
         except OSError as error:
+            with contextlib.suppress(OSError):  # half of it would keep a full disk full
+                temporary.unlink(missing_ok=True)
             raise RunFolderError(Problem(str(target), f"cannot be written: {error.strerror}", "")) from error
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:

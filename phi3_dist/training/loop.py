@@ -22,7 +22,7 @@ from phi3_dist.adapters.loading import rows_fact
 from phi3_dist.config.load import flatten, resolved_yaml
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Order, Prepared, prepare
-from phi3_dist.errors import DataError, Problem
+from phi3_dist.errors import DataError, Problem, RunFolderError
 from phi3_dist.modeling.base import Base, find_base, meta_model
 from phi3_dist.modeling.fused_lora import declined
 from phi3_dist.modeling.lora import count_parameters, peft_config
@@ -48,7 +48,6 @@ from phi3_dist.training.stage import (
     Stage,
     announce,
     card_facts,
-    check_trackers,
     longest_row,
     measured,
     steps_of_an_evaluation,
@@ -59,6 +58,7 @@ from phi3_dist.training.startup import StartClock, compile_notice
 from phi3_dist.training.state import import_state
 from phi3_dist.training.step import learning_rate, train_step
 from phi3_dist.training.strategy import make_engine
+from phi3_dist.training.trackers import check_trackers, finish_trackers, start_trackers
 from phi3_dist.training.transcript import Transcript
 
 __all__ = ["EXIT_STOPPED", "TrainResult", "train"]
@@ -158,7 +158,8 @@ def _steps(stage: Stage, first: int, saver: Saver, health: Health) -> tuple[int,
         lr = learning_rate(step, stage.total, cfg.optim)
         result = train_step(stage.engine, stage.runtime, stage.train, stage.order, step, lr=lr, seed=cfg.train.seed)
         if stage.profile.step():
-            stage.metrics.say(f"profile: {stage.profile.folder}/table.txt and trace.json.gz")
+            done_as = stage.profile.failed or f"{stage.profile.folder}/table.txt and trace.json.gz"
+            stage.metrics.say(f"profile: {done_as}")
         readout.add(done, result, begun)
         evaluate = done == stage.total or bool(cfg.train.eval_every and done % cfg.train.eval_every == 0)
         if evaluate or saver.due(done) or readout.stop or step == first:
@@ -268,12 +269,26 @@ def _run(
     return TrainResult(folder.path, total, held_out, receipt)
 
 
+def _print(line: str) -> None:
+    Console(soft_wrap=True).print(line, markup=False)
+
+
+def _record_exit(folder: RunFolder, result: TrainResult) -> None:
+    """A run whose adapter or checkpoint is written has ended well, whether or not there is room to say so."""
+    try:
+        folder.record_exit(result.exit_code, "preempted" if result.stopped_by else "finished")
+    except RunFolderError as error:
+        _print(f"the run has ended, which could not be recorded: {error.problems[0].where} {error.problems[0].what}")
+
+
 def _release(runtime: Runtime) -> None:
     """Free the wrapped model before the process group goes.
 
     DDP's reducer holds the group. Freed after it, its destructor joins gloo's thread while holding the interpreter's
     lock that this thread waits for: the rank never exits (torch 2.13, seen on two nodes of two ranks).
     """
+    for line in finish_trackers(runtime):
+        _print(line)
     runtime.accelerator.free_memory()
     gc.collect()
     runtime.barrier()
@@ -297,7 +312,7 @@ def _start_of(
         check_identity(found.trainer["identity"], facts, allowed)
     if runtime.is_main:
         for line in passed:
-            Console(soft_wrap=True).print(line, markup=False)
+            _print(line)
         cut_metrics(folder.metrics, found.step if found else -1)  # -1: what was measured before the first step, too
         recover(folder.adapter)
     return found
@@ -323,7 +338,7 @@ def train(
     clock = StartClock()
     clock.mark("imports")
     folder, cache = RunFolder(Path(cfg.save.folder)), cache or cache_folder()
-    check_trackers(cfg.log.trackers)
+    check_trackers(cfg.log.trackers, launch.rank)
     base, tokenizer, token_ids = _find(cfg)
     plan = make_plan(cfg, machine, launch, family_or_shape=base.config.to_dict())
     clock.mark("plan")
@@ -336,7 +351,7 @@ def train(
         if transcript:
             transcript.into(folder.path, 0)
         for line in compile_notice(plan, os.environ):
-            Console(soft_wrap=True).print(line, markup=False)
+            _print(line)
     runtime = start_runtime(
         plan,
         launch.zero_settings,
@@ -351,7 +366,7 @@ def train(
         start = _start_of(runtime, folder, facts, allow_changed) if resume else None
         if runtime.is_main:  # the first file: it makes the folder a run's, which --resume can go on in
             folder.write("config.yaml", resolved_yaml(cfg))
-        runtime.accelerator.init_trackers(cfg.log.project)
+        start_trackers(runtime, cfg.log.trackers, project=cfg.log.project, run=cfg.name, folder=folder.path)
         clock.mark("processes")
         result = _run(
             cfg,
@@ -367,6 +382,6 @@ def train(
             keep=transcript.line if transcript else None,
         )
         if runtime.is_main:  # before the last barrier: no rank has ended when this stands
-            folder.record_exit(result.exit_code, "preempted" if result.stopped_by else "finished")
+            _record_exit(folder, result)
     _release(runtime)
     return result

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
+from phi3_dist.errors import Problem, RunFolderError
+
 __all__ = ["Metrics", "Tracker"]
 
 
@@ -48,7 +50,10 @@ class Metrics:
         self.started = self._evaluation_told = time.perf_counter()
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._path, self._told = path, False
-        self._file = path.open("a", encoding="utf-8") if active else None
+        try:
+            self._file = path.open("a", encoding="utf-8") if active else None
+        except OSError as error:
+            raise RunFolderError(Problem(str(path), f"cannot be written: {error.strerror}", "make room")) from error
         self._progress: Progress | None = None
         if active and self.console.is_terminal:
             # a bar only where there is room for one beside the numbers

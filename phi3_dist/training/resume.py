@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from phi3_dist.adapters.files import WEIGHTS
 from phi3_dist.config.load import flatten
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Prepared
-from phi3_dist.errors import Problem, TrainingError
+from phi3_dist.errors import Problem, RunFolderError, TrainingError
 from phi3_dist.modeling.base import Base
 from phi3_dist.training.checkpoint import Checkpoint, find_checkpoint
 from phi3_dist.training.folder import versions
@@ -70,10 +72,14 @@ def base_fingerprint(base: Base, cache: Path) -> str:
         if key not in known:
             known[key] = file_sha256(path)
         digest.update(f"{path.name} {known[key]}\n".encode())
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = known_file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(known), encoding="utf-8")
-    temporary.replace(known_file)
+    temporary = known_file.with_name(f".{known_file.name}.{os.getpid()}.tmp")
+    try:  # a note for the next start alone
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(known), encoding="utf-8")
+        temporary.replace(known_file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return digest.hexdigest()
 
 
@@ -115,7 +121,11 @@ def cut_metrics(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text("utf-8", errors="replace").splitlines():
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise RunFolderError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
+    for line in raw.decode("utf-8", "replace").splitlines():
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -123,5 +133,13 @@ def cut_metrics(path: Path, step: int) -> None:
         if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
             kept.append(line + "\n")
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        if raw.startswith(whole := "".join(kept).encode("utf-8", "replace")):
+            os.truncate(path, len(whole))  # needs no room
+            return
+        temporary.write_bytes(whole)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        what = f"cannot be written, and rows of steps that are made again must go: {error.strerror}"
+        raise RunFolderError(Problem(str(path), what, "make room, or make it writable")) from error

@@ -11,7 +11,6 @@ from typing import Any
 
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Order, Packs, Prepared
-from phi3_dist.errors import MachineError, Problem
 from phi3_dist.modeling.base import Base
 from phi3_dist.modeling.lora import Counts
 from phi3_dist.planning.plan import Choice, RunPlan
@@ -29,7 +28,6 @@ __all__ = [
     "Stage",
     "announce",
     "card_facts",
-    "check_trackers",
     "longest_row",
     "measured",
     "steps_of_an_evaluation",
@@ -84,21 +82,6 @@ def steps_of_an_evaluation(train: Packs, held_out: Packs | None, order: Order) -
     if held_out is None:
         return 0.0
     return len(held_out.rows.ids) / (len(train.rows.ids) / len(train.packs) * order.global_batch)
-
-
-def check_trackers(names: tuple[str, ...]) -> None:
-    """Raises MachineError for a tracker that Accelerate doesn't know or whose package is missing."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    known, here = sorted(LOGGER_TYPE_TO_CLASS), {str(getattr(t, "value", t)) for t in get_available_trackers()}
-    problems = []
-    for name in names:
-        if name not in known:
-            problems.append(Problem("log.trackers", f"'{name}' is not a tracker", f"one of {', '.join(known)}"))
-        elif name not in here:
-            problems.append(Problem("log.trackers", f"'{name}' is not installed", f"pip install {name}"))
-    if problems:
-        raise MachineError(*problems)
 
 
 def announce(

@@ -56,6 +56,7 @@ class Transcript:
         self._path: Path | None = None
         self._file: IO[bytes] | None = None
         self._lost, self._closed = 0, False
+        self._end = ""  # what ends a line that was cut by a full disk
 
     def __enter__(self) -> Transcript:
         self._before = sys.stdout, sys.stderr
@@ -109,7 +110,7 @@ class Transcript:
 
     def _write(self, line: str) -> None:
         assert self._path is not None
-        said = f"--- {self._lost} lines could not be kept here\n" if self._lost else ""
+        said = f"{self._end}--- {self._lost} lines could not be kept here\n" if self._lost else ""
         try:
             if self._file is None:
                 if not self._path.parents[2].is_dir():  # no run folder (any more), or not on this node
@@ -117,7 +118,9 @@ class Transcript:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._path.open("ab", buffering=0)
             raw = (said + line).encode("utf-8", "backslashreplace")
-            whole = self._file.write(raw) == len(raw)
+            written = self._file.write(raw)
+            whole = written == len(raw)
+            self._end = "" if whole else "\n"
         except OSError:
             whole = False
         self._lost = 0 if whole else self._lost + 1
