@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
@@ -45,13 +45,22 @@ def _rank(arguments: Sequence[str], environment: dict[str, str], log: str) -> No
 class Group:
     """The ranks of one run. `log` collects what all of them print."""
 
-    def __init__(self, context: ForkServerContext, arguments: Sequence[str], world: int, log: Path) -> None:
+    def __init__(
+        self,
+        context: ForkServerContext,
+        arguments: Sequence[str],
+        world: int,
+        log: Path,
+        more: Mapping[str, str] | None = None,
+    ) -> None:
+        """`more`: environment variables besides the launcher's."""
         self.log, port = log, free_port()
         self.ranks: list[ForkServerProcess] = []
         for rank in range(world):
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             environment = {name: str(value) for name, value in names.items()}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+            environment |= more or {}
             process = context.Process(target=_rank, args=(list(arguments), environment, str(log)), daemon=True)
             process.start()
             self.ranks.append(process)
