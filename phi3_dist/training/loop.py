@@ -29,7 +29,7 @@ from phi3_dist.modeling.lora import count_parameters, peft_config
 from phi3_dist.modeling.rope import pinned_regime
 from phi3_dist.modeling.tokenizer import load_tokenizer
 from phi3_dist.modeling.tokens import enlarged, new_token_ids
-from phi3_dist.planning.plan import Choice, LaunchFacts, MachineFacts, make_plan
+from phi3_dist.planning.plan import Choice, LaunchFacts, MachineFacts, RunPlan, make_plan
 from phi3_dist.training.agree import agree
 from phi3_dist.training.build import build_model
 from phi3_dist.training.checkpoint import Checkpoint, read_state
@@ -269,6 +269,20 @@ def _run(
     return TrainResult(folder.path, total, held_out, receipt)
 
 
+def _start(cfg: RunConfig, plan: RunPlan, launch: LaunchFacts, folder: RunFolder) -> Runtime:
+    """Join the other processes. Says on rank 0 what takes minutes."""
+    if launch.rank == 0:
+        for line in compile_notice(plan, os.environ):
+            _print(line)
+    return start_runtime(
+        plan,
+        launch.zero_settings,
+        max_grad_norm=cfg.optim.max_grad_norm,
+        trackers=cfg.log.trackers,
+        folder=folder.path,
+    )
+
+
 def _print(line: str) -> None:
     Console(soft_wrap=True).print(line, markup=False)
 
@@ -348,24 +362,14 @@ def train(
         return TrainResult(folder.path, 0, None, None)
     if launch.rank == 0:
         folder.reopen() if resume else folder.claim(overwrite=overwrite)
-        if transcript:
-            transcript.into(folder.path, 0)
-        for line in compile_notice(plan, os.environ):
-            _print(line)
-    runtime = start_runtime(
-        plan,
-        launch.zero_settings,
-        max_grad_norm=cfg.optim.max_grad_norm,
-        trackers=cfg.log.trackers,
-        folder=folder.path,
-    )
-    if transcript and not runtime.is_main:
-        transcript.into(folder.path, runtime.rank)
+    runtime = _start(cfg, plan, launch, folder)
     with folder.recording_failure(active=runtime.is_main):
         facts = _agreed_facts(cfg, base, runtime, prepared, cache)
         start = _start_of(runtime, folder, facts, allow_changed) if resume else None
         if runtime.is_main:  # the first file: it makes the folder a run's, which --resume can go on in
             folder.write("config.yaml", resolved_yaml(cfg))
+        if transcript:
+            transcript.into(folder.path, runtime.rank)
         start_trackers(runtime, cfg.log.trackers, project=cfg.log.project, run=cfg.name, folder=folder.path)
         clock.mark("processes")
         result = _run(

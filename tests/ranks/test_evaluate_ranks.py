@@ -1,4 +1,4 @@
-"""A signal to one rank amid an evaluation stops all of them before the next forward pass; the next start makes it up."""
+"""A signal to one rank amid an evaluation stops all before the next forward pass; the next start makes it up."""
 
 from __future__ import annotations
 

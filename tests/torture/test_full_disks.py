@@ -47,7 +47,7 @@ def run(context: ForkServerContext, where: Path, log: Path, *more: str) -> tuple
     """The exit code and what was printed, of one process whose cache lies beside its run folder."""
     places = (f"save.folder={where / 'run'}",)
     group = Group(context, (*ARGUMENTS, *places, *more), 1, log, {"XDG_CACHE_HOME": str(where / "cache")})
-    group.wait(120)
+    group.wait(300)
     group.kill()
     return group.exit_codes[0], group.output()
 
@@ -98,6 +98,7 @@ def filled(context: ForkServerContext, undisturbed: Path, disk: Disk, tmp_path: 
     return partial(fill, context=context, undisturbed=undisturbed, disk=disk, tmp_path=tmp_path)
 
 
+@pytest.mark.timeout(900)
 def test_a_few_disks_that_fill_up(filled: Fill, undisturbed: Path) -> None:
     kib, inodes = needed(undisturbed)
     sizes = [{"kib": kib // 3}, {"kib": kib * 2 // 3}, {"inodes": inodes // 2}, {"inodes": inodes - 8}]
