@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from phi3_dist.config.load import flatten
 from phi3_dist.errors import Problem, RunFolderError
 from phi3_dist.report.curves import Row, draw_curves, read_metrics, run_name, written
-from phi3_dist.report.reading import finite, read_object
+from phi3_dist.report.reading import count, finite, read_object
 
 __all__ = ["write_page"]
 
@@ -62,8 +62,9 @@ def _mappings(value: object) -> list[Mapping[str, Any]]:
 
 def _results(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """The few numbers that a reader looks for first."""
-    train = [row for row in rows if row.get("kind") == "train"]
-    held_out = [row for row in rows if row.get("kind") == "eval"]
+    sound = [row for row in rows if count(row.get("step")) is not None]
+    train = [row for row in sound if row.get("kind") == "train"]
+    held_out = [row for row in sound if row.get("kind") == "eval"]
     found: list[tuple[str, str]] = []
     if train:
         last = train[-1]
@@ -74,7 +75,8 @@ def _results(rows: Sequence[Row]) -> list[tuple[str, str]]:
         for label, key in (("held-out loss", "heldout_loss"), ("held-out perplexity", "heldout_perplexity")):
             value = _show(last.get(key))
             if len(held_out) > 1:
-                value += f" ({_show(first.get(key))} after step {first.get('step')})"
+                when = f"after step {first['step']}" if first["step"] else "before the first step"
+                value += f" ({_show(first.get(key))} {when})"
             found.append((label, value))
     if train and (elapsed_s := finite(train[-1].get("elapsed_s"))) is not None:
         found.append(("time", _duration(elapsed_s)))
