@@ -132,7 +132,7 @@ def test_parts_that_a_run_has_not_written_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{", "[1]"])
 def test_a_broken_file_is_named(run_folder: Path, content: str) -> None:
     (run_folder / "plan.json").write_text(content)
-    with pytest.raises(RunFolderError, match=r"plan\.json: not (a )?JSON"):
+    with pytest.raises(RunFolderError, match=r"plan\.json: is not (a )?JSON"):
         write_page(run_folder)
 
 
