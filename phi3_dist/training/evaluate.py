@@ -20,9 +20,10 @@ from phi3_dist.training.strategy import Engine
 
 __all__ = ["HeldOut", "held_out_loss", "joined_packs"]
 
-JOINED = 4
+JOINED, ENOUGH_TOKENS = 4, 16384
 """Forward passes of training whose tokens make one of an evaluation. Without gradients one layer's intermediates are
-all that exists at a time: this many take no more memory than a training step, checkpointed or not."""
+all that exists at a time: this many take no more memory than a training step, checkpointed or not. Where they would be
+more than `ENOUGH_TOKENS`, which keep any device busy, fewer are joined."""
 _BEHIND = {"cpu": 0, "cuda": 1}
 """Rounds that a GPU may be ahead of the stop signals that are read: it never waits for one."""
 
@@ -58,7 +59,8 @@ def _tokens_at_once(engine: Engine, runtime: Runtime, packs: Packs) -> int:
     """As many as `JOINED` forward passes of training; as one where all logits exist at once."""
     loss = next((module for module in engine.model.modules() if isinstance(module, PackedLoss)), None)
     in_chunks = loss is not None and plain_head(loss.causal_lm.lm_head)[0] is not None
-    return (JOINED if in_chunks else 1) * runtime.plan.micro_batch * packs.pack_length
+    one = runtime.plan.micro_batch * packs.pack_length
+    return max(one, min(JOINED * one, ENOUGH_TOKENS)) if in_chunks else one
 
 
 def _signals(runtime: Runtime, flag: StopFlag) -> Tensor:
