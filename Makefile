@@ -66,10 +66,10 @@ test-slurm: setup ## everything on a real Slurm of two nodes (Debian, root: inst
 	@tests/slurm/packages.sh
 	@$(BIN)/python -m pytest -q tests/slurm
 
-torture: setup ## kill a run at a hundred random moments; what was saved must survive (ten minutes)
+torture: setup ## kill a run at a hundred random moments and fill its disk at every file; what was saved must survive (twenty minutes)
 	@$(BIN)/python -m pytest -q tests/torture
 
-fuzz: setup ## more than 10,000 damaged run files, rows, tokenizers, adapters and checkpoints (some minutes)
+fuzz: setup ## more than 10,000 damaged run files, rows, tokenizers, adapters, checkpoints and run folders (some minutes)
 	@$(BIN)/python -m pytest -q --hypothesis-profile=fuzz tests/unit/test_fuzz.py
 
 # An environment of its own: what pip-audit needs is no part of what is tested.

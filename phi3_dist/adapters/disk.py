@@ -8,6 +8,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,11 +18,14 @@ __all__ = ["file_sha256", "sync", "write_tensors"]
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file with the user's umask: safetensors 0.8 gives its files mode 600, whoever else may read them.
 
-    Raises OSError, and SafetensorError for a disk that is full.
+    Raises OSError; a disk that is full, which safetensors reports as an error of its own, included.
     """
     path.touch()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     path.chmod(stat.S_IMODE(mode))
 
 

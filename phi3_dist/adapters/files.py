@@ -202,7 +202,7 @@ def _fill(
     if metadata:
         (partial / FACTS).write_text(json.dumps(dict(metadata), indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
-        tokenizer.save_pretrained(str(partial))
+        _save_tokenizer(tokenizer, partial)
     for path in sorted(partial.rglob("*")):
         sync(path)
     _compare(weights, tensors)
@@ -213,6 +213,16 @@ def _fill(
     sync(partial / CHECKSUMS)
     sync(partial)
     return receipt
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Raises OSError for a full disk, also where tokenizers (0.22, Rust) reports it as a bare Exception."""
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"the tokenizer: {error}") from error
 
 
 def _compare(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -60,6 +60,8 @@ def main() -> None:
     """Run the command line. A user's mistake ends in one message and its exit code; a bug in a traceback."""
     # bitsandbytes announces at import that an optional kernel for 4-bit inference is missing
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    open_standard_streams()
+    print_in_any_encoding()
     words = sys.argv[1:]
     early = answered(words) if starts_a_run(words) else nullcontext()
     with early, unfailing_streams() if words and words[0] in _LONG else nullcontext():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +32,7 @@ def train(
     import faulthandler
 
     from phi3_dist.training.early import check_early
+    from phi3_dist.training.transcript import Transcript
 
     if not faulthandler.is_enabled():
         faulthandler.enable()  # "Bus error" and where: base weights are mapped, and may be cut short meanwhile
@@ -38,34 +40,33 @@ def train(
     if overwrite and resume:
         raise ConfigError(Problem("--overwrite --resume", "exclude each other", "give one of them"))
     check_early(cfg, os.environ, overwrite=overwrite, resume=resume)
-    from phi3_dist.machine.probe import launch_facts, probe
-    from phi3_dist.training.loop import train as run_training
-    from phi3_dist.training.signals import finishing
+    with Transcript() as transcript:
+        from phi3_dist.machine.probe import launch_facts, probe
+        from phi3_dist.training.loop import train as run_training
+        from phi3_dist.training.signals import finishing
 
-    result = run_training(
-        cfg,
-        probe(),
-        launch_facts(os.environ),
-        overwrite=overwrite,
-        resume=resume,
-        allow_changed=allow_changed or (),
-    )
-    finishing()
+        result = run_training(
+            cfg,
+            probe(),
+            launch_facts(os.environ),
+            overwrite=overwrite,
+            resume=resume,
+            allow_changed=allow_changed or (),
+            transcript=transcript,
+        )
+        finishing()
+        finished_before = result.steps == 0 and not result.exit_code and os.environ.get("RANK", "0") == "0"
+        if finished_before:
+            adapter = result.folder / "adapter"
+            ways = f"a larger train.max_steps or train.epochs extends it, model.adapter={adapter} trains on from it"
+            typer.echo(f"{result.folder} has finished already: {ways}")
+        drawn = all((result.folder / name).is_file() for name in ("curves.png", "report.html"))
+        if result.receipt is not None or (finished_before and not drawn):
+            from phi3_dist.report.drawing import draw_report
+
+            typer.echo(draw_report(result.folder))
     if result.exit_code:
         raise typer.Exit(result.exit_code)
-    finished_before = result.steps == 0 and os.environ.get("RANK", "0") == "0"
-    if finished_before:
-        adapter = result.folder / "adapter"
-        on = f"a larger train.max_steps or train.epochs extends it, model.adapter={adapter} trains on from its adapter"
-        typer.echo(f"{result.folder} has finished already: {on}")
-    drawn = all((result.folder / name).is_file() for name in ("curves.png", "report.html"))
-    if result.receipt is not None or (finished_before and not drawn):
-        try:
-            report(result.folder)
-        except ModuleNotFoundError as missing:  # the run is done and well: what draws it may be brought later
-            name = (missing.name or "").partition(".")[0]
-            fix = f"pip install {name}, then phi3-dist report {result.folder}"
-            typer.echo(f"curves: none, {name} is not installed; {fix}")
 
 
 @app.command(
@@ -138,12 +139,12 @@ def prepare_run(
     from phi3_dist.data.parts import workers_for
     from phi3_dist.machine.probe import cpu_count
     from phi3_dist.machine.storage import cache_folder
+    from phi3_dist.training.early import check_trackers
     from phi3_dist.training.loop import find_model, prepare_rows
     from phi3_dist.training.resume import base_fingerprint
-    from phi3_dist.training.stage import check_trackers
 
     cache = cache_folder(cfg.data.cache)
-    check_trackers(cfg.log.trackers)
+    check_trackers(cfg.log, rank=1)  # the key may lie on the node that trains
     base, tokenizer, _ = find_model(cfg)
     workers = workers or workers_for(cpu_count())
     with told() as tell:
@@ -173,25 +174,30 @@ def runs(
     folder: Annotated[Path, typer.Argument(help="Folder that holds run folders.")] = Path("runs"),
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
 ) -> None:
-    """List run folders: state, step, loss, tokens/s, last checkpoint, job and nodes."""
+    """List run folders, newest first: state, step, loss, tokens/s, last checkpoint, job and nodes."""
     from rich.console import Console
 
     from phi3_dist.report.runs import list_runs, runs_table, watch_runs
 
+    console = Console()
     if watch:
-        watch_runs(folder, Console())
-    else:
-        Console().print(runs_table(list_runs(folder), base=folder))
+        with contextlib.suppress(KeyboardInterrupt):
+            watch_runs(folder, console)
+    elif console.is_terminal:
+        console.print(runs_table(list_runs(folder), base=folder, width=console.width))
+    else:  # a file or a pipe has no width
+        Console(width=10_000).print(runs_table(list_runs(folder), base=folder))
 
 
 @app.command()
 def logs(
     run_folder: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
     rank: Annotated[int, typer.Option(min=0, help="Rank whose log to print.")] = 0,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing what is appended.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing, until Ctrl-C.")] = False,
 ) -> None:
-    """Print the log of one rank of a run's Slurm job."""
-    from phi3_dist.report.runs import find_log, follow_log
+    """Print what one rank of a run has printed."""
+    from phi3_dist.report.logs import find_log, follow_log
 
-    for piece in follow_log(find_log(run_folder, rank), follow=follow):
-        typer.echo(piece, nl=False)
+    with contextlib.suppress(KeyboardInterrupt):
+        for piece in follow_log(find_log(run_folder, rank), follow=follow):
+            typer.echo(piece, nl=False)

@@ -138,6 +138,8 @@ class DataConfig(Section):
     """Which assistant turns are learned: every one, or the last. A message with `weight: 0` never is."""
     max_rows: Count | None = None
     """Use only the first n training rows (before the split and the weights). For trying things."""
+    max_validation_rows: Count | None = None
+    """Measure the held-out loss over at most n rows, evenly spread over all that are held out. By default over all."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     """What a row looks like. `auto`: that of the first good row of each source; anything but messages is shown. `text`
     is a document of raw text, to which the tokenizer's end-of-document token is added; all but its first is learned."""

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.printable import clipped
-from phi3_dist.errors import plain
 from phi3_dist.data.turns import Seen
+from phi3_dist.errors import plain
 
 if TYPE_CHECKING:
     from phi3_dist.data.chat_format import ChatFormat

@@ -24,6 +24,7 @@ __all__ = [
     "PackList",
     "Packed",
     "Packs",
+    "evenly",
     "load_packed",
     "make_packs",
     "none_fits",
@@ -131,6 +132,14 @@ def _packs(rows: TokenRows, pack_length: int) -> Packs:
     in_packs, starts = pack_rows(rows.lengths, pack_length)
     targets = np.add.reduceat(rows.targets()[in_packs], starts[:-1])
     return Packs(rows, PackList(in_packs, starts), targets, pack_length)
+
+
+def evenly(packs: Packs, at_most: int | None) -> Packs:
+    """The same, or so many of its rows, evenly spread over all, in packs of their own."""
+    rows = packs.rows
+    if at_most is None or len(rows) <= at_most:
+        return packs
+    return _packs(rows.select(np.arange(at_most) * len(rows) // at_most), packs.pack_length)
 
 
 @dataclass(frozen=True, eq=False)

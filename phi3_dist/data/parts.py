@@ -215,15 +215,19 @@ def _work(block: Block) -> None:
 
 
 def save_part(path: Path, done: Done) -> None:
-    """Write one file, under another name first."""
+    """Write one file, under another name first. Raises OSError, and leaves nothing half written."""
     arrays: dict[str, Any] = {"facts": _bytes(done.facts)}
     for name, rows in (("train", done.train), ("held", done.held)):
         arrays |= {f"{name}.ids": rows.ids, f"{name}.supervised": rows.supervised, f"{name}.offsets": rows.offsets}
         arrays[f"{name}.places"] = _bytes(list(rows.places))
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({**arrays, "crc32": _digest(arrays)}, unfinished)
-    unfinished.replace(path)
+    try:
+        save_file({**arrays, "crc32": _digest(arrays)}, unfinished)
+        unfinished.replace(path)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        unfinished.unlink(missing_ok=True)
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error
 
 
 def load_part(path: Path) -> Done:

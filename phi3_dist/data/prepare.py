@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.chat_format import ChatFormat
 from phi3_dist.data.formats import BadRow
-from phi3_dist.data.packs import SHOWN_AT_MOST, Packed, Packs, load_packed, pack, save_packed
+from phi3_dist.data.packs import SHOWN_AT_MOST, Packed, Packs, evenly, load_packed, pack, save_packed
 from phi3_dist.data.parts import encode_to_parts
 from phi3_dist.data.readers import content_hash
 from phi3_dist.data.rows import RowsWriter, TokenRows
@@ -114,13 +114,19 @@ def prepare(
     if held:
         cut |= held.cut
         dropped += held.dropped
+    measured = evenly(held.packs, cfg.max_validation_rows) if held else None
     return Prepared(
         train=train.packs,
-        validation=held.packs if held else None,
+        validation=measured,
         skipped=tokens.skipped,
         dropped=tuple(dropped),
         cut=tuple(cut),
-        notices=(*split_notices(cfg), *tokens.notices, *_cut_notice(cut)),
+        notices=(
+            *split_notices(cfg),
+            *tokens.notices,
+            *_cut_notice(cut),
+            *_fewer_notice(held.packs if held else None, measured),
+        ),
         fingerprint=train.packs.fingerprint,
         seconds=time.perf_counter() - began,
         cached=cached,
@@ -138,6 +144,12 @@ def _waiting_said_once() -> Progress:
             sys.stderr.flush()
 
     return tell
+
+
+def _fewer_notice(held: Packs | None, measured: Packs | None) -> list[str]:
+    if held is None or measured is None or measured is held:
+        return []
+    return [f"held-out loss over {len(measured.rows):,} of {len(held.rows):,} held-out rows: data.max_validation_rows"]
 
 
 def _cut_notice(cut: dict[str, str]) -> list[str]:
@@ -343,7 +355,7 @@ def _packs_folder(folder: Path, name: str, cfg: DataConfig) -> Path:
 
 def _cache_key(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: Path) -> str:
     """sha256 over what decides the tokens. Packing is no part of it: packs are kept beside them."""
-    settings = cfg.model_dump(mode="json", exclude={"pack_length", "on_long_row", "cache"})
+    settings = cfg.model_dump(mode="json", exclude={"pack_length", "on_long_row", "cache", "max_validation_rows"})
     parts: list[Any] = [CACHE_FORMAT, BLOCK_ROWS, BLOCK_BYTES, settings, tokenizer_hash(tokenizer)]
     train, held, _ = located(cfg)
     parts += [_source_hash(source, cache_dir) for source, _ in (*train, *held)]

@@ -171,8 +171,12 @@ class RowsWriter:
 
     def __enter__(self) -> Self:
         self._writer.__enter__()
-        self._writer.append("offsets", np.zeros(1, np.int64))
-        self.add(TokenRows.of([], []))  # so that every array exists
+        try:
+            self._writer.append("offsets", np.zeros(1, np.int64))
+            self.add(TokenRows.of([], []))  # so that every array exists
+        except OSError:
+            self._writer.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:

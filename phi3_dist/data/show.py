@@ -20,6 +20,7 @@ from phi3_dist.data.packs import SHOWN_AT_MOST, none_fits
 from phi3_dist.data.rows import TokenRows
 from phi3_dist.data.sources import split_notices
 from phi3_dist.data.stream import Totals, blocks_of, encode_blocks_of
+from phi3_dist.errors import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

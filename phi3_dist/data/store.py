@@ -8,6 +8,7 @@ NAME/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -45,7 +46,8 @@ class ArraysWriter:
 
     def __exit__(self, *error: object) -> None:
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # what is still to be flushed finds the disk full again
+                file.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def append(self, name: str, piece: NDArray[Any]) -> None:
@@ -120,11 +122,15 @@ def write_whole(path: Path, value: dict[str, Any]) -> None:
     """Write JSON with its own checksum, under another name first."""
     text = json.dumps(value, sort_keys=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with unfinished.open("w", encoding="ascii") as file:
-        file.write(f"{hashlib.sha256(text.encode('ascii')).hexdigest()}\n{text}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    try:
+        with unfinished.open("w", encoding="ascii") as file:
+            file.write(f"{hashlib.sha256(text.encode('ascii')).hexdigest()}\n{text}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def read_whole(path: Path) -> dict[str, Any]:

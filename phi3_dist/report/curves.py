@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from phi3_dist.errors import Problem, RunFolderError
+from phi3_dist.report.reading import count, finite, parse, printable
 
-__all__ = ["draw_curves", "read_metrics", "run_name"]
+__all__ = ["draw_curves", "read_metrics", "run_name", "written"]
 
 Row = dict[str, Any]
 
@@ -25,6 +27,8 @@ FEW_POINTS = 40  # up to here each point gets a marker
 SMOOTH_FROM = 60  # from here on the loss also gets a running mean
 SIZE_IN = (11.0, 7.0)
 DPI = 120
+SHOWN_AT_MOST, NAME_AT_MOST = 20, 200
+LARGEST = 1e30  # beyond it no axis can be drawn
 
 
 def draw_curves(run_folder: Path) -> Path:
@@ -54,10 +58,24 @@ def draw_curves(run_folder: Path) -> Path:
     _share_steps(figure.axes, [row["step"] for row in (*train, *held_out)])
 
     picture = run_folder / "curves.png"
-    partial = run_folder / "curves.png.partial"
-    figure.savefig(partial, format="png")
-    partial.replace(picture)
+    with written(picture) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a name in letters that the font lacks
+        figure.savefig(partial, format="png")
     return picture
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Where to write `path` until it is whole. Nothing stays of one that isn't. Raises RunFolderError (a full disk)."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        what = f"cannot be written: {error.strerror or error}"
+        raise RunFolderError(Problem(str(path), what, "make room, or make the folder writable")) from error
 
 
 def read_metrics(run_folder: Path) -> list[Row]:
@@ -71,18 +89,23 @@ def read_metrics(run_folder: Path) -> list[Row]:
     if not path.is_file():
         what = "no metrics.jsonl in it" if run_folder.is_dir() else "no such folder"
         raise RunFolderError(Problem(str(run_folder), what, "name the folder of a run that has made a step"))
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise RunFolderError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
     rows: list[Row] = []
     problems: list[Problem] = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse(line)
+        except ValueError:
             row = None
         if isinstance(row, dict):
             rows.append(row)
         elif number < len(lines):
             problems.append(Problem(f"{path}:{number}", "not a JSON object", "remove the line"))
+    if len(problems) > SHOWN_AT_MOST:
+        problems[SHOWN_AT_MOST:] = [Problem(str(path), f"and {len(problems) - SHOWN_AT_MOST:,} more lines")]
     if problems:
         raise RunFolderError(*problems)
     if not rows:
@@ -98,23 +121,25 @@ def run_name(run_folder: Path) -> str:
     path = run_folder / "config.yaml"
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except yaml.YAMLError as error:
-        raise RunFolderError(Problem(str(path), f"not YAML: {error}", "restore the file that the run wrote")) from error
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        what = f"not YAML: {error}"[:1000]
+        raise RunFolderError(Problem(str(path), what, "restore the file that the run wrote")) from error
     name = config.get("name") if isinstance(config, dict) else None
-    return str(name or run_folder.resolve().name)
+    found = str(name) if isinstance(name, str | int) and name else run_folder.resolve().name
+    return printable(found)[:NAME_AT_MOST]
 
 
 def _of_kind(rows: Sequence[Row], kind: str) -> list[Row]:
     """Rows of one kind by step. A step that a resumed run made again counts once, as made last."""
-    by_step = {row["step"]: row for row in rows if row.get("kind") == kind and "step" in row}
+    by_step = {row["step"]: row for row in rows if row.get("kind") == kind and count(row.get("step")) is not None}
     return [by_step[step] for step in sorted(by_step)]
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one measure, without rows that lack it or hold no finite number."""
-    points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
-    finite = [(step, value) for step, value in points if math.isfinite(value)]
-    return [step for step, _ in finite], [value for _, value in finite]
+    """Steps and values of one measure, without rows that lack it or hold no number that can be drawn."""
+    points = [(row["step"], finite(row.get(key))) for row in rows]
+    drawn = [(step, value) for step, value in points if value is not None and abs(value) < LARGEST]
+    return [step for step, _ in drawn], [value for _, value in drawn]
 
 
 def _draw_loss(axes: Axes, train: Sequence[Row], held_out: Sequence[Row]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from jinja2 import Environment, StrictUndefined
 
 from phi3_dist.config.load import flatten
 from phi3_dist.errors import Problem, RunFolderError
-from phi3_dist.report.curves import Row, draw_curves, read_metrics, run_name
+from phi3_dist.report.curves import Row, draw_curves, read_metrics, run_name, written
+from phi3_dist.report.reading import count, finite, read_object
 
 __all__ = ["write_page"]
 
@@ -34,35 +34,37 @@ def write_page(run_folder: Path) -> Path:
         picture=base64.b64encode(picture.read_bytes()).decode("ascii"),
         results=_results(read_metrics(run_folder)),
         scores=_side_by_side(evaluation),
-        samples=_columns(evaluation.get("samples", [])),
-        choices=_json(run_folder / "plan.json").get("choices", []),
-        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        samples=_columns(_mappings(evaluation.get("samples"))),
+        choices=_columns(_mappings(_json(run_folder / "plan.json").get("choices")), ("name", "value", "why"))[1],
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
         environment=_leaves(_json(run_folder / "environment.json")),
         adapter=_files(run_folder / "adapter"),
     )
     page = run_folder / "report.html"
-    partial = run_folder / "report.html.partial"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(page)
+    with written(page) as partial:
+        # what JSON may hold and UTF-8 may not, such as half of a pair of code units
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     return page
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise RunFolderError(Problem(str(path), f"not JSON: {error}", "restore the file that the run wrote")) from error
-    if not isinstance(content, dict):
-        raise RunFolderError(Problem(str(path), "not a JSON object", "restore the file that the run wrote"))
+    content, wrong = read_object(path)
+    if wrong:
+        raise RunFolderError(Problem(str(path), wrong, "restore the file that the run wrote"))
     return content
+
+
+def _mappings(value: object) -> list[Mapping[str, Any]]:
+    """The rows of a table; what is no mapping becomes one of one cell."""
+    rows = value if isinstance(value, list) else [] if value is None else [value]
+    return [row if isinstance(row, dict) else {"": row} for row in rows]
 
 
 def _results(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """The few numbers that a reader looks for first."""
-    train = [row for row in rows if row.get("kind") == "train"]
-    held_out = [row for row in rows if row.get("kind") == "eval"]
+    sound = [row for row in rows if count(row.get("step")) is not None]
+    train = [row for row in sound if row.get("kind") == "train"]
+    held_out = [row for row in sound if row.get("kind") == "eval"]
     found: list[tuple[str, str]] = []
     if train:
         last = train[-1]
@@ -73,11 +75,12 @@ def _results(rows: Sequence[Row]) -> list[tuple[str, str]]:
         for label, key in (("held-out loss", "heldout_loss"), ("held-out perplexity", "heldout_perplexity")):
             value = _show(last.get(key))
             if len(held_out) > 1:
-                value += f" ({_show(first.get(key))} after step {first.get('step')})"
+                when = f"after step {first['step']}" if first["step"] else "before the first step"
+                value += f" ({_show(first.get(key))} {when})"
             found.append((label, value))
-    if train and isinstance(elapsed_s := train[-1].get("elapsed_s"), int | float):
+    if train and (elapsed_s := finite(train[-1].get("elapsed_s"))) is not None:
         found.append(("time", _duration(elapsed_s)))
-    if speeds := sorted(row["supervised_tokens_per_s"] for row in train if row.get("supervised_tokens_per_s")):
+    if speeds := sorted(filter(None, (finite(row.get("supervised_tokens_per_s")) for row in train))):
         found.append(("supervised tokens/s, median", _show(speeds[len(speeds) // 2])))
     return found
 
@@ -92,8 +95,9 @@ def _side_by_side(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[s
     return ["", *(groups or [""])], rows
 
 
-def _columns(samples: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    heads = list(dict.fromkeys(key for sample in samples for key in sample))
+def _columns(samples: Sequence[Mapping[str, Any]], heads: Sequence[str] = ()) -> tuple[Sequence[str], list[list[str]]]:
+    """A column for each of `heads`, by default for each key."""
+    heads = heads or list(dict.fromkeys(key for sample in samples for key in sample))
     return heads, [[_show(sample.get(key, "")) for key in heads] for sample in samples]
 
 
@@ -187,7 +191,7 @@ _PAGE = """\
 <div class="scroll"><table>
 <tr><th>choice</th><th>value</th><th>why</th></tr>
 {%- for choice in choices %}
-<tr><td>{{ choice.name }}</td><td>{{ choice.value }}</td><td>{{ choice.why }}</td></tr>
+<tr>{% for cell in choice %}<td>{{ cell }}</td>{% endfor %}</tr>
 {%- endfor %}
 </table></div>{% endif %}
 {% if adapter %}<h2>Adapter</h2>{{ table([], adapter) }}{% endif %}

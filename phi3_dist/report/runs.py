@@ -1,34 +1,40 @@
-"""Run folders at a glance, and the logs of their ranks: what `phi3-dist runs` and `phi3-dist logs` show.
+"""Run folders at a glance: what `phi3-dist runs` shows.
 
 A run says who runs it in heartbeat.json and how it ended in exit.json. One without an exit record is alive as long as
-its process is (on this host) or its heartbeat is fresh (on another).
+its process is (where that can be seen from here) or its heartbeat is fresh (elsewhere).
 """
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from phi3_dist.errors import Problem, RunFolderError
+from phi3_dist.machine.processes import lives
+from phi3_dist.report.reading import count, finite, number, parse, printable, read_object
 
-__all__ = ["RunRow", "find_log", "follow_log", "list_runs", "read_run", "runs_table", "watch_runs"]
+__all__ = ["RunRow", "list_runs", "read_run", "runs_table", "watch_runs"]
 
 STALE_S = 900
-"""Age from which a heartbeat from another host counts as dead; a step with an evaluation may take minutes."""
+"""Age from which a heartbeat from elsewhere counts as dead."""
 TAIL_BYTES = 65536
 _STYLES = {"running": "cyan", "finished": "green", "failed": "red", "lost": "red"}
 _STYLES |= dict.fromkeys(("interrupted", "preempted"), "yellow")
+_OF_A_RUN = {"plan.json", "heartbeat.json", "exit.json"}
+_NAME_AT_LEAST = 24
+_FIRST_TO_GO = ("nodes", "tokens/s", "job", "saved", "seen", "loss")
+"""Columns that are left out, in this order, where the terminal is too narrow for all."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class RunRow:
 
     folder: Path
     state: str
-    """running, finished, interrupted (Ctrl-C), preempted, failed, lost (no process and no exit record), or starting (no
-    heartbeat yet)."""
+    """running, finished, interrupted (Ctrl-C), preempted, failed, lost (no process and no exit record), starting (no
+    heartbeat yet), or unknown (its files are damaged)."""
     step: int
     steps: int | None
     loss: float | None
@@ -49,63 +55,89 @@ class RunRow:
     nodes: str
     """Node list of the Slurm job, or the host of rank 0."""
     age_s: float | None
-    """Seconds since the last sign of life."""
+    """Seconds since the last sign of life; negative where that comes from a clock ahead of this one."""
+    damaged: tuple[str, ...] = ()
+    """Files that can't be read, each with the reason."""
 
 
 def list_runs(path: Path) -> list[RunRow]:
-    """The run folders at or below `path`, in order of name. Raises RunFolderError where `path` is no folder."""
+    """The run folders at or below `path`, the newest first. Raises RunFolderError where `path` is no folder."""
     if not path.is_dir():
         raise RunFolderError(Problem(str(path), "is not a folder", "the folder that holds the runs, such as runs"))
-    rows = []
+    now, found = time.time(), []
     for folder, inner, files in os.walk(path):
-        if "config.yaml" in files and ("plan.json" in files or "heartbeat.json" in files):
-            rows.append(read_run(Path(folder)))
+        if "config.yaml" in files and not _OF_A_RUN.isdisjoint(files):
+            row = read_run(Path(folder), now=now)
+            found.append((_written(row, now), row))
             inner.clear()
-    return sorted(rows, key=lambda row: str(row.folder))
+    return [row for _, row in sorted(found, key=lambda pair: (-pair[0], str(pair[1].folder)))]
+
+
+def _written(row: RunRow, now: float) -> float:
+    """When the run last gave a sign of life, else when its first file was written."""
+    if row.age_s is not None:
+        return now - row.age_s
+    try:
+        return (row.folder / "config.yaml").stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def read_run(folder: Path, *, now: float | None = None) -> RunRow:
     """What a run folder says about its run at the time `now` (seconds since 1970, by default the clock's)."""
     now = time.time() if now is None else now
-    heartbeat, ended = _read_json(folder / "heartbeat.json"), _read_json(folder / "exit.json")
+    files = {name: read_object(folder / name) for name in ("heartbeat.json", "exit.json", "plan.json")}
+    (heartbeat, torn), (ended, torn_end), (plan, _) = files.values()
     last = _last_row(folder / "metrics.jsonl")
-    beat_time, end_time = heartbeat.get("time"), ended.get("time")
-    sign = max((t for t in (beat_time, end_time) if t is not None), default=None)
-    checkpoints = sorted(p.name for p in folder.glob("checkpoints/step_*") if not p.name.endswith(".tmp"))
+    times = [finite(heartbeat.get("time")), finite(ended.get("time"))]
+    sign = max((t for t in times if t is not None), default=None)
+    step = count(last.get("step"))
     return RunRow(
         folder=folder,
-        state=_state(heartbeat, ended, now),
-        step=int(last.get("step", heartbeat.get("step", 0))),
-        steps=_read_json(folder / "plan.json").get("steps"),
-        loss=last.get("loss"),
-        tokens_per_s=last.get("tokens_per_s"),
-        checkpoint=checkpoints[-1] if checkpoints else "",
-        job_id=str(heartbeat.get("job_id") or ""),
-        nodes=str(heartbeat.get("nodes") or heartbeat.get("host") or ""),
+        state=_state(heartbeat, ended, now, damaged=bool(torn or torn_end)),
+        step=(count(heartbeat.get("step")) or 0) if step is None else step,
+        steps=count(plan.get("steps")),
+        loss=number(last.get("loss")),
+        tokens_per_s=finite(last.get("tokens_per_s")),
+        checkpoint=_newest_checkpoint(folder / "checkpoints"),
+        job_id=printable(heartbeat.get("job_id") or ""),
+        nodes=printable(heartbeat.get("nodes") or heartbeat.get("host") or ""),
         age_s=None if sign is None else now - sign,
+        damaged=tuple(f"{name} {why}" for name, (_, why) in files.items() if why),
     )
 
 
-def _state(heartbeat: dict[str, Any], ended: dict[str, Any], now: float) -> str:
-    # a resumed run beats again after the exit record of its first start
-    if ended and ended.get("time", 0.0) >= heartbeat.get("time", 0.0):
-        return str(ended.get("state", "failed"))
-    if not heartbeat:
-        return "starting"
-    if heartbeat.get("host") == socket.gethostname():
-        return "running" if Path(f"/proc/{heartbeat.get('pid')}").exists() else "lost"
-    return "running" if now - heartbeat.get("time", 0.0) < STALE_S else "lost"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, or an empty one where there is none. Raises RunFolderError for a file that isn't JSON."""
+def _newest_checkpoint(root: Path) -> str:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise RunFolderError(Problem(str(path), f"is not JSON: {error}", "remove it, or the run folder")) from error
-    return value if isinstance(value, dict) else {}
+        names = [path.name for path in root.iterdir()]
+    except OSError:
+        return ""
+    steps = [name for name in names if re.fullmatch(r"step_\d{1,12}", name)]
+    return max(steps, key=lambda name: int(name.removeprefix("step_")), default="")
+
+
+def _state(heartbeat: dict[str, Any], ended: dict[str, Any], now: float, *, damaged: bool) -> str:
+    alive = lives(heartbeat)
+    if ended and not _goes_on_after(ended, heartbeat, alive):
+        return printable(ended.get("state", "failed"))
+    if not heartbeat:
+        return "unknown" if damaged else "starting"
+    if alive is None and not heartbeat.get("pid_counts_in") and heartbeat.get("host") == socket.gethostname():
+        alive = Path(f"/proc/{heartbeat.get('pid')}").exists()
+    if alive is None:  # on another machine
+        alive = now - (finite(heartbeat.get("time")) or 0.0) < STALE_S
+    return "running" if alive else "lost"
+
+
+def _goes_on_after(ended: dict[str, Any], heartbeat: dict[str, Any], alive: bool | None) -> bool:
+    """Whether the heartbeat is that of a start after the one that ended. No clock tells where processes can be told."""
+    keys = ("pid", "pid_counts_in", "pid_began_at_tick")
+    if ended.get("pid_counts_in") and heartbeat.get("pid_counts_in"):
+        if all(ended.get(key) == heartbeat.get(key) for key in keys):
+            return False
+        if alive is not None:
+            return alive
+    return (finite(heartbeat.get("time")) or 0.0) > (finite(ended.get("time")) or 0.0)
 
 
 def _last_row(path: Path) -> dict[str, Any]:
@@ -114,11 +146,11 @@ def _last_row(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))
             lines = file.read().splitlines()
-    except FileNotFoundError:
+    except OSError:
         return {}
     for line in reversed(lines):
         try:
-            row = json.loads(line)
+            row = parse(line)
         except ValueError:
             continue
         if isinstance(row, dict) and row.get("kind") == "train":
@@ -126,76 +158,77 @@ def _last_row(path: Path) -> dict[str, Any]:
     return {}
 
 
-def runs_table(rows: Sequence[RunRow], *, base: Path | None = None) -> Table:
-    """A table of runs; names are given from `base` on."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("run", "state"):
-        table.add_column(name, overflow="fold")
-    for name in ("step", "loss", "tokens/s"):
-        table.add_column(name, justify="right")
-    for name in ("last checkpoint", "job", "nodes", "seen"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        inside = base is not None and row.folder != base and row.folder.is_relative_to(base)
-        table.add_row(
-            str(row.folder.relative_to(base) if inside and base is not None else row.folder),
-            Text(row.state, style=_STYLES.get(row.state, "")),
-            f"{row.step}/{row.steps}" if row.steps else str(row.step),
-            "" if row.loss is None else f"{row.loss:.4f}",
-            "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
-            row.checkpoint,
-            row.job_id,
-            row.nodes,
-            "" if row.age_s is None else _ago(row.age_s),
+def runs_table(rows: Sequence[RunRow], *, base: Path | None = None, width: int | None = None) -> Group:
+    """A table of runs in `width` columns (None: as many as it needs); names are given from `base` on."""
+    cells = [_cells(row, base) for row in rows]
+    heads = ["run", "state", "step", "loss", "tokens/s", "saved", "job", "nodes", "seen"]
+    heads = [head for head in heads if head in {"run", "state", "step", "seen"} or any(cell[head] for cell in cells)]
+    if width is not None:
+        for head in _FIRST_TO_GO:
+            if _width(cells, heads) <= width:
+                break
+            heads = [kept for kept in heads if kept != head]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for head in heads:
+        table.add_column(
+            head,
+            overflow="fold",
+            no_wrap=head != "run",
+            justify="right" if head in {"step", "loss", "tokens/s", "saved"} else "left",
         )
-    return table
+    for cell in cells:
+        styled = [Text(cell[head], style=_STYLES.get(cell[head], "") if head == "state" else "") for head in heads]
+        table.add_row(*styled)
+    notes = [Text(f"{_name(row, base)}: {why}", style="yellow") for row in rows for why in map(printable, row.damaged)]
+    return Group(table, *notes)
+
+
+def _width(cells: Sequence[dict[str, str]], heads: Sequence[str]) -> int:
+    """Columns that a table needs, with a run's name folded once it is long."""
+    widths = {head: max([len(head), *(Text(cell[head]).cell_len for cell in cells)]) for head in heads}
+    widths["run"] = min(widths["run"], _NAME_AT_LEAST)
+    return sum(widths.values()) + 2 * (len(heads) - 1)
+
+
+def _name(row: RunRow, base: Path | None) -> str:
+    inside = base is not None and row.folder != base and row.folder.is_relative_to(base)
+    return printable(row.folder.relative_to(base) if inside and base is not None else row.folder)
+
+
+def _cells(row: RunRow, base: Path | None) -> dict[str, str]:
+    return {
+        "run": _name(row, base),
+        "state": row.state,
+        "step": f"{row.step}/{row.steps}" if row.steps else str(row.step),
+        "loss": "" if row.loss is None else f"{row.loss:.4g}" if abs(row.loss) >= 1e4 else f"{row.loss:.4f}",
+        "tokens/s": "" if row.tokens_per_s is None else _short(row.tokens_per_s),
+        "saved": str(int(row.checkpoint.removeprefix("step_"))) if row.checkpoint else "",
+        "job": row.job_id,
+        "nodes": row.nodes,
+        "seen": "" if row.age_s is None else _ago(row.age_s),
+    }
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.3g}"
 
 
 def _ago(seconds: float) -> str:
+    if seconds < -1:
+        return "in the future"
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
-            return f"{seconds / size:.0f} {unit} ago"
+            return f"{seconds / size:.0f} {unit} ago" if seconds < 1e6 * size else "long ago"
     return f"{max(0, seconds):.0f} s ago"
 
 
 def watch_runs(path: Path, console: Console, *, every_s: float = 2.0) -> None:
     """Show the table anew every `every_s` seconds, until Ctrl-C."""
-    with Live(runs_table(list_runs(path), base=path), console=console, auto_refresh=False) as live:
+
+    def table() -> Group:
+        return runs_table(list_runs(path), base=path, width=console.width)
+
+    with Live(table(), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(every_s)
-            live.update(runs_table(list_runs(path), base=path), refresh=True)
-
-
-def find_log(folder: Path, rank: int = 0) -> Path:
-    """The log of one rank of a run's newest Slurm job: the job's output for rank 0, else the rank's own file.
-
-    Jobs of `phi3-dist slurm` log beside the run folder in `slurm/`, those of launch/slurm/train.sbatch where they
-    were submitted. Raises RunFolderError where there is none, naming the ranks that have one.
-    """
-    if not folder.is_dir():
-        raise RunFolderError(Problem(str(folder), "is not a run folder", "see phi3-dist runs"))
-    job_id = _read_json(folder / "heartbeat.json").get("job_id")
-    if not job_id:
-        what = "was not run by Slurm, so its output went to the terminal"
-        raise RunFolderError(Problem(str(folder), what, f"its numbers are in {folder / 'metrics.jsonl'}"))
-    places = (folder.parent / "slurm", Path.cwd())
-    pattern = f"*-{job_id}.out" if rank == 0 else f"*-{job_id}.ranks/rank_{rank:03d}.*.log"
-    for place in places:
-        if found := sorted(place.glob(pattern)):
-            return found[-1]
-    logs = [log for place in places for log in place.glob(f"*-{job_id}.ranks/rank_*.log")]
-    ranks = ", ".join(sorted({str(int(log.name.split(".")[0].removeprefix("rank_"))) for log in logs}, key=int))
-    what = f"no log of rank {rank} of job {job_id} in {places[0]} or {places[1]}"
-    raise RunFolderError(Problem(str(folder), what, f"ranks with a log: 0, {ranks}" if ranks else ""))
-
-
-def follow_log(path: Path, *, follow: bool = False, every_s: float = 0.5) -> Iterator[str]:
-    """Pieces of the log as it stands; with `follow` also what is appended, for ever."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        while True:
-            if piece := file.read(TAIL_BYTES):
-                yield piece
-            elif follow:
-                time.sleep(every_s)
-            else:
-                return
+            live.update(table(), refresh=True)

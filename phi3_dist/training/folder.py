@@ -17,6 +17,7 @@ from typing import Any
 
 from phi3_dist.errors import Phi3DistError, Problem, RunFolderError
 from phi3_dist.machine.cluster import slurm_facts
+from phi3_dist.machine.processes import who
 from phi3_dist.machine.storage import NO_LOCKS, cache_folder, storage_fault
 from phi3_dist.machine.terminal import lost_lines
 from phi3_dist.training.belongings import (
@@ -300,6 +301,8 @@ class RunFolder:
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(target)
         except OSError as error:
+            with contextlib.suppress(OSError):  # half of it would keep a full disk full
+                temporary.unlink(missing_ok=True)
             where = str(self.path / name)
             raise RunFolderError(Problem(where, f"cannot be written: {error.strerror}", "")) from error
 
@@ -313,7 +316,7 @@ class RunFolder:
         """
         job = slurm_facts()
         beat = {
-            "pid": os.getpid(),
+            **who(),
             "host": socket.gethostname(),
             "time": time.time(),
             "step": step,
@@ -325,7 +328,12 @@ class RunFolder:
 
     def record_exit(self, code: int, state: str) -> None:
         unsaid = {"unsaid_lines": lost_lines()} if lost_lines() else {}
-        self.write_json("exit.json", {"code": code, "state": state, "time": time.time(), **unsaid})
+        self.write_json("exit.json", {"code": code, "state": state, "time": time.time(), **who(), **unsaid})
+
+    def forget_exit(self) -> None:
+        """A start that goes on has not ended, whatever the one before wrote, and whatever the clock says."""
+        with contextlib.suppress(OSError):
+            (self.held / "exit.json").unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def recording_failure(self, *, active: bool) -> Iterator[None]:

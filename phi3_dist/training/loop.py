@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
-import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from phi3_dist.adapters.card import adapter_card
@@ -21,37 +22,45 @@ from phi3_dist.config.load import flatten, resolved_yaml
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Prepared, prepare
 from phi3_dist.data.prepare import Progress
-from phi3_dist.errors import DataError, Problem
+from phi3_dist.errors import DataError, Problem, RunFolderError
 from phi3_dist.modeling.base import Base, find_base, meta_model
-from phi3_dist.modeling.fused_lora import declined
 from phi3_dist.modeling.lora import count_parameters, peft_config
 from phi3_dist.modeling.rope import pinned_regime
 from phi3_dist.modeling.tokenizer import load_tokenizer
 from phi3_dist.modeling.tokens import enlarged, new_token_ids
 from phi3_dist.modeling.watch import WeightsWatch
-from phi3_dist.planning.plan import Choice, LaunchFacts, MachineFacts, make_plan
+from phi3_dist.planning.plan import Choice, LaunchFacts, MachineFacts, RunPlan, make_plan
 from phi3_dist.training.agree import agree
 from phi3_dist.training.build import adapter_values, build_model
 from phi3_dist.training.checkpoint import Checkpoint, read_state
 from phi3_dist.training.early import check_trackers, inputs_of
-from phi3_dist.training.evaluate import HeldOut, held_out_loss
+from phi3_dist.training.evaluate import HeldOut
 from phi3_dist.training.folder import RunFolder, cache_folder, versions
 from phi3_dist.training.going_on import Beginning, find_beginning
 from phi3_dist.training.health import Health
 from phi3_dist.training.metrics import Metrics
+from phi3_dist.training.outlook import Outlook
 from phi3_dist.training.profiling import StepProfile
-from phi3_dist.training.proof import prove_first_step, prove_start
-from phi3_dist.training.readout import Readout
+from phi3_dist.training.proof import prove_start
 from phi3_dist.training.resume import base_fingerprint, identity, order_of, steps_of
+from phi3_dist.training.run_steps import run_steps
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.saving import Saver
 from phi3_dist.training.signals import EXIT_STOPPED, StopFlag, exit_code_of
-from phi3_dist.training.stage import Stage, announce, card_facts, longest_row, tokens_of_rank
+from phi3_dist.training.stage import (
+    Stage,
+    announce,
+    card_facts,
+    longest_row,
+    steps_of_an_evaluation,
+    tokens_of_rank,
+)
 from phi3_dist.training.start import adapter_start
-from phi3_dist.training.startup import StartClock
+from phi3_dist.training.startup import StartClock, compile_notice
 from phi3_dist.training.state import import_state, unrounded_adapter
-from phi3_dist.training.step import learning_rate, train_step
 from phi3_dist.training.strategy import make_engine
+from phi3_dist.training.trackers import finish_trackers, start_trackers
+from phi3_dist.training.transcript import Transcript
 
 __all__ = ["EXIT_STOPPED", "TrainResult", "find_model", "prepare_rows", "train"]
 
@@ -100,73 +109,11 @@ def prepare_rows(
     return prepared
 
 
-def _evaluate(stage: Stage, step: int) -> HeldOut | None:
-    if stage.validation is None:
-        return None
-    found = held_out_loss(stage.engine, stage.runtime, stage.validation)
-    stage.metrics.evaluation(
-        {
-            "step": step,
-            "heldout_loss": found.loss,
-            "heldout_perplexity": found.perplexity,
-            "supervised_tokens": found.supervised_tokens,
-            "eval_s": round(found.seconds, 3),
-        }
-    )
-    return found
-
-
-def _say_first_step(stage: Stage, step: int) -> None:
-    """Where the start's time went, and what turned out otherwise than announced. Raises PlanError for wrong dtypes."""
-    prove_first_step(stage.engine)
-    stage.clock.mark("first step")
-    stage.metrics.say(stage.clock.line())
-    spans = {f"{name.replace(' ', '_')}_s": round(seconds, 3) for name, seconds in stage.clock.spans_s.items()}
-    stage.metrics.note("start", {"step": step, **spans, "total_s": round(stage.clock.total_s, 3)})
-    if stage.runtime.is_main:
-        stage.folder.settle()
-    for why, layers in declined(stage.engine.model).items():
-        stage.metrics.say(f"note: {layers} LoRA linears ran as PEFT's after all: {why}")
-
-
-def _steps(
-    stage: Stage, first: int, saver: Saver, health: Health, flag: StopFlag, *, watch: WeightsWatch
-) -> tuple[int, HeldOut | None, int]:
-    """Steps `first` to the end, with log rows, held-out losses and checkpoints.
-
-    Returns the steps done, the last held-out loss, and the signal that stopped the run or 0.
-    """
-    cfg, held_out, readout = stage.cfg, None, Readout(stage, health, flag)
-    for step in range(first, stage.total):
-        watch.check()
-        begun, done = time.perf_counter(), step + 1
-        lr = learning_rate(step, stage.total, cfg.optim)
-        result = train_step(stage.engine, stage.runtime, stage.train, stage.order, step, lr=lr, seed=cfg.train.seed)
-        if stage.profile.step():
-            stage.metrics.say(f"profile: {stage.folder.path / 'profile'}/table.txt and trace.json.gz")
-        readout.add(done, result, begun)
-        evaluate = done == stage.total or bool(cfg.train.eval_every and done % cfg.train.eval_every == 0)
-        if evaluate or saver.due(done) or readout.stop or step == first:
-            readout.read()
-        if step == first:
-            _say_first_step(stage, done)
-        if evaluate:
-            held_out = _evaluate(stage, done)
-        stop = readout.stop if done < stage.total else 0
-        if saver.due(done) or stop:
-            watch.check()
-            saver.save(done, held_out)
-        if stop:
-            return done, held_out, stop
-    if first == stage.total:
-        held_out = _evaluate(stage, first)
-    return stage.total, held_out, 0
-
-
 def _record_start(folder: RunFolder, stage: Stage, first: int, of_model: tuple[Choice, ...]) -> None:
     plan = replace(stage.runtime.plan, steps=stage.total, choices=(*stage.runtime.plan.choices, *of_model))
     folder.write_json("plan.json", {**plan.to_dict(), "identity": dict(stage.facts)})
     folder.record_environment()
+    folder.forget_exit()
     folder.heartbeat(first)
 
 
@@ -213,6 +160,7 @@ def _run(
     clock: StartClock,
     flag: StopFlag,
     watch: WeightsWatch,
+    keep: Callable[[str], None] | None,
 ) -> TrainResult:
     """Build, train and save. The wrapped model lives in here alone: see `_release`."""
     where, again = folder.held, start is not None
@@ -236,11 +184,12 @@ def _run(
     clock.mark("model")
     flag.save_first()
     with (
-        Metrics(where / folder.metrics.name, total, runtime.accelerator, active=runtime.is_main) as metrics,
+        Metrics(where / folder.metrics.name, total, runtime.accelerator, active=runtime.is_main, keep=keep) as metrics,
         StepProfile(cfg.train.profile, where / "profile", active=runtime.is_main) as profile,
     ):
         packs = (prepared.train, prepared.validation)
-        stage = Stage(cfg, runtime, engine, *packs, order, total, metrics, folder, facts, clock, profile)
+        outlook = Outlook(cfg, total, evaluation_steps=steps_of_an_evaluation(*packs, order))
+        stage = Stage(cfg, runtime, engine, *packs, order, total, metrics, folder, facts, clock, profile, flag, outlook)
         if runtime.is_main:
             _record_start(folder, stage, first, model.choices)
         announce(metrics, runtime.plan, prepared, count_parameters(model), total, of_model=model.choices)
@@ -248,7 +197,7 @@ def _run(
             metrics.say(f"resumed after step {first} of {total}, from {start.folder.name}")
         health = Health(stage, health_then)
         saver = Saver(stage, health, start)
-        done, held_out, stopped = _steps(stage, first, saver, health, flag, watch=watch)
+        done, held_out, stopped = run_steps(stage, first, saver, health, watch=watch)
         saver.report(done)
         if stopped:
             saver.finish()
@@ -259,12 +208,40 @@ def _run(
     return TrainResult(folder.path, total, held_out, receipt)
 
 
+def _start(cfg: RunConfig, plan: RunPlan, launch: LaunchFacts, folder: RunFolder) -> Runtime:
+    """Join the other processes. Says on rank 0 what takes minutes."""
+    if launch.rank == 0:
+        for line in compile_notice(plan, os.environ):
+            _print(line)
+    return start_runtime(
+        plan,
+        launch.zero_settings,
+        max_grad_norm=cfg.optim.max_grad_norm,
+        trackers=cfg.log.trackers,
+        folder=folder.held,  # tensorboard opens its file anew for each write
+    )
+
+
+def _print(line: str) -> None:
+    Console(soft_wrap=True).print(line, markup=False)
+
+
+def _record_exit(folder: RunFolder, result: TrainResult) -> None:
+    """A run whose adapter or checkpoint is written has ended well, whether or not there is room to say so."""
+    try:
+        folder.record_exit(result.exit_code, result.state)
+    except RunFolderError as error:
+        _print(f"the run has ended, which could not be recorded: {error.problems[0].where} {error.problems[0].what}")
+
+
 def _release(runtime: Runtime) -> None:
     """Free the wrapped model before the process group goes.
 
     DDP's reducer holds the group. Freed after it, its destructor joins gloo's thread while holding the interpreter's
     lock that this thread waits for: the rank never exits (torch 2.13, seen on two nodes of two ranks).
     """
+    for line in finish_trackers(runtime):
+        _print(line)
     runtime.accelerator.free_memory()
     gc.collect()
     runtime.barrier()
@@ -289,10 +266,12 @@ def train(
     resume: bool = False,
     allow_changed: Collection[str] = (),
     cache: Path | None = None,
+    transcript: Transcript | None = None,
 ) -> TrainResult:
     """Run what `cfg` asks for on the processes that `launch` describes. Every rank calls it.
 
-    With `resume` the run goes on from its newest checkpoint that verifies, or starts where there is none.
+    With `resume` the run goes on from its newest checkpoint that verifies, or starts where there is none. What
+    `transcript` has heard is kept in the run folder.
     Raises the errors of the tree in phi3_dist.errors; a user's mistakes come before the process group exists. A signal
     before the first step raises Stopped.
     """
@@ -306,6 +285,7 @@ def train(
             allow_changed=allow_changed,
             cache=cache or cache_folder(cfg.data.cache),
             flag=flag,
+            transcript=transcript,
         )
 
 
@@ -319,13 +299,14 @@ def _train(
     allow_changed: Collection[str],
     cache: Path,
     flag: StopFlag,
+    transcript: Transcript | None,
 ) -> TrainResult:
     clock = StartClock()
     clock.mark("imports")
     folder = RunFolder(Path(cfg.save.folder), inputs=inputs_of(cfg))
     if launch.rank == 0:
         folder.check(overwrite=overwrite, resume=resume)
-    check_trackers(cfg.log)
+    check_trackers(cfg.log, launch.rank)
     base, tokenizer, token_ids = find_model(cfg)
     watch = WeightsWatch(base.folder)
     plan = make_plan(cfg, machine, launch, family_or_shape=base.config.to_dict())
@@ -334,13 +315,7 @@ def _train(
     clock.mark("data")
     if launch.rank == 0:
         folder.reopen() if resume else folder.claim(overwrite=overwrite)
-    runtime = start_runtime(
-        plan,
-        launch.zero_settings,
-        max_grad_norm=cfg.optim.max_grad_norm,
-        trackers=cfg.log.trackers,
-        folder=folder.held,  # tensorboard opens its file anew for each write
-    )
+    runtime = _start(cfg, plan, launch, folder)
     with folder.recording_failure(active=runtime.is_main):
         facts = _agreed_facts(cfg, base, runtime, prepared, cache)
         begin = find_beginning(runtime, folder, facts, allow_changed, cfg.optim) if resume else Beginning()
@@ -349,7 +324,9 @@ def _train(
             return TrainResult(folder.path, 0, None, None)
         if runtime.is_main:  # the first file: it makes the folder a run's, which --resume can go on in
             folder.write("config.yaml", resolved_yaml(cfg))
-        runtime.accelerator.init_trackers(cfg.log.project)
+        if transcript:
+            transcript.into(folder.held, runtime.rank)
+        start_trackers(runtime, cfg.log.trackers, project=cfg.log.project, run=cfg.name, folder=folder.held)
         clock.mark("processes")
         result = _run(
             cfg,
@@ -364,8 +341,9 @@ def _train(
             clock=clock,
             flag=flag,
             watch=watch,
+            keep=transcript.line if transcript else None,
         )
         if runtime.is_main:  # before the last barrier: no rank has ended when this stands
-            folder.record_exit(result.exit_code, result.state)
+            _record_exit(folder, result)
     _release(runtime)
     return result

@@ -5,18 +5,29 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
-from phi3_dist.errors import plain, redacted
+from phi3_dist.errors import Problem, RunFolderError, plain, redacted
 from phi3_dist.machine.terminal import unfailing
 
 __all__ = ["Metrics", "Tracker"]
+
+
+_SHOW_S, _SAY_S = 0.5, 15.0
+"""Seconds between two signs of how far an evaluation is: in a bar, and in a log."""
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class Tracker(Protocol):
@@ -32,12 +43,18 @@ class Metrics:
     so that a `breakpoint()` in a single-process run has the terminal to itself.
     """
 
-    def __init__(self, path: Path, total: int, tracker: Tracker, *, active: bool) -> None:
-        self.active, self.total, self.tracker = active, total, tracker
-        self.started = time.perf_counter()
+    def __init__(
+        self, path: Path, total: int, tracker: Tracker, *, active: bool, keep: Callable[[str], None] | None = None
+    ) -> None:
+        """`keep` gets the line of a step where the terminal shows a bar in its place."""
+        self.active, self.total, self.tracker, self._keep = active, total, tracker, keep
+        self.started = self._evaluation_told = time.perf_counter()
         self.console = Console(file=cast(IO[str], unfailing(sys.stdout)), highlight=False, soft_wrap=True)
         self._path, self._told = path, False
-        self._file = path.open("a", encoding="utf-8") if active else None
+        try:
+            self._file = path.open("a", encoding="utf-8") if active else None
+        except OSError as error:
+            raise RunFolderError(Problem(str(path), f"cannot be written: {error.strerror}", "make room")) from error
         self._progress: Progress | None = None
         if active and self.console.is_terminal:
             # a bar only where there is room for one beside the numbers
@@ -46,8 +63,7 @@ class Metrics:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 *bar,
-                TextColumn("{task.description}  left", table_column=Column(no_wrap=True)),
-                TimeRemainingColumn(compact=True),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
                 console=self.console,
                 auto_refresh=False,
                 redirect_stdout=False,
@@ -96,21 +112,34 @@ class Metrics:
         except OSError as error:
             self._tell(error)
 
-    def train(self, row: dict[str, Any]) -> None:
-        """A row of kind `train`: see the keys in loop.py. `elapsed_s` is added."""
+    def train(self, row: dict[str, Any], left_s: float) -> None:
+        """A row of kind `train`: see the keys in readout.py. `elapsed_s` is added. `left_s`: seconds to the end."""
         if not self.active:
             return
         row = {"kind": "train", **row, "elapsed_s": round(time.perf_counter() - self.started, 3)}
         self._write(row)
         loss, speed = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}", f"{row['supervised_tokens_per_s']:,.0f}"
-        if self._progress is not None:
-            text = f"{loss}  {speed} supervised tok/s"
-            self._progress.update(self._task, completed=row["step"], description=text, refresh=True)
-            return
         text = f"{loss}  |g| {row['grad_norm']:.3f}  {speed} supervised tok/s"
-        done, elapsed = row["step"], row["elapsed_s"]
-        left = elapsed / done * (self.total - done)
-        self.say(f"step {done}/{self.total}  {text}  left {left:.0f} s")
+        line = f"step {row['step']}/{self.total}  {text}  left {left_s:.0f} s"
+        if self._progress is not None:
+            text = f"{loss}  {speed} supervised tok/s  left {_clock(left_s)}"
+            self._progress.update(self._task, completed=row["step"], description=text, refresh=True)
+            if self._keep:
+                self._keep(line)
+            return
+        self.say(line)
+
+    def evaluating(self, share: float, left_s: float) -> None:
+        """How far a measurement of the held-out loss is: in the bar, or in a line now and then."""
+        now = time.perf_counter()
+        if not self.active or share >= 1 or now - self._evaluation_told < (_SHOW_S if self._progress else _SAY_S):
+            return
+        self._evaluation_told = now
+        text = f"held-out loss: {share:.0%} measured"
+        if self._progress is not None:
+            self._progress.update(self._task, description=f"{text}  left {_clock(left_s)}", refresh=True)
+        else:
+            self.say(f"{text}  left {left_s:.0f} s (data.max_validation_rows sets a limit)")
 
     def note(self, kind: str, row: dict[str, Any]) -> None:
         """A row of another kind: `skipped` and `spike` (training/health.py), `saves` (training/saving.py)."""
@@ -127,7 +156,8 @@ class Metrics:
         if not self.active:
             return
         self._write({"kind": "eval", **row})
+        when = f"after step {row['step']}" if row["step"] else "before the first step"
         self.say(
             f"held-out loss {row['heldout_loss']:.4f} (perplexity {row['heldout_perplexity']:.2f}) "
-            f"after step {row['step']}, {row['supervised_tokens']:,} supervised tokens, {row['eval_s']:.1f} s"
+            f"{when}, {row['supervised_tokens']:,} supervised tokens, {row['eval_s']:.1f} s"
         )

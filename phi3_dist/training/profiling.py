@@ -22,7 +22,7 @@ class StepProfile:
     """
 
     def __init__(self, steps: int, folder: Path, *, active: bool) -> None:
-        self.folder, self.written = folder, False
+        self.folder, self.written, self.failed = folder, False, ""
         self._profile: Any = None
         if steps == 0 or not active:
             return
@@ -39,10 +39,13 @@ class StepProfile:
         )
 
     def _write(self, done: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        done.export_chrome_trace(str(self.folder / "trace.json.gz"))
-        table = done.key_averages().table(sort_by=self._by, row_limit=_ROWS, max_name_column_width=60)
-        (self.folder / "table.txt").write_text(table + "\n", encoding="utf-8")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            done.export_chrome_trace(str(self.folder / "trace.json.gz"))
+            table = done.key_averages().table(sort_by=self._by, row_limit=_ROWS, max_name_column_width=60)
+            (self.folder / "table.txt").write_text(table + "\n", encoding="utf-8")
+        except OSError as error:
+            self.failed = f"not written: {error.strerror or error}"
         self.written = True
 
     def __enter__(self) -> StepProfile:

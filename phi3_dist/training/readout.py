@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from phi3_dist.training.health import Health
-from phi3_dist.training.signals import StopFlag
 from phi3_dist.training.stage import Stage
 from phi3_dist.training.step import StepResult
 
-__all__ = ["STEPS_BEHIND", "Readout"]
+__all__ = ["STEPS_BEHIND", "EvaluationWatch", "Readout"]
 
 STEPS_BEHIND = {"cpu": 0, "cuda": 1}
 """Steps that may be under way while one is read. A CPU computes before it returns: there is nothing to wait for."""
+
+BEAT_S = 30.0
+"""Seconds without a heartbeat after which one is written, whether or not a step is logged."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +39,39 @@ class _Step:
     begun: float
 
 
+class EvaluationWatch:
+    """Shows an evaluation while it goes on, on rank 0: how far, how long still, and a heartbeat."""
+
+    def __init__(self, stage: Stage, step: int) -> None:
+        self.stage, self.step = stage, step
+        self._begun = self._beaten = time.perf_counter()
+
+    def tell(self, done: int, groups: int) -> None:
+        """`done` of `groups` are measured."""
+        if not self.stage.runtime.is_main:
+            return
+        now = time.perf_counter()
+        if now - self._beaten > BEAT_S:
+            self._beaten = now
+            self.stage.folder.heartbeat(self.step)
+        self.stage.metrics.evaluating(done / groups, (now - self._begun) / done * (groups - done))
+
+
 class Readout:
     """Reads steps in their order: health first, then the log. `stop` is the signal that any rank has got, or 0."""
 
-    def __init__(self, stage: Stage, health: Health, flag: StopFlag) -> None:
-        self.stage, self.health, self.flag = stage, health, flag
+    def __init__(self, stage: Stage, health: Health) -> None:
+        self.stage, self.health = stage, health
         self.stop = 0
         self._behind = STEPS_BEHIND[stage.runtime.device.type]
         self._under_way: deque[_Step] = deque()
-        self._read_at = 0.0
+        self._read_at = self._beaten = 0.0
 
     def add(self, done: int, result: StepResult, begun: float) -> None:
         """Take step `done`, begun at `begun` (perf_counter), and read what is due. Collective."""
         runtime, device = self.stage.runtime, self.stage.runtime.device
         # a fill and no copy from the host, which would wait for the device
-        signal = torch.full((), float(self.flag.signal), dtype=torch.float64, device=device)
+        signal = torch.full((), float(self.stage.flag.signal), dtype=torch.float64, device=device)
         mine = torch.stack((result.nll.double(), signal, result.grad_norm.double().to(device)))
         gathered = [mine]
         if runtime.world > 1:
@@ -83,8 +103,13 @@ class Readout:
         now = time.perf_counter()
         step_s = now - max(step.begun, self._read_at)
         self._read_at = now
-        if made and (step.done % self.stage.cfg.log.every == 0 or step.done in {1, self.stage.total}):
+        self.stage.outlook.step(step_s)
+        logged = made and (step.done % self.stage.cfg.log.every == 0 or step.done in {1, self.stage.total})
+        if logged:
             self._log(step, loss, grad_norm, step_s)
+        if self.stage.runtime.is_main and (logged or now - self._beaten > BEAT_S):
+            self._beaten = now
+            self.stage.folder.heartbeat(step.done)
 
     def _log(self, step: _Step, loss: float, grad_norm: float, step_s: float) -> None:
         stage, result = self.stage, step.result
@@ -100,7 +125,6 @@ class Readout:
                 "tokens": result.tokens,
                 "supervised_tokens_per_s": round(result.supervised_tokens / step_s, 1),
                 "tokens_per_s": round(result.tokens / step_s, 1),
-            }
+            },
+            stage.outlook.left_s(step.done),
         )
-        if stage.runtime.is_main:
-            stage.folder.heartbeat(step.done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from phi3_dist.adapters.files import WEIGHTS
 from phi3_dist.config.load import flatten
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Order, Packs, Prepared
-from phi3_dist.errors import ModelError, Problem, TrainingError
+from phi3_dist.errors import ModelError, Problem, RunFolderError, TrainingError
 from phi3_dist.machine.file_state import state_of
 from phi3_dist.modeling.base import Base
 from phi3_dist.modeling.rope import regime_for
@@ -111,13 +112,14 @@ def base_fingerprint(base: Base, cache: Path) -> str:
             if state_of(path) != state:
                 raise ModelError(Problem(str(path), "was changed while it was hashed", "start again when it is whole"))
         digest.update(f"{path.name} {known[key]}\n".encode())
-    with contextlib.suppress(OSError):  # a help for the next start alone
+    temporary = known_file.with_name(f".{known_file.name}.{uuid.uuid4().hex}.tmp")  # other runs start beside this one
+    try:  # a note for the next start alone
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = known_file.with_name(
-            f".{known_file.name}.{uuid.uuid4().hex}.tmp"
-        )  # other runs start beside this one
         temporary.write_text(json.dumps(known), encoding="utf-8")
         temporary.replace(known_file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return digest.hexdigest()
 
 
@@ -206,7 +208,11 @@ def cut_metrics(path: Path, step: int, *, measured_again: bool = False) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text("utf-8", errors="replace").splitlines():
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise RunFolderError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
+    for line in raw.decode("utf-8", "replace").splitlines():
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -214,5 +220,13 @@ def cut_metrics(path: Path, step: int, *, measured_again: bool = False) -> None:
         if _stays(row, step, measured_again):
             kept.append(line + "\n")
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        if raw.startswith(whole := "".join(kept).encode("utf-8", "replace")):
+            os.truncate(path, len(whole))  # needs no room
+            return
+        temporary.write_bytes(whole)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        what = f"cannot be written, and rows of steps that are made again must go: {error.strerror}"
+        raise RunFolderError(Problem(str(path), what, "make room, or make it writable")) from error

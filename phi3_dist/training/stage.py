@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +17,22 @@ from phi3_dist.planning.plan import Choice, RunPlan
 from phi3_dist.training.evaluate import HeldOut
 from phi3_dist.training.folder import RunFolder, versions
 from phi3_dist.training.metrics import Metrics
+from phi3_dist.training.outlook import Outlook
 from phi3_dist.training.profiling import StepProfile
 from phi3_dist.training.runtime import Runtime
+from phi3_dist.training.signals import StopFlag
 from phi3_dist.training.startup import StartClock
 from phi3_dist.training.strategy import Engine
 
-__all__ = ["Stage", "announce", "card_facts", "longest_row", "tokens_of_rank"]
+__all__ = [
+    "Stage",
+    "announce",
+    "card_facts",
+    "longest_row",
+    "measured",
+    "steps_of_an_evaluation",
+    "tokens_of_rank",
+]
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,8 @@ class Stage:
     facts: Mapping[str, Any]
     clock: StartClock
     profile: StepProfile
+    flag: StopFlag
+    outlook: Outlook
 
 
 def longest_row(prepared: Prepared) -> int:
@@ -50,6 +64,24 @@ def longest_row(prepared: Prepared) -> int:
 def tokens_of_rank(packs: Packs, taken: int, world: int) -> int:
     """Tokens that one rank of `world` trains on while all take so many packs, on average."""
     return len(packs.rows.ids) * taken // (len(packs.packs) * world)
+
+
+def measured(stage: Stage, step: int) -> bool:
+    """Whether metrics.jsonl holds the held-out loss after `step`, as rank 0 sees it. Collective."""
+    found = False
+    if stage.runtime.is_main:
+        with contextlib.suppress(OSError):
+            lines = stage.folder.metrics.read_text("utf-8", errors="replace").splitlines()
+            rows = (json.loads(line) for line in lines if '"kind": "eval"' in line)  # torn lines are cut by now
+            found = any(row.get("step") == step for row in rows)
+    return bool(stage.runtime.broadcast("yes" if found else ""))
+
+
+def steps_of_an_evaluation(train: Packs, held_out: Packs | None, order: Order) -> float:
+    """Tokens of all held-out rows over those of a step, on average."""
+    if held_out is None:
+        return 0.0
+    return len(held_out.rows.ids) / (len(train.rows.ids) / len(train.packs) * order.global_batch)
 
 
 def announce(

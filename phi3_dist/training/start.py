@@ -16,7 +16,7 @@ from torch import Tensor
 from phi3_dist.adapters.disk import write_tensors
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Packs
-from phi3_dist.errors import Problem, TrainingError
+from phi3_dist.errors import Problem, RunFolderError, TrainingError
 from phi3_dist.modeling.base import Base
 from phi3_dist.modeling.lora import Adapted, adapted, peft_config
 from phi3_dist.modeling.loss import PackedLoss
@@ -53,10 +53,19 @@ def adapter_start(
     else:
         start = _decompose(cfg, causal_lm, base, runtime, modules)
     if runtime.is_main:
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        _keep(path, start)
+    return start
+
+
+def _keep(path: Path, start: dict[str, Tensor]) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
         write_tensors(partial, start)
         partial.replace(path)
-    return start
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        what = f"cannot be written, and a resumed run reads it: {error.strerror or error}"
+        raise RunFolderError(Problem(str(path), what, "make room")) from error
 
 
 def _agree(runtime: Runtime, ours: dict[str, Tensor], owner: dict[str, int]) -> dict[str, Tensor]:

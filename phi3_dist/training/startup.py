@@ -1,16 +1,46 @@
-"""Where the time from the command to the first step went."""
+"""What makes a start slow: said beforehand where it takes minutes, and measured up to the first step."""
 
 from __future__ import annotations
 
 import os
 import time
-from pathlib import PurePath
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path, PurePath
 
 import psutil
 
-__all__ = ["StartClock"]
+from phi3_dist.machine.doctor import extensions_root
+from phi3_dist.planning.plan import RunPlan
+
+__all__ = ["StartClock", "compile_notice"]
 
 LAUNCHERS = {"launch", "accelerate-launch", "torchrun", "torch.distributed.run"}
+
+CPU_OPERATOR = "deepspeed_shm_comm"
+"""What DeepSpeed 0.19.8 compiles at its first start on a CPU. On GPUs nothing of what this toolkit uses is compiled."""
+
+
+def compile_notice(plan: RunPlan, environ: Mapping[str, str]) -> list[str]:
+    """A line that says what will be compiled in this start, how long that takes and where it is kept; or none."""
+    if not plan.strategy.startswith("zero") or plan.device != "cpu":
+        return []
+    root = extensions_root(environ)
+    patterns = (f"{CPU_OPERATOR}/*.so", f"*/{CPU_OPERATOR}/*.so")
+    if any(any(root.glob(pattern)) for pattern in patterns) or any(_installed().glob(f"{CPU_OPERATOR}*.so")):
+        return []
+    return [
+        f"DeepSpeed compiles {CPU_OPERATOR} now, once: nothing is heard for a minute or several. "
+        f"It is kept in {root} (TORCH_EXTENSIONS_DIR names another folder)"
+    ]
+
+
+def _installed() -> Path:
+    """Where DeepSpeed has operators that were compiled at its installation (`DS_BUILD_OPS=1`)."""
+    try:
+        return Path(str(metadata.distribution("deepspeed").locate_file("deepspeed/ops/comm")))
+    except metadata.PackageNotFoundError:
+        return Path()
 
 
 def _launcher_s(rank: psutil.Process) -> float:

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
@@ -53,15 +53,18 @@ class Group:
         arguments: Sequence[str],
         world: int,
         log: Path,
+        *,
         before: Callable[[], None] | None = None,
+        more: Mapping[str, str] | None = None,
     ) -> None:
-        """`before`, a function of a module, is called in each rank first of all."""
+        """`before`, a function of a module, is called in each rank first of all; `more`: environment variables."""
         self.log, port = log, free_port()
         self.ranks: list[ForkServerProcess] = []
         for rank in range(world):
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             environment = {name: str(value) for name, value in names.items()}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+            environment |= more or {}
             process = context.Process(target=_rank, args=(list(arguments), environment, str(log), before), daemon=True)
             process.start()
             self.ranks.append(process)

@@ -8,6 +8,7 @@ cut and inserted.
 from __future__ import annotations
 
 import copy
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,8 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
 from transformers import Phi3ForCausalLM
 
 from phi3_dist.adapters.files import read_adapter, write_adapter
@@ -32,6 +35,10 @@ from phi3_dist.errors import Phi3DistError
 from phi3_dist.modeling.base import find_base, meta_model, tiny_config
 from phi3_dist.modeling.tokenizer import load_tokenizer, tiny_tokenizer
 from phi3_dist.planning.preview import launch_of_config, shape_of_source
+from phi3_dist.report.curves import read_metrics
+from phi3_dist.report.logs import find_log
+from phi3_dist.report.page import write_page
+from phi3_dist.report.runs import list_runs, runs_table
 from phi3_dist.training.checkpoint import Checkpoint, find_checkpoint, read_state, write_checkpoint
 from phi3_dist.training.resume import check_identity, cut_metrics
 
@@ -40,7 +47,7 @@ FUZZ = settings.get_current_profile_name() == "fuzz"
 DEADLINE_MS = 5000
 
 
-def fire(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def fire(examples: int) -> settings:
     return settings(
         max_examples=settings.default.max_examples if FUZZ else examples,
         derandomize=not FUZZ,
@@ -372,3 +379,78 @@ def test_checkpoints(file: float, change: Any, checkpoint_folder: Path, tmp_path
         cut_metrics(root / "metrics.jsonl", found.step)
 
     survives(resume)
+
+
+# --- run folders: heartbeat, exit record, plan, evaluation, metrics -------------------------------------------------
+
+METRICS: list[dict[str, Any]] = [
+    {"kind": "eval", "step": 0, "heldout_loss": 2.5, "heldout_perplexity": 12.2, "supervised_tokens": 9},
+    {"kind": "train", "step": 1, "loss": 2.5, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 9.0, "elapsed_s": 1.5}
+    | {"supervised_tokens_per_s": 5.0},
+    {"kind": "train", "step": 2, "loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 9.0, "elapsed_s": 3.0},
+    {"kind": "eval", "step": 2, "heldout_loss": 2.0, "heldout_perplexity": 7.4, "supervised_tokens": 9},
+]
+PROCESS = {"pid": 1, "pid_counts_in": "boot pid:[1]", "pid_began_at_tick": 5}
+BEAT = {**PROCESS, "host": "node1", "time": 1e9, "step": 2, "job_id": "12_3", "nodes": "node[1-2]"}
+RECORDS: dict[str, dict[str, Any]] = {
+    "heartbeat.json": BEAT,
+    "exit.json": {**PROCESS, "code": 0, "state": "finished", "time": 1e9 + 1},
+    "plan.json": {"steps": 2, "choices": [{"name": "strategy", "value": "single", "why": "one process"}]},
+    "evaluation.json": {"before": {"loss": 2.5}, "after": {"loss": 2.0}, "samples": [{"prompt": "Hi", "after": "Ho"}]},
+    "environment.json": {"versions": {"torch": "2.13.0"}, "command": ["phi3-dist", "train"]},
+}
+RECORD_CHANGE = st.one_of(st.tuples(st.just("json"), CHANGES), st.tuples(st.just("bites"), BITES))
+
+
+def run_folder(folder: Path, victim: int, change: Any) -> Path:
+    """A run that has ended, with one record, or one row of its metrics, changed or bitten."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "checkpoints" / "step_000002").mkdir(parents=True)
+    (folder / "config.yaml").write_text("name: story\n")
+    kind, value = change
+    names = list(RECORDS)
+    for number, (name, record) in enumerate(RECORDS.items()):
+        wanted = changed(record, value) if kind == "json" and number == victim else record
+        raw = json.dumps(wanted).encode("utf-8", "surrogatepass")
+        (folder / name).write_bytes(bitten(raw, value) if kind == "bites" and number == victim else raw)
+    rows, hit = METRICS, victim - len(names)
+    if kind == "json" and hit >= 0:
+        rows = [changed(row, value) if number == hit else row for number, row in enumerate(METRICS)]
+    raw = "".join(json.dumps(row) + "\n" for row in rows).encode("utf-8", "surrogatepass")
+    (folder / "metrics.jsonl").write_bytes(bitten(raw, value) if kind == "bites" and hit >= 0 else raw)
+    return folder
+
+
+VICTIM = st.integers(0, len(RECORDS) + len(METRICS) - 1)
+
+
+@timeout
+@given(victim=VICTIM, change=RECORD_CHANGE, width=st.integers(40, 200))
+@fire(150)
+def test_runs_in_a_list(victim: int, change: Any, width: int, tmp_path: Path) -> None:
+    """Whatever one run left, both are listed, in lines that fit and that move no cursor."""
+    run_folder(tmp_path / "runs" / "damaged", victim, change)
+    run_folder(tmp_path / "runs" / "whole", 0, ("bites", []))
+    out = io.StringIO()
+    listed = list_runs(tmp_path / "runs")
+    assert {row.folder.name for row in listed} == {"damaged", "whole"}
+    Console(file=out, width=width).print(runs_table(listed, base=tmp_path / "runs", width=width))
+    text = out.getvalue()
+    assert "whole" in text
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert max(map(cell_len, text.splitlines())) <= width
+    survives(lambda: find_log(tmp_path / "runs" / "damaged"))
+    survives(lambda: read_metrics(tmp_path / "runs" / "damaged"))
+
+
+@timeout
+@given(victim=VICTIM, change=RECORD_CHANGE)
+@settings(fire(12), max_examples=200 if FUZZ else 12)  # a picture takes half a second
+def test_reports(victim: int, change: Any, tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", victim, change)
+
+    def draw() -> None:
+        assert write_page(folder).stat().st_size > 10_000
+
+    survives(draw)
+    assert not list(folder.glob("*.partial"))

@@ -132,10 +132,29 @@ def test_parts_that_a_run_has_not_written_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{", "[1]"])
 def test_a_broken_file_is_named(run_folder: Path, content: str) -> None:
     (run_folder / "plan.json").write_text(content)
-    with pytest.raises(RunFolderError, match=r"plan\.json: not (a )?JSON"):
+    with pytest.raises(RunFolderError, match=r"plan\.json: is not (a )?JSON"):
         write_page(run_folder)
 
 
 def test_a_folder_without_metrics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"no metrics\.jsonl"):
         write_page(tmp_path)
+
+
+def test_odd_values_are_shown_or_left_out(run_folder: Path) -> None:
+    """Null times, steps that are none, samples and choices that are no mappings, half of a pair of code units."""
+    with (run_folder / "metrics.jsonl").open("a") as file:
+        for step in (None, "21", [], True, -1, 10**400, 1.5):
+            row = {"kind": "train", "step": step, "loss": None, "elapsed_s": None, "supervised_tokens_per_s": "fast"}
+            file.write(json.dumps(row) + "\n" + json.dumps({**row, "kind": "eval", "heldout_loss": 10**400}) + "\n")
+    samples = [None, 1, "text", {"prompt": "half \ud800 of it"}, ["a", {"role": "user", "content": None}]]
+    (run_folder / "evaluation.json").write_text(json.dumps({"samples": samples, "before": None, "rows": None}))
+    (run_folder / "plan.json").write_text(json.dumps({"choices": [None, "x", {"name": "precision"}]}))
+    (run_folder / "config.yaml").write_text("name: 'a[/]b \u2615 $x^2$'\n", encoding="utf-8")
+    page = read(write_page(run_folder))
+    assert "a[/]b \u2615 $x^2$" in page.text
+    assert ["", "half \\ud800 of it"] in page.tables["Samples"]
+    assert ["precision", "", ""] in page.tables["Choices and their reasons"]
+    for name, content in (("evaluation.json", '{"samples": 5}'), ("plan.json", '{"choices": {"a": 1}}')):
+        (run_folder / name).write_text(content)
+    assert read(write_page(run_folder)).tables["Samples"][1:] == [["5"]]

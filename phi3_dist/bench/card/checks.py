@@ -83,7 +83,7 @@ class Group:
                 function()
                 times.append((time.perf_counter() - start) * 1e3)
             else:
-                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
                 first.record()
                 function()
                 last.record()

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import runpy
 
-from phi3_dist.cli import main
 from phi3_dist.machine import probe as machine
 
 __all__ = ["share"]
@@ -35,4 +35,4 @@ def share() -> None:
 
 if __name__ == "__main__":
     share()
-    main()
+    runpy.run_module("phi3_dist", run_name="__main__")

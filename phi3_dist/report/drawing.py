@@ -1,0 +1,23 @@
+"""A finished run's report, whose failure is no failure of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from phi3_dist.errors import RunFolderError
+
+__all__ = ["draw_report"]
+
+
+def draw_report(run_folder: Path) -> str:
+    """Draw curves and page; the lines to tell of it. What can't be drawn now is said, with how to draw it later."""
+    try:
+        from phi3_dist.report.curves import draw_curves  # matplotlib, which looks for a place of its own to write to
+        from phi3_dist.report.page import write_page
+
+        return f"curves: {draw_curves(run_folder)}\npage: {write_page(run_folder)}"
+    except RunFolderError as error:
+        why = f"{error.problems[0].where} {error.problems[0].what}"
+    except OSError as error:
+        why = f"{error.filename or run_folder}: {error.strerror or error}"
+    return f"the run has finished, but its report was not drawn: {why}\n    later: phi3-dist report {run_folder}"
