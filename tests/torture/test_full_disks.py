@@ -46,7 +46,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 def run(context: ForkServerContext, where: Path, log: Path, *more: str) -> tuple[int | None, str]:
     """The exit code and what was printed, of one process whose cache lies beside its run folder."""
     places = (f"save.folder={where / 'run'}",)
-    group = Group(context, (*ARGUMENTS, *places, *more), 1, log, {"XDG_CACHE_HOME": str(where / "cache")})
+    group = Group(context, (*ARGUMENTS, *places, *more), 1, log, more={"XDG_CACHE_HOME": str(where / "cache")})
     group.wait(300)
     group.kill()
     return group.exit_codes[0], group.output()

@@ -89,7 +89,7 @@ def signalled(
     context: ForkServerContext, folder: Path, place: str, number: int, call: int = 1, *more: str, world: int = 1
 ) -> Group:
     before = functools.partial(signal_in, place, int(number), call)
-    group = Group(context, (*SMALL, f"save.folder={folder / 'run'}", *more), world, folder / "log", before)
+    group = Group(context, (*SMALL, f"save.folder={folder / 'run'}", *more), world, folder / "log", before=before)
     group.wait(90)
     group.kill()
     assert "Traceback" not in group.output(), group.output()
