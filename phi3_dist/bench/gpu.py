@@ -6,8 +6,8 @@ Random weights (3.8 B), LoRA r=16 on every linear layer, bf16, packs of 2,048, 4
 Each case is a process of its own, so that none sees another's memory; one round is warm-up, the median of the others
 counts. The share is that of bf16 products of the base's own sizes, timed in the same process, for FP8 too. Packs of
 8,192 recompute activations. Below the table stand the kernels of `model.loss`, head and cross-entropy of a pack with
-every token supervised, forward and backward in turns in one process, with the memory each takes at its peak. Not yet
-run: it was written where no GPU could be had.
+every token supervised, forward and backward in turns in one process, with the memory each takes at its peak. A case
+that cannot run says why in its row, and the others run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,7 +29,20 @@ from phi3_dist.bench.throughput import ask, side_process, step_flops
 from phi3_dist.machine.probe import package_versions
 from phi3_dist.planning.head import why_not_liger
 
-__all__ = ["CASES", "LENGTHS", "MINI", "Case", "lines_of", "loss_lines", "main", "serve", "serve_losses", "time_losses"]
+__all__ = [
+    "CASES",
+    "LENGTHS",
+    "MINI",
+    "Case",
+    "NotRun",
+    "lines_of",
+    "loss_lines",
+    "main",
+    "run_case",
+    "serve",
+    "serve_losses",
+    "time_losses",
+]
 
 LENGTHS = (2048, 4096, 8192)
 CASES: dict[str, dict[str, Any]] = {
@@ -152,10 +165,20 @@ def loss_lines(rows: int, found: Mapping[str, list[tuple[float, float]]]) -> lis
     return [*lines, f"chunked / liger: {statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})"]
 
 
-def lines_of(cases: list[Case]) -> list[str]:
-    """The table, in Markdown: it is meant for the README."""
+@dataclass(frozen=True)
+class NotRun:
+    """A case that could not run here, and why in one line."""
+
+    name: str
+    length: int
+    why: str
+
+
+def lines_of(cases: Sequence[Case | NotRun]) -> list[str]:
+    """The table, in Markdown: it is meant for the docs."""
+    devices = [case.device for case in cases if isinstance(case, Case)]
     lines = [
-        f"{cases[0].device}:" if cases else "no case ran",
+        f"{devices[0]}:" if devices else "no case ran",
         "",
         "| | pack | tokens/s | of the matrix rate | weights, MiB | peak over them, MiB |",
         "|---|---|---|---|---|---|",
@@ -163,9 +186,23 @@ def lines_of(cases: list[Case]) -> list[str]:
     lines += [
         f"| {case.name} | {case.length:,} | {case.tokens_per_s:,.0f} | {case.share:.0%} | {case.weights_mib:,.0f} "
         f"| {max(one.peak_mib for one in case.rounds):,.0f} |"
+        if isinstance(case, Case)
+        else f"| {case.name} | {case.length:,} | not run: {case.why} | | | |"
         for case in cases
     ]
     return lines
+
+
+def run_case(folder: Path, name: str, length: int, rounds: int) -> Case | NotRun:
+    """One case in a process of its own, whose failure is its own: no bitsandbytes, another torch, too little memory."""
+    try:
+        with side_process(_serve, 0, folder, MINI, name, length) as pipe:
+            facts = pipe.recv()
+            done = [ask(pipe, "round") for _ in range(rounds)]
+    except RuntimeError as error:
+        last = str(error).strip().splitlines()[-1].strip()
+        return NotRun(name, length, last.replace("|", "/")[:200])
+    return Case(name, length, done, **facts)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -178,7 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         sys.stdout.write("no CUDA device: this benchmark needs one (make bench-throughput runs on a CPU)\n")
         sys.exit(1)
-    cases: list[Case] = []
+    cases: list[Case | NotRun] = []
     losses: dict[int, dict[str, list[tuple[float, float]]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "base"
@@ -186,10 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
             maker.recv()
         for length in LENGTHS:
             for kind in CASES:
-                with side_process(_serve, 0, folder, MINI, kind, length) as pipe:
-                    facts = pipe.recv()
-                    rounds = [ask(pipe, "round") for _ in range(options.rounds)]
-                cases.append(Case(kind, length, rounds, **facts))
+                cases.append(run_case(folder, kind, length, options.rounds))
                 sys.stdout.write(f"{lines_of(cases)[-1]}\n")
         for length in LENGTHS:
             with side_process(_serve_losses, 0, folder, MINI, length, options.rounds) as pipe:

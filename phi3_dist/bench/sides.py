@@ -99,6 +99,14 @@ def _status_kib(name: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {name}: this benchmark needs Linux")
 
 
+def _allocated_mib() -> float:
+    """What torch holds on the device now: a peak would be that of whatever ran before in this process."""
+    import torch
+
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated() / MIB
+
+
 class Meter:
     """Time and peak memory of rounds, above what there was before the model was loaded and the weights.
 
@@ -108,7 +116,7 @@ class Meter:
     def __init__(self, *, cuda: bool = False) -> None:
         gc.collect()
         self.cuda = cuda
-        self.before_mib = self._peak_mib() if cuda else _status_kib("VmRSS") / 1024
+        self.before_mib = _allocated_mib() if cuda else _status_kib("VmRSS") / 1024
         self.weights_mib = 0.0
         self.start_s = self.start_cpu_s = 0.0
 

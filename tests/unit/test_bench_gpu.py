@@ -56,6 +56,31 @@ def test_a_case_runs_and_tells_its_rate_memory_and_flops(name: str, tmp_path: Pa
     assert facts["weights_mib"] * 2**20 > 2 * 32064 * 64 * 4
 
 
+def _dies(pipe: Any, _folder: Path, _shape: Any, name: str, _length: int) -> None:
+    """A worker that ends as one does without bitsandbytes."""
+    raise ImportError(f"no module for {name}")
+
+
+def test_a_case_that_cannot_run_costs_only_its_own_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_serve", _dies)
+    failed = gpu.run_case(tmp_path / "base", "QLoRA (nf4)", 2048, 1)
+    assert isinstance(failed, gpu.NotRun)
+    ran = gpu.Case("LoRA", 2048, [Round(2048, 10, 0.5, 1500.0)], 1e12, 4e12, 7300.0, "a card")
+    lines = gpu.lines_of([failed, ran])
+    assert lines[0] == "a card:"
+    assert lines[-2] == "| QLoRA (nf4) | 2,048 | not run: ImportError: no module for QLoRA (nf4) | | | |"
+    assert lines[-1].startswith("| LoRA | 2,048 | ")
+
+
+def test_memory_is_counted_from_what_is_allocated_and_not_from_an_older_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    from phi3_dist.bench.sides import Meter
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3 * 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 900 * 2**20)
+    assert Meter(cuda=True).before_mib == 3
+
+
 def test_the_table_is_markdown_with_the_cards_name() -> None:
     case = gpu.Case("LoRA", 4096, [Round(4096, 10, 0.5, 1500.0)], 1e12, 4e12, 7300.0, "a card")
     lines = gpu.lines_of([case])
