@@ -5,13 +5,15 @@
 Groups: facts (the machine and the plan), attention, kernels (bench/kernels.py), products (rates, the head), runs (every
 strategy as a run of its own, resumed and compared), model (Phi-3-mini's real shape). Each group is a process with a
 limit of its own, so that an error spoils no other; each check is one line of JSON, on the terminal and in
-FOLDER/checks.jsonl. `--cpu` rehearses all of it at toy sizes; what needs CUDA says so.
+FOLDER/checks.jsonl. The last line says what the plan should choose on this card, and is kept where plans look for it
+(machine/cards.py). `--cpu` rehearses all of it at toy sizes; what needs CUDA says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from phi3_dist.bench.card.checks import Group, say
+from phi3_dist.bench.card.choices import choices_of, read_rows
+from phi3_dist.machine.cards import write_card
 
 __all__ = ["main"]
 
@@ -61,14 +65,21 @@ def _child(name: str, args: argparse.Namespace, left_s: float) -> None:
         env |= {"CUDA_VISIBLE_DEVICES": "", **({"TRITON_INTERPRET": "1"} if name == "kernels" else {})}
     log = args.out / f"{name}.log"
     start = time.monotonic()
-    with log.open("w") as errors:
-        process = subprocess.Popen(words, cwd=REPO, env=env, stderr=errors, start_new_session=True)
+    apart = name == "kernels"  # its lines are no checks of this program's: they are said when it has ended
+    with log.open("w") as errors, (args.out / f"{name}.out").open("w") as output:
+        process = subprocess.Popen(
+            words, cwd=REPO, env=env, stdout=output if apart else None, stderr=errors, start_new_session=True
+        )
     try:
         code: int | str = process.wait(timeout=min(LIMIT_S[name] * args.patience, left_s))
     except subprocess.TimeoutExpired:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         code = "killed at its limit"
+    if apart:
+        for line in (args.out / f"{name}.out").read_text(encoding="utf-8").splitlines():
+            if line.startswith("{"):
+                say(args.out, **json.loads(line))
     tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-6:] if code != 0 else []
     took_s = round(time.monotonic() - start, 1)
     say(args.out, group=name, check="group", ok=code == 0, code=code, s=took_s, stderr=tail)
@@ -105,7 +116,15 @@ def main(arguments: list[str] | None = None) -> None:
             _child(name, args, end_s - time.monotonic())
     if "runs" in args.only:
         _runs(args, end_s - 30)
-    say(args.out, group="all", check="end", ok=True)
+    _choose(args)
+
+
+def _choose(args: argparse.Namespace) -> None:
+    """Say what the figures speak for, and keep it where the plans of this machine look."""
+    found = choices_of(read_rows(args.out))
+    say(args.out, group="all", check="choices", ok=True, **found)
+    if not args.cpu and "card" in found:
+        sys.stdout.write(f"kept for this machine's plans: {write_card(found['card'], found)}\n")
 
 
 if __name__ == "__main__":

@@ -211,7 +211,8 @@ def model(group: Group) -> None:
         group.check("LoRA 256, compiled passes", bench.case(256, {"compile": True}, steps=1))
         return
     group.check("LoRA 4096, as planned", bench.case(4096, profile=True))
-    group.check("LoRA 4096, compiled passes", bench.case(4096, {"compile": True}, profile=True))
+    group.check("LoRA 4096, torch's kernels", bench.case(4096, {"kernels": "torch"}))
+    group.check("LoRA 4096, compiled passes", bench.case(4096, {"kernels": "torch", "compile": True}))
     group.check("LoRA 4096, no dropout", bench.case(4096, dropout=0.0))
     group.check("LoRA 4096, not deterministic", bench.case(4096, deterministic=False))
     group.check("LoRA 4096, one document", bench.case(4096, documents=1))
