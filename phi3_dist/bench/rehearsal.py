@@ -1,0 +1,172 @@
+"""One rehearsal: the steps of a run, as `phi3-dist train` takes them, on fake CUDA tensors of the real shapes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phi3_dist.bench.counting import Fault, Tally, Wait, Watch
+from phi3_dist.bench.fake_device import CAPABILITY, MEMORY_GIB, NAME, fake_cuda, fake_group
+from phi3_dist.bench.sides import make_token_packs
+from phi3_dist.config.schema import RunConfig
+from phi3_dist.data.batches import Order, Packs
+from phi3_dist.machine.probe import package_versions
+from phi3_dist.modeling.base import Base
+from phi3_dist.modeling.weights import Weights
+from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan, make_plan
+from phi3_dist.planning.render import deepspeed_json
+from phi3_dist.training.build import build_model
+from phi3_dist.training.runtime import Runtime, start_runtime
+from phi3_dist.training.state import export_state, import_state
+from phi3_dist.training.step import train_step
+from phi3_dist.training.strategy import Engine, make_engine
+
+__all__ = ["Report", "fake_base", "launch_of", "machine", "rehearse"]
+
+GIB = 2**30
+STEPS = 3
+"""The first makes the optimizer's state, the second is counted, the third follows a resume."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rehearsal found. Bytes and launches are one rank's in one step, `layer` those of one decoder layer."""
+
+    plan: RunPlan
+    phases: Mapping[str, Tally]
+    layer: Mapping[str, Tally]
+    waits: tuple[Wait, ...]
+    faults: tuple[Fault, ...]
+    collectives: Mapping[str, int]
+    peak_gib: Mapping[str, Mapping[str, float]]
+    """For `cuda` and `cpu`: GiB that live at the peak, by kind."""
+    held: str
+    """The devices of what is trained, its gradients, moments and step counts."""
+
+
+class _Phases:
+    """An engine that tells the watch whether it is in forward, backward or update."""
+
+    def __init__(self, engine: Engine, watch: Watch) -> None:
+        self._engine, self._watch = engine, watch
+        self.model, self.optimizer = engine.model, engine.optimizer
+
+    def start_micro_batch(self, *, last: bool) -> None:
+        self._watch.phase = "forward"
+        self._engine.start_micro_batch(last=last)
+
+    def backward(self, loss: Tensor) -> None:
+        self._watch.phase, self._watch.section = "backward", ""
+        self._engine.backward(loss)
+        self._watch.phase, self._watch.section = "step", ""
+
+    def update(self, lr: float) -> Tensor:
+        self._watch.phase = "update"
+        norm = self._engine.update(lr)
+        self._watch.phase = "step"
+        return norm
+
+
+def machine(devices: int) -> MachineFacts:
+    """A node of the GPU that is played, with this machine's packages."""
+    return MachineFacts(
+        device="cuda",
+        device_name=NAME,
+        devices_per_node=devices,
+        device_memory_gib=MEMORY_GIB,
+        host_memory_gib=1024.0,
+        cpu_count=16,
+        fast_bf16=True,
+        fast_bf16_reason=f"{NAME} is of compute capability {CAPABILITY[0]}.{CAPABILITY[1]}",
+        packages=package_versions(),
+        capability=CAPABILITY,
+    )
+
+
+def launch_of(strategy: str, world: int) -> LaunchFacts:
+    """The launch of a strategy with the shipped DeepSpeed file."""
+    zero = json.loads(deepspeed_json(strategy)) if strategy.startswith("zero") else {}
+    return LaunchFacts(world_size=world, nodes=1, strategy=strategy, zero_settings=zero)
+
+
+def fake_base(source: str, config: Any, folder: Path | None = None) -> Base:
+    """A base of this shape whose weights are fake. Inside the fake devices."""
+    from transformers import Phi3ForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights():
+        shapes = {name: param.shape for name, param in Phi3ForCausalLM(config).named_parameters()}
+    tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device="cpu") for name, shape in shapes.items()}
+    return Base(source, config, folder, Weights({}, tensors))
+
+
+def _packs(count: int, length: int) -> Packs:
+    """Packs of ragged documents, half of whose tokens are supervised."""
+    documents = [length // 2, length // 4, length // 8, length // 8]
+    return make_token_packs([([5] * tokens, tokens // 2) for tokens in documents] * count, length)
+
+
+def _devices(engine: Engine) -> str:
+    """Where what is trained lies: weights, gradients, moments and step counts, in words."""
+    found: dict[str, set[str]] = {}
+    for param in engine.model.parameters():
+        if param.requires_grad:
+            found.setdefault("weights", set()).add(param.device.type)
+    for state in getattr(engine.optimizer, "state", {}).values():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                found.setdefault(name, set()).add(value.device.type)
+    return ", ".join(f"{name} on {' and '.join(sorted(devices))}" for name, devices in found.items())
+
+
+def _steps(engine: Engine, runtime: Runtime, watch: Watch, packs: Packs, global_batch: int) -> tuple[Any, ...]:
+    order, phases = Order(len(packs), global_batch, 0, False), _Phases(engine, watch)
+    watch.watch_gradients(engine.model)
+    train_step(phases, runtime, packs, order, 0, lr=1e-4, seed=0)
+    watch.name_tensors(engine.model, engine.optimizer)
+    watch.restart()
+    train_step(phases, runtime, packs, order, 1, lr=1e-4, seed=0)
+    counted = dict(watch.tallies), dict(watch.collectives), {k: dict(v) for k, v in watch.live.peak.items()}
+    watch.phase = "resume"
+    import_state(engine, export_state(engine, keep=True), 2)
+    watch.phase = "step"
+    train_step(phases, runtime, packs, order, 2, lr=1e-4, seed=0)
+    return counted
+
+
+def rehearse(cfg: RunConfig, config: Any, strategy: str, *, world: int, folder: Path | None = None) -> Report:
+    """Plan, load, build and step as one rank of `world` under `strategy`; `config` is the base's Phi3Config.
+
+    Raises the errors of phi3_dist.errors, among them PlanError where the plan refuses, and whatever a GPU would stumble
+    over. `folder`: a saved base of this shape, which quantised ones are loaded from.
+    """
+    watch = Watch(resizes=strategy.startswith(("fsdp2", "zero3")))
+    plan = make_plan(cfg, machine(world), launch_of(strategy, world), family_or_shape=config.to_dict())
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(fake_group(world))
+        stack.enter_context(fake_cuda(watch.wait))
+        base = fake_base(cfg.model.source, config, folder)
+        stack.enter_context(watch)
+        zero = launch_of(strategy, world).zero_settings
+        runtime = start_runtime(plan, zero, max_grad_norm=cfg.optim.max_grad_norm, trackers=(), folder=scratch)
+        length = cfg.data.pack_length
+        model = build_model(cfg, base, runtime, longest_row=length)
+        layers: nn.ModuleList = model.causal_lm.model.layers
+        watch.watch_layer(layers[len(layers) // 2 - 1])
+        engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
+        packs = _packs(cfg.train.global_batch, length)
+        phases, collectives, peak = _steps(engine, runtime, watch, packs, cfg.train.global_batch)
+        held = _devices(engine)
+    layer = {name: phases.pop(name) for name in ("layer forward", "layer backward") if name in phases}
+    gib = {device: {k: n / GIB for k, n in kinds.items() if n} for device, kinds in peak.items()}
+    seen = tuple(dict.fromkeys(watch.waits)), tuple(dict.fromkeys(watch.faults))
+    return Report(replace(plan), phases, layer, *seen, collectives, gib, held)
