@@ -33,6 +33,8 @@ _WRITES_ROWS = {"scatter_add_", "index_add_", "index_copy_", "index_put_", "scat
 _SIZED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal", "bincount"}
 _ZEROS_AND_COPY = {"select_backward", "slice_backward", "index_backward"}
 """Backward of a view by fill and copy, where another view (squeeze, split, chunk) costs nothing."""
+_ANSWERS = {torch.bool: False, torch.float32: 0.5, torch.float64: 0.5, torch.bfloat16: 0.5, torch.float16: 0.5}
+"""The number that is read of a tensor that has none: a sound gradient norm, and no overflow. Of integers 0."""
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -138,7 +140,7 @@ class _Live:
 class Watch(TorchDispatchMode):
     """Counts all that is dispatched inside, under `phase`; of one decoder layer also by itself, see `watch_layer`.
 
-    Enter it after the fake devices. Reading a number gives 1, so that one rehearsal finds all waits.
+    Enter it after the fake devices. A number that is read is made up, so that one rehearsal finds all waits.
     """
 
     def __init__(self, *, resizes: bool = False) -> None:
@@ -154,7 +156,8 @@ class Watch(TorchDispatchMode):
     # --- what the rehearsal tells it ----------------------------------------------------------------------------------
 
     def wait(self, what: str) -> None:
-        self.waits.append(Wait(what, _where(), self.phase))
+        if self.phase not in {"load", "resume"}:
+            self.waits.append(Wait(what, _where(), self.phase))
 
     def fault(self, what: str) -> None:
         self.faults.append(Fault(what, _where(), self.phase))
@@ -174,14 +177,11 @@ class Watch(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.live.call(_local(tensor), "optimizer")
 
-    def watch_gradients(self, model: nn.Module) -> None:
-        def take(param: Tensor) -> None:
+    def name_gradients(self, model: nn.Module) -> None:
+        """No hook does this while they come: FSDP2 then waits for each that it offloads."""
+        for param in model.parameters():
             if param.grad is not None:
                 self.live.call(_local(param.grad), "gradients")
-
-        for param in model.parameters():
-            if param.requires_grad:
-                param.register_post_accumulate_grad_hook(take)
 
     def watch_layer(self, layer: nn.Module) -> None:
         """Count a decoder layer's forward and backward under `layer forward` and `layer backward` as well.
@@ -238,13 +238,18 @@ class Watch(TorchDispatchMode):
         on_device = any(t.device.type == "cuda" for t in inputs)
         if name == "_fused_sdp_choice":
             return True, _sdp_choice(*args, **options)
+        if name == "record_stream":
+            return True, None
         if name == "_pin_memory":
             return True, torch.empty_like(args[0])
         if name == "_local_scalar_dense":
             if on_device:
                 self.wait("a number is read")
-            dtype = args[0].dtype
-            return True, True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+            return True, _ANSWERS.get(args[0].dtype, 0)
+        if name == "int8_vectorwise_quant" and on_device and any(args[1:]) or options.get("threshold"):
+            self.wait("LLM.int8() looks for outliers above its threshold")
+            rows, scales, _ = func(args[0])
+            return True, (rows, scales, args[0].new_empty(1, dtype=torch.int64))
         if on_device and name in _SIZED_BY_VALUES:
             self.wait(f"{name}: the result's size depends on values")
             if name == "equal":
@@ -270,9 +275,12 @@ class Watch(TorchDispatchMode):
             if not func.is_view:
                 self.live.add(tensor, kinds.get(self.phase, "other"))
             if name == "_pin_memory" or options.get("pin_memory"):
-                storage = tensor.untyped_storage()
-                self._pinned.add(storage._cdata)
-                weakref.finalize(storage, self._pinned.discard, storage._cdata)
+                self._pin(tensor)
+
+    def _pin(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._pinned.add(storage._cdata)
+        weakref.finalize(storage, self._pinned.discard, storage._cdata)
 
     def _count(
         self, name: str, func: Any, args: Any, options: Mapping[str, Any], inputs: list[Tensor], outputs: list[Tensor]
@@ -305,6 +313,8 @@ class Watch(TorchDispatchMode):
             return False
         at_once = options.get("non_blocking", len(args) > 2 and bool(args[2]))
         on_host = source if kinds[0] == "cpu" else target
+        if at_once and name == "_to_copy" and kinds[1] == "cpu":  # torch makes that memory pinned by itself
+            self._pin(target)
         if not (at_once and self._is_pinned(on_host)):
             way = "from host to device" if kinds[0] == "cpu" else "from device to host"
             memory = "pinned memory, blocking" if self._is_pinned(on_host) else "memory that is not pinned"

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +25,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorConverter, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from phi3_dist.errors import MachineError, Problem
 
@@ -165,8 +167,11 @@ def _stand_ins(on_wait: Callable[[str], None]) -> dict[str, Any]:
         def elapsed_time(self, _: Any) -> float:
             return 0.0
 
-    class Stream:
-        device, device_index, device_type, stream_id, cuda_stream = torch.device("cuda", 0), 0, 1, 0, 0
+    class Stream(torch.Stream):
+        cuda_stream = 0
+
+        def __new__(cls, *_: Any, **__: Any) -> Stream:
+            return super().__new__(cls, device=torch.device("cuda", 0))  # type: ignore[no-any-return]
 
         def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -218,23 +223,63 @@ def _stand_ins(on_wait: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
+def _swap(held: Tensor, fresh: Tensor, swap: Callable[[Tensor, Tensor], None] = torch.utils.swap_tensors) -> None:
+    """A module's fake tensor moved or cast. On the same device the tensor stays: DeepSpeed has weak references to it."""
+    if held.device != fresh.device:
+        swap(held, fresh)
+    elif held.dtype != fresh.dtype:
+        held.data = fresh
+
+
+def _in_memory(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with real tensors."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **options)
+
+    return call
+
+
 @contextmanager
 def fake_cuda(on_wait: Callable[[str], None]) -> Iterator[FakeDevices]:
     """One GPU inside, with fake tensors. Import every library before: some load CUDA's own where they find one.
 
     The one place of this package that puts other functions into a library: there is no device to answer.
     """
+    from torch.distributed import device_mesh
+    from torch.nn.parallel import distributed
     from torch.optim import optimizer
     from torch.utils import _foreach_utils
 
     with ExitStack() as stack:
+        for name in ("range_push", "range_pop", "mark"):
+            stack.enter_context(patch.object(torch.cuda.nvtx, name, lambda *_: 0))
+        # these read numbers out of small tensors, of which the first are real and the others' ranks are not there
+        real = _in_memory(device_mesh.init_device_mesh)
+        stack.enter_context(patch.object(device_mesh, "init_device_mesh", real))
+        for name in ("_verify_param_shape_across_processes", "_sync_module_states"):
+            stack.enter_context(patch.object(distributed, name, lambda *_, **__: None))
         for name, stand_in in _stand_ins(on_wait).items():
             stack.enter_context(patch.object(torch.cuda, name, stand_in, create=True))
+        stack.enter_context(patch.object(torch.utils, "swap_tensors", _swap))
         # torch takes several tensors in one launch where it knows their class
         for known in (optimizer._foreach_supported_types, _foreach_utils._foreach_supported_types):
             known.append(FakeTensor)
             stack.callback(known.remove, FakeTensor)
         yield stack.enter_context(FakeDevices())
+
+
+@contextmanager
+def _ranks_agree() -> Iterator[None]:
+    """DeepSpeed compares numbers of all ranks before the first step, of which there is one here."""
+    if find_spec("deepspeed") is None:
+        yield
+        return
+    from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+
+    with patch.object(coordinator, "assert_ints_same_as_other_ranks", lambda _: None):
+        yield
 
 
 @contextmanager
@@ -248,7 +293,8 @@ def fake_group(world: int) -> Iterator[None]:
         if world > 1:
             torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
         try:
-            yield
+            with _ranks_agree():
+                yield
         finally:
             if world > 1:
                 torch.distributed.destroy_process_group()

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from phi3_dist.bench.counting import Fault, Tally, Wait, Watch
 from phi3_dist.bench.fake_device import CAPABILITY, MEMORY_GIB, NAME, fake_cuda, fake_group
+from phi3_dist.bench.fake_weights import fake_base, fake_quantized_loading
 from phi3_dist.bench.sides import make_token_packs
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Order, Packs
 from phi3_dist.machine.probe import package_versions
-from phi3_dist.modeling.base import Base
-from phi3_dist.modeling.weights import Weights
 from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan, make_plan
 from phi3_dist.planning.render import deepspeed_json
 from phi3_dist.training.build import build_model
@@ -29,13 +28,9 @@ from phi3_dist.training.state import export_state, import_state
 from phi3_dist.training.step import train_step
 from phi3_dist.training.strategy import Engine, make_engine
 
-__all__ = ["Report", "fake_base", "launch_of", "machine", "rehearse"]
+__all__ = ["Report", "launch_of", "machine", "rehearse"]
 
 GIB = 2**30
-STEPS = 3
-"""The first makes the optimizer's state, the second is counted, the third follows a resume."""
-
-
 @dataclass(frozen=True)
 class Report:
     """What a rehearsal found. Bytes and launches are one rank's in one step, `layer` those of one decoder layer."""
@@ -67,6 +62,7 @@ class _Phases:
         self._watch.phase, self._watch.section = "backward", ""
         self._engine.backward(loss)
         self._watch.phase, self._watch.section = "step", ""
+        self._watch.name_gradients(self.model)
 
     def update(self, lr: float) -> Tensor:
         self._watch.phase = "update"
@@ -97,21 +93,32 @@ def launch_of(strategy: str, world: int) -> LaunchFacts:
     return LaunchFacts(world_size=world, nodes=1, strategy=strategy, zero_settings=zero)
 
 
-def fake_base(source: str, config: Any, folder: Path | None = None) -> Base:
-    """A base of this shape whose weights are fake. Inside the fake devices."""
-    from transformers import Phi3ForCausalLM
-    from transformers.initialization import no_init_weights
-
-    with torch.device("meta"), no_init_weights():
-        shapes = {name: param.shape for name, param in Phi3ForCausalLM(config).named_parameters()}
-    tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device="cpu") for name, shape in shapes.items()}
-    return Base(source, config, folder, Weights({}, tensors))
-
-
 def _packs(count: int, length: int) -> Packs:
     """Packs of ragged documents, half of whose tokens are supervised."""
     documents = [length // 2, length // 4, length // 8, length // 8]
     return make_token_packs([([5] * tokens, tokens // 2) for tokens in documents] * count, length)
+
+
+class _NoLog:
+    """DDP's logger would ask the device for times."""
+
+    def set_runtime_stats_and_log(self) -> None: ...
+
+
+def _answer_buckets(model: Any) -> None:
+    """Let DDP's own reducer go on after each bucket: the group's ranks that are not there give it no result."""
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return
+    model.logger = _NoLog()  # type: ignore[assignment]
+
+    def hook(_: object, bucket: Any) -> Any:
+        torch.distributed.all_reduce(bucket.buffer())
+        done: Any = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    hook.__annotations__.clear()  # DDP compares them with its own classes, and here they are text
+    model.register_comm_hook(None, hook)
 
 
 def _devices(engine: Engine) -> str:
@@ -129,24 +136,22 @@ def _devices(engine: Engine) -> str:
 
 def _steps(engine: Engine, runtime: Runtime, watch: Watch, packs: Packs, global_batch: int) -> tuple[Any, ...]:
     order, phases = Order(len(packs), global_batch, 0, False), _Phases(engine, watch)
-    watch.watch_gradients(engine.model)
+    watch.phase = "step"
     train_step(phases, runtime, packs, order, 0, lr=1e-4, seed=0)
+    watch.phase = "resume"
+    import_state(engine, export_state(engine, keep=True), 1)
+    watch.phase = "step"
     watch.name_tensors(engine.model, engine.optimizer)
     watch.restart()
     train_step(phases, runtime, packs, order, 1, lr=1e-4, seed=0)
-    counted = dict(watch.tallies), dict(watch.collectives), {k: dict(v) for k, v in watch.live.peak.items()}
-    watch.phase = "resume"
-    import_state(engine, export_state(engine, keep=True), 2)
-    watch.phase = "step"
-    train_step(phases, runtime, packs, order, 2, lr=1e-4, seed=0)
-    return counted
+    return dict(watch.tallies), dict(watch.collectives), {k: dict(v) for k, v in watch.live.peak.items()}
 
 
-def rehearse(cfg: RunConfig, config: Any, strategy: str, *, world: int, folder: Path | None = None) -> Report:
+def rehearse(cfg: RunConfig, config: Any, strategy: str, *, world: int) -> Report:
     """Plan, load, build and step as one rank of `world` under `strategy`; `config` is the base's Phi3Config.
 
     Raises the errors of phi3_dist.errors, among them PlanError where the plan refuses, and whatever a GPU would stumble
-    over. `folder`: a saved base of this shape, which quantised ones are loaded from.
+    over.
     """
     watch = Watch(resizes=strategy.startswith(("fsdp2", "zero3")))
     plan = make_plan(cfg, machine(world), launch_of(strategy, world), family_or_shape=config.to_dict())
@@ -154,7 +159,9 @@ def rehearse(cfg: RunConfig, config: Any, strategy: str, *, world: int, folder: 
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(fake_group(world))
         stack.enter_context(fake_cuda(watch.wait))
-        base = fake_base(cfg.model.source, config, folder)
+        base = fake_base(config, scratch / "base")
+        cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"source": base.source})})
+        stack.enter_context(fake_quantized_loading(base))
         stack.enter_context(watch)
         zero = launch_of(strategy, world).zero_settings
         runtime = start_runtime(plan, zero, max_grad_norm=cfg.optim.max_grad_norm, trackers=(), folder=scratch)
@@ -163,6 +170,7 @@ def rehearse(cfg: RunConfig, config: Any, strategy: str, *, world: int, folder: 
         layers: nn.ModuleList = model.causal_lm.model.layers
         watch.watch_layer(layers[len(layers) // 2 - 1])
         engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
+        _answer_buckets(engine.model)
         packs = _packs(cfg.train.global_batch, length)
         phases, collectives, peak = _steps(engine, runtime, watch, packs, cfg.train.global_batch)
         held = _devices(engine)
