@@ -144,7 +144,7 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(self, *, resizes: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.phase, self.section, self.resizes = "load", "", resizes
         self.tallies: dict[str, Tally] = {}
         self.waits: list[Wait] = []
@@ -163,7 +163,8 @@ class Watch(TorchDispatchMode):
         self.faults.append(Fault(what, _where(), self.phase))
 
     def restart(self) -> None:
-        """Count from here on; what lives stays known."""
+        """Count from here on; what lives stays known, and faults stay."""
+        self.waits.clear()
         self.tallies.clear()
         self.collectives.clear()
         self.live.restart()
@@ -246,10 +247,13 @@ class Watch(TorchDispatchMode):
             if on_device:
                 self.wait("a number is read")
             return True, _ANSWERS.get(args[0].dtype, 0)
-        if name == "int8_vectorwise_quant" and on_device and any(args[1:]) or options.get("threshold"):
+        if name == "int8_vectorwise_quant" and (args[1] if len(args) > 1 else options.get("threshold")):
             self.wait("LLM.int8() looks for outliers above its threshold")
             rows, scales, _ = func(args[0])
             return True, (rows, scales, args[0].new_empty(1, dtype=torch.int64))
+        if name == "int8_mixed_scaled_mm":
+            bias = args[6] if len(args) > 6 else options.get("bias")
+            return True, (torch.ops.bitsandbytes.int8_scaled_mm(*args[1:5], bias, args[0].dtype), None)
         if on_device and name in _SIZED_BY_VALUES:
             self.wait(f"{name}: the result's size depends on values")
             if name == "equal":
@@ -331,7 +335,9 @@ def _local(tensor: Tensor) -> Tensor:
     return local.detach()
 
 
-def _sdp_choice(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **options: Any) -> int:
+def _sdp_choice(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **options: Any
+) -> int:
     """torch's choice on CUDA, in short: 1 flash-attention, 2 memory-efficient, 0 plain mathematics."""
     if query.device.type != "cuda":
         return 0

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +19,27 @@ import torch
 from torch import Tensor, nn
 
 from phi3_dist.bench.counting import Fault, Tally, Wait, Watch
-from phi3_dist.bench.fake_device import CAPABILITY, MEMORY_GIB, NAME, fake_cuda, fake_group
+from phi3_dist.bench.fake_device import CAPABILITY, MEMORY_GIB, NAME, fake_cuda, fake_group, install
 from phi3_dist.bench.fake_weights import fake_base, fake_quantized_loading
 from phi3_dist.bench.sides import make_token_packs
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Order, Packs
 from phi3_dist.machine.probe import package_versions
+from phi3_dist.modeling.base import load_full, load_quantized
 from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan, make_plan
 from phi3_dist.planning.render import deepspeed_json
 from phi3_dist.training.build import build_model
+from phi3_dist.training.folder import cache_folder
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.state import export_state, import_state
 from phi3_dist.training.step import train_step
 from phi3_dist.training.strategy import Engine, make_engine
 
-__all__ = ["Report", "launch_of", "machine", "rehearse"]
+__all__ = ["Report", "import_all", "launch_of", "load_on_host", "machine", "rehearse"]
 
 GIB = 2**30
+
+
 @dataclass(frozen=True)
 class Report:
     """What a rehearsal found. Bytes and launches are one rank's in one step, `layer` those of one decoder layer."""
@@ -93,6 +102,33 @@ def launch_of(strategy: str, world: int) -> LaunchFacts:
     return LaunchFacts(world_size=world, nodes=1, strategy=strategy, zero_settings=zero)
 
 
+def import_all() -> None:
+    """Import every library before the GPU is there, and let autograd take fake CUDA tensors; for this process."""
+    os.environ["DS_ACCELERATOR"] = "cuda"
+    os.environ.setdefault("ACCELERATE_DISABLE_RICH", "true")
+    warnings.simplefilter("ignore")  # of the libraries about what is fake
+    logging.disable(logging.WARNING)
+    for name in ("peft", "transformers", "bitsandbytes", "deepspeed"):
+        if find_spec(name) is not None:
+            import_module(name)
+    install(cache_folder())
+
+
+def load_on_host(cfg: RunConfig, config: Any) -> str:
+    """Load the base onto the CPU of a machine that has a GPU; the devices that it then lies on."""
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(fake_cuda(lambda _: None))
+        base, host = fake_base(config, scratch / "base"), torch.device("cpu")
+        stack.enter_context(fake_quantized_loading(base))
+        if cfg.model.quantization == "none":
+            model = load_full(base, torch.float32, host)
+        else:
+            model = load_quantized(base, cfg.model.quantization, torch.float32, host)
+        found = sorted({param.device.type for param in model.parameters()})
+    return f"weights on {' and '.join(found)}"
+
+
 def _packs(count: int, length: int) -> Packs:
     """Packs of ragged documents, half of whose tokens are supervised."""
     documents = [length // 2, length // 4, length // 8, length // 8]
@@ -105,11 +141,23 @@ class _NoLog:
     def set_runtime_stats_and_log(self) -> None: ...
 
 
+class _FirstBuckets:
+    """DDP's reducer with the buckets of its first step: to lay them out anew it compares lists of all ranks."""
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer = reducer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False
+
+
 def _answer_buckets(model: Any) -> None:
     """Let DDP's own reducer go on after each bucket: the group's ranks that are not there give it no result."""
     if not isinstance(model, nn.parallel.DistributedDataParallel):
         return
-    model.logger = _NoLog()  # type: ignore[assignment]
 
     def hook(_: object, bucket: Any) -> Any:
         torch.distributed.all_reduce(bucket.buffer())
@@ -119,6 +167,7 @@ def _answer_buckets(model: Any) -> None:
 
     hook.__annotations__.clear()  # DDP compares them with its own classes, and here they are text
     model.register_comm_hook(None, hook)
+    model.logger, model.reducer = _NoLog(), _FirstBuckets(model.reducer)
 
 
 def _devices(engine: Engine) -> str:
@@ -177,4 +226,4 @@ def rehearse(cfg: RunConfig, config: Any, strategy: str, *, world: int) -> Repor
     layer = {name: phases.pop(name) for name in ("layer forward", "layer backward") if name in phases}
     gib = {device: {k: n / GIB for k, n in kinds.items() if n} for device, kinds in peak.items()}
     seen = tuple(dict.fromkeys(watch.waits)), tuple(dict.fromkeys(watch.faults))
-    return Report(replace(plan), phases, layer, *seen, collectives, gib, held)
+    return Report(plan, phases, layer, *seen, collectives, gib, held)
