@@ -109,6 +109,7 @@ LAYERS: dict[str, Callable[[], dict[str, Any]]] = {
     "bf16": lambda: mini("bf16"),
     "nf4": lambda: mini("bf16", quantization="nf4"),
     "recomputed": lambda: mini("bf16", activation_checkpointing=True),
+    "fp8": lambda: mini("bf16", fp8=True),
 }
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ PACK_LENGTH = 64
 
 NOT_REHEARSED = {
     "all": "numbers, and therefore overflow, skipped steps and what depends on values; kernels' own limits and speed",
-    "ddp": "the exchange: the reducer is DDP's own, its buckets go to ranks that are not there",
+    "ddp": "the exchange, and buckets laid out anew after the first step: the reducer is DDP's own",
     "zero": "the exchange, and the comparison of all ranks' module order before the first step",
     "fsdp2": "the exchange",
     "nf4": "bitsandbytes' parameter classes and transformers' reading of the weights: the linears, quantising and "
@@ -89,10 +90,12 @@ def by_design(wait: Wait, strategy: str, quantization: str) -> str:
         return "DeepSpeed reads overflow and norm on the host before it updates"
     if strategy == "fsdp2_offload" and wait.what == "torch.cuda.Event.synchronize":
         return "FSDP2 waits for the offloaded gradients before the host's optimizer steps"
-    if strategy == "zero2_offload" and "stage_1_and_2" in wait.where:
+    if strategy == "zero2_offload" and "zero/stage_1_and_2.py" in wait.where:
         return "DeepSpeed sums the offloaded gradients' norm on the host"
-    if strategy.startswith("zero3") and ("zero/" in wait.where or "cuda_accelerator" in wait.where):
-        return "DeepSpeed gathers a weight when a module asks for it, and empties its bucket of gradients"
+    if strategy.startswith("zero3") and "zero/stage3.py" in wait.where:
+        return "DeepSpeed empties its bucket of gradients"
+    if strategy == "zero3_offload" and "zero/partition_parameters.py" in wait.where:
+        return "DeepSpeed copies each offloaded weight to the device, one after the other"
     return ""
 
 
@@ -146,16 +149,16 @@ def _rehearse(cell: Cell) -> Outcome:
 
 def outcome_of(cell: Cell, report: Report) -> Outcome:
     """The report's faults, and its waits apart by whether they are expected."""
-    expected: dict[str, int] = {}
+    expected: Counter[str] = Counter()
     unexpected = []
-    for wait in report.waits:
+    for wait, count in report.waits.items():
         why = by_design(wait, cell.strategy, cell.quantization)
         if why:
-            expected[why] = expected.get(why, 0) + 1
+            expected[why] += count
         else:
-            unexpected.append(f"{wait.phase}: {wait.what} at {wait.where}")
-    faults = tuple(f"{fault.phase}: {fault.what} at {fault.where}" for fault in report.faults)
-    return Outcome(cell, "ran", "", faults, tuple(unexpected), expected, report.held)
+            unexpected.append(f"{wait.phase}: {count} × {wait.what} at {wait.where}")
+    faults = tuple(f"{fault.phase}: {n} × {fault.what} at {fault.where}" for fault, n in report.faults.items())
+    return Outcome(cell, "ran", "", faults, tuple(unexpected), dict(expected), report.held)
 
 
 def _failure(error: BaseException) -> str:

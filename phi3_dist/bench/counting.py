@@ -12,7 +12,7 @@ import math
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from phi3_dist.bench.live import Live
 
 __all__ = ["Fault", "Tally", "Wait", "Watch"]
 
@@ -33,7 +35,7 @@ _WRITES_ROWS = {"scatter_add_", "index_add_", "index_copy_", "index_put_", "scat
 _SIZED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal", "bincount"}
 _ZEROS_AND_COPY = {"select_backward", "slice_backward", "index_backward"}
 """Backward of a view by fill and copy, where another view (squeeze, split, chunk) costs nothing."""
-_ANSWERS = {torch.bool: False, torch.float32: 0.5, torch.float64: 0.5, torch.bfloat16: 0.5, torch.float16: 0.5}
+_NUMBERS = {torch.bool: False, torch.float32: 0.5, torch.float64: 0.5, torch.bfloat16: 0.5, torch.float16: 0.5}
 """The number that is read of a tensor that has none: a sound gradient norm, and no overflow. Of integers 0."""
 _PACKAGE = Path(__file__).parents[1]
 
@@ -70,6 +72,27 @@ class Fault:
     phase: str
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One dispatched operation."""
+
+    name: str
+    func: Any
+    args: Any
+    options: Mapping[str, Any]
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return _tensors((self.args, self.options))
+
+    def argument(self, number: int, name: str, default: Any = None) -> Any:
+        return self.args[number] if len(self.args) > number else self.options.get(name, default)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def _where() -> str:
     """The innermost line of this package outside its benchmarks, and below it the library that was called."""
     frame, inner = sys._getframe(2), ""
@@ -89,54 +112,6 @@ def _laid_out_bytes(tensor: Tensor) -> int:
     return math.prod(sizes) * tensor.element_size() if tensor.numel() else 0
 
 
-class _Live:
-    """Bytes of the storages that live, by device and by what they are for, and the most there were at once."""
-
-    def __init__(self) -> None:
-        self.now: dict[str, Counter[str]] = {"cuda": Counter(), "cpu": Counter()}
-        self.peak: dict[str, Counter[str]] = {"cuda": Counter(), "cpu": Counter()}
-        self._held: dict[int, tuple[weakref.ref[Any], str, str, int]] = {}
-
-    def add(self, tensor: Tensor, kind: str) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata in self._held or tensor.device.type not in self.now:
-            return
-        key, device, size = storage._cdata, tensor.device.type, storage.nbytes()
-        self._held[key] = (weakref.ref(storage, lambda _: self._drop(key)), device, kind, size)
-        self._grow(device, kind, size)
-
-    def _grow(self, device: str, kind: str, size: int) -> None:
-        now = self.now[device]
-        now[kind] += size
-        if size > 0 and now.total() > self.peak[device].total():
-            self.peak[device] = Counter(now)
-
-    def _drop(self, key: int) -> None:
-        _, device, kind, size = self._held.pop(key)
-        self.now[device][kind] -= size
-
-    def call(self, tensor: Tensor, kind: str) -> None:
-        """From now on the tensor's storage is of this kind."""
-        storage = tensor.untyped_storage()
-        self.add(tensor, kind)
-        held, device, before, size = self._held[storage._cdata]
-        self.now[device][before] -= size
-        self.now[device][kind] += size
-        self._held[storage._cdata] = (held, device, kind, size)
-
-    def measure_again(self) -> None:
-        """FSDP2 and ZeRO-3 empty storages and fill them again without an operation."""
-        for key, (held, device, kind, size) in list(self._held.items()):
-            storage = held()
-            now = size if storage is None else storage.nbytes()
-            if now != size:
-                self._held[key] = (held, device, kind, now)
-                self._grow(device, kind, now - size)
-
-    def restart(self) -> None:
-        self.peak = {device: Counter(now) for device, now in self.now.items()}
-
-
 class Watch(TorchDispatchMode):
     """Counts all that is dispatched inside, under `phase`; of one decoder layer also by itself, see `watch_layer`.
 
@@ -150,7 +125,7 @@ class Watch(TorchDispatchMode):
         self.waits: list[Wait] = []
         self.faults: list[Fault] = []
         self.collectives: Counter[str] = Counter()
-        self.live = _Live()
+        self.live = Live()
         self._pinned: set[int] = set()
 
     # --- what the rehearsal tells it ----------------------------------------------------------------------------------
@@ -215,51 +190,23 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(getattr(kind, "__name__", "") == "DTensor" for kind in types):
             return NotImplemented  # its local tensors come by again
-        options: dict[str, Any] = kwargs or {}
-        name, space = func._schema.name.split("::")[-1], func.namespace
-        if name in _ASKS:
-            return self._is_pinned(args[0]) if name == "is_pinned" else func(*args, **options)
-        inputs = [t for t in tree_leaves((args, options)) if isinstance(t, Tensor)]
-        answered, out = self._answer(name, func, args, options, inputs)
-        if not answered:
-            self._check_devices(name, inputs)
-            out = func(*args, **options)
-        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        self._remember(name, func, options, outputs)
-        if space == "c10d" or "allgather" in name or "reduce_scatter" in name:
-            self.collectives[name] += 1
-        elif not func.is_view and name not in _NO_KERNEL:
-            self._count(name, func, args, options, inputs, outputs)
+        call = _Call(func._schema.name.split("::")[-1], func, args, kwargs or {})
+        if call.name in _ASKS:
+            return self._is_pinned(args[0]) if call.name == "is_pinned" else func(*args, **call.options)
+        inputs = call.inputs
+        answer = _ANSWERED.get(call.name)
+        if answer is None or (call.name in _SIZED_BY_VALUES and not _on_device(inputs)):
+            self._check_devices(call.name, inputs)
+            out = func(*args, **call.options)
+        else:
+            out = answer(self, call)
+        outputs = _tensors(out)
+        self._remember(call, outputs)
+        if func.namespace == "c10d":
+            self.collectives[call.name] += 1
+        elif not func.is_view and call.name not in _NO_KERNEL:
+            self._count(call, inputs, outputs)
         return out
-
-    def _answer(
-        self, name: str, func: Any, args: Any, options: Mapping[str, Any], inputs: Sequence[Tensor]
-    ) -> tuple[bool, Any]:
-        """What fake tensors can't say by themselves, and what a GPU would wait for."""
-        on_device = any(t.device.type == "cuda" for t in inputs)
-        if name == "_fused_sdp_choice":
-            return True, _sdp_choice(*args, **options)
-        if name == "record_stream":
-            return True, None
-        if name == "_pin_memory":
-            return True, torch.empty_like(args[0])
-        if name == "_local_scalar_dense":
-            if on_device:
-                self.wait("a number is read")
-            return True, _ANSWERS.get(args[0].dtype, 0)
-        if name == "int8_vectorwise_quant" and (args[1] if len(args) > 1 else options.get("threshold")):
-            self.wait("LLM.int8() looks for outliers above its threshold")
-            rows, scales, _ = func(args[0])
-            return True, (rows, scales, args[0].new_empty(1, dtype=torch.int64))
-        if name == "int8_mixed_scaled_mm":
-            bias = args[6] if len(args) > 6 else options.get("bias")
-            return True, (torch.ops.bitsandbytes.int8_scaled_mm(*args[1:5], bias, args[0].dtype), None)
-        if on_device and name in _SIZED_BY_VALUES:
-            self.wait(f"{name}: the result's size depends on values")
-            if name == "equal":
-                return True, True
-            return True, args[0].new_empty((args[0].numel(), max(args[0].ndim, 1)), dtype=torch.int64)
-        return False, None
 
     def _is_pinned(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._pinned
@@ -271,14 +218,14 @@ class Watch(TorchDispatchMode):
         if name.startswith("_fused") or any(t.ndim for t in on_host):
             self.fault(f"{name}: {len(on_host)} of {len(inputs)} tensors are on the host")
 
-    def _remember(self, name: str, func: Any, options: Mapping[str, Any], outputs: Sequence[Tensor]) -> None:
+    def _remember(self, call: _Call, outputs: Sequence[Tensor]) -> None:
         if self.resizes:
             self.live.measure_again()
         kinds = {"load": "other", "forward": "activations", "backward": "backward's own", "update": "update's own"}
         for tensor in outputs:
-            if not func.is_view:
+            if not call.func.is_view:
                 self.live.add(tensor, kinds.get(self.phase, "other"))
-            if name == "_pin_memory" or options.get("pin_memory"):
+            if call.name == "_pin_memory" or call.options.get("pin_memory"):
                 self._pin(tensor)
 
     def _pin(self, tensor: Tensor) -> None:
@@ -286,38 +233,35 @@ class Watch(TorchDispatchMode):
         self._pinned.add(storage._cdata)
         weakref.finalize(storage, self._pinned.discard, storage._cdata)
 
-    def _count(
-        self, name: str, func: Any, args: Any, options: Mapping[str, Any], inputs: list[Tensor], outputs: list[Tensor]
-    ) -> None:
-        if name in {"copy_", "_to_copy"} and self._is_copy_between(name, args, options, inputs, outputs):
+    def _count(self, call: _Call, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        if call.name in {"copy_", "_to_copy"} and self._is_copy_between(call, inputs, outputs):
             return
-        read, written = _moved(name, func, args, options, inputs, outputs)
+        read, written = _moved(call, outputs)
         if not read and not written:
             return
-        if name in _ZEROS_AND_COPY and self.phase == "backward":
-            self.fault(f"{name}: zeros and a copy for the gradient of a view")
+        if call.name in _ZEROS_AND_COPY and self.phase == "backward":
+            self.fault(f"{call.name}: zeros and a copy for the gradient of a view")
         for tally in self._tallies():
             tally.launches += 1
             tally.read_bytes += read
             tally.written_bytes += written
-            tally.ops[name] += 1
+            tally.ops[call.name] += 1
 
     def _tallies(self) -> Iterator[Tally]:
         for key in (self.phase, self.section):
             if key:
                 yield self.tallies.setdefault(key, Tally())
 
-    def _is_copy_between(
-        self, name: str, args: Any, options: Mapping[str, Any], inputs: Sequence[Tensor], outputs: Sequence[Tensor]
-    ) -> bool:
+    def _is_copy_between(self, call: _Call, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
         """Whether this copies between host and device: no kernel, but a wait unless it is from or to pinned memory."""
-        source, target = (inputs[1], inputs[0]) if name == "copy_" else (inputs[0], outputs[0])
+        in_place = call.name == "copy_"
+        source, target = (inputs[1], inputs[0]) if in_place else (inputs[0], outputs[0])
         kinds = (source.device.type, target.device.type)
         if "cuda" not in kinds or kinds[0] == kinds[1]:
             return False
-        at_once = options.get("non_blocking", len(args) > 2 and bool(args[2]))
+        at_once = call.argument(2, "non_blocking") if in_place else call.options.get("non_blocking")
         on_host = source if kinds[0] == "cpu" else target
-        if at_once and name == "_to_copy" and kinds[1] == "cpu":  # torch makes that memory pinned by itself
+        if at_once and not in_place and kinds[1] == "cpu":  # torch makes that memory pinned by itself
             self._pin(target)
         if not (at_once and self._is_pinned(on_host)):
             way = "from host to device" if kinds[0] == "cpu" else "from device to host"
@@ -335,36 +279,74 @@ def _local(tensor: Tensor) -> Tensor:
     return local.detach()
 
 
-def _sdp_choice(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **options: Any
-) -> int:
+def _on_device(tensors: Sequence[Tensor]) -> bool:
+    return any(tensor.device.type == "cuda" for tensor in tensors)
+
+
+# --- what fake tensors can't answer by themselves, and what a GPU would be waited for ---------------------------------
+
+
+def _number(watch: Watch, call: _Call) -> bool | int | float:
+    if _on_device(call.inputs):
+        watch.wait("a number is read")
+    return _NUMBERS.get(call.args[0].dtype, 0)
+
+
+def _sized_by_values(watch: Watch, call: _Call) -> Any:
+    watch.wait(f"{call.name}: the result's size depends on values")
+    given: Tensor = call.args[0]
+    return True if call.name == "equal" else given.new_empty((given.numel(), max(given.ndim, 1)), dtype=torch.int64)
+
+
+def _sdp_choice(_: Watch, call: _Call) -> int:
     """torch's choice on CUDA, in short: 1 flash-attention, 2 memory-efficient, 0 plain mathematics."""
+    query, mask = call.args[0], call.argument(3, "attn_mask")
     if query.device.type != "cuda":
         return 0
-    if query.dtype in {torch.float16, torch.bfloat16} and attn_mask is None:
+    if query.dtype in {torch.float16, torch.bfloat16} and mask is None:
         return 1
-    return 0 if options.get("enable_gqa") else 2
+    return 0 if call.options.get("enable_gqa") else 2
 
 
-def _moved(
-    name: str, func: Any, args: Any, options: Mapping[str, Any], inputs: list[Tensor], outputs: list[Tensor]
-) -> tuple[int, int]:
+def _int8_rows(watch: Watch, call: _Call) -> Any:
+    rows, scales, nothing = call.func(call.args[0])
+    if not call.argument(1, "threshold"):
+        return rows, scales, nothing
+    watch.wait("LLM.int8() looks for outliers above its threshold")
+    return rows, scales, call.args[0].new_empty(1, dtype=torch.int64)
+
+
+def _int8_product(_: Watch, call: _Call) -> Any:
+    """Without outliers."""
+    product: Any = torch.ops.bitsandbytes.int8_scaled_mm
+    return product(*call.args[1:5], call.argument(6, "bias"), call.args[0].dtype), None
+
+
+_ANSWERED: dict[str, Callable[[Watch, _Call], Any]] = {
+    "_local_scalar_dense": _number,
+    "_fused_sdp_choice": _sdp_choice,
+    "_pin_memory": lambda _, call: torch.empty_like(call.args[0]),
+    "record_stream": lambda *_: None,
+    "int8_vectorwise_quant": _int8_rows,
+    "int8_mixed_scaled_mm": _int8_product,
+    **dict.fromkeys(_SIZED_BY_VALUES, _sized_by_values),
+}
+
+
+def _moved(call: _Call, outputs: Sequence[Tensor]) -> tuple[int, int]:
     """Bytes read and written on the device."""
     writes: list[Tensor] = []
     reads: list[Tensor] = []
-    for number, argument in enumerate(func._schema.arguments):
-        given = args[number] if number < len(args) else options.get(argument.name)
-        tensors = [t for t in tree_leaves(given) if isinstance(t, Tensor) and t.device.type == "cuda"]
+    for number, argument in enumerate(call.func._schema.arguments):
+        tensors = [t for t in _tensors(call.argument(number, argument.name)) if t.device.type == "cuda"]
         changed = argument.alias_info is not None and argument.alias_info.is_write
         writes += tensors if changed else []
-        reads += [] if changed and (argument.is_out or name in _WRITES_ONLY) else tensors
-    fresh = [t for t in outputs if t.device.type == "cuda" and not any(t is w for w in writes)]
-    if name in _READS_ROWS:
+        reads += [] if changed and (argument.is_out or call.name in _WRITES_ONLY) else tensors
+    fresh = [t for t in outputs if t.device.type == "cuda" and not writes]
+    if call.name in _READS_ROWS:
         rows = sum(map(_laid_out_bytes, fresh))
         return rows + sum(map(_laid_out_bytes, reads[1:])), rows
-    if name in _WRITES_ROWS:
+    if call.name in _WRITES_ROWS:
         rows = sum(map(_laid_out_bytes, reads[1:]))
         return 2 * rows, rows
-    return sum(map(_laid_out_bytes, reads)), sum(map(_laid_out_bytes, writes)) + (
-        0 if writes else sum(map(_laid_out_bytes, fresh))
-    )
+    return sum(map(_laid_out_bytes, reads)), sum(map(_laid_out_bytes, [*writes, *fresh]))

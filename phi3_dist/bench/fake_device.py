@@ -224,7 +224,7 @@ def _stand_ins(on_wait: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _swap(held: Tensor, fresh: Tensor, swap: Callable[[Tensor, Tensor], None] = torch.utils.swap_tensors) -> None:
-    """A module's fake tensor moved or cast. On the same device the tensor stays: DeepSpeed has weak references to it."""
+    """A module's fake tensor moved or cast. On its own device it stays: DeepSpeed has weak references to it."""
     if held.device != fresh.device:
         swap(held, fresh)
     elif held.dtype != fresh.dtype:

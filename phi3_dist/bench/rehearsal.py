@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ class Report:
     plan: RunPlan
     phases: Mapping[str, Tally]
     layer: Mapping[str, Tally]
-    waits: tuple[Wait, ...]
-    faults: tuple[Fault, ...]
+    waits: Mapping[Wait, int]
+    faults: Mapping[Fault, int]
     collectives: Mapping[str, int]
     peak_gib: Mapping[str, Mapping[str, float]]
     """For `cuda` and `cpu`: GiB that live at the peak, by kind."""
@@ -121,6 +122,7 @@ def load_on_host(cfg: RunConfig, config: Any) -> str:
         stack.enter_context(fake_cuda(lambda _: None))
         base, host = fake_base(config, scratch / "base"), torch.device("cpu")
         stack.enter_context(fake_quantized_loading(base))
+        stack.enter_context(Watch())
         if cfg.model.quantization == "none":
             model = load_full(base, torch.float32, host)
         else:
@@ -225,5 +227,4 @@ def rehearse(cfg: RunConfig, config: Any, strategy: str, *, world: int) -> Repor
         held = _devices(engine)
     layer = {name: phases.pop(name) for name in ("layer forward", "layer backward") if name in phases}
     gib = {device: {k: n / GIB for k, n in kinds.items() if n} for device, kinds in peak.items()}
-    seen = tuple(dict.fromkeys(watch.waits)), tuple(dict.fromkeys(watch.faults))
-    return Report(plan, phases, layer, *seen, collectives, gib, held)
+    return Report(plan, phases, layer, Counter(watch.waits), Counter(watch.faults), collectives, gib, held)

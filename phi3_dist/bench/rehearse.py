@@ -3,11 +3,11 @@
     python -m phi3_dist.bench.rehearse RUN.yaml --strategy zero3 --world 8 --layers 4
     python -m phi3_dist.bench.rehearse --matrix
 
-Everything is the run's own code and libraries: loading, LoRA, the fused layers, DDP's reducer, FSDP2, DeepSpeed's engines, the
-optimizer, a resume. It says where devices mix, where the host waits for the device, and for one rank and step how many
-kernels are launched, how many bytes they move, and what lives on the device at the peak. No number is computed and no
-time measured. `--matrix` rehearses each cell of `phi3-dist support` on a small model. Ends with 1 where something would
-fail or wait that need not.
+The run's own code and libraries take the steps: loading, LoRA, the fused layers, DDP's reducer, FSDP2, DeepSpeed's
+engines, the optimizer, a resume. It says where devices mix, where the host waits for the device, and for one rank and
+step how many kernels are launched, how many bytes they move, and what lives on the device at the peak. No number is
+computed and no time measured. `--matrix` rehearses each cell of `phi3-dist support` on a small model. Ends with 1 where
+something would fail, or wait that need not.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def report_json(report: Any) -> dict[str, Any]:
             for name, tally in tallies.items()
         },
         "collectives": dict(report.collectives),
-        "waits": [vars(wait) for wait in report.waits],
-        "faults": [vars(fault) for fault in report.faults],
+        "waits": [{**vars(wait), "count": count} for wait, count in report.waits.items()],
+        "faults": [{**vars(fault), "count": count} for fault, count in report.faults.items()],
         "peak_gib": {device: dict(kinds) for device, kinds in report.peak_gib.items()},
         "held": report.held,
     }
@@ -110,8 +110,8 @@ def report_lines(found: Mapping[str, Any]) -> list[str]:
         total = sum(kinds.values())
         lines.append(f"peak on {device}: {total:.2f} GiB: " + ", ".join(f"{kind} {gib:.2f}" for gib, kind in parts))
     lines.append(found["held"])
-    lines += [f"WAITS in {w['phase']}: {w['what']} at {w['where']}{_why(w)}" for w in found["waits"]]
-    lines += [f"FAULT in {f['phase']}: {f['what']} at {f['where']}" for f in found["faults"]]
+    lines += [f"WAITS in {w['phase']}: {w['count']} × {w['what']} at {w['where']}{_why(w)}" for w in found["waits"]]
+    lines += [f"FAULT in {f['phase']}: {f['count']} × {f['what']} at {f['where']}" for f in found["faults"]]
     return lines
 
 

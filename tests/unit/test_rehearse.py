@@ -84,9 +84,24 @@ def test_a_base_for_the_host_is_not_put_on_the_gpu_beside(found: dict[str, Any],
     assert _outcome(found, "single", quantization, "fp32", "cpu")["held"] == "weights on cpu"
 
 
-@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
-def test_these_strategies_wait_for_nothing_in_a_step(found: dict[str, Any], strategy: str) -> None:
-    assert _outcome(found, strategy, "none", "bf16", "cuda")["by_design"] == {}
+WAITS_BY_DESIGN = {
+    "single": 0,
+    "ddp": 0,
+    "zero1": 0,
+    "zero2": 0,
+    "zero2_offload": 0,
+    "zero3": 0,
+    "zero3_offload": 0,
+    "fsdp2": 0,
+    "fsdp2_offload": 0,
+}
+"""Waits of one rank in a step of two layers, by the libraries' own design: see `by_design` in bench/cells.py."""
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_strategy_waits_more_often_than_its_library_must(found: dict[str, Any], strategy: str) -> None:
+    waits = _outcome(found, strategy, "none", "bf16", "cuda")["by_design"]
+    assert sum(waits.values()) == WAITS_BY_DESIGN[strategy], waits
 
 
 # --- one layer of Phi-3-mini ------------------------------------------------------------------------------------------
@@ -207,10 +222,12 @@ def test_the_lines_for_a_person(layers: int) -> None:
         "collectives": {},
         "peak_gib": {"cuda": {"base weights": 7.1, "other": 0.001}},
         "held": "weights on cuda",
-        "waits": [{"phase": "update", "what": "a number is read", "where": "x.py:1", "by_design": "as asked"}],
+        "waits": [
+            {"phase": "update", "what": "a number is read", "where": "x.py:1", "count": 2, "by_design": "as asked"}
+        ],
         "faults": [],
     }
     lines = report_lines(found)
     assert lines[2].split() == ["forward", f"{56 * layers:,}", "1.00", "0.50"]
     assert "peak on cuda: 7.10 GiB: base weights 7.10" in lines
-    assert lines[-1] == "WAITS in update: a number is read at x.py:1 (as asked)"
+    assert lines[-1] == "WAITS in update: 2 × a number is read at x.py:1 (as asked)"
