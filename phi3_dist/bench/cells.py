@@ -82,20 +82,23 @@ def cells() -> list[Cell]:
     return every + [Cell("single", quantization, "fp32", "cpu") for quantization in QUANTIZATIONS]
 
 
+_BY_DESIGN = (
+    ("int8", "", "what", "outliers", "LLM.int8() looks for outliers in each product"),
+    ("zero", "update", "where", "", "DeepSpeed reads overflow and norm on the host before it updates"),
+    ("fsdp2_offload", "", "what", "Event.synchronize", "FSDP2 waits for the offloaded gradients, which the host steps"),
+    ("zero2_offload", "", "where", "zero/stage_1_and_2.py", "DeepSpeed sums the offloaded gradients' norm on the host"),
+    ("zero3", "", "where", "zero/stage3.py", "DeepSpeed empties its bucket of gradients"),
+    ("zero3_offload", "", "where", "zero/partition_parameters.py", "DeepSpeed copies offloaded weights one by one"),
+)
+"""Strategy or quantisation (its beginning), phase (empty: any), field of the wait, text in it, and why it is there."""
+
+
 def by_design(wait: Wait, strategy: str, quantization: str) -> str:
     """Why this wait belongs to what was asked for; empty where it is a fault."""
-    if quantization == "int8" and "outliers" in wait.what:
-        return "LLM.int8() looks for outliers in each product"
-    if strategy.startswith("zero") and wait.phase == "update":
-        return "DeepSpeed reads overflow and norm on the host before it updates"
-    if strategy == "fsdp2_offload" and wait.what == "torch.cuda.Event.synchronize":
-        return "FSDP2 waits for the offloaded gradients before the host's optimizer steps"
-    if strategy == "zero2_offload" and "zero/stage_1_and_2.py" in wait.where:
-        return "DeepSpeed sums the offloaded gradients' norm on the host"
-    if strategy.startswith("zero3") and "zero/stage3.py" in wait.where:
-        return "DeepSpeed empties its bucket of gradients"
-    if strategy == "zero3_offload" and "zero/partition_parameters.py" in wait.where:
-        return "DeepSpeed copies each offloaded weight to the device, one after the other"
+    for asked, phase, place, text, why in _BY_DESIGN:
+        applies = quantization == asked or strategy.startswith(asked)
+        if applies and phase in {"", wait.phase} and text in getattr(wait, place):
+            return why
     return ""
 
 
