@@ -133,7 +133,7 @@ def small_config(layers: int = 2) -> Any:
 def _config_of(cell: Cell) -> RunConfig:
     world = 1 if cell.strategy == "single" else WORLD
     return RunConfig(
-        model=ModelConfig(source="rehearsed", precision=cell.precision, quantization=cell.quantization),  # type: ignore[arg-type]
+        model=ModelConfig(source="rehearsed", precision=cell.precision, quantization=cell.quantization),
         data=DataConfig(train="none", pack_length=PACK_LENGTH),
         train=TrainConfig(global_batch=world),
     )
@@ -205,7 +205,8 @@ def _outcome(cell: Cell, read: int) -> Outcome:
     found: dict[str, Any] = json.loads(text) if text else {"error": "the process died"}
     if "error" in found:
         return Outcome(cell, "failed", found["error"])
-    return Outcome(cell, **{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})
+    known: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    return Outcome(cell, **known)
 
 
 def rehearse_cells(which: Sequence[Cell], jobs: int = 1) -> Iterable[Outcome]:

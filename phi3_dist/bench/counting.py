@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -95,14 +96,15 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _where() -> str:
     """The innermost line of this package outside its benchmarks, and below it the library that was called."""
-    frame, inner = sys._getframe(2), ""
+    frame: FrameType | None = sys._getframe(2)
+    inner = ""
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(_PACKAGE) and path.parent != _PACKAGE / "bench":
             return f"phi3_dist/{path.relative_to(_PACKAGE)}:{frame.f_lineno} {frame.f_code.co_name}{inner}"
         if not inner and "torch" not in path.parts and path.parent != _PACKAGE / "bench":
             inner = f" ({'/'.join(path.parts[-2:])}:{frame.f_lineno})"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return inner.strip(" ()") or "autograd"
 
 

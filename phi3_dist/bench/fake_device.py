@@ -130,7 +130,7 @@ class _EachAnew(FakeTensorConverter):
         pass
 
 
-class FakeDevices(FakeTensorMode):
+class FakeDevices(FakeTensorMode):  # type: ignore[no-untyped-call]
     """Every tensor made inside is fake, and real ones that come in are taken as fake."""
 
     def __init__(self) -> None:
@@ -171,7 +171,7 @@ def _stand_ins(on_wait: Callable[[str], None]) -> dict[str, Any]:
         cuda_stream = 0
 
         def __new__(cls, *_: Any, **__: Any) -> Stream:
-            return super().__new__(cls, device=torch.device("cuda", 0))  # type: ignore[no-any-return]
+            return super().__new__(cls, device=torch.device("cuda", 0))
 
         def __init__(self, *_: Any, **__: Any) -> None: ...
 

@@ -108,7 +108,7 @@ def _made(reached: _WouldReadWeights, base: Base, dtype: torch.dtype) -> Phi3For
     model.is_quantized, model.hf_quantizer = True, reached.quantizer
     quantizer = reached.quantizer
     model.quantization_method = quantizer.quantization_config.quant_method
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 @contextmanager

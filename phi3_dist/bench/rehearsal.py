@@ -105,7 +105,7 @@ def launch_of(strategy: str, world: int) -> LaunchFacts:
 
 def import_all() -> None:
     """Import every library before the GPU is there, and let autograd take fake CUDA tensors; for this process."""
-    os.environ["DS_ACCELERATOR"] = "cuda"
+    os.environ |= {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": ""}  # a real GPU is left alone
     os.environ.setdefault("ACCELERATE_DISABLE_RICH", "true")
     warnings.simplefilter("ignore")  # of the libraries about what is fake
     logging.disable(logging.WARNING)
@@ -134,7 +134,8 @@ def load_on_host(cfg: RunConfig, config: Any) -> str:
 def _packs(count: int, length: int) -> Packs:
     """Packs of ragged documents, half of whose tokens are supervised."""
     documents = [length // 2, length // 4, length // 8, length // 8]
-    return make_token_packs([([5] * tokens, tokens // 2) for tokens in documents] * count, length)
+    packs: Packs = make_token_packs([([5] * tokens, tokens // 2) for tokens in documents] * count, length)
+    return packs
 
 
 class _NoLog:
@@ -169,7 +170,8 @@ def _answer_buckets(model: Any) -> None:
 
     hook.__annotations__.clear()  # DDP compares them with its own classes, and here they are text
     model.register_comm_hook(None, hook)
-    model.logger, model.reducer = _NoLog(), _FirstBuckets(model.reducer)
+    wrapped: Any = model
+    wrapped.logger, wrapped.reducer = _NoLog(), _FirstBuckets(model.reducer)
 
 
 def _devices(engine: Engine) -> str:
