@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-full test-gpu test-slurm torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-gpu bench-prepare wheel clean
+.PHONY: help setup lint types test test-full test-gpu test-slurm torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-gpu bench-prepare rehearse wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name what; do \
@@ -101,6 +101,9 @@ bench-gpu: setup ## Phi-3-mini's real shape on one GPU: LoRA, QLoRA, FP8
 
 bench-prepare: setup ## tokenize and pack a data set: this cache against tokenizers.encode_batch alone
 	@$(BIN)/python -m phi3_dist.bench.prepare
+
+rehearse: setup ## every cell of the support matrix on fake CUDA tensors: what would fail or wait on a GPU
+	@$(BIN)/python -m phi3_dist.bench.rehearse --matrix --jobs 2
 
 wheel: setup ## build dist/*.whl
 	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
