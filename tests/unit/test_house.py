@@ -163,7 +163,7 @@ def test_the_lock_pins_every_dependency_inside_its_range() -> None:
     lock = {canonicalize_name(name): version for name, version in pins}
     project = pyproject()["project"]
     wanted = [*project["dependencies"]]
-    for extra in ("deepspeed", "qlora", "demo", "dev"):
+    for extra in ("deepspeed", "qlora", "demo", "test", "dev"):
         wanted += project["optional-dependencies"][extra]
     for text in wanted:
         requirement = Requirement(text)
@@ -196,7 +196,7 @@ def test_make_lists_its_targets() -> None:
     shown = subprocess.run(["make", "--no-print-directory"], cwd=REPO, capture_output=True, text=True, check=True)
     text = (REPO / "Makefile").read_text(encoding="utf-8")
     (phony,) = re.findall(r"^\.PHONY: (.*)$", text, flags=re.MULTILINE)
-    assert re.findall(r"^  make ([a-z-]+) ", shown.stdout, flags=re.MULTILINE) == phony.split()
+    assert re.findall(r"^  make ([a-z0-9-]+) ", shown.stdout, flags=re.MULTILINE) == phony.split()
 
 
 def test_a_python_that_is_too_old_is_refused_with_the_way_out(tmp_path: Path) -> None:
