@@ -39,7 +39,7 @@ if [[ ! $at/.installed -nt pyproject.toml || ! $at/.installed -nt constraints.tx
   say "virtual environment in $at, $("$python" --version)"
   if [[ ! -x .venv-uv/bin/uv ]]; then "$python" -m venv .venv-uv && .venv-uv/bin/python -m pip install --quiet uv; fi
   uv() { .venv-uv/bin/uv --quiet "$@"; }
-  uv venv --clear --python "$python" "$at"
+  uv venv --seed --clear --python "$python" "$at" # with pip, by which a test builds the wheel
   locked=constraints.txt
   if [[ $name == oldest ]]; then
     uv pip compile --resolution lowest-direct --python "$at" --no-annotate --extra deepspeed --extra qlora \
