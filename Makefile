@@ -16,11 +16,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-full test-gpu test-slurm torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-gpu bench-prepare rehearse wheel clean
+.PHONY: help setup lint types test test-full test-gpu test-oldest test-py312 test-py313 test-slurm torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-gpu bench-prepare rehearse card card-rehearsal card-carry wheel clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name what; do \
-		printf '  make %-10s %s\n' "$$name" "$$what"; done
+	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name what; do \
+		printf '  make %-16s %s\n' "$$name" "$$what"; done
 
 setup: $(STAMP) ## create .venv with the tested versions (once; again when pyproject.toml or constraints.txt change)
 
@@ -45,7 +45,7 @@ lint: setup ## ruff, import contracts, shellcheck
 	@echo "[lint] import contracts"
 	@out=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$out"; exit 1; }
 	@echo "[lint] shellcheck"
-	@$(BIN)/shellcheck --external-sources .ci/run tests/slurm/packages.sh $$(find launch -type f \( -name "*.sh" -o -name "*.sbatch" \))
+	@$(BIN)/shellcheck --external-sources .ci/run tests/slurm/packages.sh tests/versions/run.sh $$(find launch -type f \( -name "*.sh" -o -name "*.sbatch" \))
 
 types: setup ## mypy --strict
 	@echo "[types] mypy --strict"
@@ -61,6 +61,16 @@ test-full: lint types ## make test and the long tests
 
 test-gpu: setup ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu
+
+# Environments of their own, .venv-oldest and so on: neither needs .venv nor touches it.
+test-oldest: ## unit tests and each strategy once, with the oldest of each range in pyproject.toml
+	@tests/versions/run.sh oldest
+
+test-py312: ## the same with the tested versions on Python 3.12
+	@tests/versions/run.sh py312
+
+test-py313: ## the same with the tested versions on Python 3.13
+	@tests/versions/run.sh py313
 
 test-slurm: setup ## everything on a real Slurm of two nodes (Debian, root: installs its packages; ten minutes)
 	@tests/slurm/packages.sh
@@ -99,6 +109,15 @@ bench-sharding: setup ## what ZeRO-3's and FSDP2's prefetch settings are worth: 
 bench-gpu: setup ## Phi-3-mini's real shape on one GPU: LoRA, QLoRA, FP8
 	@$(BIN)/python -m phi3_dist.bench.gpu
 
+card: setup ## check everything on the GPU of this machine: strategies, attention, kernels, speed (seven minutes)
+	@$(BIN)/python -m phi3_dist.bench.card --out runs/card
+
+card-rehearsal: setup ## the same at toy sizes on a CPU; what needs CUDA says so (ten minutes)
+	@$(BIN)/python -m phi3_dist.bench.card --out runs/card-rehearsal --cpu --budget 3000 --patience 6 --parallel 2
+
+card-carry: setup ## wheels for a GPU machine without network, into .carry/ (see launch/card/)
+	@launch/card/carry.sh .carry
+
 bench-prepare: setup ## tokenize and pack a data set: this cache against tokenizers.encode_batch alone
 	@$(BIN)/python -m phi3_dist.bench.prepare
 
@@ -110,4 +129,4 @@ wheel: setup ## build dist/*.whl
 	@ls dist/*.whl
 
 clean: ## remove caches, builds and .venv (runs/ stays)
-	rm -rf $(VENV) .venv-audit .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-* .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

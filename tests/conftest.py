@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO
 
@@ -14,7 +16,8 @@ from hypothesis import HealthCheck, settings
 from tests.ranks.launcher import run_ranks
 
 REPO = Path(__file__).resolve().parent.parent
-EXTENSIONS = REPO / ".cache" / "torch_extensions"
+# A folder for each Python and torch: torch asks neither which one an operator was compiled for
+EXTENSIONS = REPO / ".cache" / f"torch_extensions_py{sys.version_info[0]}{sys.version_info[1]}_{version('torch')}"
 ORDER = ("unit", "ranks")  # quick ones first; folders not named here come last
 FIRST_BUILD_TIMEOUT_S = 900
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # as machines may be

@@ -92,8 +92,8 @@ def test_what_is_run_elsewhere_is_in_the_pages_and_there() -> None:
 
 
 def test_every_make_target_that_the_pages_name_exists() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (REPO / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    named = {name for page in PAGES for name in re.findall(r"`make ([a-z-]+)`", (REPO / page).read_text("utf-8"))}
+    targets = set(re.findall(r"^([a-z0-9-]+):", (REPO / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    named = {name for page in PAGES for name in re.findall(r"`make ([a-z0-9-]+)`", (REPO / page).read_text("utf-8"))}
     assert named
     assert named <= targets
 
