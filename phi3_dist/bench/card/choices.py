@@ -59,7 +59,11 @@ def _loss(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows_at_once = min(chunks, key=lambda size: chunks[size])
     liger = head.get("ms_liger")
     faster = "liger" if liger and liger < chunks[rows_at_once] else "chunked"
-    return {"loss": faster, "chunk_rows": int(rows_at_once), "loss_ms": {**chunks, **({"liger": liger} if liger else {})}}
+    return {
+        "loss": faster,
+        "chunk_rows": int(rows_at_once),
+        "loss_ms": {**chunks, **({"liger": liger} if liger else {})},
+    }
 
 
 def choices_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
