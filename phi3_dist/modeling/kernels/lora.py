@@ -20,14 +20,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from phi3_dist.modeling.kernels.passes import launch
 
-__all__ = ["LEVELS", "MAX_RANK", "Drop", "down", "drop_of", "grads_of_input", "grads_of_output", "masked"]
+__all__ = ["LEVELS", "NO_DROP", "Drop", "down", "drop_of", "grads_of_input", "grads_of_output", "masked"]
 
 LEVELS = 65536
 """Dropout's probability is rounded to a multiple of 1 / LEVELS, and the survivors' scale is that of the rounded one."""
-MAX_RANK = 128
 
 
 class Drop(NamedTuple):
@@ -49,7 +49,11 @@ def drop_of(dropout: float) -> Drop:
 
     Activation checkpointing restores that generator before it runs a layer again, so that it draws the same.
     """
-    return Drop(int(torch.randint(2**62, ())), round(dropout * LEVELS)) if dropout > 0 else NO_DROP
+    if dropout <= 0:
+        return NO_DROP
+    with _disable_current_modes():  # a number of the host, where tensors are fake too
+        seed = int(torch.randint(2**62, ()))
+    return Drop(seed, round(dropout * LEVELS))
 
 
 @triton.jit
@@ -119,7 +123,7 @@ def _grads_of_output_kernel(
 @triton.jit(do_not_specialize=["seed"])
 def _grads_of_input_kernel(
     x, grad_down, a, out, part_a, seed, tokens, width, rank, dropped, row_x, SPAN: tl.constexpr,
-    DROP: tl.constexpr, WRITE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    DROP: tl.constexpr, WRITE: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     first, strip = tl.program_id(0) * BK, tl.program_id(1)
     columns, ranks = first + tl.arange(0, BK)[None, :], tl.arange(0, BR)
@@ -138,6 +142,8 @@ def _grads_of_input_kernel(
             value = tl.where(keep, value, 0.0)
             part = tl.where(keep, part, 0.0)
         total = tl.dot(tl.trans(low), value, total, input_precision="ieee")
+        if ADD:
+            part += tl.load(out + wide * width + columns, mask=inside, other=0.0).to(tl.float32)
         if WRITE:
             tl.store(out + wide * width + columns, part.to(out.dtype.element_ty), mask=inside)
     place = part_a + (strip.to(tl.int64) * rank + ranks[:, None]) * width + columns
@@ -237,16 +243,25 @@ def grads_of_output(
 
 
 def grads_of_input(
-    x_TI: Tensor, grad_down_TR: Tensor, a_RI: Tensor, drop: Drop, *, write: bool, blocks: Blocks = INPUT
+    x_TI: Tensor,
+    grad_down_TR: Tensor,
+    a_RI: Tensor,
+    drop: Drop,
+    *,
+    write: bool,
+    into_TI: Tensor | None = None,
+    blocks: Blocks = INPUT,
 ) -> tuple[Tensor, Tensor | None]:
     """`grad_downᵀ dropout(x)` (R, I), and, with `write`, `grad_down A` where x was kept (T, I). x is read once.
 
-    The survivors' scale is the caller's to put into `grad_down`.
+    The latter is added to `into_TI`, where it is given. The survivors' scale is the caller's to put into `grad_down`.
     """
     (tokens, width), rank = x_TI.shape, a_RI.shape[0]
     grid = (triton.cdiv(width, blocks.columns), triton.cdiv(tokens, blocks.span))
     part_a = torch.empty(grid[1], rank, width, dtype=torch.float32, device=x_TI.device)
-    out_TI = torch.empty(tokens, width, dtype=x_TI.dtype, device=x_TI.device) if write else None
+    out_TI = into_TI
+    if write and out_TI is None:
+        out_TI = torch.empty(tokens, width, dtype=x_TI.dtype, device=x_TI.device)
     launch(
         _grads_of_input_kernel,
         grid,
@@ -255,6 +270,7 @@ def grads_of_input(
         SPAN=blocks.span,
         DROP=drop.dropped > 0,
         WRITE=write,
+        ADD=into_TI is not None,
         BM=blocks.rows,
         BK=blocks.columns,
         BR=_ranks(rank),

@@ -92,7 +92,7 @@ def add_norm(x: Tensor, delta: Tensor | None, weight_H: Tensor, eps: float) -> t
     tokens, hidden = x_TH.shape
     delta_TH = x_TH if delta is None else _rows(delta)
     total_TH = x_TH if delta is None else torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
-    out_TH = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
+    out_TH = torch.empty(tokens, hidden, dtype=torch.promote_types(x.dtype, weight_H.dtype), device=x.device)
     rstd_T = torch.empty(tokens, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(hidden)
     launch(
