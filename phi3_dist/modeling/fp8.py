@@ -90,7 +90,7 @@ def fp8_product(
 
 
 def fp8_grad_input(grad_TO: Tensor, weight_OI: Tensor, scale: Fp8Scale, rows: Rows8 | None = None) -> Tensor:
-    """The gradient of x, in the gradient's dtype. `rows`: the gradient · the weight's row scales in FP8, where known."""
+    """The gradient of x, in the gradient's dtype. `rows`: the gradient · the weight's row scales in FP8."""
     grad8_TO, grad_scale = rows or quantize_rows(grad_TO.float() * scale.rows_O)
     # the right side of scaled_mm lies column by column: the bytes are turned for this product, unless kept so
     turned_IO = weight_OI.t().contiguous() if scale.turned_IO is None else scale.turned_IO

@@ -31,6 +31,7 @@ from phi3_dist.modeling.passes import BY_HAND, Passes
 __all__ = ["add_norm", "install_fused_layers", "rms_norm", "rotate", "select_in_last_layer", "swiglu"]
 
 _PASSES = "_fused_passes"
+_SELECTS = "_fused_selects_rows"
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -236,15 +237,16 @@ def _last_layer_forward(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Ten
     return out_1SH
 
 
-def _layer_forward(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+def _joined_forward(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     """The residual is added in the norm behind it, and its gradient in that norm's backward.
 
-    With `predict_S` only these rows go on after attention, as in `_last_layer_forward`.
+    In the last layer only the rows `predict_S` go on after attention, as in `_last_layer_forward`.
     """
-    rows_S = kwargs.pop("predict_S", None)
+    rows_S = kwargs.pop("predict_S", None) if vars(layer).get(_SELECTS, False) else None
     eight = _fp8_scale(layer.self_attn.qkv_proj) is not None
     normed, hidden = layer.input_layernorm(hidden_states, sum_too=True, eight=eight)
-    attended, _ = layer.self_attn(hidden_states=normed, **({} if rows_S is None else {"rows_S": rows_S}), **kwargs)
+    chosen = {} if rows_S is None else {"rows_S": rows_S}
+    attended, _ = layer.self_attn(hidden_states=normed, **chosen, **kwargs)
     if rows_S is not None:
         hidden = hidden.index_select(1, rows_S)
     eight = _fp8_scale(layer.mlp.gate_up_proj) is not None
@@ -286,7 +288,8 @@ def select_in_last_layer(model: PackedLoss) -> None:
     """
     layer = model.causal_lm.model.layers[-1]
     if type(layer) is Phi3DecoderLayer and "forward" in vars(layer.self_attn):
-        if "forward" not in vars(layer):
+        setattr(layer, _SELECTS, True)
+        if getattr(vars(layer).get("forward"), "__func__", None) is not _joined_forward:
             layer.forward = MethodType(_last_layer_forward, layer)
         model.last_layer_selects = True
 
@@ -298,6 +301,6 @@ def install_fused_layers(model: nn.Module, passes: Passes = BY_HAND) -> FusedRep
             setattr(module, _PASSES, passes)
     report = install_forwards(model, lambda m: _FORWARDS.get(type(m)), _why_not, "modules")
     if passes.with_residual:
-        layers = install_forwards(model, lambda m: _layer_forward if type(m) is Phi3DecoderLayer else None, _why_not)
+        layers = install_forwards(model, lambda m: _joined_forward if type(m) is Phi3DecoderLayer else None, _why_not)
         report = FusedReport(report.fused + layers.fused, {**report.kept, **layers.kept}, report.unit)
     return report

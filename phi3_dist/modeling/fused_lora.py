@@ -160,7 +160,7 @@ def lora_linear(
     x (..., I) gives (..., O); `weight` is (O, I), or bitsandbytes' 4-bit storage or FP8 bytes with a `quant_state`.
     Under autocast all is computed in its dtype, as `F.linear` does. With `dropout` a mask of one byte an element is
     kept, not a second copy of x; on a CPU the generator advances as by PEFT's `nn.Dropout`, so that the same seed drops
-    the same positions. `keep`: hold a 4-bit weight's numbers until backward. `kernels`: by Triton's (kernels/linear.py),
+    the same positions. `keep`: hold a 4-bit weight's numbers until backward. `kernels`: by Triton's (in kernels/),
     which draw the mask anew in backward, up to rank 128.
     """
     if torch.is_autocast_enabled(x.device.type):
