@@ -163,12 +163,15 @@ def lora_linear(
     the same positions. `keep`: hold a 4-bit weight's numbers until backward. `kernels`: by Triton's (in kernels/),
     which draw the mask anew in backward, up to rank 128.
     """
+    by_kernels = kernels and a_RI.shape[0] <= KERNEL_RANK
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, a_RI, b_OR = x.to(dtype), a_RI.to(dtype), b_OR.to(dtype)
+        x = x.to(dtype)
+        if not by_kernels:
+            a_RI, b_OR = a_RI.to(dtype), b_OR.to(dtype)
         weight = weight if quant_state is not None else weight.to(dtype)
         bias_O = None if bias_O is None else bias_O.to(dtype)
-    if kernels and a_RI.shape[0] <= KERNEL_RANK:
+    if by_kernels:
         from phi3_dist.modeling.kernels.linear import kernel_lora_linear
 
         return kernel_lora_linear(x, weight, bias_O, a_RI, b_OR, scaling, dropout, quant_state, keep=keep)

@@ -27,7 +27,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`, and `scaling · dropout(x) Aᵀ`, which backward needs."""
     down_TR = down(x_TI, a_RI, scaling, drop)
-    out_TO = torch.mm(down_TR, b_OR.T) if bias_O is None else torch.addmm(bias_O, down_TR, b_OR.T)
+    b_RO = b_OR.to(x_TI.dtype).T
+    out_TO = torch.mm(down_TR, b_RO) if bias_O is None else torch.addmm(bias_O, down_TR, b_RO)
     return out_TO.addmm_(x_TI, weight_OI.T), down_TR
 
 
@@ -71,7 +72,7 @@ class _KernelLora(torch.autograd.Function):
         if isinstance(quant_state, Fp8Scale):
             rows = noted_rows(x) or Rows8(*quantize_rows(x_TI))
             down_TR = down(x_TI, a_RI, scaling, drop)
-            out_TO = fp8_product(x_TI, weight, quant_state, bias_O, rows).addmm_(down_TR, b_OR.T)
+            out_TO = fp8_product(x_TI, weight, quant_state, bias_O, rows).addmm_(down_TR, b_OR.to(x.dtype).T)
         else:
             weight_OI = dense(weight, quant_state, x.dtype)
             out_TO, down_TR = forward(x_TI, weight_OI, bias_O, a_RI, b_OR, scaling, drop)
@@ -119,7 +120,10 @@ def kernel_lora_linear(
     *,
     keep: bool,
 ) -> Tensor:
-    """`fused_lora.lora_linear` by these kernels; all floating tensors are of one dtype, dropout's mask is Philox's."""
+    """`fused_lora.lora_linear` by these kernels, dropout's mask by Philox. x, W and bias are of one dtype.
+
+    A and B may be of another, in which their gradients come.
+    """
     arguments = (x, weight, bias_O, a_RI.contiguous(), b_OR.contiguous(), scaling, drop_of(dropout), quant_state, keep)
     out: Tensor = _KernelLora.apply(*arguments)
     return out
