@@ -72,11 +72,14 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def _scaled_mm(
     left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor, dtype: torch.dtype, *, fast: bool = False
 ) -> Tensor:
+    if left.is_cuda:  # the row-wise kernel there writes bf16 alone; torch before 2.13 has no other call
+        wide: Tensor = torch._scaled_mm(
+            left, right, left_scale, right_scale, out_dtype=torch.bfloat16, use_fast_accum=fast
+        )
+        return wide.to(dtype)
     kind: Any = F.ScalingType.RowWise
-    wanted = torch.bfloat16 if left.is_cuda else dtype  # the row-wise kernel on CUDA writes bf16 alone
-    scales = (left_scale, kind, right_scale, kind)
-    out: Tensor = F.scaled_mm(left, right, *scales, output_dtype=wanted, use_fast_accum=fast and left.is_cuda)
-    return out.to(dtype)
+    out: Tensor = F.scaled_mm(left, right, left_scale, kind, right_scale, kind, output_dtype=dtype)
+    return out
 
 
 def fp8_product(

@@ -31,6 +31,7 @@ from phi3_dist.modeling.passes import BY_HAND, Passes
 __all__ = ["add_norm", "install_fused_layers", "rms_norm", "rotate", "select_in_last_layer", "swiglu"]
 
 _PASSES = "_fused_passes"
+_HALF = "_fused_half"
 _SELECTS = "_fused_selects_rows"
 
 
@@ -159,16 +160,25 @@ def swiglu(gate_up: Tensor, passes: Passes = BY_HAND, scale: Fp8Scale | None = N
     return out
 
 
+def _halves(table_TD: Tensor, dtype: torch.dtype) -> Tensor:
+    """The half that counts. Kept on the table, which all layers share: a view takes its time on the host."""
+    known: Tensor | None = getattr(table_TD, _HALF, None)
+    if known is None or known.dtype != dtype:
+        half = table_TD[..., : table_TD.shape[-1] // 2].flatten(0, -2).to(dtype)
+        known = half.clone(memory_format=torch.contiguous_format)  # no view, which would hold the table that holds it
+        setattr(table_TD, _HALF, known)
+    return known
+
+
 def rotate(
     qkv_TX: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: int, kv_heads: int, passes: Passes = BY_HAND
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (T, N, D), keys and values (T, K, D) of a joined projection, queries and keys rotated by their position.
 
-    The memory of `qkv_TX` is used: its content is gone. `cos_TD` and `sin_TD` are transformers', whose second half
-    repeats the first; narrower than D, they turn a part of each head.
+    The memory of `qkv_TX` is used: its content is gone. `cos_TD` and `sin_TD` (or with a 1 before) are transformers',
+    whose second half repeats the first; narrower than D, they turn a part of each head.
     """
-    turned = cos_TD.shape[-1] // 2
-    cos_TR, sin_TR = (t[:, :turned].to(qkv_TX.dtype) for t in (cos_TD, sin_TD))
+    cos_TR, sin_TR = _halves(cos_TD, qkv_TX.dtype), _halves(sin_TD, qkv_TX.dtype)
     query, key, value = _Rotate.apply(qkv_TX, cos_TR, sin_TR, heads, kv_heads, passes)  # type: ignore[no-untyped-call]
     return query, key, value
 
@@ -215,7 +225,7 @@ def _attention_forward(
     config, (cos, sin) = attention.config, kwargs["position_embeddings"]
     qkv_TX = attention.qkv_proj(hidden_states).squeeze(0)  # an index would copy all of it in backward
     heads = (config.num_attention_heads, attention.num_key_value_heads)
-    query, key, value = rotate(qkv_TX, cos[0], sin[0], *heads, _passes(attention))
+    query, key, value = rotate(qkv_TX, cos, sin, *heads, _passes(attention))
     dropout = attention.attention_dropout if attention.training else 0.0
     settings = Settings(attention.scaling, getattr(config, "sliding_window", None), dropout)
     documents = Documents(tuple(kwargs["lengths"]), kwargs.get("cu_seqlens"))
