@@ -18,18 +18,48 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-__all__ = ["Fp8Linear", "Fp8Scale", "fp8_grad_input", "fp8_product", "quantize_rows", "use_fp8"]
+__all__ = [
+    "Fp8Linear",
+    "Fp8Scale",
+    "Rows8",
+    "fp8_grad_input",
+    "fp8_product",
+    "note_rows",
+    "noted_rows",
+    "quantize_rows",
+    "use_fp8",
+]
 
 E4M3_MAX = 448.0
 """The largest number of `torch.float8_e4m3fn`."""
+_ROWS = "_fp8_rows"
 ALIGNED = 16
 """scaled_mm takes sizes of the weight that are multiples of this."""
 
 
 class Fp8Scale(NamedTuple):
-    """What an FP8 weight is multiplied by: one float32 for each of its O rows."""
+    """What an FP8 weight is multiplied by: one float32 for each of its O rows; and its bytes (I, O), where kept."""
 
     rows_O: Tensor
+    turned_IO: Tensor | None = None
+
+
+class Rows8(NamedTuple):
+    """FP8 values (T, C) and the float32 scale (T, 1) of each row."""
+
+    values_TC: Tensor
+    scale_T1: Tensor
+
+
+def note_rows(x: Tensor, rows: Rows8) -> None:
+    """Let the pass that made x (..., C) leave its FP8 rows on it, for the product that takes x next."""
+    setattr(x, _ROWS, (rows, x._version))
+
+
+def noted_rows(x: Tensor) -> Rows8 | None:
+    """The FP8 rows that were left on x, unless x has been written to since."""
+    rows, version = getattr(x, _ROWS, (None, -1))
+    return rows if version == x._version else None
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,25 +69,35 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x32 / scale_R1).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale_R1
 
 
-def _scaled_mm(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled_mm(
+    left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor, dtype: torch.dtype, *, fast: bool = False
+) -> Tensor:
+    if left.is_cuda:  # the row-wise kernel there writes bf16 alone; torch before 2.13 has no other call
+        wide: Tensor = torch._scaled_mm(
+            left, right, left_scale, right_scale, out_dtype=torch.bfloat16, use_fast_accum=fast
+        )
+        return wide.to(dtype)
     kind: Any = F.ScalingType.RowWise
-    wanted = torch.bfloat16 if left.is_cuda else dtype  # the row-wise kernel on CUDA writes bf16 alone
-    out: Tensor = F.scaled_mm(left, right, left_scale, kind, right_scale, kind, output_dtype=wanted)
-    return out.to(dtype)
+    out: Tensor = F.scaled_mm(left, right, left_scale, kind, right_scale, kind, output_dtype=dtype)
+    return out
 
 
-def fp8_product(x_TI: Tensor, weight_OI: Tensor, scale: Fp8Scale, bias_O: Tensor | None = None) -> Tensor:
-    """`linear(x, weight, bias)` with the weight's bytes as uint8; in x's dtype."""
-    x8_TI, x_scale = quantize_rows(x_TI)
-    out_TO = _scaled_mm(x8_TI, weight_OI.view(torch.float8_e4m3fn).t(), x_scale, scale.rows_O[None], x_TI.dtype)
+def fp8_product(
+    x_TI: Tensor, weight_OI: Tensor, scale: Fp8Scale, bias_O: Tensor | None = None, rows: Rows8 | None = None
+) -> Tensor:
+    """`linear(x, weight, bias)` with the weight's bytes as uint8; in x's dtype. `rows`: x in FP8, where it is known."""
+    x8_TI, x_scale = rows or quantize_rows(x_TI)
+    weight8_IO = weight_OI.view(torch.float8_e4m3fn).t()
+    out_TO = _scaled_mm(x8_TI, weight8_IO, x_scale, scale.rows_O[None], x_TI.dtype, fast=True)
     return out_TO if bias_O is None else out_TO.add_(bias_O)
 
 
-def fp8_grad_input(grad_TO: Tensor, weight_OI: Tensor, scale: Fp8Scale) -> Tensor:
-    """The gradient of `fp8_product` with respect to x, in the gradient's dtype."""
-    grad8_TO, grad_scale = quantize_rows(grad_TO.float() * scale.rows_O)
-    # the right side of scaled_mm lies column by column: the bytes are turned for this product
-    columns = weight_OI.t().contiguous().t().view(torch.float8_e4m3fn)
+def fp8_grad_input(grad_TO: Tensor, weight_OI: Tensor, scale: Fp8Scale, rows: Rows8 | None = None) -> Tensor:
+    """The gradient of x, in the gradient's dtype. `rows`: the gradient · the weight's row scales in FP8."""
+    grad8_TO, grad_scale = rows or quantize_rows(grad_TO.float() * scale.rows_O)
+    # the right side of scaled_mm lies column by column: the bytes are turned for this product, unless kept so
+    turned_IO = weight_OI.t().contiguous() if scale.turned_IO is None else scale.turned_IO
+    columns = turned_IO.t().view(torch.float8_e4m3fn)
     ones = torch.ones(1, weight_OI.shape[1], device=grad_TO.device)
     return _scaled_mm(grad8_TO, columns, grad_scale, ones, grad_TO.dtype)
 
@@ -80,18 +120,21 @@ class Fp8Linear(nn.Module):
 
     weight: nn.Parameter
     rows_O: Tensor
+    turned_IO: Tensor | None
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, *, turned: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight8_OI, scale_O1 = quantize_rows(linear.weight.detach())
         self.weight = nn.Parameter(weight8_OI.view(torch.uint8), requires_grad=False)
         self.bias = linear.bias
         self.register_buffer("rows_O", scale_O1[:, 0], persistent=False)
+        bytes_IO = weight8_OI.view(torch.uint8).t().contiguous() if turned else None
+        self.register_buffer("turned_IO", bytes_IO, persistent=False)
 
     @property
     def scale(self) -> Fp8Scale:
-        return Fp8Scale(self.rows_O)
+        return Fp8Scale(self.rows_O, self.turned_IO)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) gives (..., O), under autocast in its dtype."""
@@ -118,10 +161,11 @@ def _why_not(layer: LoraLayer) -> str:
     return ""
 
 
-def use_fp8(model: nn.Module) -> tuple[int, dict[str, int]]:
+def use_fp8(model: nn.Module, *, turned: bool = False) -> tuple[int, dict[str, int]]:
     """Put the frozen linears under `model`'s LoRA layers into FP8: how many, and the reasons of those that stay.
 
-    After adapters are added. A weight that is taken is freed as soon as its FP8 form exists.
+    After adapters are added. A weight that is taken is freed as soon as its FP8 form exists. `turned`: keep its bytes
+    along the other side too, for the product in backward, which else turns them each time.
     """
     kept: Counter[str] = Counter()
     taken = 0
@@ -130,6 +174,6 @@ def use_fp8(model: nn.Module) -> tuple[int, dict[str, int]]:
         if why:
             kept[why] += 1
             continue
-        layer.base_layer = Fp8Linear(layer.base_layer)
+        layer.base_layer = Fp8Linear(layer.base_layer, turned=turned)
         taken += 1
     return taken, dict(kept)

@@ -6,7 +6,8 @@ that instance, so that names, hooks and files stay transformers'. A call that is
 a mask, several rows) goes to the module's own forward.
 
 A layer takes some 10 ms in these passes, 27 as transformers computes them (1,024 tokens, 576 wide, one CPU core). What
-passes.py has in two forms is computed as the module's `Passes` say: by hand, or compiled (`model.compile`).
+passes.py has in several forms is computed as the module's `Passes` say: by hand, compiled (`model.compile`), or by
+Triton's kernels (`model.kernels`), and then a decoder layer's own forward hands the residual to the norm behind it.
 
 Shapes: T tokens, H hidden, I inner, N query heads, K key/value heads, D head size, R rotated values of a head / 2.
 """
@@ -22,48 +23,88 @@ from torch import Tensor, nn
 from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLayer, Phi3MLP, Phi3RMSNorm
 
 from phi3_dist.modeling.attention import Documents, Settings, attend, kernel_name
-from phi3_dist.modeling.fused_lora import FusedReport, install_forwards
+from phi3_dist.modeling.fp8 import Fp8Linear, Fp8Scale, Rows8, note_rows
+from phi3_dist.modeling.fused_lora import FusedReport, install_forwards, takes_rows
 from phi3_dist.modeling.loss import PackedLoss
 from phi3_dist.modeling.passes import BY_HAND, Passes
 
-__all__ = ["install_fused_layers", "rms_norm", "rotate", "select_in_last_layer", "swiglu"]
+__all__ = ["add_norm", "install_fused_layers", "rms_norm", "rotate", "select_in_last_layer", "swiglu"]
 
 _PASSES = "_fused_passes"
+_HALF = "_fused_half"
+_SELECTS = "_fused_selects_rows"
 
 
 class _RmsNorm(torch.autograd.Function):
-    """transformers' order of roundings: normalised in float32, back to the input's type, then the weight."""
+    """The norm of x + delta; with `sum_too` that sum as well, whose gradient is added where x's own is made."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float, passes: Passes) -> Tensor:
-        x32 = x.float()
-        rstd = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight_H, rstd)
-        ctx.passes = passes
-        normed: Tensor = (x32 * rstd).to(x.dtype)
-        return normed.mul_(weight_H) if weight_H.dtype == x.dtype else weight_H * normed
+    def forward(
+        ctx: Any, x: Tensor, delta: Tensor | None, weight_H: Tensor, eps: float, passes: Passes, sum_too: bool
+    ) -> Any:
+        total, out, rstd = passes.norm(x, delta, weight_H, eps)
+        ctx.save_for_backward(total, weight_H, rstd)
+        ctx.passes, ctx.with_delta = passes, delta is not None
+        ctx.set_materialize_grads(False)
+        return (out, total) if sum_too else out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        x, weight_H, rstd = ctx.saved_tensors
-        return ctx.passes.norm_backward(grad, x, rstd, weight_H), None, None, None
+    def backward(ctx: Any, grad: Tensor | None, grad_sum: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        total, weight_H, rstd = ctx.saved_tensors
+        grad_x = grad_sum if grad is None else ctx.passes.norm_backward(grad, total, rstd, weight_H, grad_sum)
+        return grad_x, grad_x if ctx.with_delta else None, None, None, None, None
+
+
+class _RmsNorm8(torch.autograd.Function):
+    """`_RmsNorm` with the sum, and the norm's rows in FP8 with their scales."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, delta: Tensor | None, weight_H: Tensor, eps: float, passes: Passes
+    ) -> tuple[Tensor, ...]:
+        assert passes.norm8 is not None
+        total, out, rstd, rows = passes.norm8(x, delta, weight_H, eps)
+        ctx.save_for_backward(total, weight_H, rstd)
+        ctx.passes, ctx.with_delta = passes, delta is not None
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*rows)
+        return out, total, *rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_sum: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        grads: tuple[Tensor | None, ...] = _RmsNorm.backward(ctx, grad, grad_sum)
+        return grads[:5]
 
 
 class _Swiglu(torch.autograd.Function):
-    """`up · silu(gate)` from the joined projection, which is all that is saved."""
+    """`up · silu(gate)` from the joined projection, which is all that is saved.
+
+    `scale`, where the joined projection is FP8's, is what its backward multiplies into the gradient: then the rows of
+    both results are left on them in FP8.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, passes: Passes) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, passes: Passes, scale: Fp8Scale | None) -> Any:
         ctx.save_for_backward(gate_up)
-        ctx.passes = passes
-        return passes.swiglu(gate_up)
+        ctx.passes, ctx.scale = passes, scale
+        if scale is None:
+            return passes.swiglu(gate_up)
+        assert passes.swiglu8 is not None
+        out, rows = passes.swiglu8(gate_up)
+        ctx.mark_non_differentiable(*rows)
+        return out, *rows
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
         (gate_up,) = ctx.saved_tensors
-        return ctx.passes.swiglu_backward(grad, gate_up), None
+        if ctx.scale is None:
+            return ctx.passes.swiglu_backward(grad, gate_up), None, None
+        out, rows = ctx.passes.swiglu_backward8(grad, gate_up, ctx.scale.rows_O)
+        note_rows(out, Rows8(*rows))
+        return out, None, None
 
 
 class _Rotate(torch.autograd.Function):
@@ -77,13 +118,9 @@ class _Rotate(torch.autograd.Function):
     def forward(
         ctx: Any, qkv: Tensor, cos_TR: Tensor, sin_TR: Tensor, heads: int, kv_heads: int, passes: Passes
     ) -> tuple[Tensor, Tensor, Tensor]:
-        cos, sin, turned = cos_TR[:, None], sin_TR[:, None], cos_TR.shape[-1]
-        all_TXD = qkv.detach().view(qkv.shape[0], heads + 2 * kv_heads, -1)
-        moving = all_TXD[:, : heads + kv_heads]
-        left, right = moving[..., :turned], moving[..., turned : 2 * turned]
-        new_left = (left * cos).addcmul_(right, sin, value=-1)
-        right.mul_(cos).addcmul_(left, sin)
-        left.copy_(new_left)
+        joined = qkv.detach()
+        passes.rotate(joined, cos_TR, sin_TR, heads, kv_heads)
+        all_TXD = joined.view(qkv.shape[0], heads + 2 * kv_heads, -1)
         ctx.save_for_backward(cos_TR, sin_TR)
         ctx.passes = passes
         return all_TXD[:, :heads], all_TXD[:, heads : heads + kv_heads], all_TXD[:, heads + kv_heads :]
@@ -97,14 +134,40 @@ class _Rotate(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float, passes: Passes = BY_HAND) -> Tensor:
     """`Phi3RMSNorm` of x (..., H) with a frozen weight."""
-    out: Tensor = _RmsNorm.apply(x, weight_H, eps, passes)  # type: ignore[no-untyped-call]
+    out: Tensor = _RmsNorm.apply(x, None, weight_H, eps, passes, False)  # type: ignore[no-untyped-call]
     return out
 
 
-def swiglu(gate_up: Tensor, passes: Passes = BY_HAND) -> Tensor:
-    """`up · silu(gate)` of (..., 2·I), gate first; gives (..., I)."""
-    out: Tensor = _Swiglu.apply(gate_up, passes)  # type: ignore[no-untyped-call]
+def add_norm(
+    x: Tensor, delta: Tensor | None, weight_H: Tensor, eps: float, passes: Passes, *, eight: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The norm of x + delta, and that sum; `eight`: with the norm's rows left on it in FP8."""
+    if not eight:
+        out, total = _RmsNorm.apply(x, delta, weight_H, eps, passes, True)  # type: ignore[no-untyped-call]
+        return out, total
+    out, total, *rows = _RmsNorm8.apply(x, delta, weight_H, eps, passes)  # type: ignore[no-untyped-call]
+    note_rows(out, Rows8(*rows))
+    return out, total
+
+
+def swiglu(gate_up: Tensor, passes: Passes = BY_HAND, scale: Fp8Scale | None = None) -> Tensor:
+    """`up · silu(gate)` of (..., 2·I), gate first; gives (..., I). `scale`: that of an FP8 projection before it."""
+    if scale is None or passes.swiglu8 is None:
+        out: Tensor = _Swiglu.apply(gate_up, passes, None)  # type: ignore[no-untyped-call]
+        return out
+    out, *rows = _Swiglu.apply(gate_up, passes, scale)  # type: ignore[no-untyped-call]
+    note_rows(out, Rows8(*rows))
     return out
+
+
+def _halves(table_TD: Tensor, dtype: torch.dtype) -> Tensor:
+    """The half that counts. Kept on the table, which all layers share: a view takes its time on the host."""
+    known: Tensor | None = getattr(table_TD, _HALF, None)
+    if known is None or known.dtype != dtype:
+        half = table_TD[..., : table_TD.shape[-1] // 2].flatten(0, -2).to(dtype)
+        known = half.clone(memory_format=torch.contiguous_format)  # no view, which would hold the table that holds it
+        setattr(table_TD, _HALF, known)
+    return known
 
 
 def rotate(
@@ -112,11 +175,10 @@ def rotate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (T, N, D), keys and values (T, K, D) of a joined projection, queries and keys rotated by their position.
 
-    The memory of `qkv_TX` is used: its content is gone. `cos_TD` and `sin_TD` are transformers', whose second half
-    repeats the first; narrower than D, they turn a part of each head.
+    The memory of `qkv_TX` is used: its content is gone. `cos_TD` and `sin_TD` (or with a 1 before) are transformers',
+    whose second half repeats the first; narrower than D, they turn a part of each head.
     """
-    turned = cos_TD.shape[-1] // 2
-    cos_TR, sin_TR = (t[:, :turned].to(qkv_TX.dtype) for t in (cos_TD, sin_TD))
+    cos_TR, sin_TR = _halves(cos_TD, qkv_TX.dtype), _halves(sin_TD, qkv_TX.dtype)
     query, key, value = _Rotate.apply(qkv_TX, cos_TR, sin_TR, heads, kv_heads, passes)  # type: ignore[no-untyped-call]
     return query, key, value
 
@@ -129,12 +191,25 @@ def _passes(module: nn.Module) -> Passes:
     return passes
 
 
-def _norm_forward(norm: Any, hidden_states: Tensor) -> Tensor:
+def _fp8_scale(linear: nn.Module) -> Fp8Scale | None:
+    """That of the FP8 base under a LoRA linear which takes FP8 rows, or None."""
+    base = getattr(linear, "base_layer", None)
+    return base.scale if isinstance(base, Fp8Linear) and takes_rows(linear) else None
+
+
+def _norm_forward(
+    norm: Any, hidden_states: Tensor, *, delta: Tensor | None = None, sum_too: bool = False, eight: bool = False
+) -> Any:
+    """The norm; with `sum_too` that of the sum with `delta`, and the sum."""
+    if sum_too:
+        settings = (norm.weight, norm.variance_epsilon, _passes(norm))
+        return add_norm(hidden_states, delta, *settings, eight=eight)
     return rms_norm(hidden_states, norm.weight, norm.variance_epsilon, _passes(norm))
 
 
 def _mlp_forward(mlp: Any, hidden_states: Tensor) -> Tensor:
-    out: Tensor = mlp.down_proj(swiglu(mlp.gate_up_proj(hidden_states), _passes(mlp)))
+    gate_up = mlp.gate_up_proj(hidden_states)
+    out: Tensor = mlp.down_proj(swiglu(gate_up, _passes(mlp), _fp8_scale(mlp.gate_up_proj)))
     return out
 
 
@@ -148,9 +223,9 @@ def _attention_forward(
         out: tuple[Tensor, Any] = type(attention).forward(attention, hidden_states, *args, **kwargs)
         return out
     config, (cos, sin) = attention.config, kwargs["position_embeddings"]
-    qkv_TX = attention.qkv_proj(hidden_states)[0]
+    qkv_TX = attention.qkv_proj(hidden_states).squeeze(0)  # an index would copy all of it in backward
     heads = (config.num_attention_heads, attention.num_key_value_heads)
-    query, key, value = rotate(qkv_TX, cos[0], sin[0], *heads, _passes(attention))
+    query, key, value = rotate(qkv_TX, cos, sin, *heads, _passes(attention))
     dropout = attention.attention_dropout if attention.training else 0.0
     settings = Settings(attention.scaling, getattr(config, "sliding_window", None), dropout)
     documents = Documents(tuple(kwargs["lengths"]), kwargs.get("cu_seqlens"))
@@ -172,6 +247,24 @@ def _last_layer_forward(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Ten
     return out_1SH
 
 
+def _joined_forward(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """The residual is added in the norm behind it, and its gradient in that norm's backward.
+
+    In the last layer only the rows `predict_S` go on after attention, as in `_last_layer_forward`.
+    """
+    rows_S = kwargs.pop("predict_S", None) if vars(layer).get(_SELECTS, False) else None
+    eight = _fp8_scale(layer.self_attn.qkv_proj) is not None
+    normed, hidden = layer.input_layernorm(hidden_states, sum_too=True, eight=eight)
+    chosen = {} if rows_S is None else {"rows_S": rows_S}
+    attended, _ = layer.self_attn(hidden_states=normed, **chosen, **kwargs)
+    if rows_S is not None:
+        hidden = hidden.index_select(1, rows_S)
+    eight = _fp8_scale(layer.mlp.gate_up_proj) is not None
+    normed, hidden = layer.post_attention_layernorm(hidden, delta=attended, sum_too=True, eight=eight)
+    out: Tensor = hidden + layer.mlp(normed)
+    return out
+
+
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     Phi3RMSNorm: _norm_forward,
     Phi3MLP: _mlp_forward,
@@ -182,9 +275,19 @@ _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
 def _why_not(module: nn.Module) -> str:
     if isinstance(module, Phi3RMSNorm) and module.weight.requires_grad:
         return "a norm that trains"
+    if isinstance(module, Phi3DecoderLayer):
+        return _why_not_layer(module)
     if isinstance(module, Phi3MLP) and module.config.hidden_act not in {"silu", "swish"}:
         return f"an MLP with {module.config.hidden_act}"
     return ""
+
+
+def _why_not_layer(layer: Any) -> str:
+    """A layer whose norms are fused already, and with nothing between a product and its residual."""
+    if layer.resid_attn_dropout.p or layer.resid_mlp_dropout.p:
+        return "a layer with dropout before its residual"
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    return "" if all("forward" in vars(norm) for norm in norms) else "a layer with other norms"
 
 
 def select_in_last_layer(model: PackedLoss) -> None:
@@ -195,7 +298,9 @@ def select_in_last_layer(model: PackedLoss) -> None:
     """
     layer = model.causal_lm.model.layers[-1]
     if type(layer) is Phi3DecoderLayer and "forward" in vars(layer.self_attn):
-        layer.forward = MethodType(_last_layer_forward, layer)
+        setattr(layer, _SELECTS, True)
+        if getattr(vars(layer).get("forward"), "__func__", None) is not _joined_forward:
+            layer.forward = MethodType(_last_layer_forward, layer)
         model.last_layer_selects = True
 
 
@@ -204,4 +309,8 @@ def install_fused_layers(model: nn.Module, passes: Passes = BY_HAND) -> FusedRep
     for module in model.modules():
         if type(module) in _FORWARDS:
             setattr(module, _PASSES, passes)
-    return install_forwards(model, lambda m: _FORWARDS.get(type(m)), _why_not, "modules")
+    report = install_forwards(model, lambda m: _FORWARDS.get(type(m)), _why_not, "modules")
+    if passes.with_residual:
+        layers = install_forwards(model, lambda m: _joined_forward if type(m) is Phi3DecoderLayer else None, _why_not)
+        report = FusedReport(report.fused + layers.fused, {**report.kept, **layers.kept}, report.unit)
+    return report

@@ -33,16 +33,21 @@ from phi3_dist.modeling.fp8 import Fp8Linear, Fp8Scale, fp8_grad_input, fp8_prod
 __all__ = [
     "FusedReport",
     "declined",
+    "dense",
     "install_forwards",
     "install_fused",
     "keep_dequantized",
     "lora_linear",
     "remove_fused",
+    "takes_rows",
     "why_not_fused",
 ]
 
 _DECLINED = "_fused_declined"
 _KEEPS = "_fused_keeps_weight"
+_KERNELS = "_fused_by_kernels"
+KERNEL_RANK = 128
+"""The largest rank that Triton's kernels take: a tile holds all of it."""
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -59,7 +64,7 @@ class FusedReport:
         return "; ".join([*parts, *(f"{count} as they were: {why}" for why, count in self.kept.items())])
 
 
-def _dense(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+def dense(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     """The weight as (O, I): itself, or dequantised where it is bitsandbytes' 4-bit storage."""
     if state is None:
         return weight
@@ -72,13 +77,13 @@ def _dense(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
 def _product(x_TI: Tensor, weight: Tensor, state: Any, bias_O: Tensor | None) -> Tensor:
     if isinstance(state, Fp8Scale):
         return fp8_product(x_TI, weight, state, bias_O)
-    return F.linear(x_TI, _dense(weight, state, x_TI.dtype), bias_O)
+    return F.linear(x_TI, dense(weight, state, x_TI.dtype), bias_O)
 
 
 def _grad_input(grad_TO: Tensor, weight: Tensor, state: Any) -> Tensor:
     if isinstance(state, Fp8Scale):
         return fp8_grad_input(grad_TO, weight, state)
-    return grad_TO @ _dense(weight, state, grad_TO.dtype)
+    return grad_TO @ dense(weight, state, grad_TO.dtype)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -102,7 +107,7 @@ class _LoraLinear(torch.autograd.Function):
         keep: bool,
     ) -> Tensor:
         if keep:
-            weight, quant_state = _dense(weight, quant_state, x_TI.dtype), None
+            weight, quant_state = dense(weight, quant_state, x_TI.dtype), None
         out_TO = _product(x_TI, weight, quant_state, bias_O)
         lora_x_TI = x_TI if dropped_TI is None else x_TI.masked_fill(dropped_TI, 0)
         down_TR = lora_x_TI @ a_RI.T
@@ -131,14 +136,10 @@ class _LoraLinear(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b, None, None, None, None
 
 
-def _dropped(x: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
-    """Where `F.dropout(x.to(dtype), dropout)` would put zeros, drawing from the generator as it does.
-
-    On a CPU dropout draws Bernoulli numbers, of whatever type; elsewhere its own kernel is asked what it does to ones.
-    """
-    if x.device.type == "cpu":
-        return torch.empty(x.shape, dtype=torch.bool).bernoulli_(1.0 - dropout).logical_not_()
-    return F.dropout(torch.ones(x.shape, dtype=dtype, device=x.device), dropout) == 0
+def _dropped(x: Tensor, dropout: float) -> Tensor:
+    """A byte an element: where zeros go. On a CPU the same as `F.dropout` puts there, which draws just so."""
+    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout)
+    return kept.logical_not_()
 
 
 def lora_linear(
@@ -152,24 +153,33 @@ def lora_linear(
     quant_state: Any = None,
     *,
     keep: bool = False,
+    kernels: bool = False,
 ) -> Tensor:
     """`linear(x, weight, bias) + scaling · linear(linear(dropout(x), A), B)`; weight and bias get no gradient.
 
     x (..., I) gives (..., O); `weight` is (O, I), or bitsandbytes' 4-bit storage or FP8 bytes with a `quant_state`.
-    Under autocast all is computed in its dtype, as `F.linear` does. With `dropout` the generator advances as by PEFT's
-    `nn.Dropout`, so that the same seed drops the same positions; a mask of one byte an element is kept, not a second
-    copy of x. `keep`: hold a 4-bit weight's numbers until backward.
+    Under autocast all is computed in its dtype, as `F.linear` does. With `dropout` a mask of one byte an element is
+    kept, not a second copy of x; on a CPU the generator advances as by PEFT's `nn.Dropout`, so that the same seed drops
+    the same positions. `keep`: hold a 4-bit weight's numbers until backward. `kernels`: by Triton's (in kernels/),
+    which draw the mask anew in backward, up to rank 128.
     """
-    dropped = None
-    if dropout > 0:
-        dropped = _dropped(x, a_RI.dtype, dropout).reshape(-1, x.shape[-1])
-        # the survivors' scale is applied to R columns instead of I
-        scaling = scaling / (1.0 - dropout)
+    by_kernels = kernels and a_RI.shape[0] <= KERNEL_RANK
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, a_RI, b_OR = x.to(dtype), a_RI.to(dtype), b_OR.to(dtype)
+        x = x.to(dtype)
+        if not by_kernels:
+            a_RI, b_OR = a_RI.to(dtype), b_OR.to(dtype)
         weight = weight if quant_state is not None else weight.to(dtype)
         bias_O = None if bias_O is None else bias_O.to(dtype)
+    if by_kernels:
+        from phi3_dist.modeling.kernels.linear import kernel_lora_linear
+
+        return kernel_lora_linear(x, weight, bias_O, a_RI, b_OR, scaling, dropout, quant_state, keep=keep)
+    dropped = None
+    if dropout > 0:
+        dropped = _dropped(x, dropout).reshape(-1, x.shape[-1])
+        # the survivors' scale is applied to R columns instead of I
+        scaling = scaling / (1.0 - dropout)
     out_TO: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
         x.reshape(-1, x.shape[-1]), weight, bias_O, a_RI, b_OR, scaling, dropped, quant_state, keep
     )
@@ -261,7 +271,8 @@ def _fused_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     state = _quant_state(base)
     keep = _is_nf4(layer) and vars(layer).get(_KEEPS, False)
     weights = (base.weight, base.bias, lora_a.weight, lora_b.weight)
-    return lora_linear(x, *weights, layer.scaling[name], drop, state, keep=keep)
+    kernels = vars(layer).get(_KERNELS, False)
+    return lora_linear(x, *weights, layer.scaling[name], drop, state, keep=keep, kernels=kernels)
 
 
 def install_forwards(
@@ -286,8 +297,14 @@ def install_forwards(
     return FusedReport(fused, dict(kept), unit)
 
 
-def install_fused(model: nn.Module) -> FusedReport:
-    """Give every stock LoRA linear of `model` the fused forward. Call it once adapters are added; again is harmless."""
+def install_fused(model: nn.Module, *, kernels: bool = False) -> FusedReport:
+    """Give every stock LoRA linear of `model` the fused forward. Call it once adapters are added; again is harmless.
+
+    `kernels`: computed by Triton's kernels, which need CUDA (or Triton's interpreter).
+    """
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            setattr(layer, _KERNELS, kernels)
     return install_forwards(model, lambda m: _fused_forward if isinstance(m, LoraLayer) else None, why_not_fused)
 
 
@@ -307,6 +324,11 @@ def keep_dequantized(model: nn.Module, layers: int) -> int:
     return len(chosen)
 
 
+def takes_rows(layer: nn.Module) -> bool:
+    """Whether a layer computes by Triton's kernels, which look for FP8 rows on what they are given."""
+    return "forward" in vars(layer) and bool(vars(layer).get(_KERNELS, False))
+
+
 def remove_fused(model: nn.Module) -> None:
     """Give every LoRA layer its own forward back."""
     for layer in model.modules():
@@ -314,6 +336,7 @@ def remove_fused(model: nn.Module) -> None:
             layer.__dict__.pop("forward", None)
             layer.__dict__.pop(_DECLINED, None)
             layer.__dict__.pop(_KEEPS, None)
+            layer.__dict__.pop(_KERNELS, None)
 
 
 def declined(model: nn.Module) -> dict[str, int]:

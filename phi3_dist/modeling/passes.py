@@ -1,4 +1,4 @@
-"""The passes over memory between a layer's matrix products, written by hand, and the same compiled by torch.
+"""The passes over memory between a layer's matrix products: written by hand, compiled by torch, or Triton's kernels.
 
 Those by hand write in place where they may. Those to be compiled are pure functions of plain tensors: no module, hook
 or shard is ever traced, so that every strategy may use them. Tokens are marked as the one size that changes: a function
@@ -11,6 +11,8 @@ The four are compiled in 13 s, or in 3 from torch's cache. Not compiled: the nor
 forward, which would lose its place in the projection's memory (10 ms became 19); the loss's passes over a chunk of
 logits (6.3 ms became 7.8). A whole decoder layer compiled took 1.74 times the processor time and 51 s to compile, and
 was compiled anew for each of four more packs, since it holds document lengths.
+
+Triton's kernels (kernels/passes.py) are for CUDA; they also add the residual in the norm behind it.
 
 Shapes: T tokens, H hidden, I inner, N query heads, K key/value heads, D head size, R rotated values of a head / 2.
 """
@@ -25,30 +27,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BY_HAND", "Passes", "compiled_passes"]
+__all__ = ["BY_HAND", "Passes", "compiled_passes", "kernel_passes"]
 
 Function = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Passes:
-    """One function for each pass that exists in both forms; arguments as in those by hand below."""
+    """One function for each pass; arguments as in those by hand below.
 
+    `with_residual`: decoder layers give the norm what is to be added first, and the norm's backward x's own gradient.
+    `norm8`, `swiglu8` and `swiglu_backward8` give FP8 rows beside the result; only Triton's kernels do.
+    """
+
+    norm: Callable[..., tuple[Tensor, Tensor, Tensor]]
     norm_backward: Function
     swiglu: Function
     swiglu_backward: Function
+    rotate: Callable[..., None]
     rotate_backward: Function
+    with_residual: bool = False
+    norm8: Callable[..., Any] | None = None
+    swiglu8: Callable[..., Any] | None = None
+    swiglu_backward8: Callable[..., Any] | None = None
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
 
-def _norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight_H: Tensor) -> Tensor:
-    """The gradient of x (..., H) from that of its norm and `rstd` (..., 1) in float32."""
+def _norm(x: Tensor, delta: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x + delta (x itself without one), its norm and `rstd` (..., 1) in float32.
+
+    transformers' order of roundings: normalised in float32, back to the input's type, then the weight.
+    """
+    total = x if delta is None else x + delta
+    x32 = total.float()
+    rstd = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    normed: Tensor = (x32 * rstd).to(x.dtype)
+    return total, normed.mul_(weight_H) if weight_H.dtype == x.dtype else weight_H * normed, rstd
+
+
+def _norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight_H: Tensor, other: Tensor | None = None) -> Tensor:
+    """The gradient of x (..., H) from that of its norm and `rstd` (..., 1) in float32, plus `other`, x's own."""
     grad32, x32 = (grad * weight_H).float(), x.float()
     along = (grad32 * x32).sum(-1, keepdim=True)
     along.mul_(rstd**3).div_(-x.shape[-1])
-    return grad32.mul_(rstd).addcmul_(x32, along).to(x.dtype)
+    out = grad32.mul_(rstd).addcmul_(x32, along).to(x.dtype)
+    return out if other is None else out.add_(other)
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:
@@ -65,6 +90,16 @@ def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     torch.ops.aten.silu.out(gate, out=grad_up)
     grad_up.mul_(grad)
     return out
+
+
+def _rotate(qkv_TX: Tensor, cos_TR: Tensor, sin_TR: Tensor, heads: int, kv_heads: int) -> None:
+    """Turn the query and key heads of the joined projection where they lie."""
+    cos, sin, turned = cos_TR[:, None], sin_TR[:, None], cos_TR.shape[-1]
+    moving = qkv_TX.view(qkv_TX.shape[0], heads + 2 * kv_heads, -1)[:, : heads + kv_heads]
+    left, right = moving[..., :turned], moving[..., turned : 2 * turned]
+    new_left = (left * cos).addcmul_(right, sin, value=-1)
+    right.mul_(cos).addcmul_(left, sin)
+    left.copy_(new_left)
 
 
 def _rotate_backward(
@@ -85,7 +120,7 @@ def _rotate_backward(
     return out_TXD.view(tokens, -1)
 
 
-BY_HAND = Passes(_norm_backward, _swiglu, _swiglu_backward, _rotate_backward)
+BY_HAND = Passes(_norm, _norm_backward, _swiglu, _swiglu_backward, _rotate, _rotate_backward)
 
 
 # --- to be compiled ---------------------------------------------------------------------------------------------------
@@ -142,11 +177,11 @@ def compiled_passes() -> Passes:
     compiled: list[Any] = [torch.compile(function, options={"compile_threads": 1}) for function in pure]
     run_norm, run_swiglu, run_swiglu_backward, run_rotate = compiled
 
-    def norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight_H: Tensor) -> Tensor:
+    def norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight_H: Tensor, other: Tensor | None = None) -> Tensor:
         if rstd.numel() < 2:
-            return BY_HAND.norm_backward(grad, x, rstd, weight_H)
+            return BY_HAND.norm_backward(grad, x, rstd, weight_H, other)
         out_TH: Tensor = run_norm(*_any_tokens(*map(_rows, (grad, x, rstd))), weight_H.detach())
-        return out_TH.view(x.shape)
+        return out_TH.view(x.shape) if other is None else out_TH.view(x.shape).add_(other)
 
     def swiglu(gate_up: Tensor) -> Tensor:
         rows = _rows(gate_up)
@@ -169,4 +204,22 @@ def compiled_passes() -> Passes:
         out_TX: Tensor = run_rotate(*_any_tokens(*(t.detach().contiguous() for t in tensors)))
         return out_TX
 
-    return Passes(norm_backward, swiglu, swiglu_backward, rotate_backward)
+    return Passes(_norm, norm_backward, swiglu, swiglu_backward, _rotate, rotate_backward)
+
+
+def kernel_passes() -> Passes:
+    """Triton's kernels, which need CUDA (or Triton's interpreter)."""
+    from phi3_dist.modeling.kernels import fp8, passes
+
+    return Passes(
+        norm=passes.add_norm,
+        norm_backward=passes.norm_backward,
+        swiglu=passes.swiglu,
+        swiglu_backward=passes.swiglu_backward,
+        rotate=passes.rotate_in_place,
+        rotate_backward=passes.rotate_backward,
+        with_residual=True,
+        norm8=fp8.add_norm8,
+        swiglu8=fp8.swiglu8,
+        swiglu_backward8=fp8.swiglu_backward8,
+    )

@@ -1,4 +1,6 @@
-"""Whether `model.compile` pays: seconds that compiling takes against seconds that a run's tokens gain by it.
+"""What computes a layer's passes: Triton's kernels on CUDA, or torch; and whether compiling the latter pays.
+
+`model.compile`: seconds that compiling takes against seconds that a run's tokens gain by it.
 
 What is compiled are the four passes of modeling/passes.py. Measured with torch 2.13 on one core of a CPU, 1,024 tokens
 at a time, by hand and compiled in turns: widths of 576, 1,152 and 3,072, of which the least gain counts here.
@@ -6,9 +8,21 @@ at a time, by hand and compiled in turns: widths of 576, 1,152 and 3,072, of whi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from phi3_dist.config.families import Shape
 
-__all__ = ["COLD_S", "choose_compile", "gain_s", "pays_from"]
+__all__ = [
+    "COLD_S",
+    "KERNELS_INSTALL",
+    "choose_compile",
+    "choose_kernels",
+    "gain_s",
+    "pays_from",
+    "why_not_triton",
+]
+
+KERNELS_INSTALL = "pip install triton (torch's CUDA wheels bring it)"
 
 COLD_S = 13.0
 """From nothing to all four compiled, torch's compiler imported, with an empty cache; 3.3 where the cache has them."""
@@ -28,12 +42,41 @@ def pays_from(shape: Shape, threads: int) -> int:
     return round(COLD_S / gain_s(shape, 1, threads))
 
 
+def why_not_triton(
+    device: str, packages: Mapping[str, str], *, capability: tuple[int, int] | None, fused: bool
+) -> tuple[str, str]:
+    """Why Triton's kernels can't compute norms, rotary embedding, SwiGLU and LoRA, and the fix; empty where they can.
+
+    `fused`: whether both `model.fused_layers` and `model.fused_lora` hold, and nothing is to be compiled. A capability
+    of None is not known yet.
+    """
+    if device != "cuda":
+        return f"Triton's kernels need CUDA, and the device is {device}", "model.kernels=torch"
+    if capability is not None and capability < (8, 0):
+        return f"they need compute capability 8.0, and this is {capability[0]}.{capability[1]}", "model.kernels=torch"
+    if "triton" not in packages:
+        return "triton is not installed", KERNELS_INSTALL
+    if not fused:
+        return "model.fused_layers or model.fused_lora is false, or model.compile true", "model.kernels=torch"
+    return "", ""
+
+
+def choose_kernels(asked: str, obstacle: str) -> tuple[str, str]:
+    """`triton` or `torch`, and the reason. What is asked for and has an obstacle is the caller's to refuse."""
+    if asked != "auto":
+        return asked, "as the run file says"
+    if obstacle:
+        return "torch", obstacle
+    return "triton", "a layer moves a third of the bytes, and no mask of dropout is stored"
+
+
 def choose_compile(
     asked: str | bool,
     device: str,
     *,
     no_compiler: str,
     fused: bool,
+    kernels: str = "torch",
     shape: Shape | None,
     tokens: int | None,
     threads: int,
@@ -47,6 +90,7 @@ def choose_compile(
         return (0 if asked else None), "as the run file says"
     why_not = {
         "model.fused_layers is false, and only the fused layers' passes are compiled": not fused,
+        "the passes are Triton's kernels": kernels == "triton",
         f"what it gains on {device} has not been measured; model.compile=true does it": device != "cpu",
         no_compiler: bool(no_compiler),
     }

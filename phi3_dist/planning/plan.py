@@ -13,7 +13,7 @@ from phi3_dist.config.families import Family, Shape
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.planning.attention import backends, choose_backend, choose_deterministic
-from phi3_dist.planning.compiling import choose_compile
+from phi3_dist.planning.compiling import choose_compile, choose_kernels, why_not_triton
 from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
 from phi3_dist.planning.head import choose_loss, why_not_liger
 from phi3_dist.planning.keeping import choose_kept_layers
@@ -29,7 +29,8 @@ class RunPlan:
     """What will run. Batches in packs; `steps` are optimizer steps, None until the data is counted.
 
     Passes are compiled in runs of `compile_from` tokens a rank or more; None: in none. The last `kept_layers` layers
-    keep their dequantised weights for backward. `deterministic`: the same run gives the same bits.
+    keep their dequantised weights for backward. `kernels` is what computes the layers' passes: `torch` or `triton`.
+    `deterministic`: the same run gives the same bits.
     """
 
     strategy: str
@@ -48,6 +49,7 @@ class RunPlan:
     kept_layers: int = 0
     loss: str = "chunked"
     deterministic: bool = True
+    kernels: str = "torch"
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, ready for JSON."""
@@ -72,11 +74,13 @@ def make_plan(
     precision = _precision(cfg, machine)
     attention = _attention(cfg, machine, precision.value, family_or_shape, problems)
     strategy = _strategy_choice(launch, cfg.model.quantization, machine.device, precision.value)
-    compiling, compile_from = _compile(cfg, machine, launch, family_or_shape, problems)
+    kernels = _kernels(cfg, machine, problems)
+    compiling, compile_from = _compile(cfg, machine, launch, family_or_shape, problems, kernels=kernels.value)
     loss = _loss(cfg, machine, problems)
     same_bits, why = choose_deterministic(cfg.train.deterministic, machine.device, attention.value)
     deterministic = Choice("deterministic", "yes" if same_bits else "no", why)
-    choices = [precision, attention, deterministic, loss, strategy, _optimizer_choice(cfg, machine, launch), compiling]
+    choices = [precision, attention, deterministic, loss, strategy, _optimizer_choice(cfg, machine, launch)]
+    choices += [kernels, compiling]
     problems += _support_problems(cfg, machine, launch, precision.value)
     accumulation = _accumulation(cfg, launch.world_size, problems)
     memory, kept_layers = None, 0
@@ -100,6 +104,7 @@ def make_plan(
         precision=precision.value,
         attention=attention.value,
         loss=loss.value,
+        kernels=kernels.value,
         micro_batch=micro,
         accumulation=accumulation,
         global_batch=cfg.train.global_batch,
@@ -160,12 +165,22 @@ def _loss(cfg: RunConfig, machine: MachineFacts, problems: list[Problem]) -> Cho
     return Choice("loss kernel", *choose_loss(cfg.model.loss, found[0]))
 
 
+def _kernels(cfg: RunConfig, machine: MachineFacts, problems: list[Problem]) -> Choice:
+    fused = cfg.model.fused_layers and cfg.model.fused_lora and cfg.model.compile is not True
+    found = why_not_triton(machine.device, machine.packages, capability=machine.capability, fused=fused)
+    if cfg.model.kernels == "triton" and found[0]:
+        problems.append(Problem("model.kernels", f"is triton: {found[0]}", found[1]))
+    return Choice("kernels", *choose_kernels(cfg.model.kernels, found[0]))
+
+
 def _compile(
     cfg: RunConfig,
     machine: MachineFacts,
     launch: LaunchFacts,
     model: Family | Shape | Mapping[str, Any] | None,
     problems: list[Problem],
+    *,
+    kernels: str,
 ) -> tuple[Choice, int | None]:
     asked, steps, why_not = cfg.model.compile, cfg.train.max_steps, machine.no_compiler
     if asked is True and why_not:
@@ -175,6 +190,7 @@ def _compile(
         machine.device,
         no_compiler=why_not,
         fused=cfg.model.fused_layers,
+        kernels=kernels,
         shape=None if model is None else _shape(model),
         tokens=None if steps is None else steps * cfg.train.global_batch * cfg.data.pack_length // launch.world_size,
         threads=max(1, machine.cpu_count // launch.ranks_per_node),

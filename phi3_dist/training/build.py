@@ -26,7 +26,7 @@ from phi3_dist.modeling.fused_layers import install_fused_layers, select_in_last
 from phi3_dist.modeling.fused_lora import FusedReport, install_fused, keep_dequantized
 from phi3_dist.modeling.lora import adapted, add_lora, fill_adapter, start_dora_magnitudes
 from phi3_dist.modeling.loss import Kernel, PackedLoss
-from phi3_dist.modeling.passes import BY_HAND, compiled_passes
+from phi3_dist.modeling.passes import BY_HAND, compiled_passes, kernel_passes
 from phi3_dist.modeling.rope import Regime, pin_longrope, regime_for
 from phi3_dist.modeling.starts import take_out
 from phi3_dist.modeling.tokens import token_rows, whole_tables
@@ -83,22 +83,27 @@ def adapter_values(cfg: RunConfig, base: Base, token_ids: Sequence[int]) -> dict
 def _fused(cfg: RunConfig, model: PackedLoss, plan: RunPlan, tokens: int) -> Iterator[Choice]:
     """Install what `model.fp8` and `model.fused_*` ask for; each with what stayed as the library made it, and why."""
     compiled = plan.compile_from is not None and tokens >= plan.compile_from
-    off = "as the run file says"
+    off, kernels = "as the run file says", plan.kernels == "triton"
     if cfg.model.fp8:
-        taken, kept = use_fp8(model)
+        taken, kept = use_fp8(model, turned=kernels)
         yield Choice("base", "FP8", str(FusedReport(taken, kept, "linears")))
     if not cfg.model.fused_lora:
         yield Choice("LoRA linear", "PEFT's", off)
     else:
-        lora = install_fused(model)
+        lora = install_fused(model, kernels=kernels)
         keep_dequantized(model, plan.kept_layers)
         yield Choice("LoRA linear", "fused" if lora.fused else "PEFT's", str(lora))
     if not cfg.model.fused_layers:
         yield Choice("norm, rotary, MLP", "transformers'", off)
     else:
-        report = install_fused_layers(model, compiled_passes() if compiled else BY_HAND)
+        passes = kernel_passes() if kernels else compiled_passes() if compiled else BY_HAND
+        report = install_fused_layers(model, passes)
         counted = f"; {tokens:,} tokens a rank" if plan.compile_from else ""
-        yield Choice("norm, rotary, MLP", "fused, compiled" if compiled else "fused", f"{report}{counted}")
+        yield Choice(
+            "norm, rotary, MLP",
+            f"fused{', compiled' if compiled else ', by Triton' if kernels else ''}",
+            f"{report}{counted}",
+        )
         select_in_last_layer(model)
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phi3_dist.modeling.kernels.passes import _rows, _warps, launch
+from phi3_dist.modeling.kernels.passes import _power, _rows, _warps, launch
 
 __all__ = ["add_norm8", "quantize_rows", "swiglu8", "swiglu_backward8"]
 
@@ -32,7 +32,9 @@ def _scale_of(largest):
 
 
 @triton.jit
-def _quantize_kernel(x, factor, out, scales, row_x, width: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize_kernel(
+    x, factor, out, scales, row_x: tl.constexpr, width: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, width, BLOCK):
@@ -55,8 +57,8 @@ def _quantize_kernel(x, factor, out, scales, row_x, width: tl.constexpr, FACTOR:
 
 @triton.jit
 def _add_norm8_kernel(
-    x, delta, weight, total, out, out8, rstd, scales, row_x, row_delta, eps, hidden, ADD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, delta, weight, total, out, out8, rstd, scales, eps, row_x: tl.constexpr, row_delta: tl.constexpr,
+    hidden: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -79,7 +81,7 @@ def _add_norm8_kernel(
 
 
 @triton.jit
-def _swiglu8_kernel(gate_up, out, out8, scales, row_in, inner, BLOCK: tl.constexpr):
+def _swiglu8_kernel(gate_up, out, out8, scales, row_in: tl.constexpr, inner: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < inner
@@ -94,7 +96,7 @@ def _swiglu8_kernel(gate_up, out, out8, scales, row_in, inner, BLOCK: tl.constex
 
 
 @triton.jit
-def _swiglu_grads(grad, gate_up, row_grad, row_in, row, columns, inner: tl.constexpr):
+def _swiglu_grads(grad, gate_up, row_grad, row_in, row, columns, inner):
     inside = columns < inner
     wide = tl.load(grad + row * row_grad + columns, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_up + row * row_in + columns, mask=inside, other=0.0)
@@ -108,8 +110,9 @@ def _swiglu_grads(grad, gate_up, row_grad, row_in, row, columns, inner: tl.const
 
 @triton.jit
 def _swiglu_backward8_kernel(
-    grad, gate_up, factor, out, out8, scales, row_grad, row_in, inner: tl.constexpr, BLOCK: tl.constexpr
-):
+    grad, gate_up, factor, out, out8, scales, row_grad: tl.constexpr, row_in: tl.constexpr, inner: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, inner, BLOCK):
@@ -144,16 +147,10 @@ def quantize_rows(x: Tensor, factor_C: Tensor | None = None) -> tuple[Tensor, Te
     rows = _rows(x)
     tokens, width = rows.shape
     out8, scales = _outputs(rows, width)
-    block = min(triton.next_power_of_2(width), _CHUNK)
-    launch(
-        _quantize_kernel,
-        (tokens,),
-        *(rows, scales if factor_C is None else factor_C, out8, scales, rows.stride(0)),
-        width=width,
-        FACTOR=factor_C is not None,
-        BLOCK=block,
-        num_warps=_warps(block),
-    )
+    block = min(_power(width), _CHUNK)
+    tensors = (rows, scales if factor_C is None else factor_C, out8, scales)
+    fixed = (rows.stride(0), width, int(factor_C is not None), block)
+    launch(_quantize_kernel, (tokens, 1, 1), tensors, (), fixed, _warps(block))
     return out8, scales
 
 
@@ -168,16 +165,10 @@ def add_norm8(
     out_TH = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
     rstd_T = torch.empty(tokens, dtype=torch.float32, device=x.device)
     out8, scales = _outputs(x_TH, hidden)
-    block = triton.next_power_of_2(hidden)
-    launch(
-        _add_norm8_kernel,
-        (tokens,),
-        *(x_TH, delta_TH, weight_H, total_TH, out_TH, out8, rstd_T, scales),
-        *(x_TH.stride(0), delta_TH.stride(0), eps, hidden),
-        ADD=delta is not None,
-        BLOCK=block,
-        num_warps=_warps(block),
-    )
+    block = _power(hidden)
+    tensors = (x_TH, delta_TH, weight_H, total_TH, out_TH, out8, rstd_T, scales)
+    fixed = (x_TH.stride(0), delta_TH.stride(0), hidden, int(delta is not None), block)
+    launch(_add_norm8_kernel, (tokens, 1, 1), tensors, (eps,), fixed, _warps(block))
     total = x if delta is None else total_TH.view(x.shape)
     return total, out_TH.view(x.shape), rstd_T.view(*x.shape[:-1], 1), (out8, scales)
 
@@ -188,9 +179,9 @@ def swiglu8(gate_up: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     tokens, inner = rows.shape[0], rows.shape[1] // 2
     out_TI = torch.empty(tokens, inner, dtype=rows.dtype, device=rows.device)
     out8, scales = _outputs(rows, inner)
-    block = triton.next_power_of_2(inner)
-    arguments = (rows, out_TI, out8, scales, rows.stride(0), inner)
-    launch(_swiglu8_kernel, (tokens,), *arguments, BLOCK=block, num_warps=_warps(block))
+    block = _power(inner)
+    fixed = (rows.stride(0), inner, block)
+    launch(_swiglu8_kernel, (tokens, 1, 1), (rows, out_TI, out8, scales), (), fixed, _warps(block))
     return out_TI.view(*gate_up.shape[:-1], inner), (out8, scales)
 
 
@@ -200,13 +191,7 @@ def swiglu_backward8(grad: Tensor, gate_up: Tensor, factor_C: Tensor) -> tuple[T
     tokens, inner = grad_TI.shape
     out = torch.empty(tokens, 2 * inner, dtype=rows.dtype, device=rows.device)
     out8, scales = _outputs(rows, 2 * inner)
-    block = min(triton.next_power_of_2(inner), 2048)
-    launch(
-        _swiglu_backward8_kernel,
-        (tokens,),
-        *(grad_TI, rows, factor_C, out, out8, scales, grad_TI.stride(0), rows.stride(0)),
-        inner=inner,
-        BLOCK=block,
-        num_warps=8,
-    )
+    block = min(_power(inner), 2048)
+    fixed = (grad_TI.stride(0), rows.stride(0), inner, block)
+    launch(_swiglu_backward8_kernel, (tokens, 1, 1), (grad_TI, rows, factor_C, out, out8, scales), (), fixed, 8)
     return out.view(gate_up.shape), (out8, scales)

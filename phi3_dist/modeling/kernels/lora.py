@@ -20,14 +20,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from phi3_dist.modeling.kernels.passes import launch
 
-__all__ = ["LEVELS", "MAX_RANK", "Drop", "down", "drop_of", "grads_of_input", "grads_of_output", "masked"]
+__all__ = ["LEVELS", "NO_DROP", "Drop", "down", "drop_of", "grads_of_input", "grads_of_output", "masked"]
 
 LEVELS = 65536
 """Dropout's probability is rounded to a multiple of 1 / LEVELS, and the survivors' scale is that of the rounded one."""
-MAX_RANK = 128
 
 
 class Drop(NamedTuple):
@@ -49,7 +49,11 @@ def drop_of(dropout: float) -> Drop:
 
     Activation checkpointing restores that generator before it runs a layer again, so that it draws the same.
     """
-    return Drop(int(torch.randint(2**62, ())), round(dropout * LEVELS)) if dropout > 0 else NO_DROP
+    if dropout <= 0:
+        return NO_DROP
+    with _disable_current_modes():  # a number of the host, where tensors are fake too
+        seed = int(torch.randint(2**61, 2**62, ()))  # always of 64 bits
+    return Drop(seed, round(dropout * LEVELS))
 
 
 @triton.jit
@@ -61,8 +65,11 @@ def _keep(seed, rows, first, width, dropped, BK: tl.constexpr):
     return tl.interleave(words & 0xFFFF, (words >> 16) & 0xFFFF) >= dropped
 
 
-@triton.jit(do_not_specialize=["seed"])
-def _masked_kernel(x, out, seed, tokens, width, dropped, row_x, BM: tl.constexpr, BK: tl.constexpr):
+@triton.jit(do_not_specialize=["seed", "tokens"])
+def _masked_kernel(
+    x, out, seed, tokens, width: tl.constexpr, dropped: tl.constexpr, row_x: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     first = tl.program_id(1) * BK
     columns = first + tl.arange(0, BK)[None, :]
@@ -72,10 +79,10 @@ def _masked_kernel(x, out, seed, tokens, width, dropped, row_x, BM: tl.constexpr
     tl.store(out + wide * width + columns, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "tokens"])
 def _down_kernel(
-    x, a, out, seed, tokens, rank, scale, dropped, row_x, row_out, width: tl.constexpr, DROP: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    x, a, out, seed, tokens, scale, width: tl.constexpr, rank: tl.constexpr, dropped: tl.constexpr,
+    row_x: tl.constexpr, row_out: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     rows, ranks = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BR)[None, :]
     wide, real = rows.to(tl.int64)[:, None], rows[:, None] < tokens
@@ -84,19 +91,19 @@ def _down_kernel(
         columns = first + tl.arange(0, BK)
         inside = real & (columns[None, :] < width)
         value = tl.load(x + wide * row_x + columns[None, :], mask=inside, other=0.0)
-        if DROP:
+        if dropped > 0:
             value = tl.where(_keep(seed, rows, first, width, dropped, BK), value, 0.0)
         there = (columns[:, None] < width) & (ranks < rank)
-        weight = tl.load(a + ranks * width + columns[:, None], mask=there, other=0.0)
+        weight = tl.load(a + ranks * width + columns[:, None], mask=there, other=0.0).to(value.dtype)
         total = tl.dot(value, weight, total, input_precision="ieee")
     total *= scale
     tl.store(out + wide * row_out + ranks, total.to(out.dtype.element_ty), mask=real & (ranks < rank))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _grads_of_output_kernel(
-    grad, b, down, part_down, part_b, tokens, width, rank, row_grad, row_down, SPAN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    grad, b, down, part_down, part_b, tokens, width: tl.constexpr, rank: tl.constexpr, row_grad: tl.constexpr,
+    row_down: tl.constexpr, SPAN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     which, strip = tl.program_id(0), tl.program_id(1)
     rows, ranks = which * BM + tl.arange(0, BM), tl.arange(0, BR)[None, :]
@@ -107,7 +114,7 @@ def _grads_of_output_kernel(
         columns = strip * SPAN + first + tl.arange(0, BN)
         value = tl.load(grad + wide * row_grad + columns[None, :], mask=real & (columns[None, :] < width), other=0.0)
         there = (columns[:, None] < width) & (ranks < rank)
-        weight = tl.load(b + columns[:, None] * rank + ranks, mask=there, other=0.0)
+        weight = tl.load(b + columns[:, None] * rank + ranks, mask=there, other=0.0).to(value.dtype)
         total = tl.dot(value, weight, total, input_precision="ieee")
         of_b = tl.dot(tl.trans(value), low, input_precision="ieee")
         place = part_b + (which.to(tl.int64) * width + columns[:, None]) * rank + ranks
@@ -116,15 +123,16 @@ def _grads_of_output_kernel(
     tl.store(place, total, mask=real & (ranks < rank))
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "tokens"])
 def _grads_of_input_kernel(
-    x, grad_down, a, out, part_a, seed, tokens, width, rank, dropped, row_x, SPAN: tl.constexpr,
-    DROP: tl.constexpr, WRITE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    x, grad_down, a, out, part_a, seed, tokens, width: tl.constexpr, rank: tl.constexpr, dropped: tl.constexpr,
+    row_x: tl.constexpr, SPAN: tl.constexpr, WRITE: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     first, strip = tl.program_id(0) * BK, tl.program_id(1)
     columns, ranks = first + tl.arange(0, BK)[None, :], tl.arange(0, BR)
     there = (ranks[:, None] < rank) & (columns < width)
-    weight = tl.load(a + ranks[:, None] * width + columns, mask=there, other=0.0)
+    weight = tl.load(a + ranks[:, None] * width + columns, mask=there, other=0.0).to(grad_down.dtype.element_ty)
     total = tl.zeros((BR, BK), tl.float32)
     for start in range(0, SPAN, BM):
         rows = strip * SPAN + start + tl.arange(0, BM)
@@ -133,19 +141,22 @@ def _grads_of_input_kernel(
         low = tl.load(grad_down + wide * rank + ranks[None, :], mask=real, other=0.0)
         value = tl.load(x + wide * row_x + columns, mask=inside, other=0.0)
         part = tl.dot(low, weight, input_precision="ieee")
-        if DROP:
+        if dropped > 0:
             keep = _keep(seed, rows, first, width, dropped, BK)
             value = tl.where(keep, value, 0.0)
             part = tl.where(keep, part, 0.0)
         total = tl.dot(tl.trans(low), value, total, input_precision="ieee")
+        if ADD:
+            part += tl.load(out + wide * width + columns, mask=inside, other=0.0).to(tl.float32)
         if WRITE:
             tl.store(out + wide * width + columns, part.to(out.dtype.element_ty), mask=inside)
     place = part_a + (strip.to(tl.int64) * rank + ranks[:, None]) * width + columns
     tl.store(place, total, mask=there)
 
 
-@triton.jit
-def _sum_kernel(parts, out, count, size, scale, MOST: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["count"])
+def _sum_kernel(parts, out, count, size, scale, MOST: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    # EVEN tells launch's table apart what Triton compiles for a size of 16s and for others
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = places < size
     total = tl.zeros((BLOCK,), tl.float32)
@@ -176,38 +187,40 @@ def _ranks(rank: int) -> int:
 def _sum(parts: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
     # the count of parts follows the tokens: as a power of two it is seldom another program
     size, count = out.numel(), parts.shape[0]
-    options = {"MOST": triton.next_power_of_2(count), "BLOCK": 512, "num_warps": 4}
-    launch(_sum_kernel, (triton.cdiv(size, 512),), parts, out, count, size, scale, **options)
+    most = 1 << max(count - 1, 0).bit_length()
+    launch(
+        _sum_kernel,
+        (-(-size // 512), 1, 1),
+        (parts, out),
+        (count, size, float(scale)),
+        (most, int(size % 16 == 0), 512),
+        4,
+    )
     return out
 
 
 def masked(x_TI: Tensor, drop: Drop) -> Tensor:
     """x with zeros where it is dropped: what the other kernels compute with."""
     out_TI, (tokens, width) = torch.empty_like(x_TI), x_TI.shape
-    grid = (triton.cdiv(tokens, 16), triton.cdiv(width, 128))
-    numbers = (drop.seed, tokens, width, drop.dropped, x_TI.stride(0))
-    launch(_masked_kernel, grid, x_TI, out_TI, *numbers, BM=16, BK=128)
+    grid, fixed = (-(-tokens // 16), -(-width // 128), 1), (width, drop.dropped, x_TI.stride(0), 16, 128)
+    launch(_masked_kernel, grid, (x_TI, out_TI), (drop.seed, tokens), fixed, 4)
     return out_TI
 
 
 def down(
     x_TI: Tensor, a_RI: Tensor, scaling: float, drop: Drop, out_TR: Tensor | None = None, blocks: Blocks = DOWN
 ) -> Tensor:
-    """`scaling · dropout(x) Aᵀ`, in `out_TR` where it is given (whose rows may lie apart)."""
+    """`scaling · dropout(x) Aᵀ` in x's dtype, whatever A's; in `out_TR` where it is given, whose rows may lie apart."""
     (tokens, width), rank = x_TI.shape, a_RI.shape[0]
     out = torch.empty(tokens, rank, dtype=x_TI.dtype, device=x_TI.device) if out_TR is None else out_TR
     launch(
         _down_kernel,
-        (triton.cdiv(tokens, blocks.rows),),
-        *(x_TI, a_RI, out, drop.seed, tokens, rank, scaling * drop.scale, drop.dropped),
-        *(x_TI.stride(0), out.stride(0)),
-        width=width,
-        DROP=drop.dropped > 0,
-        BM=blocks.rows,
-        BK=blocks.columns,
-        BR=_ranks(rank),
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        (-(-tokens // blocks.rows), 1, 1),
+        (x_TI, a_RI, out),
+        (drop.seed, tokens, float(scaling * drop.scale)),
+        (width, rank, drop.dropped, x_TI.stride(0), out.stride(0), blocks.rows, blocks.columns, _ranks(rank)),
+        blocks.warps,
+        blocks.stages,
     )
     return out
 
@@ -217,48 +230,52 @@ def grads_of_output(
 ) -> tuple[Tensor, Tensor]:
     """`scale · grad B` (T, R) in the gradient's dtype, and `gradᵀ down` (O, R) in B's. The gradient is read once."""
     (tokens, width), rank = grad_TO.shape, b_OR.shape[1]
-    grid = (triton.cdiv(tokens, blocks.rows), triton.cdiv(width, blocks.span))
-    part_down = torch.empty(grid[1], tokens, rank, dtype=torch.float32, device=grad_TO.device)
-    part_b = torch.empty(grid[0], width, rank, dtype=torch.float32, device=grad_TO.device)
+    strips, spans = -(-tokens // blocks.rows), -(-width // blocks.span)
+    part_down = torch.empty(spans, tokens, rank, dtype=torch.float32, device=grad_TO.device)
+    part_b = torch.empty(strips, width, rank, dtype=torch.float32, device=grad_TO.device)
+    strides = (grad_TO.stride(0), down_TR.stride(0))
     launch(
         _grads_of_output_kernel,
-        grid,
-        *(grad_TO, b_OR, down_TR, part_down, part_b, tokens, width, rank),
-        *(grad_TO.stride(0), down_TR.stride(0)),
-        SPAN=blocks.span,
-        BM=blocks.rows,
-        BN=blocks.columns,
-        BR=_ranks(rank),
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        (strips, spans, 1),
+        (grad_TO, b_OR, down_TR, part_down, part_b),
+        (tokens,),
+        (width, rank, *strides, blocks.span, blocks.rows, blocks.columns, _ranks(rank)),
+        blocks.warps,
+        blocks.stages,
     )
     grad_down_TR = torch.empty(tokens, rank, dtype=grad_TO.dtype, device=grad_TO.device)
     return _sum(part_down, grad_down_TR, scale), _sum(part_b, torch.empty_like(b_OR))
 
 
 def grads_of_input(
-    x_TI: Tensor, grad_down_TR: Tensor, a_RI: Tensor, drop: Drop, *, write: bool, blocks: Blocks = INPUT
+    x_TI: Tensor,
+    grad_down_TR: Tensor,
+    a_RI: Tensor,
+    drop: Drop,
+    *,
+    write: bool,
+    into_TI: Tensor | None = None,
+    blocks: Blocks = INPUT,
 ) -> tuple[Tensor, Tensor | None]:
-    """`grad_downᵀ dropout(x)` (R, I), and, with `write`, `grad_down A` where x was kept (T, I). x is read once.
+    """`grad_downᵀ dropout(x)` (R, I) in A's dtype, and, with `write`, `grad_down A` where x was kept (T, I).
 
-    The survivors' scale is the caller's to put into `grad_down`.
+    x is read once. The latter is added to `into_TI`, where it is given. The survivors' scale is the caller's to put
+    into `grad_down`.
     """
     (tokens, width), rank = x_TI.shape, a_RI.shape[0]
-    grid = (triton.cdiv(width, blocks.columns), triton.cdiv(tokens, blocks.span))
-    part_a = torch.empty(grid[1], rank, width, dtype=torch.float32, device=x_TI.device)
-    out_TI = torch.empty(tokens, width, dtype=x_TI.dtype, device=x_TI.device) if write else None
+    strips = -(-tokens // blocks.span)
+    part_a = torch.empty(strips, rank, width, dtype=torch.float32, device=x_TI.device)
+    out_TI = into_TI
+    if write and out_TI is None:
+        out_TI = torch.empty(tokens, width, dtype=x_TI.dtype, device=x_TI.device)
+    modes = (blocks.span, int(write), int(into_TI is not None))
     launch(
         _grads_of_input_kernel,
-        grid,
-        *(x_TI, grad_down_TR, a_RI, x_TI if out_TI is None else out_TI, part_a, drop.seed, tokens, width, rank),
-        *(drop.dropped, x_TI.stride(0)),
-        SPAN=blocks.span,
-        DROP=drop.dropped > 0,
-        WRITE=write,
-        BM=blocks.rows,
-        BK=blocks.columns,
-        BR=_ranks(rank),
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        (-(-width // blocks.columns), strips, 1),
+        (x_TI, grad_down_TR, a_RI, x_TI if out_TI is None else out_TI, part_a),
+        (drop.seed, tokens),
+        (width, rank, drop.dropped, x_TI.stride(0), *modes, blocks.rows, blocks.columns, _ranks(rank)),
+        blocks.warps,
+        blocks.stages,
     )
     return _sum(part_a, torch.empty_like(a_RI)), out_TI

@@ -28,10 +28,43 @@ __all__ = [
 ]
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Run a kernel, unless its first tensor is a fake one: then there is nothing to compute with."""
-    if not isinstance(arguments[0], FakeTensor):
-        kernel[grid](*arguments, **options)
+_COMPILED: dict[tuple[Any, ...], Any] = {}
+_ALIGNED = 16
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[float, ...],
+    fixed: tuple[int, ...],
+    warps: int,
+    stages: int = 3,
+) -> None:
+    """Run a kernel over its tensors, the numbers that change from call to call, and those that are compiled into it.
+
+    Triton's own way from a call to the compiled kernel takes longer on the host than most kernels here on the device:
+    after the first call it is looked up by what it was compiled for. A fake tensor has nothing to compute with.
+    """
+    first, places = tensors[0], 0
+    if type(first) is FakeTensor:
+        return
+    for tensor in tensors:
+        places |= tensor.data_ptr()
+    kinds = tuple([tensor.dtype for tensor in tensors])
+    key = (kernel, fixed, warps, stages, kinds, places % _ALIGNED == 0, first.get_device())
+    known = _COMPILED.get(key)
+    if known is None:
+        known = kernel[grid](*tensors, *numbers, *fixed, num_warps=warps, num_stages=stages)
+        if known is not None and places % _ALIGNED == 0:  # Triton's interpreter compiles nothing
+            _COMPILED[key] = known
+        return
+    known[grid](*tensors, *numbers, *fixed)
+
+
+def _power(number: int) -> int:
+    """The next power of two."""
+    return 1 << max(number - 1, 0).bit_length()
 
 
 def _warps(block: int) -> int:
@@ -43,8 +76,9 @@ def _warps(block: int) -> int:
 
 @triton.jit
 def _add_norm_kernel(
-    x, delta, weight, total, out, rstd, row_x, row_delta, row_out, eps, hidden, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, delta, weight, total, out, rstd, eps, row_x: tl.constexpr, row_delta: tl.constexpr, hidden: tl.constexpr,
+    ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden
@@ -59,13 +93,14 @@ def _add_norm_kernel(
     factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     # transformers' order of roundings: the normalised value in the input's type, then the weight
     normed = (wide * scale).to(value.dtype).to(tl.float32) * factor
-    tl.store(out + row * row_out + columns, normed.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * hidden + columns, normed.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _norm_backward_kernel(
-    grad, x, rstd, weight, other, out, row_grad, row_x, row_other, hidden, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
+    grad, x, rstd, weight, other, out, row_grad: tl.constexpr, row_x: tl.constexpr, row_other: tl.constexpr,
+    hidden: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden
@@ -92,17 +127,16 @@ def add_norm(x: Tensor, delta: Tensor | None, weight_H: Tensor, eps: float) -> t
     tokens, hidden = x_TH.shape
     delta_TH = x_TH if delta is None else _rows(delta)
     total_TH = x_TH if delta is None else torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
-    out_TH = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
+    out_TH = torch.empty(tokens, hidden, dtype=torch.promote_types(x.dtype, weight_H.dtype), device=x.device)
     rstd_T = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(hidden)
+    block = _power(hidden)
     launch(
         _add_norm_kernel,
-        (tokens,),
-        *(x_TH, delta_TH, weight_H, total_TH, out_TH, rstd_T),
-        *(x_TH.stride(0), delta_TH.stride(0), hidden, eps, hidden),
-        ADD=delta is not None,
-        BLOCK=block,
-        num_warps=_warps(block),
+        (tokens, 1, 1),
+        (x_TH, delta_TH, weight_H, total_TH, out_TH, rstd_T),
+        (eps,),
+        (x_TH.stride(0), delta_TH.stride(0), hidden, int(delta is not None), block),
+        _warps(block),
     )
     total = x if delta is None else total_TH.view(x.shape)
     return total, out_TH.view(x.shape), rstd_T.view(*x.shape[:-1], 1)
@@ -114,15 +148,14 @@ def norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight_H: Tensor, other
     other_TH = grad_TH if other is None else _rows(other)
     tokens, hidden = x_TH.shape
     out_TH = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(hidden)
+    block = _power(hidden)
     launch(
         _norm_backward_kernel,
-        (tokens,),
-        *(grad_TH, x_TH, rstd, weight_H, other_TH, out_TH),
-        *(grad_TH.stride(0), x_TH.stride(0), other_TH.stride(0), hidden),
-        ADD=other is not None,
-        BLOCK=block,
-        num_warps=_warps(block),
+        (tokens, 1, 1),
+        (grad_TH, x_TH, rstd, weight_H, other_TH, out_TH),
+        (),
+        (grad_TH.stride(0), x_TH.stride(0), other_TH.stride(0), hidden, int(other is not None), block),
+        _warps(block),
     )
     return out_TH.view(x.shape)
 
@@ -150,7 +183,10 @@ def _turn(
 
 
 @triton.jit
-def _rotate_kernel(qkv, cos, sin, row_qkv, row_cos, row_sin, heads, size, turned, BN: tl.constexpr, BR: tl.constexpr):
+def _rotate_kernel(
+    qkv, cos, sin, row_qkv: tl.constexpr, row_cos: tl.constexpr, row_sin: tl.constexpr, heads: tl.constexpr,
+    size: tl.constexpr, turned: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
     row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN
     column = tl.arange(0, BR)[None, :]
     turn = column < turned
@@ -162,9 +198,10 @@ def _rotate_kernel(qkv, cos, sin, row_qkv, row_cos, row_sin, heads, size, turned
 
 @triton.jit
 def _rotate_backward_kernel(
-    query, key, value, cos, sin, out, row_query, head_query, row_key, head_key, row_value, head_value, row_cos, row_sin,
-    heads, kv_heads, size, turned, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    COPY: tl.constexpr,
+    query, key, value, cos, sin, out, row_query: tl.constexpr, head_query: tl.constexpr, row_key: tl.constexpr,
+    head_key: tl.constexpr, row_value: tl.constexpr, head_value: tl.constexpr, row_cos: tl.constexpr,
+    row_sin: tl.constexpr, heads: tl.constexpr, kv_heads: tl.constexpr, size: tl.constexpr, turned: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BR)[None, :]
@@ -189,15 +226,9 @@ def rotate_in_place(qkv_TX: Tensor, cos_TR: Tensor, sin_TR: Tensor, heads: int, 
     """Turn the query and key heads of the joined projection where they lie."""
     tokens, size = qkv_TX.shape[0], qkv_TX.shape[1] // (heads + 2 * kv_heads)
     turned, moving = cos_TR.shape[1], heads + kv_heads
-    block = min(triton.next_power_of_2(moving), 32)
-    launch(
-        _rotate_kernel,
-        (tokens, triton.cdiv(moving, block)),
-        *(qkv_TX, cos_TR, sin_TR, qkv_TX.stride(0), cos_TR.stride(0), sin_TR.stride(0), moving, size, turned),
-        BN=block,
-        BR=triton.next_power_of_2(turned),
-        num_warps=4,
-    )
+    block = min(_power(moving), 32)
+    fixed = (qkv_TX.stride(0), cos_TR.stride(0), sin_TR.stride(0), moving, size, turned, block, _power(turned))
+    launch(_rotate_kernel, (tokens, -(-moving // block), 1), (qkv_TX, cos_TR, sin_TR), (), fixed, 4)
 
 
 def rotate_backward(grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
@@ -206,18 +237,16 @@ def rotate_backward(grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, co
     tokens, heads, size = grad_query.shape
     kv_heads, turned = grad_key.shape[1], cos_TR.shape[1]
     out_TX = torch.empty(tokens, (heads + 2 * kv_heads) * size, dtype=grad_query.dtype, device=grad_query.device)
+    strides = tuple([step for grad in grads for step in grad.stride()[:2]])
+    sizes = (cos_TR.stride(0), sin_TR.stride(0), heads, kv_heads, size, turned)
+    blocks = (_power(heads), _power(kv_heads), _power(turned), _power(size), int(2 * turned < size))
     launch(
         _rotate_backward_kernel,
-        (tokens,),
-        *(*grads, cos_TR, sin_TR, out_TX),
-        *(step for grad in grads for step in grad.stride()[:2]),
-        *(cos_TR.stride(0), sin_TR.stride(0), heads, kv_heads, size, turned),
-        BN=triton.next_power_of_2(heads),
-        BK=triton.next_power_of_2(kv_heads),
-        BR=triton.next_power_of_2(turned),
-        BD=triton.next_power_of_2(size),
-        COPY=2 * turned < size,
-        num_warps=8,
+        (tokens, 1, 1),
+        (*grads, cos_TR, sin_TR, out_TX),
+        (),
+        (*strides, *sizes, *blocks),
+        8,
     )
     return out_TX
 
@@ -226,17 +255,19 @@ def rotate_backward(grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, co
 
 
 @triton.jit
-def _swiglu_kernel(gate_up, out, row_in, row_out, inner, BLOCK: tl.constexpr):
+def _swiglu_kernel(gate_up, out, row_in: tl.constexpr, inner: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < inner
     gate = tl.load(gate_up + row * row_in + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * row_in + inner + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * row_out + columns, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * inner + columns, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _swiglu_backward_kernel(grad, gate_up, out, row_grad, row_in, inner, BLOCK: tl.constexpr):
+def _swiglu_backward_kernel(
+    grad, gate_up, out, row_grad: tl.constexpr, row_in: tl.constexpr, inner: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < inner
@@ -255,9 +286,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
     rows = _rows(gate_up)
     tokens, inner = rows.shape[0], rows.shape[1] // 2
     out_TI = torch.empty(tokens, inner, dtype=rows.dtype, device=rows.device)
-    block = min(triton.next_power_of_2(inner), 1024)
-    grid = (tokens, triton.cdiv(inner, block))
-    launch(_swiglu_kernel, grid, rows, out_TI, rows.stride(0), inner, inner, BLOCK=block, num_warps=4)
+    block = min(_power(inner), 1024)
+    grid = (tokens, -(-inner // block), 1)
+    launch(_swiglu_kernel, grid, (rows, out_TI), (), (rows.stride(0), inner, block), 4)
     return out_TI.view(*gate_up.shape[:-1], inner)
 
 
@@ -266,8 +297,8 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     rows, grad_TI = _rows(gate_up), _rows(grad)
     tokens, inner = grad_TI.shape
     out = torch.empty(tokens, 2 * inner, dtype=rows.dtype, device=rows.device)
-    block = min(triton.next_power_of_2(inner), 1024)
-    grid = (tokens, triton.cdiv(inner, block))
-    strides = (grad_TI.stride(0), rows.stride(0), inner)
-    launch(_swiglu_backward_kernel, grid, grad_TI, rows, out, *strides, BLOCK=block, num_warps=4)
+    block = min(_power(inner), 1024)
+    grid = (tokens, -(-inner // block), 1)
+    fixed = (grad_TI.stride(0), rows.stride(0), inner, block)
+    launch(_swiglu_backward_kernel, grid, (grad_TI, rows, out), (), fixed, 4)
     return out.view(gate_up.shape)
