@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,10 +88,11 @@ def _child(name: str, args: argparse.Namespace, left_s: float) -> None:
 
 def _runs(args: argparse.Namespace, until_s: float) -> None:
     from phi3_dist.bench.card.bases import save_tiny_base
-    from phi3_dist.bench.card.runs import Runner, run_all
+    from phi3_dist.bench.card.runs import Runner, run_all, runs_of
 
     base = save_tiny_base(args.out / "base")
-    run_all(Runner(REPO, args.out, args.cpu, 75 * args.patience, args.parallel, until_s), base)
+    runs = [run for run in runs_of(base, cpu=args.cpu) if re.search(args.runs, run.name)]
+    run_all(Runner(REPO, args.out, args.cpu, 75 * args.patience, args.parallel, until_s), runs)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -102,6 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--parallel", type=int, default=8, help="runs side by side (default 8)")
     parser.add_argument("--layers", type=int, default=32, help="decoder layers of the model (default 32)")
     parser.add_argument("--kernels", default="rates,passes,lora,fp8,loss", help="groups of bench/kernels.py")
+    parser.add_argument("--runs", default="", help="a regular expression: the runs whose names it finds")
     parser.add_argument("--only", nargs="+", default=[*GROUPS, "runs"], help="groups to run")
     parser.add_argument("--group", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

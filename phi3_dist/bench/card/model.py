@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import cProfile
 import gc
 import math
+import pstats
 import tempfile
 import time
 from collections.abc import Mapping
@@ -188,8 +190,25 @@ class _Bench:
             found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             found["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
         if profile:
-            found["kernels"] = self._kernels(lambda: train_step(engine, runtime, packs, order, 99, lr=1e-4, seed=0))
+
+            def one_step() -> None:
+                train_step(engine, runtime, packs, order, 99, lr=1e-4, seed=0)
+
+            found["kernels"], found["host"] = self._kernels(one_step), self._functions(one_step)
         return found
+
+    def _functions(self, step: Any) -> list[Any]:
+        """Name, calls and own milliseconds of the Python functions of one step that take the most of the host's time.
+
+        Those of backward run in a thread of their own, which is not seen.
+        """
+        self.group.sync()
+        seen = cProfile.Profile()
+        seen.runcall(step)
+        self.group.sync()
+        stats: dict[tuple[str, int, str], Any] = pstats.Stats(seen).stats  # type: ignore[attr-defined]
+        most = sorted(stats.items(), key=lambda item: -item[1][2])[:TOP_KERNELS]
+        return [[f"{Path(file).name}:{line} {name}", s[1], round(s[2] * 1e3, 2)] for (file, line, name), s in most]
 
     def _kernels(self, step: Any) -> list[Any]:
         """Name, count and milliseconds of the most expensive kernels of one step."""

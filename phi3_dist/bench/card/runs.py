@@ -17,7 +17,7 @@ from typing import Any
 
 from phi3_dist.bench.card.checks import say
 
-__all__ = ["Run", "run_all"]
+__all__ = ["Run", "Runner", "run_all", "runs_of"]
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2", "fsdp2_offload")
 TWO_RANKS = ("ddp", "zero2", "zero3", "fsdp2", "fsdp2_offload")
@@ -164,9 +164,8 @@ def _differ(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
-def run_all(runner: Runner, base: Path) -> None:
-    """Every run, what it should equal, and each again from its checkpoint of step 4 with the same losses."""
-    runs = runs_of(base, cpu=runner.cpu)
+def run_all(runner: Runner, runs: list[Run]) -> None:
+    """Each run, what it should equal, and each again from its checkpoint of step 4 with the same losses."""
     runner.all(runs)
     before = {run.name: runner.losses(run) for run in runs}
     for run in runs:
