@@ -22,6 +22,7 @@ import psutil
 
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.machine import launch_request
+from phi3_dist.machine.cards import measured_on
 from phi3_dist.machine.half_launched import refuse_half_a_launch, whole_number
 from phi3_dist.machine.launch_request import LaunchRequest
 from phi3_dist.planning.attention import PACKAGES as ATTENTION_PACKAGES
@@ -83,6 +84,7 @@ def probe(*, use_cpu: bool | None = None) -> MachineFacts:
             capability=(device.major, device.minor),
             no_compiler=no_compiler(cuda=True),
             varlen_arguments=varlen_arguments(),
+            measured=measured_on(device.name),
         )
     fast, reason = _cpu_bf16()
     return MachineFacts(

@@ -9,6 +9,7 @@ at a time, by hand and compiled in turns: widths of 576, 1,152 and 3,072, of whi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from phi3_dist.config.families import Shape
 
@@ -61,13 +62,28 @@ def why_not_triton(
     return "", ""
 
 
-def choose_kernels(asked: str, obstacle: str) -> tuple[str, str]:
-    """`triton` or `torch`, and the reason. What is asked for and has an obstacle is the caller's to refuse."""
+def choose_kernels(asked: str, obstacle: str, measured: Mapping[str, Any]) -> tuple[str, str]:
+    """`triton` or `torch`, and the reason. What is asked for and has an obstacle is the caller's to refuse.
+
+    `auto` takes Triton's where whole steps were timed with them on such a card (`measured`, of `make card`) and gained.
+    """
     if asked != "auto":
         return asked, "as the run file says"
     if obstacle:
         return "torch", obstacle
-    return "triton", "a layer moves a third of the bytes, and no mask of dropout is stored"
+    gain = measured.get("kernels_gain")
+    if not isinstance(gain, int | float):
+        why = "whole steps with Triton's kernels were not timed on this card (make card does; model.kernels=triton)"
+        return "torch", why
+    chosen = "triton" if measured.get("kernels") == "triton" else "torch"
+    return chosen, f"measured on this card: a step with Triton's kernels has {gain:.2f} times the speed"
+
+
+def _on_a_card(measured: Mapping[str, Any]) -> str:
+    gain = measured.get("compile_gain")
+    if not isinstance(gain, int | float):
+        return "what it gains on this card has not been measured; model.compile=true does it"
+    return f"measured on this card: compiled, a step has {gain:.2f} times the speed"
 
 
 def choose_compile(
@@ -80,21 +96,25 @@ def choose_compile(
     shape: Shape | None,
     tokens: int | None,
     threads: int,
+    measured: Mapping[str, Any] | None = None,
 ) -> tuple[int | None, str]:
     """From how many tokens of a rank on the passes are compiled (0: always, None: never), and the reason.
 
     `tokens` are those of the whole run on one rank; None: not counted yet. `no_compiler` is the reason why nothing can
     be compiled here, or empty; what is asked for all the same is the caller's to refuse.
     """
+    measured = measured or {}
     if isinstance(asked, bool):
         return (0 if asked else None), "as the run file says"
     why_not = {
         "model.fused_layers is false, and only the fused layers' passes are compiled": not fused,
         "the passes are Triton's kernels": kernels == "triton",
-        f"what it gains on {device} has not been measured; model.compile=true does it": device != "cpu",
+        _on_a_card(measured): device != "cpu" and not measured.get("compile"),
         no_compiler: bool(no_compiler),
     }
     against = next((why for why, holds in why_not.items() if holds), "")
+    if not against and device != "cpu":
+        return 0, _on_a_card(measured)
     if against or shape is None:
         return None, against or "the model's shape is not known here"
     start = pays_from(shape, threads)

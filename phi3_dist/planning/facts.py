@@ -15,7 +15,8 @@ class MachineFacts:
 
     `capability` is the CUDA compute capability; None on a CPU, and where it isn't known. `no_compiler` is the reason
     why torch can compile nothing here; empty where it can. `varlen_arguments` are the names that torch's `varlen_attn`
-    takes here; None where that was not looked up.
+    takes here; None where that was not looked up. `measured` is what was measured on a card of this name
+    (machine/cards.py); empty where nothing was.
     """
 
     device: str
@@ -30,6 +31,7 @@ class MachineFacts:
     capability: tuple[int, int] | None = None
     no_compiler: str = ""
     varlen_arguments: frozenset[str] | None = None
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

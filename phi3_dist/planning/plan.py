@@ -170,7 +170,7 @@ def _kernels(cfg: RunConfig, machine: MachineFacts, problems: list[Problem]) -> 
     found = why_not_triton(machine.device, machine.packages, capability=machine.capability, fused=fused)
     if cfg.model.kernels == "triton" and found[0]:
         problems.append(Problem("model.kernels", f"is triton: {found[0]}", found[1]))
-    return Choice("kernels", *choose_kernels(cfg.model.kernels, found[0]))
+    return Choice("kernels", *choose_kernels(cfg.model.kernels, found[0], machine.measured))
 
 
 def _compile(
@@ -194,6 +194,7 @@ def _compile(
         shape=None if model is None else _shape(model),
         tokens=None if steps is None else steps * cfg.train.global_batch * cfg.data.pack_length // launch.world_size,
         threads=max(1, machine.cpu_count // launch.ranks_per_node),
+        measured=machine.measured,
     )
     return Choice("compile", "no" if start is None else "in a long run" if start else "yes", why), start
 
