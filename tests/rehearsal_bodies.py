@@ -123,8 +123,14 @@ def _forked(body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(which: str) -> None:
-    """Print everything; `short` leaves cells out that others stand for."""
+    """Print everything; `short` leaves cells out that others stand for. `table`: lines for `LAYER` in the tests alone."""
     import_all()
+    if which == "table":
+        for kind, body in LAYERS.items():
+            for part, kernels in _forked(body)["kernels"].items():
+                sizes = (kernels["launches"], kernels["read_bytes"] // 2**20, kernels["written_bytes"] // 2**20)
+                sys.stdout.write(f"    {(kind, part)}: {sizes},\n" if part.startswith("layer ") else "")
+        return
     chosen = cells() if which == "full" else [cell for cell in cells() if in_short(cell)]
     outcomes = [
         {**vars(outcome), "cell": vars(outcome.cell), "not_rehearsed": outcome.not_rehearsed}
