@@ -123,7 +123,7 @@ def _forked(body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(which: str) -> None:
-    """Print everything; `short` leaves cells out that others stand for. `table`: lines for `LAYER` in the tests alone."""
+    """Print everything; `short` leaves cells out that others stand for, `table` prints the tests' `LAYER` alone."""
     import_all()
     if which == "table":
         for kind, body in LAYERS.items():
