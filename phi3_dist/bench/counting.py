@@ -142,6 +142,8 @@ class Watch(TorchDispatchMode):
 
     def restart(self) -> None:
         """Count from here on; what lives stays known, and faults stay."""
+        if self.resizes:
+            self.live.measure_again()
         self.waits.clear()
         self.tallies.clear()
         self.collectives.clear()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from itertools import product
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
