@@ -1,13 +1,12 @@
 """What the tests of the rehearsal look at, as one process finds it: `python -m tests.rehearsal_bodies` prints JSON.
 
-One process, since a fake CUDA device stays in the process that has it, and imports are most of the time. Each body is
+One process, since a fake CUDA device stays in the process that has it, and imports are most of the time. Each cell is
 forked off.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phi3_dist.bench.cells import Cell, cells, fork, rehearse_cells
+from phi3_dist.bench.cells import Cell, cells, forked, rehearse_cells
 from phi3_dist.bench.counting import Watch
 from phi3_dist.bench.fake_device import fake_cuda
 from phi3_dist.bench.rehearsal import import_all, rehearse
@@ -113,29 +112,33 @@ LAYERS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def _forked(body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    pid, read = fork(body)
-    with os.fdopen(read, encoding="utf-8") as pipe:
-        text = pipe.read()
-    os.waitpid(pid, 0)
-    found: dict[str, Any] = json.loads(text)
+def _probes() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in PROBES:
+        try:
+            found[name] = probe(name)
+        except RuntimeError as error:  # of fake tensors, on two devices
+            found[name] = {"error": type(error).__name__}
     return found
 
 
 def main(which: str) -> None:
-    """Print everything; `short` leaves cells out that others stand for."""
+    """Print everything; `short` leaves cells out that others stand for, `table` prints the tests' `LAYER` alone."""
     import_all()
+    *layers, probes = forked([*LAYERS.values(), _probes], jobs=2)
+    if which == "table":
+        for kind, found in zip(LAYERS, layers, strict=True):
+            for part, kernels in found["kernels"].items():
+                sizes = (kernels["launches"], kernels["read_bytes"] // 2**20, kernels["written_bytes"] // 2**20)
+                sys.stdout.write(f"    {(kind, part)}: {sizes},\n" if part.startswith("layer ") else "")
+        return
     chosen = cells() if which == "full" else [cell for cell in cells() if in_short(cell)]
     outcomes = [
         {**vars(outcome), "cell": vars(outcome.cell), "not_rehearsed": outcome.not_rehearsed}
         for outcome in rehearse_cells(chosen, jobs=2)
     ]
-    found = {
-        "cells": outcomes,
-        "probes": {name: _forked(lambda name=name: probe(name)) for name in PROBES},  # type: ignore[misc]
-        "layers": {name: _forked(body) for name, body in LAYERS.items()},
-    }
-    sys.stdout.write(json.dumps(found))
+    everything = {"cells": outcomes, "probes": probes, "layers": dict(zip(LAYERS, layers, strict=True))}
+    sys.stdout.write(json.dumps(everything))
 
 
 def in_short(cell: Cell) -> bool:

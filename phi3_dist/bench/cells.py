@@ -11,9 +11,10 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -23,7 +24,7 @@ from phi3_dist.config.schema import DataConfig, ModelConfig, RunConfig, TrainCon
 from phi3_dist.errors import PlanError
 from phi3_dist.planning.support import PRECISIONS, QUANTIZATIONS, STRATEGIES
 
-__all__ = ["NOT_REHEARSED", "Cell", "Outcome", "by_design", "cells", "fork", "rehearse_cells", "small_config"]
+__all__ = ["NOT_REHEARSED", "Cell", "Outcome", "by_design", "cells", "forked", "rehearse_cells", "small_config"]
 
 WORLD = 2
 PACK_LENGTH = 64
@@ -199,27 +200,28 @@ def _as_json(cell: Cell) -> dict[str, Any]:
     return {key: value for key, value in vars(outcome).items() if key != "cell"}
 
 
-def _outcome(cell: Cell, read: int) -> Outcome:
-    with os.fdopen(read, encoding="utf-8") as pipe:
-        text = pipe.read()
-    found: dict[str, Any] = json.loads(text) if text else {"error": "the process died"}
+def forked(bodies: Sequence[Callable[[], Any]], jobs: int) -> Iterator[dict[str, Any]]:
+    """What each body gives, in order; `jobs` of them run at a time, each in a process of its own."""
+    waiting, running = list(bodies), list[tuple[int, int]]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            running.append(fork(waiting.pop(0)))
+        pid, read = running.pop(0)
+        with os.fdopen(read, encoding="utf-8") as pipe:
+            text = pipe.read()
+        os.waitpid(pid, 0)
+        yield json.loads(text) if text else {"error": "the process died"}
+
+
+def _outcome(cell: Cell, found: dict[str, Any]) -> Outcome:
     if "error" in found:
         return Outcome(cell, "failed", found["error"])
     known: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
     return Outcome(cell, **known)
 
 
-def rehearse_cells(which: Sequence[Cell], jobs: int = 1) -> Iterable[Outcome]:
+def rehearse_cells(which: Sequence[Cell], jobs: int = 1) -> Iterator[Outcome]:
     """The outcome of each cell, in order; `jobs` of them run at a time."""
     import_all()
-    waiting = list(which)
-    running: list[tuple[Cell, int, int]] = []
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            cell = waiting.pop(0)
-            pid, read = fork(lambda cell=cell: _as_json(cell))  # type: ignore[misc]
-            running.append((cell, pid, read))
-        cell, pid, read = running.pop(0)
-        outcome = _outcome(cell, read)
-        os.waitpid(pid, 0)
-        yield outcome
+    results = forked([partial(_as_json, cell) for cell in which], jobs)
+    yield from (_outcome(cell, found) for cell, found in zip(which, results, strict=True))

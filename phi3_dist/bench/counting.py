@@ -34,6 +34,7 @@ _WRITES_ONLY = {"copy_", "zero_", "fill_", "uniform_", "normal_", "bernoulli_", 
 _READS_ROWS = {"embedding", "index_select", "gather", "index"}
 _WRITES_ROWS = {"scatter_add_", "index_add_", "index_copy_", "index_put_", "scatter_"}
 _SIZED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal", "bincount"}
+_UNCOUNTED = {"load", "resume"}
 _ZEROS_AND_COPY = {"select_backward", "slice_backward", "index_backward"}
 """Backward of a view by fill and copy, where another view (squeeze, split, chunk) costs nothing."""
 _NUMBERS = {torch.bool: False, torch.float32: 0.5, torch.float64: 0.5, torch.bfloat16: 0.5, torch.float16: 0.5}
@@ -133,7 +134,7 @@ class Watch(TorchDispatchMode):
     # --- what the rehearsal tells it ----------------------------------------------------------------------------------
 
     def wait(self, what: str) -> None:
-        if self.phase not in {"load", "resume"}:
+        if self.phase not in _UNCOUNTED:
             self.waits.append(Wait(what, _where(), self.phase))
 
     def fault(self, what: str) -> None:
@@ -141,6 +142,8 @@ class Watch(TorchDispatchMode):
 
     def restart(self) -> None:
         """Count from here on; what lives stays known, and faults stay."""
+        if self.resizes:
+            self.live.measure_again()
         self.waits.clear()
         self.tallies.clear()
         self.collectives.clear()
@@ -221,7 +224,7 @@ class Watch(TorchDispatchMode):
             self.fault(f"{name}: {len(on_host)} of {len(inputs)} tensors are on the host")
 
     def _remember(self, call: _Call, outputs: Sequence[Tensor]) -> None:
-        if self.resizes:
+        if self.resizes and self.phase not in _UNCOUNTED:
             self.live.measure_again()
         kinds = {"load": "other", "forward": "activations", "backward": "backward's own", "update": "update's own"}
         for tensor in outputs:

@@ -148,8 +148,8 @@ class _Properties:
     gcnArchName = ""
 
 
-def _stand_ins(on_wait: Callable[[str], None]) -> dict[str, Any]:
-    """What `torch.cuda` answers for one idle GPU; whatever waits for it is told to `on_wait`."""
+def _events_and_streams(on_wait: Callable[[str], None]) -> tuple[Any, Any]:
+    """`torch.cuda.Event` and `torch.cuda.Stream` where all has always been done."""
 
     class Event:
         def __init__(self, *_: Any, **__: Any) -> None: ...
@@ -193,7 +193,13 @@ def _stand_ins(on_wait: Callable[[str], None]) -> dict[str, Any]:
 
         def __exit__(self, *_: Any) -> None: ...
 
-    stream = Stream()
+    return Event, Stream
+
+
+def _stand_ins(on_wait: Callable[[str], None]) -> dict[str, Any]:
+    """What `torch.cuda` answers for one idle GPU; whatever waits for it is told to `on_wait`."""
+    event, stream_class = _events_and_streams(on_wait)
+    stream = stream_class()
     answers: Mapping[str, Any] = {
         "is_available": True,
         "is_initialized": True,
@@ -214,8 +220,8 @@ def _stand_ins(on_wait: Callable[[str], None]) -> dict[str, Any]:
     }
     fixed: dict[str, Any] = {name: lambda *_, _answer=answer, **__: _answer for name, answer in answers.items()}
     return fixed | {
-        "Stream": Stream,
-        "Event": Event,
+        "Stream": stream_class,
+        "Event": event,
         "stream": lambda *_: nullcontext(),
         "device": lambda *_: nullcontext(),
         "synchronize": lambda *_: on_wait("torch.cuda.synchronize"),

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from phi3_dist.planning.support import PRECISIONS, QUANTIZATIONS, STRATEGIES, support
 from tests.rehearsal_bodies import PROBES
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(Version(version("torch")) < Version("2.13"), reason="fake devices as torch 2.13 has them"),
+]
 ROOT = Path(__file__).parents[2]
 
 
@@ -87,13 +92,13 @@ def test_a_base_for_the_host_is_not_put_on_the_gpu_beside(found: dict[str, Any],
 WAITS_BY_DESIGN = {
     "single": 0,
     "ddp": 0,
-    "zero1": 0,
-    "zero2": 0,
-    "zero2_offload": 0,
-    "zero3": 0,
-    "zero3_offload": 0,
+    "zero1": 4,
+    "zero2": 5,
+    "zero2_offload": 21,
+    "zero3": 4,
+    "zero3_offload": 36,
     "fsdp2": 0,
-    "fsdp2_offload": 0,
+    "fsdp2_offload": 16,
 }
 """Waits of one rank in a step of two layers, by the libraries' own design: see `by_design` in bench/cells.py."""
 
@@ -107,15 +112,18 @@ def test_no_strategy_waits_more_often_than_its_library_must(found: dict[str, Any
 # --- one layer of Phi-3-mini ------------------------------------------------------------------------------------------
 
 LAYER = {
-    ("bf16", "layer forward"): (0, 0, 0),
-    ("bf16", "layer backward"): (0, 0, 0),
-    ("nf4", "layer forward"): (0, 0, 0),
-    ("nf4", "layer backward"): (0, 0, 0),
-    ("recomputed", "layer forward"): (0, 0, 0),
-    ("recomputed", "layer backward"): (0, 0, 0),
+    ("bf16", "layer forward"): (64, 2402, 1922),
+    ("bf16", "layer backward"): (72, 2767, 1351),
+    ("nf4", "layer forward"): (76, 2471, 2152),
+    ("nf4", "layer backward"): (72, 2767, 1351),
+    ("recomputed", "layer forward"): (64, 2402, 1922),
+    ("recomputed", "layer backward"): (151, 5788, 3657),
+    ("fp8", "layer forward"): (96, 3723, 3078),
+    ("fp8", "layer backward"): (105, 4967, 3280),
 }
 """Launches, MiB read and MiB written by one decoder layer of Phi-3-mini: 4,096 tokens in four documents, LoRA r=16 with
-dropout on every linear. Who makes these smaller writes the new numbers here; who makes them greater says why."""
+dropout on every linear. Who makes these smaller writes the new numbers here (`python -m tests.rehearsal_bodies table`
+prints them); who makes them greater says why."""
 
 
 @pytest.mark.parametrize(("kind", "part"), LAYER)
@@ -160,7 +168,7 @@ def test_waits_are_seen_and_nothing_else_is_one(found: dict[str, Any], name: str
 
 
 def test_devices_do_not_mix(found: dict[str, Any]) -> None:
-    assert "FakeTensorDeviceMismatchError" in found["probes"]["two devices"]["error"]
+    assert found["probes"]["two devices"] == {"error": "FakeTensorDeviceMismatchError"}
     assert found["probes"]["Adam's step on the host"]["faults"] == ["_fused_adamw_: 1 of 5 tensors are on the host"]
     assert found["probes"]["Adam's step on the device"]["faults"] == []
 
