@@ -45,7 +45,7 @@ def test_what_is_wrong_with_a_folder_is_one_message(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
 
     def replace(changed: dict[str, torch.Tensor]) -> None:
-        """Beside it and then in its place: safetensors before 0.8 writes over the file that `tensors` are mapped from."""
+        """Beside it, then in its place: safetensors before 0.8 writes over the file that `tensors` are mapped from."""
         save_file(changed, saved / "changed")
         (saved / "changed").replace(weights)
 
