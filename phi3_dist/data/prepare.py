@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Prepared", "Progress", "prepare"]
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 """Part of the cache key: raise it when the same rows would become other tokens, or other files."""
 _WAIT_S = 10.0
 _WAITING = "waiting for another process that prepares the same data"

@@ -8,8 +8,10 @@ cut and inserted.
 from __future__ import annotations
 
 import copy
+import gzip
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -124,7 +126,7 @@ DROP = "drop this"
 CHANGES = st.lists(st.tuples(st.floats(0, 1), st.one_of(VALUES, st.just(DROP))), min_size=1, max_size=3)
 
 
-def survives(action: Callable[[], object]) -> None:
+def survives(action: Callable[[], object]) -> Phi3DistError | None:
     """`action` gives a result, or an error of the tree whose message is short, printable and says something."""
     error: Phi3DistError | None = None
     try:
@@ -138,6 +140,7 @@ def survives(action: Callable[[], object]) -> None:
             assert problem.what.strip()
             assert len(str(problem)) < 4000, "a message for a person"
             assert "Traceback" not in str(problem)
+    return error
 
 
 # --- run files --------------------------------------------------------------------------------------------------------
@@ -229,7 +232,31 @@ ROWS: list[dict[str, Any]] = [
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "system": "Be kind."},
     {"instruction": "Add", "input": "1 and 2", "output": "3"},
     {"prompt": "Say it", "completion": "it"},
+    {
+        "messages": [
+            {"role": "system", "content": ""},
+            {"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": "Ann"},
+            {"role": "assistant", "content": "No", "loss": False, "reasoning_content": "hm", "tool_calls": []},
+            {"role": "user", "content": "<video>x</video>"},
+            {"role": "assistant", "content": "Hello", "train": 1.0, "weight": float("nan")},
+        ],
+        "tools": "[]",
+        "images": [],
+        "labels": [1],
+    },
+    {"conversation": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "score": float("nan")},
 ]
+FORMS: list[Callable[[bytes], bytes]] = [
+    bytes,
+    gzip.compress,
+    lambda raw: raw.decode("utf-8", "replace").encode("utf-16"),
+    lambda raw: b"[" + b",".join(raw.splitlines()) + b"]",
+    lambda raw: raw.replace(b", ", b",\n "),
+    lambda raw: b"\xef\xbb\xbf" + raw.replace(b"\n", b"\n\xef\xbb\xbf"),
+    lambda raw: gzip.compress(raw.decode("utf-8", "replace").encode("utf-16-be")),
+]
+"""What a file of lines may turn into on its way."""
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
 TOKENIZER = tiny_tokenizer()
 
 
@@ -239,15 +266,34 @@ TOKENIZER = tiny_tokenizer()
     changes=st.one_of(st.just([]), CHANGES),
     bites=st.one_of(st.just([]), BITES),
     policy=st.sampled_from(["stop", "skip"]),
+    form=st.sampled_from(FORMS),
+    name=st.sampled_from(["rows.jsonl", "rows.json", "rows.csv", "rows.jsonl.gz"]),
 )
-@fire(120)
-def test_rows(row: int, changes: list[tuple[float, Any]], bites: list[Any], policy: Any, tmp_path: Path) -> None:
+@fire(160)
+def test_rows(
+    row: int,
+    changes: list[tuple[float, Any]],
+    bites: list[Any],
+    policy: Any,
+    *,
+    form: Callable[[bytes], bytes],
+    name: str,
+    tmp_path: Path,
+) -> None:
     value = changed(ROWS[row], changes)
     raw = (json.dumps(ROWS[row]) + "\n" + json.dumps(value) + "\n").encode("utf-8", "surrogatepass")
-    file = tmp_path / "rows.jsonl"
+    file = tmp_path / name
+    raw = form(raw)
     file.write_bytes(bitten(raw, bites) if bites else raw)
     cfg = DataConfig(train=str(file), validation_share=0.0, pack_length=512, on_bad_row=policy, on_long_row="drop")
-    survives(lambda: prepare(cfg, TOKENIZER, None))
+
+    def read() -> None:
+        said = "\n".join(prepare(cfg, TOKENIZER, None).notices)
+        assert not UNPRINTABLE.search(said)
+        assert len(said) < 8000
+
+    error = survives(read)
+    assert error is None or not UNPRINTABLE.search(str(error)), "a terminal would obey it"
 
 
 # --- a base's config.json -----------------------------------------------------------------------------------------

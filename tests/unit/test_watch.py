@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import Phi3ForCausalLM
 
+from phi3_dist.adapters import disk
 from phi3_dist.config.load import load_run
 from phi3_dist.errors import ModelError
 from phi3_dist.machine.launcher import _ended
@@ -19,7 +20,7 @@ from phi3_dist.modeling.base import find_base, load_full, tiny_config
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 from phi3_dist.modeling.watch import WeightsWatch
 from phi3_dist.planning.plan import LaunchFacts
-from phi3_dist.training import loop, resume
+from phi3_dist.training import loop, resume, step
 from phi3_dist.training.resume import base_fingerprint
 from tests.ranks.launcher import REPO
 
@@ -54,8 +55,14 @@ def test_a_hash_is_not_remembered_for_other_bytes_of_the_same_size_and_time(save
 def test_weights_that_change_while_they_are_hashed(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = resume.file_sha256
-    monkeypatch.setattr(resume, "file_sha256", lambda path: (plain(path), rewrite(path))[0])
+    plain = disk.file_sha256
+
+    def meanwhile(path: Path) -> str:
+        digest = plain(path)
+        rewrite(path)
+        return digest
+
+    monkeypatch.setattr(resume, "file_sha256", meanwhile)
     with pytest.raises(ModelError, match="was changed while it was hashed"):
         base_fingerprint(find_base(str(saved)), tmp_path / "cache")
     monkeypatch.undo()
@@ -103,7 +110,7 @@ def test_a_mapped_file_may_be_replaced_but_not_written_to(saved: Path) -> None:
 def test_a_run_whose_base_is_cut_short_ends_before_it_saves(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = loop.train_step
+    plain = step.train_step
 
     def then_cut_short(*arguments: Any, **more: Any) -> Any:
         result = plain(*arguments, **more)
