@@ -235,8 +235,9 @@ def test_an_adapter_of_the_long_factors_is_loaded_on_them_for_a_short_prompt(ran
     facts = json.loads((run.folder / "adapter" / "base_facts.json").read_text())
     assert facts == {"longrope": "long"}
     plain = AutoModelForCausalLM.from_pretrained(run.base)
-    unpinned = logits(PeftModel.from_pretrained(copy.deepcopy(plain), run.folder / "adapter"))
-    assert (unpinned - run.logits).abs().max() > 0.02, "the factors make no difference here"
+    with quiet_peft():
+        unpinned = logits(PeftModel.from_pretrained(copy.deepcopy(plain), run.folder / "adapter"))
+    assert (unpinned - run.logits).abs().max() > 2e-3, "the factors make no difference here"
     loaded = load_adapter(plain, run.folder / "adapter")
     torch.testing.assert_close(logits(loaded), run.logits, atol=2e-5, rtol=1e-4)
     together = loaded.generate(input_ids=IDS_1T, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
