@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phi3_dist.adapters.files import read_metadata
+from phi3_dist.adapters.reading import read_metadata
 from phi3_dist.adapters.residual import MOVED_BASE
 from phi3_dist.errors import AdapterError, Problem
 from phi3_dist.modeling.base import Base

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from phi3_dist.adapters.files import read_adapter, read_metadata
 from phi3_dist.adapters.loading import not_to_go_on_from, too_few_rows
+from phi3_dist.adapters.reading import read_adapter, read_metadata
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import ModelError, Problem
 from phi3_dist.modeling.attention import use_backend
