@@ -220,9 +220,11 @@ def with_hub_base(card: str, before: str, base: str, revision: str | None) -> st
     for old, new in (
         (_introduction(name, True, None), _introduction(base, False, revision)),
         (f'"path/to/{name}"', f'"{base}"{argument}'),
-        (before, f"{base}{at}"),
+        (f"`{before}`", f"`{base}`{at}"),
+        (f'"{before}"', f'"{base}"{argument}'),
+        (before if Path(before).is_absolute() else "", base),
     ):
-        card = card.replace(old, new) if name else card
+        card = card.replace(old, new) if name and old else card
     front: dict[str, Any] = {}
     body = card
     if card.startswith("---\n") and "\n---\n" in card:

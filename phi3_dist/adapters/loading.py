@@ -7,18 +7,34 @@ original context transformers takes the short factors, whatever the adapter was 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phi3_dist.adapters.files import read_metadata
+from phi3_dist.adapters.reading import read_metadata
+from phi3_dist.adapters.residual import MOVED_BASE
 from phi3_dist.errors import AdapterError, Problem
 from phi3_dist.modeling.base import Base
 from phi3_dist.modeling.lora import quiet_peft
 from phi3_dist.modeling.rope import pin_longrope
 
-__all__ = ["load_adapter", "rows_fact", "too_few_rows"]
+__all__ = ["load_adapter", "not_to_go_on_from", "rows_fact", "too_few_rows"]
 
 _ROWS, _FACTORS = "base_rows", "longrope"
+_OTHER_FORWARD = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "monteclora_config",
+    "target_parameters",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+"""Keys of PEFT's LoraConfig under which tensors of the same names and shapes compute something else."""
 
 
 def rows_fact(base: Base) -> dict[str, str]:
@@ -41,6 +57,21 @@ def too_few_rows(folder: Path, rows: int) -> list[Problem]:
         return []
     what = f"has {rows:,} rows of embedding, and the adapter in {folder} has taught tokens up to row {needed:,}"
     return [Problem("model.source", what, "name the adapter's folder as model.tokenizer, and its model.new_tokens")]
+
+
+def not_to_go_on_from(folder: Path, config: Mapping[str, Any]) -> list[Problem]:
+    """Why a run would not train on what the adapter in `folder` is, though its tensors may fit; or nothing."""
+    where, kind = "model.adapter", str(config.get("peft_type"))
+    if kind != "LORA":
+        return [Problem(where, f"{folder} holds an adapter of the kind {kind}", "give one of LoRA")]
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(MOVED_BASE):
+        what = f"{folder} was trained with {start} beside a base that it had changed, and is no update of the plain one"
+        fix = "save it with PEFT's path_initial_model_for_weight_conversion first"
+        return [Problem(where, what, fix)]
+    said = [key for key in _OTHER_FORWARD if config.get(key)]
+    what = f"{folder} was trained with {', '.join(said)}, which a run here has not"
+    return [Problem(where, what, "merge it into the base and train from that")] if said else []
 
 
 def _pin(model: Any, folder: Path) -> None:

@@ -28,6 +28,7 @@ from phi3_dist.adapters.loralib_layers import (
     to_merged,
     whole,
 )
+from phi3_dist.adapters.residual import MOVED_BASE
 from phi3_dist.adapters.select import FLOATS, Bias, find_peft_model
 from phi3_dist.config.families import LINEARS, Shape
 from phi3_dist.errors import AdapterError, Problem
@@ -208,7 +209,6 @@ _BEYOND: Mapping[str, str] = {
         "loralib's layers do not compute this",
     ),
 }
-_MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _PEFT_KEY = re.compile(r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
 
 
@@ -272,7 +272,7 @@ def _check_peft_config(config: Mapping[str, Any], review: Review) -> None:
         if config.get(key):
             review.wrong(key, why, "merge the adapter instead")
     start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start.startswith(_MOVED_BASE):
+    if isinstance(start, str) and start.startswith(MOVED_BASE):
         what = f"{start} trains on a base that it has changed; on the plain base the tensors mean something else"
         review.wrong("init_lora_weights", what, "save it with PEFT's path_initial_model_for_weight_conversion first")
 

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.disk import write_tensors
-from phi3_dist.adapters.files import read_adapter, write_adapter
+from phi3_dist.adapters.files import write_adapter
 from phi3_dist.adapters.loralib import loralib_from_peft, peft_from_loralib
 from phi3_dist.adapters.loralib_layers import KINDS, Kind, Layer, lookup
+from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.config.families import Shape
 from phi3_dist.errors import AdapterError, ConfigError, Problem
 

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["on_plain_base"]
+__all__ = ["MOVED_BASE", "on_plain_base"]
+
+MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Starts of PEFT (`init_lora_weights`) that change the base: what is saved under them does not fit the plain one."""
 
 
 def on_plain_base(

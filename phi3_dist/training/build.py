@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from phi3_dist.adapters.files import read_adapter, read_metadata
-from phi3_dist.adapters.loading import too_few_rows
+from phi3_dist.adapters.loading import not_to_go_on_from, too_few_rows
+from phi3_dist.adapters.reading import read_adapter, read_metadata
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import ModelError, Problem
 from phi3_dist.modeling.attention import use_backend
@@ -75,6 +75,7 @@ def adapter_values(cfg: RunConfig, base: Base, token_ids: Sequence[int]) -> dict
         fix = "name the same tokens in the same order, with the adapter's folder as model.tokenizer"
         problems.append(Problem("model.new_tokens", what, fix))
     problems += too_few_rows(Path(cfg.model.adapter), int(base.config.vocab_size))
+    problems += not_to_go_on_from(Path(cfg.model.adapter), saved)
     if problems:
         raise ModelError(*problems)
     return values

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from phi3_dist.adapters.files import read_adapter, recover
+from phi3_dist.adapters.files import recover
+from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.config.schema import OptimConfig
 from phi3_dist.errors import AdapterError, Problem, TrainingError
 from phi3_dist.training.checkpoint import Checkpoint, find_checkpoint

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_dist.adapters.disk import file_sha256
-from phi3_dist.adapters.files import WEIGHTS
+from phi3_dist.adapters.reading import WEIGHTS
 from phi3_dist.config.load import flatten
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batches import Order, Packs, Prepared

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from phi3_dist.adapters.select import expected_keys
 from phi3_dist.config.schema import LoraConfig
 from phi3_dist.errors import ModelError
 from phi3_dist.modeling.attention import use_backend
@@ -53,6 +54,36 @@ def test_the_start_depends_on_seed_and_name_alone() -> None:
     assert not torch.equal(first, start_value("x.lora_A.default.weight", shape, 1))  # type: ignore[arg-type]
     assert first.abs().max() <= 1 / math.sqrt(64)
     assert start_value("x.lora_B.default.weight", shape, 0).count_nonzero() == 0  # type: ignore[union-attr]
+
+
+def test_an_embeddings_start_is_pefts_own_kind_and_depends_on_seed_and_name_alone() -> None:
+    """PEFT draws it from the global generator: on each rank, and after another draw, another one."""
+    found = []
+    for seed, before in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(before)
+        model = add_lora(_tiny(), LoraConfig(r=2, targets=("embed_tokens",)), "tiny-random")
+        fill_adapter(model, seed)
+        found.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+    (a, b) = sorted(found[0])
+    assert not found[0][a].any()
+    assert found[0][b].std() == pytest.approx(1, abs=0.2)
+    assert torch.equal(found[0][b], found[1][b])
+    assert not torch.equal(found[0][b], found[2][b])
+
+
+@pytest.mark.parametrize(
+    ("lora", "token_ids"),
+    [
+        (LoraConfig(r=2, dora=True), (300, 301)),
+        (LoraConfig(r=2, dora=True, targets=("embed_tokens", "lm_head", "o_proj")), ()),
+        (LoraConfig(r=2, modules_to_save=("lm_head", "norm"), bias="all"), ()),
+    ],
+)
+def test_what_trains_is_read_back_under_the_name_that_peft_saves(lora: LoraConfig, token_ids: tuple[int, ...]) -> None:
+    model = add_lora(_tiny(), lora, "tiny-random", token_ids)
+    values = {name: torch.full(shape, 0.25) for name, (shape, _) in expected_keys(model).items()}
+    fill_adapter(model, 0, values)
+    assert all((p == 0.25).all() for p in model.parameters() if p.requires_grad)
 
 
 def test_the_loss_is_the_plain_cross_entropy_over_supervised_tokens() -> None:

@@ -26,7 +26,7 @@ from phi3_dist.adapters.loading import load_adapter
 from phi3_dist.adapters.select import find_peft_model
 from phi3_dist.config.families import Shape
 from phi3_dist.config.load import load_run
-from phi3_dist.errors import AdapterError
+from phi3_dist.errors import AdapterError, ModelError
 from phi3_dist.machine.probe import probe
 from phi3_dist.modeling.base import tiny_config
 from phi3_dist.modeling.lora import quiet_peft
@@ -235,14 +235,36 @@ def test_an_adapter_of_the_long_factors_is_loaded_on_them_for_a_short_prompt(ran
     facts = json.loads((run.folder / "adapter" / "base_facts.json").read_text())
     assert facts == {"longrope": "long"}
     plain = AutoModelForCausalLM.from_pretrained(run.base)
-    unpinned = logits(PeftModel.from_pretrained(copy.deepcopy(plain), run.folder / "adapter"))
-    assert (unpinned - run.logits).abs().max() > 0.02, "the factors make no difference here"
+    with quiet_peft():
+        unpinned = logits(PeftModel.from_pretrained(copy.deepcopy(plain), run.folder / "adapter"))
+    assert (unpinned - run.logits).abs().max() > 2e-3, "the factors make no difference here"
     loaded = load_adapter(plain, run.folder / "adapter")
     torch.testing.assert_close(logits(loaded), run.logits, atol=2e-5, rtol=1e-4)
     together = loaded.generate(input_ids=IDS_1T, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     for length in range(IDS_1T.shape[1], together.shape[1]):  # with a cache it goes on as without one
         with torch.no_grad():
             assert loaded(input_ids=together[:, :length], use_cache=False).logits[0, -1].argmax() == together[0, length]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"peft_type": "IA3"}, "of the kind IA3"),
+        ({"init_lora_weights": "pissa_niter_4"}, "trained with pissa_niter_4 beside a base that it had changed"),
+        ({"init_lora_weights": "olora"}, "beside a base that it had changed"),
+        ({"alora_invocation_tokens": [5]}, "trained with alora_invocation_tokens"),
+        ({"lora_bias": True, "use_qalora": True}, "trained with lora_bias, use_qalora"),
+    ],
+)
+def test_an_adapter_that_means_something_else_is_not_trained_on_from(
+    changes: dict[str, Any], why: str, ran: Callable[[str], Ran], tmp_path: Path
+) -> None:
+    """Names and shapes of its tensors fit, and the losses would be other ones without a word."""
+    first = ran("head")
+    tensors, config = read_adapter(first.folder / "adapter")
+    write_adapter(tmp_path / "adapter", tensors, {**config, **changes}, card="")
+    with pytest.raises(ModelError, match=why):
+        train((*first.overrides, f"model.adapter={tmp_path / 'adapter'}"), tmp_path / "on")
 
 
 def test_factors_that_the_base_has_not_are_refused(ran: Callable[[str], Ran], tmp_path: Path) -> None:
