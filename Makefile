@@ -69,7 +69,7 @@ test-slurm: setup ## everything on a real Slurm of two nodes (Debian, root: inst
 torture: setup ## kill a run at a hundred random moments; what was saved must survive (ten minutes)
 	@$(BIN)/python -m pytest -q tests/torture
 
-fuzz: setup ## more than 10,000 damaged run files, rows, tokenizers, adapters and checkpoints (some minutes)
+fuzz: setup ## more than 10,000 damaged run files, configs, environments, rows, tokenizers, adapters, checkpoints
 	@$(BIN)/python -m pytest -q --hypothesis-profile=fuzz tests/unit/test_fuzz.py
 
 # An environment of its own: what pip-audit needs is no part of what is tested.

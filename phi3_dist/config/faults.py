@@ -84,6 +84,9 @@ def _remote_code(foreign: Foreign) -> Iterator[Fault]:
             yield Fault(entry.place, what, "leave it out: transformers has Phi-3 itself")
 
 
+_DTYPE_KEYS = ("torch_dtype", "dtype", "bnb_4bit_compute_dtype")
+
+
 def _fp16_twice(foreign: Foreign) -> Iterator[Fault]:
     autocast = _on(foreign, "fp16")
     weights = next((e for e in foreign.entries if e.key in ("torch_dtype", "dtype") and _is_fp16(e.value)), None)
@@ -94,21 +97,16 @@ def _fp16_twice(foreign: Foreign) -> Iterator[Fault]:
 
 def _other_sixteen_bits(foreign: Foreign) -> Iterator[Fault]:
     """Weights, or the arithmetic of 4-bit weights, in one 16-bit type under autocast of the other."""
-    keys = ("torch_dtype", "dtype", "bnb_4bit_compute_dtype")
-    for name, is_other, why, fix in (
-        ("bf16", _is_fp16, "what fp16 cannot hold (above 65,504) is lost, and bf16's few digits remain", "bfloat16"),
-        (
-            "fp16",
-            _is_bf16,
-            "the gradient scaler of fp16 has no arithmetic for bf16 gradients",
-            "bf16=True, with bfloat16",
-        ),
-    ):
+    pairs = (
+        ("bf16", _is_fp16, "what fp16 cannot hold (above 65,504) is lost, and bf16's few digits remain"),
+        ("fp16", _is_bf16, "the gradient scaler of fp16 has no arithmetic for bf16 gradients"),
+    )
+    for name, is_other, why in pairs:
         autocast = _on(foreign, name)
-        other = next((e for e in foreign.entries if e.key in keys and is_other(e.value)), None)
+        other = next((e for e in foreign.entries if e.key in _DTYPE_KEYS and is_other(e.value)), None)
         if autocast is not None and other is not None:
             what = f"{other.key} is {other.value} ({other.place}) under {name} autocast: {why}"
-            yield Fault(autocast.place, what, fix if " " in fix else f"{other.key}=torch.{fix}")
+            yield Fault(autocast.place, what, f"{other.key}=torch.bfloat16" if name == "bf16" else "bf16=True")
 
 
 def _is_fp16(value: Any) -> bool:
