@@ -79,7 +79,7 @@ test-slurm: setup ## everything on a real Slurm of two nodes (Debian, root: inst
 torture: setup ## kill a run at a hundred random moments and fill its disk at every file; what was saved must survive (twenty minutes)
 	@$(BIN)/python -m pytest -q tests/torture
 
-fuzz: setup ## more than 10,000 damaged run files, rows, tokenizers, adapters, checkpoints and run folders (some minutes)
+fuzz: setup ## more than 10,000 damaged run files, configs, environments, rows, tokenizers, adapters, checkpoints, run folders
 	@$(BIN)/python -m pytest -q --hypothesis-profile=fuzz tests/unit/test_fuzz.py
 
 # An environment of its own: what pip-audit needs is no part of what is tested.

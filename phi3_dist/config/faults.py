@@ -84,6 +84,9 @@ def _remote_code(foreign: Foreign) -> Iterator[Fault]:
             yield Fault(entry.place, what, "leave it out: transformers has Phi-3 itself")
 
 
+_DTYPE_KEYS = ("torch_dtype", "dtype", "bnb_4bit_compute_dtype")
+
+
 def _fp16_twice(foreign: Foreign) -> Iterator[Fault]:
     autocast = _on(foreign, "fp16")
     weights = next((e for e in foreign.entries if e.key in ("torch_dtype", "dtype") and _is_fp16(e.value)), None)
@@ -92,8 +95,26 @@ def _fp16_twice(foreign: Foreign) -> Iterator[Fault]:
         yield Fault(autocast.place, what, "bf16=True with bfloat16 weights, or float32 weights under fp16")
 
 
+def _other_sixteen_bits(foreign: Foreign) -> Iterator[Fault]:
+    """Weights, or the arithmetic of 4-bit weights, in one 16-bit type under autocast of the other."""
+    pairs = (
+        ("bf16", _is_fp16, "what fp16 cannot hold (above 65,504) is lost, and bf16's few digits remain"),
+        ("fp16", _is_bf16, "the gradient scaler of fp16 has no arithmetic for bf16 gradients"),
+    )
+    for name, is_other, why in pairs:
+        autocast = _on(foreign, name)
+        other = next((e for e in foreign.entries if e.key in _DTYPE_KEYS and is_other(e.value)), None)
+        if autocast is not None and other is not None:
+            what = f"{other.key} is {other.value} ({other.place}) under {name} autocast: {why}"
+            yield Fault(autocast.place, what, f"{other.key}=torch.bfloat16" if name == "bf16" else "bf16=True")
+
+
 def _is_fp16(value: Any) -> bool:
     return str(value).removeprefix("torch.") in ("float16", "fp16", "half")
+
+
+def _is_bf16(value: Any) -> bool:
+    return str(value).removeprefix("torch.") in ("bfloat16", "bf16")
 
 
 def _naive_packing(foreign: Foreign) -> Iterator[Fault]:
@@ -256,9 +277,41 @@ def _pad_is_eos(foreign: Foreign) -> Iterator[Fault]:
             yield Fault(place, what, fix)
 
 
+_END = "<|endoftext|>"
+_PAD_WHAT = "padding gets the end token: a collator that masks padding by its id masks the end of each answer too"
+_PAD_FIX = "tokenizer.pad_token = tokenizer.unk_token, as the model card's script has it"
+
+
+def _padding_is_the_end(foreign: Foreign) -> Iterator[Fault]:
+    """The tokenizer's pad is set to its end. A model's `config.pad_token_id`, which only generation reads, may be."""
+    for place, node in _nodes(foreign, ast.Assign):
+        for target in node.targets:
+            of_tokenizer = isinstance(target, ast.Attribute) and "config" not in ast.unparse(target.value)
+            if of_tokenizer and _name_of(target) in ("pad_token", "pad_token_id") and _is_end(node.value):
+                yield Fault(place, _PAD_WHAT, _PAD_FIX)
+    for place, call in _nodes(foreign, ast.Call):
+        given = [(keyword.arg, keyword.value) for keyword in call.keywords if "Tokenizer" in ast.unparse(call.func)]
+        for literal in call.args if _name_of(call.func) == "add_special_tokens" else ():
+            if isinstance(literal, ast.Dict):
+                pairs = zip(literal.keys, literal.values, strict=True)
+                given += [(str(key.value), value) for key, value in pairs if isinstance(key, ast.Constant)]
+        if any(name == "pad_token" and _is_end(value) for name, value in given):
+            yield Fault(place, _PAD_WHAT, _PAD_FIX)
+    for entry in foreign.entries if not foreign.trees else ():
+        value = (
+            entry.value.get("pad_token") if entry.key == "special_tokens" and isinstance(entry.value, dict) else None
+        )
+        if value == _END or (entry.key == "pad_token" and entry.value == _END):
+            yield Fault(entry.place, _PAD_WHAT, "pad_token: <unk>")
+
+
+def _is_end(node: ast.expr) -> bool:
+    return _name_of(node) in ("eos_token", "eos_token_id") or (isinstance(node, ast.Constant) and node.value == _END)
+
+
 _CHECKS: tuple[Callable[[Foreign], Iterator[Fault]], ...] = (
     *(_llama_targets, _digits_for_the_end, _plain_roles, _fp16_twice, _naive_packing, _remote_code),
-    *(_evaluation_without_rows, _pad_is_eos, _renamed),
+    *(_evaluation_without_rows, _pad_is_eos, _padding_is_the_end, _other_sixteen_bits, _renamed),
 )
 
 

@@ -54,6 +54,17 @@ class Foreign:
     """(prefix of places, tree): one for a script, one for each code cell of a notebook."""
     unread: tuple[Unread, ...] = ()
 
+    @property
+    def is_unsloths(self) -> bool:
+        """Whether the script asks Unsloth for its adapter: `FastLanguageModel.get_peft_model(model, r=16, …)`."""
+        calls = (node.func for _, tree in self.trees for node in ast.walk(tree) if isinstance(node, ast.Call))
+        owners = (
+            ast.unparse(func.value)
+            for func in calls
+            if isinstance(func, ast.Attribute) and func.attr == "get_peft_model"
+        )
+        return any(owner.startswith("Fast") for owner in owners)
+
     def first(self, *keys: str) -> Any:
         """The value of the first entry with one of these keys, or None."""
         return next((entry.value for entry in self.entries if entry.key in keys), None)
@@ -163,6 +174,8 @@ class _Script:
         positional = node.args[0] if node.args else None
         if name in _CONFIG_CALLS:
             self.keywords(node, prefix, _CONFIG_CALLS[name])
+        elif name == "get_peft_model" and node.keywords and positional is not None and len(node.args) == 1:
+            self.keywords(node, prefix, "lora", but=("peft_config", "adapter_name"))
         elif name in ("SFTTrainer", "Trainer"):
             self.keywords(node, prefix, "trainer", only=_TRAINER_KEYS)
         elif name == "from_pretrained" and "Model" in owner and "Peft" not in owner:
@@ -182,14 +195,16 @@ class _Script:
             if len(positional.args) == 1:
                 self.add("max_samples", positional.args[0], prefix, "data")
 
-    def keywords(self, node: ast.Call, prefix: str, section: str, only: tuple[str, ...] = ()) -> None:
+    def keywords(
+        self, node: ast.Call, prefix: str, section: str, only: tuple[str, ...] = (), but: tuple[str, ...] = ()
+    ) -> None:
         for keyword in node.keywords:
             if keyword.arg is None and isinstance(keyword.value, ast.Name):
                 name = keyword.value.id
                 if (name, section) not in self.used and name in self.dicts:
                     self.used.add((name, section))
                     self.add_items(self.dicts[name], section)
-            elif keyword.arg is not None and (not only or keyword.arg in only):
+            elif keyword.arg is not None and (not only or keyword.arg in only) and keyword.arg not in but:
                 self.add(keyword.arg, keyword.value, prefix, section)
 
 

@@ -6,6 +6,7 @@ The result is always a run file that `load_run` accepts. What it needs and the s
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,9 +22,11 @@ from phi3_dist.config import dialects
 from phi3_dist.config.draft import Draft, Finding
 from phi3_dist.config.foreign import Computed, Entry, Foreign
 from phi3_dist.config.messages import cross_checks, explain
+from phi3_dist.config.nested import tell_nested
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.config.settling import SETTLED, settle
 from phi3_dist.config.texts import text_faults
+from phi3_dist.config.trainer_rules import UNSLOTH_DEFAULTS
 from phi3_dist.config.translations import ALIASES, FULL, RULES, UNSUPPORTED, unsupported_by_prefix
 
 __all__ = ["FILL_IN_MODEL", "FILL_IN_ROWS", "Finding", "Imported", "findings_table", "import_run"]
@@ -76,6 +79,8 @@ def import_run(path: str | Path, *, devices: int = 1) -> Imported:
         entry for entry in entries if not isinstance(entry.value, Computed) and entry.value not in (None, "auto")
     ]
     settle(draft, {_canonical(entry): entry for entry in reversed(literal)})
+    for entry in literal:
+        tell_nested(draft, entry)
     told = {(finding.key, finding.place) for finding in draft.findings}
     for entry in entries:
         if (entry.key, entry.place) not in told:
@@ -84,7 +89,13 @@ def import_run(path: str | Path, *, devices: int = 1) -> Imported:
     draft.values = {**_REQUIRED, **draft.values}
     _until_valid(draft)
     order = {(entry.key, entry.place): number for number, entry in reversed(list(enumerate(entries)))}
-    findings = sorted(draft.findings, key=lambda finding: order.get((finding.key, finding.place), len(order)))
+
+    def place_of(finding: Finding) -> int:
+        """A key inside another stands with it."""
+        key = finding.key if (finding.key, finding.place) in order else re.split(r"[.\[]", finding.key)[0]
+        return order.get((key, finding.place), len(order))
+
+    findings = sorted(draft.findings, key=place_of)
     findings += [Finding("", "not supported", "", part.why, "", part.place) for part in foreign.unread]
     return Imported(_render(draft, findings), findings, foreign.dialect)
 
@@ -104,7 +115,12 @@ def _defaults(foreign: Foreign) -> Iterator[Entry]:
             if key not in present | silent:
                 yield Entry(key, value, "TrainingArguments' default", "training")
     has_lora = any(entry.section == "lora" for entry in foreign.entries)
-    if has_lora or (foreign.dialect == dialects.LLAMA_FACTORY and foreign.first("finetuning_type") in (None, "lora")):
+    if foreign.is_unsloths:
+        quantised = {} if present & {"load_in_8bit", "full_finetuning"} else {"load_in_4bit": True}
+        for key, value in {**UNSLOTH_DEFAULTS, **quantised}.items():
+            if key not in present:
+                yield Entry(key, value, "Unsloth's default", "model" if key in quantised else "lora")
+    elif has_lora or (foreign.dialect == dialects.LLAMA_FACTORY and foreign.first("finetuning_type") in (None, "lora")):
         rank = foreign.first("lora_rank") or 8
         alpha = {"lora_alpha": 2 * rank} if foreign.dialect == dialects.LLAMA_FACTORY and isinstance(rank, int) else {}
         owner = "LLaMA-Factory" if alpha else "LoraConfig"
@@ -236,9 +252,13 @@ def _render(draft: Draft, findings: list[Finding]) -> str:
 
 
 def _field(draft: Draft, path: str, key: str) -> list[str]:
-    lines = [line for comment in draft.comments.get(path, ()) for line in _comment(comment)]
-    if path in draft.values:
-        dumped = yaml.safe_dump({key: draft.values[path]}, sort_keys=False, allow_unicode=True, width=10_000)
+    inside = [other for other in draft.values if other.startswith(f"{path}.")]
+    told = [comment for other in (path, *inside) for comment in draft.comments.get(other, ())]
+    lines = [line for comment in told for line in _comment(comment)]
+    if path in draft.values or inside:
+        nested = {other.removeprefix(f"{path}."): draft.values[other] for other in inside}
+        value = draft.values.get(path, nested)
+        dumped = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=10_000)
         lines += dumped.splitlines()
     return lines
 

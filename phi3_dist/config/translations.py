@@ -14,6 +14,7 @@ from phi3_dist.config.draft import Draft, Rule, as_flag, as_number, flag, number
 from phi3_dist.config.families import FUSED_TARGETS, LINEARS
 from phi3_dist.config.foreign import Entry
 from phi3_dist.config.lora_rules import LORA_ALIASES, LORA_RULES, LORA_UNSUPPORTED
+from phi3_dist.config.trainer_rules import TRAINER_ALIASES, TRAINER_RULES, TRAINER_UNSUPPORTED
 
 __all__ = ["ALIASES", "RULES", "UNSUPPORTED", "fused_targets", "unsupported_by_prefix"]
 
@@ -37,6 +38,7 @@ ALIASES: Mapping[str, str] = {
     **dict.fromkeys(("lora_target", "lora_target_modules"), "target_modules"),
     **dict.fromkeys(("lora_modules_to_save", "additional_target"), "modules_to_save"),
     **LORA_ALIASES,
+    **TRAINER_ALIASES,
     "peft_use_rslora": "use_rslora",
     "peft_use_dora": "use_dora",
     "optimizer.params.lr": "learning_rate",
@@ -303,7 +305,6 @@ def _inputs(draft: Draft, entry: Entry) -> None:
 
 
 RULES: Mapping[str, Rule] = {
-    "model_name_or_path": text("model.source"),
     "revision": text("model.revision"),
     "tokenizer": text("model.tokenizer"),
     "torch_dtype": _dtype,
@@ -313,7 +314,6 @@ RULES: Mapping[str, Rule] = {
     "double_quantization": _double_quant,
     "attn_implementation": _attention,
     **dict.fromkeys(("flash_attention", "use_flash_attention_2"), _if_on("model.attention", "flash_attention_2")),
-    "gradient_checkpointing": flag("model.activation_checkpointing"),
     "gradient_checkpointing_kwargs": _checkpointing_kwargs,
     "max_seq_length": _pack_length,
     "packing": _packing,
@@ -347,7 +347,7 @@ RULES: Mapping[str, Rule] = {
     "logging_steps": number("log.every", whole=True, low=1),
     "report_to": _trackers,
     "run_name": text("name"),
-    "wandb_project": text("log.project"),
+    **TRAINER_RULES,
 }
 """By canonical name. Batch sizes, warm-up, steps, evaluation, saving and data are settled from several keys at once."""
 
@@ -381,6 +381,7 @@ UNSUPPORTED: Mapping[str, str] = {
     "neftune_noise_alpha": "noise on embeddings is not offered",
     "data_seed": "train.seed also orders the packs",
     **LORA_UNSUPPORTED,
+    **TRAINER_UNSUPPORTED,
     "tf32": "float32 matrix products are left as torch has them",
 }
 

@@ -190,7 +190,7 @@ def _through_cache(
         found = _only_read(cache_dir / key, cfg) if key and error.errno in DENIED | NO_LOCKS else None
         if found is None:
             what, fix = storage_fault(error, CACHE_FIX)
-            raise DataError(Problem(str(cache_dir), f"the token cache {what}", fix)) from error
+            raise DataError(Problem(str(cache_dir), f"the token cache can't be written: {what}", fix)) from error
         return found[0], True, found[1], found[2]
     return tokens, cached, packed[0], packed[1]
 

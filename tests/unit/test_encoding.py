@@ -35,12 +35,12 @@ def test_a_table_in_ascii(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_verb_in_a_job_whose_language_is_c(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("name: é×\nmodel: {source: tiny-random}\ndata: {train: x}\n", encoding="utf-8")
+    (tmp_path / "s.py").write_text("prompt = 'user: é×'\n", encoding="utf-8")
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-m", "phi3_dist", "config", "show", "run.yaml"]
+    command = [sys.executable, "-m", "phi3_dist", "lint", "s.py"]
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **ascii_only}, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode("ascii").startswith("name: \\xe9x\n")
+    assert done.returncode == ConfigError.exit_code, done.stderr.decode()
+    assert "user: \\xe9x" in done.stdout.decode("ascii")
 
 
 def test_a_message_moves_no_cursor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,60 @@ def test_pad_that_is_the_end_token_erases_the_stop_label(tmp_path: Path, text: s
     assert len([item for item in found(tmp_path, "s.py", text) if "stop label" in item.what]) == count
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tokenizer.pad_token = tokenizer.eos_token",
+        "tok.pad_token_id = tok.eos_token_id",
+        "tok.add_special_tokens({'pad_token': tok.eos_token})",
+        "tok = AutoTokenizer.from_pretrained('x', pad_token='<|endoftext|>')",
+    ],
+)
+def test_padding_that_gets_the_end_token(tmp_path: Path, text: str) -> None:
+    (item,) = found(tmp_path, "s.py", text)
+    assert "padding gets the end token" in item.what
+    assert "unk_token" in item.fix
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tok.pad_token = tok.unk_token",
+        "model.config.pad_token_id = tok.eos_token_id",
+        "model.generate(ids, pad_token_id=tok.eos_token_id)",
+        "tok.add_special_tokens({'pad_token': '<pad>'})",
+    ],
+)
+def test_padding_of_its_own_and_that_of_generation_is_right(tmp_path: Path, text: str) -> None:
+    assert found(tmp_path, "s.py", text) == []
+
+
+def test_padding_in_a_config(tmp_path: Path) -> None:
+    config = {"base_model": "x", "sequence_len": 512, "special_tokens": {"pad_token": "<|endoftext|>"}}
+    assert line(found(tmp_path, "a.yml", config), "padding gets the end token") == [3]
+    config["special_tokens"] = {"pad_token": "<unk>"}
+    assert found(tmp_path, "a.yml", config) == []
+
+
+@pytest.mark.parametrize(
+    ("weights", "autocast", "said"),
+    [
+        ("dtype=torch.float16", "bf16=True", "dtype is float16 (s.py:1) under bf16 autocast"),
+        ("dtype=torch.bfloat16", "fp16=True", "the gradient scaler of fp16"),
+        ("dtype=torch.bfloat16", "bf16=True", ""),
+        ("dtype=torch.float32", "bf16=True", ""),
+        ("dtype=torch.float16", "bf16=False", ""),
+    ],
+)
+def test_weights_of_the_other_sixteen_bits(tmp_path: Path, weights: str, autocast: str, said: str) -> None:
+    text = f"m = AutoModelForCausalLM.from_pretrained('x', {weights})\na = TrainingArguments({autocast})\n"
+    items = found(tmp_path, "s.py", text)
+    assert [said in item.what for item in items] == ([True] if said else [])
+    compute = "b = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16)\n"
+    (item,) = found(tmp_path, "s.py", compute + "a = TrainingArguments(bf16=True)\n")
+    assert item.fix == "bnb_4bit_compute_dtype=torch.bfloat16"
+
+
 def test_fp16_weights_alone_or_autocast_alone_is_right(tmp_path: Path) -> None:
     weights = "m = AutoModelForCausalLM.from_pretrained('x', dtype=torch.float16)\n"
     autocast = "a = TrainingArguments(fp16=True)\n"

@@ -34,6 +34,9 @@ from phi3_dist.config.schema import DataConfig, RunConfig
 from phi3_dist.config.starting import first_run_file
 from phi3_dist.data.batches import prepare
 from phi3_dist.errors import Phi3DistError
+from phi3_dist.machine.doctor import extensions_root
+from phi3_dist.machine.launch_request import LaunchRequest, read_command_line
+from phi3_dist.machine.probe import launch_facts
 from phi3_dist.modeling.base import find_base, meta_model, tiny_config
 from phi3_dist.modeling.tokenizer import load_tokenizer, tiny_tokenizer
 from phi3_dist.planning.preview import launch_of_config, shape_of_source
@@ -223,6 +226,42 @@ def test_run_files_by_structure(key: str, parts: list[Any], override: Any, tmp_p
     survives(lambda: import_run(recipe))
     survives(lambda: faults(recipe))
     survives(lambda: launch_of_config(recipe, None))
+
+
+# --- the environment --------------------------------------------------------------------------------------------------
+
+NAMES = st.sampled_from([
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "ACCELERATE_USE_CPU"),
+    *("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_OFFLOAD_PARAMS"),
+    *("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "ACCELERATE_USE_PARALLELISM_CONFIG"),
+    *("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"),
+    *("HOME", "XDG_CACHE_HOME", "HF_HOME", "TORCH_EXTENSIONS_DIR", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"),
+])  # fmt: skip
+MEANT = st.sampled_from(
+    ["", "0", "1", "2", "true", "no", "-1", "9" * 5000, "٣", "cpu", "a\0", "\x1b[2J", "~", "x" * 5000]
+)
+WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@timeout
+@given(
+    environ=st.dictionaries(NAMES, st.one_of(MEANT, st.text(max_size=5))),
+    launched=st.booleans(),
+    settings=st.one_of(st.none(), VALUES),
+)
+@fire(120)
+def test_environments(environ: dict[str, str], launched: bool, settings: Any, tmp_path: Path) -> None:
+    if settings is not None:
+        zero = {"zero_optimization": {"stage": 3, "offload_param": settings}}
+        file = tmp_path / "ds.json"
+        raw = json.dumps(zero if launched else settings)
+        file.write_text(raw, encoding="utf-8", errors="surrogatepass")
+        environ |= {"ACCELERATE_USE_DEEPSPEED": "1", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    environ = {**WHOLE, **environ} if launched else environ
+    survives(lambda: launch_facts(environ, request=LaunchRequest(2, "a launcher")))
+    survives(lambda: read_command_line(["accelerate", "launch", "x.py"], tmp_path, environ))
+    assert isinstance(extensions_root(environ), Path)
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -483,3 +484,129 @@ def test_new_tokens_that_are_no_list_are_refused(tmp_path: Path) -> None:
     assert [finding(done, key).verdict for key in ("tokens", "special_tokens")] == ["not supported"] * 2
     assert "model.new_tokens" in finding(done, "special_tokens").reason
     assert run.model.new_tokens == ()
+
+
+UNSLOTH = """
+from unsloth import FastLanguageModel
+model, tokenizer = FastLanguageModel.from_pretrained("unsloth/Phi-3-mini-4k-instruct-bnb-4bit", max_seq_length=1024)
+model = FastLanguageModel.get_peft_model(
+    model, r=64, lora_alpha=128, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+    use_gradient_checkpointing="unsloth", random_state=3407, use_rslora=True, loftq_config=None,
+)
+trainer = SFTTrainer(model=model, args=SFTConfig(learning_rate=2e-4, per_device_train_batch_size=2, seed=1))
+"""
+
+
+def test_an_unsloth_script(tmp_path: Path) -> None:
+    done, run = imported(tmp_path, "s.py", UNSLOTH)
+    assert (run.lora.r, run.lora.alpha, run.lora.dropout, run.lora.rslora) == (64, 128.0, 0.0, True)
+    assert run.lora.targets == ("qkv_proj", "o_proj")
+    assert (run.model.source, run.model.quantization) == ("microsoft/Phi-3-mini-4k-instruct", "nf4")
+    assert (run.model.activation_checkpointing, run.data.pack_length) == (True, 1024)
+    assert finding(done, "model_name_or_path").verdict == "changed"
+    assert finding(done, "load_in_4bit").place == "Unsloth's default"
+    assert "not offered" not in done.run_yaml
+    assert not [item for item in done.findings if item.key == "(no adapter)"]
+
+
+def test_what_an_unsloth_script_leaves_out_is_unsloths_default(tmp_path: Path) -> None:
+    text = "m = FastLanguageModel.get_peft_model(model, random_state=1)\na = SFTConfig(learning_rate=1e-4)\n"
+    _, run = imported(tmp_path, "s.py", text)
+    assert (run.lora.r, run.lora.alpha, run.lora.dropout, run.lora.targets) == (16, 16.0, 0.0, "all-linear")
+    text = "c = LoraConfig(r=4)\nm = get_peft_model(model, c)\na = TrainingArguments(learning_rate=1e-4)\n"
+    _, run = imported(tmp_path, "s.py", text)
+    assert (run.lora.r, run.lora.alpha) == (4, 8.0), "PEFT's own function of that name has PEFT's defaults"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "verdict", "supervise"),
+    [
+        ("assistant_only_loss", True, "taken", "all"),
+        ("assistant_only_loss", False, "changed", "all"),
+        ("completion_only_loss", False, "changed", "all"),
+        ("mask_history", True, "taken", "last"),
+        ("train_on_prompt", True, "changed", "all"),
+    ],
+)
+def test_what_is_learned(tmp_path: Path, key: str, value: bool, verdict: str, supervise: str) -> None:
+    done, run = imported(tmp_path, "a.json", {"learning_rate": 1e-4, "num_train_epochs": 1, key: value})
+    assert (finding(done, key).verdict, run.data.supervise) == (verdict, supervise)
+    assert finding(done, key).target == ("data.supervise" if verdict == "taken" else "")
+
+
+@pytest.mark.parametrize(
+    ("values", "trackers", "project"),
+    [
+        ({"wandb_project": "mine"}, ("wandb",), "mine"),
+        ({"mlflow_experiment_name": "mine"}, ("mlflow",), "mine"),
+        ({"use_comet": True, "use_tensorboard": True}, ("comet_ml", "tensorboard"), "phi3_dist"),
+        ({"wandb_project": "", "use_wandb": False}, ("tensorboard",), "phi3_dist"),
+    ],
+)
+def test_a_trackers_project_sets_the_tracker(
+    tmp_path: Path, values: dict[str, Any], trackers: tuple[str, ...], project: str
+) -> None:
+    _, run = imported(tmp_path, "a.yml", {"base_model": "x", "sequence_len": 512, **values})
+    assert (run.log.trackers, run.log.project) == (trackers, project)
+
+
+AXOLOTL_SETS = [
+    {
+        **{"path": "me/chats", "name": "big", "type": "chat_template", "split": "train_sft", "revision": "v1"},
+        **{"field_messages": "turns", "message_property_mappings": {"role": "from", "content": "text"}},
+        **{"message_field_training": "train", "roles_to_train": ["assistant"], "train_on_eos": "last", "shards": 4},
+        "roles": {"user": ["human"]},
+    },
+    {"path": "b.jsonl", "type": {"field_instruction": "question", "field_output": "answer", "format": "{instruction}"}},
+]
+
+
+def test_each_key_inside_axolotls_data_sets_is_accounted_for(tmp_path: Path) -> None:
+    recipe = {"base_model": "x", "sequence_len": 512, "datasets": AXOLOTL_SETS, "learning_rate": 1e-4, "num_epochs": 1}
+    done, run = imported(tmp_path, "a.yml", recipe)
+    told = {item.key: (item.verdict, item.target) for item in done.findings}
+    for number, item in enumerate(AXOLOTL_SETS):
+        for key, value in item.items():
+            for inner in [f"{key}.{name}" for name in value] if isinstance(value, dict) and key != "roles" else [key]:
+                assert f"datasets[{number}].{inner}" in told
+    assert told["datasets[0].split"] == ("taken", "data.split")
+    assert told["datasets[0].name"][0] == told["datasets[0].shards"][0] == "not supported"
+    assert told["datasets[0].message_field_training"][0] == told["datasets[0].roles"][0] == "not supported"
+    assert told["datasets[0].message_property_mappings.role"][0] == "taken"
+    assert told["datasets[0].message_property_mappings.content"][0] == "not supported"
+    assert told["datasets[0].train_on_eos"][0] == "changed"
+    assert told["datasets[1].type.format"][0] == "not supported"
+    assert (run.data.split, run.data.revision, run.data.supervise) == ("train_sft", "v1", "all")
+    assert (run.data.columns.messages, run.data.columns.instruction) == ("turns", "question")
+    assert run.data.columns.output == "answer"
+    assert "datasets[0].name = big" in done.run_yaml
+    keys = [item.key for item in done.findings]
+    assert keys.index("datasets") < keys.index("datasets[0].path") < keys.index("learning_rate")
+
+
+def test_trls_mixture_is_accounted_for(tmp_path: Path) -> None:
+    sets = [{"id": "me/a", "config": "x", "split": "train_sft", "weight": 0.5, "columns": ["messages"]}]
+    mixture = {"datasets": sets, "test_split_size": 0.1, "streaming": False}
+    recipe = {"model_name_or_path": "m", "use_peft": True, "dataset_mixture": mixture, "learning_rate": 1e-4}
+    done, run = imported(tmp_path, "h.yaml", recipe)
+    verdicts = {item.key.removeprefix("dataset_mixture"): item.verdict for item in done.findings}
+    assert verdicts["[0].config"] == verdicts["[0].columns"] == "not supported"
+    assert verdicts["[0].weight"] == "taken"
+    assert (run.data.split, run.data.validation_share) == ("train_sft", 0.1)
+
+
+_INSIDE = st.dictionaries(
+    st.sampled_from(["path", "name", "type", "split", "field_messages", "message_property_mappings", "roles", "odd"]),
+    _VALUES,
+    max_size=4,
+)
+
+
+@given(sets=st.lists(_INSIDE, max_size=3), name=st.sampled_from(["datasets", "test_datasets", "dataset_mixture"]))
+def test_any_data_sets_give_a_run_file_that_loads_and_findings_of_each_key(
+    tmp_path_factory: pytest.TempPathFactory, sets: list[dict[str, Any]], name: str
+) -> None:
+    recipe = {"base_model": "x", "sequence_len": 512, name: sets}
+    done, _ = imported(tmp_path_factory.mktemp("sets"), "a.json", recipe)
+    told = {re.sub(r"(\]\.\w+).*", r"\1", item.key) for item in done.findings}
+    assert told >= {f"{name}[{number}].{key}" for number, item in enumerate(sets) for key in item}

@@ -13,7 +13,7 @@ from phi3_dist.config.families import FAMILIES, LINEARS, PRESETS, Family
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.config.starting import first_run_file
-from phi3_dist.errors import ModelError
+from phi3_dist.errors import ConfigError, ModelError
 from tests.small_models import small_phi3
 from tests.unit.test_family_models import full_size_config
 
@@ -63,9 +63,15 @@ def test_what_this_toolkit_does_not_train_is_refused(config: str | None, said: s
 def test_the_verb_writes_a_file_and_replaces_none(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "first.yaml"
     words = ["config", "new", "microsoft/Phi-3.5-mini-instruct", "--rows", "chats.jsonl", "-o", str(path)]
-    assert CliRunner().invoke(app, words).exit_code == 0
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0
+    assert done.output.startswith(f"written: {path}; look at it with phi3-dist config show ")
     assert load_run(path).data.train == "chats.jsonl"
     written = path.read_text()
     assert CliRunner().invoke(app, words).exit_code != 0
     assert path.read_text() == written
+    (tmp_path / "file").write_text("")
+    words[-1] = str(tmp_path / "file" / "x.yaml")
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, ConfigError), "a folder that is a file"
     assert "FILL_IN_rows.jsonl" in CliRunner().invoke(app, words[:3]).output

@@ -100,9 +100,9 @@ def test_an_address_is_named_as_one_and_as_it_was_written(text: str, fix: str) -
 
 @pytest.mark.parametrize("key", PATHS)
 def test_a_home_folder_is_written_out_in_every_path(tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/nowhere/me")
     resolved = resolved_yaml(load_run(run_file(tmp_path), [f"{key}=~/some where"]))
-    assert "/home/me/some where" in resolved
+    assert "/nowhere/me/some where" in resolved
     assert "~" not in resolved
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))  # as in many containers
