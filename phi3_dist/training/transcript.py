@@ -83,7 +83,8 @@ class Transcript:
         """Keep it in this run folder, which exists, from the first word on. A file is made once there is a word."""
         self._path = run_folder / TRANSCRIPTS / f"rank_{rank:03d}.log"
         if rank == 0:
-            self._write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S %z')}: {' '.join(sys.argv)}\n")
+            command = _CONTROLS.sub("", " ".join(sys.argv)).replace("\n", " ")
+            self._write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S %z')}: {command}\n")
         for line in self._early:
             self._write(line)
         self._early.clear()

@@ -39,7 +39,7 @@ loop._evaluate = _evaluate
 main()
 """
 OPTIONS = (
-    *SAME, "train.max_steps=4", "train.eval_every=2", "data.validation_share=0.5", "data.pack_length=260",
+    *SAME, "train.max_steps=4", "train.eval_every=2", "data.validation_share=0.5", "data.pack_length=300",
     "log.trackers=[]", "save.every=0",
 )  # fmt: skip
 

@@ -43,7 +43,7 @@ def test_the_commands_of_the_readme(desk: Desk) -> None:
         for line in re.findall(r"^job +(.*)$", done.stdout, flags=re.MULTILINE):
             for job_id in line.split(" → "):
                 assert set(desk.wait(job_id, seconds=200)) == {"COMPLETED"}, desk.output(job_id)
-    found = list_runs(desk.folder / "runs")
+    found = sorted(list_runs(desk.folder / "runs"), key=lambda row: row.folder.name)
     assert [(row.folder.name, row.state) for row in found] == [
         (name, "finished") for name in ("long", "sweep-optim.lr_1e-2", "sweep-optim.lr_1e-3", "two_nodes")
     ]

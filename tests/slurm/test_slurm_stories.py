@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from phi3_dist.machine.cluster import submit_script
-from phi3_dist.report.runs import find_log, list_runs, read_run
+from phi3_dist.report.logs import find_log
+from phi3_dist.report.runs import list_runs, read_run
 from tests.slurm.conftest import REPO, Desk
 
 # a run is started twice or three times, which takes half a minute each on two busy cores
@@ -218,7 +219,7 @@ def test_sweep(desk: Desk) -> None:
         "--processes-per-node", "1", "--config_file", CPU_2,
     )  # fmt: skip
     assert desk.wait(job_id, seconds=200) == ["COMPLETED", "COMPLETED"], desk.output(job_id)
-    found = list_runs(desk.folder / "runs")
+    found = sorted(list_runs(desk.folder / "runs"), key=lambda row: row.folder.name)
     assert [(row.folder.name, row.state, row.step) for row in found] == [
         ("sweep-optim.lr_1e-2", "finished", 3), ("sweep-optim.lr_1e-3", "finished", 3),
     ]  # fmt: skip

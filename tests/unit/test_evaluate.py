@@ -197,6 +197,23 @@ def test_an_evaluation_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.M
     assert lines[0].startswith("held-out loss: 25% measured  left 45 s")
 
 
+def test_where_a_bar_is_shown_the_lines_of_steps_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(metrics_module, "Console", functools.partial(Console, force_terminal=True, width=80))
+    kept: list[str] = []
+    row = {"loss": 1.5, "lr": 1e-4, "grad_norm": 0.5, "supervised_tokens_per_s": 1234.0}
+    with Metrics(tmp_path / "metrics.jsonl", 9000, None, active=True, keep=kept.append) as metrics:  # type: ignore[arg-type]
+        monkeypatch.setattr(metrics, "_write", lambda row: None)
+        metrics.train({"step": 8999, **row}, 4000.0)
+        monkeypatch.setattr(metrics, "_evaluation_told", -1e9)
+        metrics.evaluating(0.25, 59.6)
+    assert kept == ["step 8999/9000  loss 1.5000  lr 1.00e-04  |g| 0.500  1,234 supervised tok/s  left 4000 s"]
+    shown = capsys.readouterr().out
+    assert "1,234 supervised tok/s  left 1:06:40" in shown
+    assert "held-out loss: 25% measured  left 1:00" in shown
+
+
 def test_the_time_left_counts_evaluations_and_checkpoints() -> None:
     cfg = load_run(REPO / "configs" / "run" / "debug.yaml", ["train.eval_every=10", "save.every=50"])
     outlook = Outlook(cfg, 100, evaluation_steps=30.0)
