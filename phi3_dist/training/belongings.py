@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
+from phi3_dist.adapters.names import ADAPTER_FILE, PARTIAL
 from phi3_dist.errors import Problem, RunFolderError
 
 __all__ = [
@@ -35,11 +36,6 @@ __all__ = [
 MARK, LOCK = ".phi3_dist_run", ".lock"
 _REPLACED, _LEAVING = ".replaced", ".leaving"
 _CHECKPOINT = r"(damaged-(\d+-)?)?step_\d{6,}(\.tmp|\.old)?"
-_PARTIAL = r"\.tmp\w{6}"  # safetensors writes beside its file, and a kill leaves that
-_TOKENIZER = (
-    r"tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt"
-    r"|chat_template\.jinja|additional_chat_templates/[^/]+\.jinja"
-)
 _OURS = re.compile(
     "|".join(
         (
@@ -53,10 +49,9 @@ _OURS = re.compile(
             r"logs/terminal/rank_\d+\.log",
             r"logs/([^/]+/)*(events\.out\.tfevents\.[^/]*|hparams\.yml)",
             r"(wandb|mlruns|trackio|dvclive|swanlog|(logs/)?\.aim)/.*",
-            rf"checkpoints/{_CHECKPOINT}/(state\.safetensors|(trainer|manifest)\.json|{_PARTIAL})",
-            r"adapter(\.(tmp|old)-\d+)?/"
-            rf"(adapter_model\.safetensors|adapter_config\.json|README\.md|checksums\.json|{_TOKENIZER}|{_PARTIAL})",
-            _PARTIAL,
+            rf"checkpoints/{_CHECKPOINT}/(state\.safetensors|(trainer|manifest)\.json|{PARTIAL})",
+            rf"adapter(\.(tmp|old)-\d+)?/({ADAPTER_FILE.pattern})",
+            PARTIAL,
         )
     )
 )
