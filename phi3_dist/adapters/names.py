@@ -9,7 +9,7 @@ __all__ = ["ADAPTER_FILE", "PARTIAL"]
 PARTIAL = r"\.tmp\w{6}"
 """safetensors writes beside its file, and a kill leaves that."""
 ADAPTER_FILE = re.compile(
-    r"adapter_model\.safetensors|adapter_config\.json|README\.md|checksums\.json|tokenizer(_config)?\.json"
+    r"adapter_model\.safetensors|adapter_config\.json|base_facts\.json|README\.md|checksums\.json|tokenizer(_config)?\.json"
     r"|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|chat_template\.jinja"
     rf"|additional_chat_templates/[^/]+\.jinja|{PARTIAL}"
 )

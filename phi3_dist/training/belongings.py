@@ -48,7 +48,7 @@ _OURS = re.compile(
             r"profile/(trace\.json\.gz|table\.txt)",
             r"logs/terminal/rank_\d+\.log",
             r"logs/([^/]+/)*(events\.out\.tfevents\.[^/]*|hparams\.yml)",
-            r"(wandb|mlruns|trackio|dvclive|swanlog|(logs/)?\.aim)/.*",
+            r"(logs/)?(wandb|mlruns|trackio|dvclive|swanlab|swanlog|\.aim)/.*",
             rf"checkpoints/{_CHECKPOINT}/(state\.safetensors|(trainer|manifest)\.json|{PARTIAL})",
             rf"adapter(\.(tmp|old)-\d+)?/({ADAPTER_FILE.pattern})",
             PARTIAL,
@@ -57,7 +57,7 @@ _OURS = re.compile(
 )
 """Paths, from the run folder on, of every file that a run writes. tests/unit/test_folder.py holds it against a run."""
 _OUR_FOLDERS = re.compile(
-    rf"profile|(logs|wandb|mlruns|trackio|dvclive|swanlog|\.aim)(/.*)?|checkpoints(/{_CHECKPOINT})?"
+    rf"profile|(logs|wandb|mlruns|trackio|dvclive|swanlab|swanlog|\.aim)(/.*)?|checkpoints(/{_CHECKPOINT})?"
     r"|adapter(\.(tmp|old)-\d+)?(/additional_chat_templates)?"
 )
 _SHOWN = 4
