@@ -66,7 +66,7 @@ test-slurm: setup ## everything on a real Slurm of two nodes (Debian, root: inst
 	@tests/slurm/packages.sh
 	@$(BIN)/python -m pytest -q tests/slurm
 
-torture: setup ## kill, signal and move runs at any moment; what was saved must survive (half an hour)
+torture: setup ## kill a run at a hundred random moments; what was saved must survive (ten minutes)
 	@$(BIN)/python -m pytest -q tests/torture
 
 fuzz: setup ## more than 10,000 damaged run files, rows, tokenizers, adapters and checkpoints (some minutes)
