@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from tests.ranks.launcher import REPO
-from tests.ranks.processes import lives, ranks_below
+from tests.ranks.processes import descendants, lives
 from tests.ranks.test_resume import same_bits
 from tests.ranks.test_strategies import RUN, SAME, clean_environment
 from tests.torture.group import Group, nursery
@@ -173,10 +173,10 @@ def test_a_signal_to_a_launcher_is_one_to_its_ranks(
     words = ("bash", *command, RUN, *SAME, "train.max_steps=100000", "save.every=0", f"save.folder={tmp_path / 'run'}")
     with (tmp_path / "log").open("wb") as out:
         process = subprocess.Popen(words, cwd=REPO, env=clean_environment(), stdout=out, stderr=out)
-    ranks = []
+    left: list[int] = []
     try:
         await_line(tmp_path / "log", "step 3/", process)
-        ranks = ranks_below(process.pid)
+        left = descendants(process.pid)
         process.send_signal(number)
         code = process.wait(timeout=60)
         text = (tmp_path / "log").read_text()
@@ -185,9 +185,10 @@ def test_a_signal_to_a_launcher_is_one_to_its_ranks(
         assert any((tmp_path / "run" / "checkpoints").glob("step_*/manifest.json"))
         assert json.loads((tmp_path / "run" / "exit.json").read_text())["state"] == "preempted"
     finally:
+        left += descendants(process.pid)
         process.kill()
         process.wait()
-        for pid in ranks:
+        for pid in left:
             if lives(pid):
                 os.kill(pid, signal.SIGKILL)
 
