@@ -95,7 +95,7 @@ def signalled(
     context: ForkServerContext, folder: Path, place: str, number: int, call: int = 1, *more: str, world: int = 1
 ) -> Group:
     before = functools.partial(signal_in, place, int(number), call)
-    group = Group(context, (*SMALL, f"save.folder={folder / 'run'}", *more), world, folder / "log", before)
+    group = Group(context, (*SMALL, f"save.folder={folder / 'run'}", *more), world, folder / "log", before=before)
     group.wait(90)
     group.kill()
     assert "Traceback" not in group.output(), group.output()
@@ -259,7 +259,7 @@ def test_two_runs_one_name(world: int, context: ForkServerContext, undisturbed: 
     """A folder is moved away under its run and another run takes the name: each ends in its own folder, whole."""
     arguments = (*SMALL, f"save.folder={tmp_path / 'run'}")
     before = functools.partial(move, str(tmp_path / "run"), 4)
-    first = Group(context, arguments, world, tmp_path / "log_1", before)
+    first = Group(context, arguments, world, tmp_path / "log_1", before=before)
     while first.alive() and not (tmp_path / "run_moved").exists():
         time.sleep(0.01)
     second = Group(context, (*arguments, "train.seed=0"), 1, tmp_path / "log_2")
