@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.disk import file_sha256, sync, write_tensors
 from phi3_dist.adapters.gather import gather_adapter, raised_together
+from phi3_dist.adapters.names import ADAPTER_FILE
 from phi3_dist.adapters.reading import CHECKSUMS, CONFIG, WEIGHTS, read_adapter, read_metadata
 from phi3_dist.adapters.residual import on_plain_base
 from phi3_dist.adapters.select import Bias, check_tensors, find_peft_model
@@ -257,7 +258,7 @@ def _swap(partial: Path, folder: Path) -> None:
         raise
     sync(folder.parent)
     if replaced:
-        shutil.rmtree(old, ignore_errors=True)
+        _drop(old, folder)
 
 
 def recover(folder: str | Path) -> None:
@@ -277,7 +278,27 @@ def recover(folder: str | Path) -> None:
             whole[0].rename(folder)
             sync(folder.parent)
     for path in left:
-        shutil.rmtree(path, ignore_errors=True)
+        _drop(path, folder)
+
+
+def _drop(old: Path, folder: Path) -> None:
+    """Remove an adapter that was replaced. What somebody else has put beside it goes into the new one's folder.
+
+    A disk that refuses leaves the folder to the next writer.
+    """
+    with contextlib.suppress(OSError):
+        for path in sorted(old.rglob("*"), reverse=True):  # what is in a folder before the folder
+            name = path.relative_to(old)
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif ADAPTER_FILE.fullmatch(name.as_posix()):
+                path.unlink()
+            elif folder.is_dir() and not os.path.lexists(folder / name):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                path.rename(folder / name)
+        if not any(old.iterdir()):
+            old.rmdir()
 
 
 def _is_leftover(path: Path, folder: Path) -> bool:

@@ -240,7 +240,7 @@ class SaveConfig(Section):
     every: Annotated[StrictInt, Field(ge=0, le=2**40)] = 100
     """Steps between two checkpoints; one more at the end. 0: none. A checkpoint costs what the adapter costs."""
     keep: Count = 2
-    """Newest checkpoints that are kept, beside the one with the best held-out loss."""
+    """Newest checkpoints that verify and are kept, beside the best by held-out loss and the one a run goes on from."""
 
 
 class LogConfig(Section):

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
+from phi3_dist.adapters.names import ADAPTER_FILE, PARTIAL
 from phi3_dist.errors import Problem, RunFolderError
 
 __all__ = [
@@ -35,11 +36,6 @@ __all__ = [
 MARK, LOCK = ".phi3_dist_run", ".lock"
 _REPLACED, _LEAVING = ".replaced", ".leaving"
 _CHECKPOINT = r"(damaged-(\d+-)?)?step_\d{6,}(\.tmp|\.old)?"
-_PARTIAL = r"\.tmp\w{6}"  # safetensors writes beside its file, and a kill leaves that
-_TOKENIZER = (
-    r"tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt"
-    r"|chat_template\.jinja|additional_chat_templates/[^/]+\.jinja"
-)
 _OURS = re.compile(
     "|".join(
         (
@@ -52,17 +48,16 @@ _OURS = re.compile(
             r"profile/(trace\.json\.gz|table\.txt)",
             r"logs/terminal/rank_\d+\.log",
             r"logs/([^/]+/)*(events\.out\.tfevents\.[^/]*|hparams\.yml)",
-            r"(wandb|mlruns|trackio|dvclive|swanlog|(logs/)?\.aim)/.*",
-            rf"checkpoints/{_CHECKPOINT}/(state\.safetensors|(trainer|manifest)\.json|{_PARTIAL})",
-            r"adapter(\.(tmp|old)-\d+)?/"
-            rf"(adapter_model\.safetensors|adapter_config\.json|README\.md|checksums\.json|{_TOKENIZER}|{_PARTIAL})",
-            _PARTIAL,
+            r"(logs/)?(wandb|mlruns|trackio|dvclive|swanlab|swanlog|\.aim)/.*",
+            rf"checkpoints/{_CHECKPOINT}/(state\.safetensors|(trainer|manifest)\.json|{PARTIAL})",
+            rf"adapter(\.(tmp|old)-\d+)?/({ADAPTER_FILE.pattern})",
+            PARTIAL,
         )
     )
 )
 """Paths, from the run folder on, of every file that a run writes. tests/unit/test_folder.py holds it against a run."""
 _OUR_FOLDERS = re.compile(
-    rf"profile|(logs|wandb|mlruns|trackio|dvclive|swanlog|\.aim)(/.*)?|checkpoints(/{_CHECKPOINT})?"
+    rf"profile|(logs|wandb|mlruns|trackio|dvclive|swanlab|swanlog|\.aim)(/.*)?|checkpoints(/{_CHECKPOINT})?"
     r"|adapter(\.(tmp|old)-\d+)?(/additional_chat_templates)?"
 )
 _SHOWN = 4

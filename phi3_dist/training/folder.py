@@ -203,7 +203,8 @@ class RunFolder:
                 return
             if not is_run(self.path):
                 what = f"holds no run: {MARK}, which every run leaves, is not in it"
-                raise RunFolderError(Problem(str(self.path), what, "choose another save.folder"))
+                fix = "choose another save.folder; a run of an earlier version is yours to remove"
+                raise RunFolderError(Problem(str(self.path), what, fix))
             if resume:
                 return
             if not overwrite:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 
 from tests.ranks.launcher import REPO
-from tests.ranks.processes import lives, ranks_below
+from tests.ranks.processes import descendants, lives
 from tests.ranks.test_resume import same_bits
 from tests.ranks.test_strategies import RUN, SAME, clean_environment
 from tests.torture.group import Group, nursery
@@ -40,7 +41,12 @@ BEFORE = {
     "the model": "loop.build_model",
     "the optimizer": "loop.make_engine",
 }
-DURING = {"a step": "loop.train_step", "an evaluation": "loop.held_out_loss", "a checkpoint": "saving.write_checkpoint"}
+STEPS = "run_steps" if find_spec("phi3_dist.training.run_steps") else "loop"
+DURING = {
+    "a step": f"{STEPS}.train_step",
+    "an evaluation": f"{STEPS}.held_out_loss",
+    "a checkpoint": "saving.write_checkpoint",
+}
 AFTER = {"the adapter": "loop.save_adapter", "the end": "folder.RunFolder.record_exit"}
 NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
@@ -142,14 +148,14 @@ def test_once_the_last_step_is_made(
     same_bits(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize("place", ["loop.build_model", "loop.train_step"])
+@pytest.mark.parametrize("place", ["loop.build_model", f"{STEPS}.train_step"])
 def test_a_run_that_was_to_be_replaced_is_there_until_the_new_one_has_made_a_step(
     place: str, context: ForkServerContext, undisturbed: Path, tmp_path: Path
 ) -> None:
     group = Group(context, (*SMALL, f"save.folder={tmp_path / 'run'}"), 1, tmp_path / "log_0")
     group.wait(90)
     signalled(context, tmp_path, place, signal.SIGTERM, 1, "--overwrite", "train.seed=5")
-    begun = place == "loop.train_step"
+    begun = place.endswith("train_step")
     assert (tmp_path / "run" / "adapter").is_dir() is not begun
     if not begun:
         same_bits(tmp_path / "run", undisturbed)
@@ -173,10 +179,10 @@ def test_a_signal_to_a_launcher_is_one_to_its_ranks(
     words = ("bash", *command, RUN, *SAME, "train.max_steps=100000", "save.every=0", f"save.folder={tmp_path / 'run'}")
     with (tmp_path / "log").open("wb") as out:
         process = subprocess.Popen(words, cwd=REPO, env=clean_environment(), stdout=out, stderr=out)
-    ranks = []
+    left: list[int] = []
     try:
         await_line(tmp_path / "log", "step 3/", process)
-        ranks = ranks_below(process.pid)
+        left = descendants(process.pid)
         process.send_signal(number)
         code = process.wait(timeout=60)
         text = (tmp_path / "log").read_text()
@@ -185,9 +191,10 @@ def test_a_signal_to_a_launcher_is_one_to_its_ranks(
         assert any((tmp_path / "run" / "checkpoints").glob("step_*/manifest.json"))
         assert json.loads((tmp_path / "run" / "exit.json").read_text())["state"] == "preempted"
     finally:
+        left += descendants(process.pid)
         process.kill()
         process.wait()
-        for pid in ranks:
+        for pid in left:
             if lives(pid):
                 os.kill(pid, signal.SIGKILL)
 
@@ -232,9 +239,8 @@ def test_a_reader_that_goes_loses_lines_and_no_run(
 
 def move(folder: str, call: int) -> None:
     """Before the given step the run folder gets another name."""
-    from phi3_dist.training import loop
-
-    original: Callable[..., Any] = loop.train_step
+    module: Any = importlib.import_module(f"phi3_dist.training.{STEPS}")
+    original: Callable[..., Any] = module.train_step
     calls: list[int] = []
 
     def train_step(*args: Any, **options: Any) -> Any:
@@ -245,7 +251,7 @@ def move(folder: str, call: int) -> None:
                 time.sleep(0.01)
         return original(*args, **options)
 
-    loop.train_step = train_step
+    module.train_step = train_step
 
 
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.full)])
@@ -253,7 +259,7 @@ def test_two_runs_one_name(world: int, context: ForkServerContext, undisturbed: 
     """A folder is moved away under its run and another run takes the name: each ends in its own folder, whole."""
     arguments = (*SMALL, f"save.folder={tmp_path / 'run'}")
     before = functools.partial(move, str(tmp_path / "run"), 4)
-    first = Group(context, arguments, world, tmp_path / "log_1", before)
+    first = Group(context, arguments, world, tmp_path / "log_1", before=before)
     while first.alive() and not (tmp_path / "run_moved").exists():
         time.sleep(0.01)
     second = Group(context, (*arguments, "train.seed=0"), 1, tmp_path / "log_2")

@@ -180,6 +180,24 @@ def test_an_adapter_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
     assert names(tmp_path / "thesis") == ["chapter.tex"]
 
 
+def test_what_somebody_puts_beside_an_adapter_is_carried_over(tmp_path: Path) -> None:
+    """Also where the writer was killed before it came to it."""
+    folder = saved(tmp_path / "adapter", seed=1)
+    (folder / "merged").mkdir()
+    (folder / "merged" / "model.safetensors").write_text("hours of work")
+    (folder / "tokenizer.model").write_text("of the old one")
+    saved(folder, seed=2)
+    assert names(tmp_path) == ["adapter"]
+    assert (folder / "merged" / "model.safetensors").read_text() == "hours of work"
+    assert not (folder / "tokenizer.model").exists()
+    (tmp_path / f"adapter.old-{os.getpid()}").mkdir()
+    (tmp_path / f"adapter.old-{os.getpid()}" / "notes.txt").write_text("a thought")
+    recover(folder)
+    assert names(tmp_path) == ["adapter"]
+    assert (folder / "notes.txt").read_text() == "a thought"
+    assert same(read_adapter(folder)[0], gather_adapter(tiny_peft(seed=2)))
+
+
 @pytest.mark.parametrize("limit_bytes", [0, 100, 8192])
 def test_a_full_disk_leaves_the_old_adapter_and_no_trace(tmp_path: Path, limit_bytes: int) -> None:
     folder = saved(tmp_path / "adapter", seed=1)

@@ -22,8 +22,9 @@ from tests.ranks.launcher import REPO
 
 LEFT = """.phi3_dist_run config.yaml plan.json environment.json heartbeat.json exit.json metrics.jsonl curves.png
 report.html start.safetensors profile/table.txt profile/trace.json.gz logs/phi3_dist/events.out.tfevents.1.host.2.0
-logs/phi3_dist/1.5/hparams.yml logs/terminal/rank_000.log adapter/adapter_model.safetensors adapter/adapter_config.json
-adapter/README.md adapter/checksums.json adapter/tokenizer.json adapter/chat_template.jinja
+logs/phi3_dist/1.5/hparams.yml logs/terminal/rank_000.log logs/wandb/run-1/files/output.log
+adapter/adapter_model.safetensors adapter/adapter_config.json
+adapter/README.md adapter/base_facts.json adapter/checksums.json adapter/tokenizer.json adapter/chat_template.jinja
 checkpoints/step_000004/state.safetensors checkpoints/step_000004/trainer.json checkpoints/step_000004/manifest.json
 checkpoints/damaged-step_000003/state.safetensors checkpoints/step_000005.tmp/.tmpa1B2c3"""
 """As a run leaves them; tests/unit/test_folder_runs.py holds a whole run against the same patterns."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -93,7 +94,9 @@ def test_a_whole_run_follows_its_folder_and_leaves_the_next_one_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Moved between two steps, and another run begun under the name: neither gets a byte of the other."""
-    original, second = loop.train_step, tmp_path / "run"
+    name = "phi3_dist.training." + ("run_steps" if find_spec("phi3_dist.training.run_steps") else "loop")
+    steps: Any = importlib.import_module(name)
+    original, second = steps.train_step, tmp_path / "run"
 
     def train_step(*args: Any, **options: Any) -> Any:
         if args[4] == 2:
@@ -101,7 +104,7 @@ def test_a_whole_run_follows_its_folder_and_leaves_the_next_one_alone(
             claimed(second).write("config.yaml", "second")
         return original(*args, **options)
 
-    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(steps, "train_step", train_step)
     result = train(second)
     assert result.folder == tmp_path / "moved"
     assert json.loads((tmp_path / "moved" / "exit.json").read_text())["state"] == "finished"
