@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-full test-gpu test-oldest test-py312 test-py313 test-slurm torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-gpu bench-prepare rehearse card card-rehearsal card-carry wheel clean
+.PHONY: help setup lint types test test-full test-gpu test-oldest test-py312 test-py313 test-slurm torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-gpu card card-rehearsal card-carry bench-prepare rehearse wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name what; do \

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from phi3_dist.machine.storage import as_os_error
+
 __all__ = ["file_sha256", "sync", "write_tensors"]
 
 
@@ -25,7 +27,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     try:
         save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
-        raise OSError(str(error)) from error
+        raise as_os_error(error) from error
     path.chmod(stat.S_IMODE(mode))
 
 

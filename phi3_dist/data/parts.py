@@ -31,6 +31,7 @@ from phi3_dist.data.chat_format import ChatFormat
 from phi3_dist.data.rows import TokenRows
 from phi3_dist.data.stream import Block, Done, blocks_of, encode_blocks_of
 from phi3_dist.errors import DataError, Problem
+from phi3_dist.machine.storage import as_os_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -227,7 +228,7 @@ def save_part(path: Path, done: Done) -> None:
         unfinished.replace(path)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         unfinished.unlink(missing_ok=True)
-        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+        raise error if isinstance(error, OSError) else as_os_error(error) from error
 
 
 def load_part(path: Path) -> Done:

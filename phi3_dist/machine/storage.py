@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ __all__ = [
     "DENIED",
     "NO_LOCKS",
     "SHM_BYTES_OF_A_RANK",
+    "as_os_error",
     "cache_folder",
     "home_folder",
     "shared_memory_bytes",
@@ -39,6 +41,7 @@ _FAULTS: Mapping[int, tuple[str, str]] = {
     errno.ESTALE: ("its file server no longer knows it (ESTALE): removed there, or exported anew", "mount it again"),
     errno.ENAMETOOLONG: ("is longer than a file's name can be there", "shorten it"),
     errno.ENOTDIR: ("has a file where a folder is wanted", "name another folder"),
+    errno.EEXIST: ("has a file where a folder is wanted", "name another folder"),
     errno.EIO: ("its disk or file server failed (EIO)", "look into the system's log"),
 }
 SHM_BYTES_OF_A_RANK = 66 * 2**20
@@ -49,6 +52,15 @@ def storage_fault(error: OSError, fix: str = "") -> tuple[str, str]:
     """(what, fix) in words for what the system says. `fix` is the caller's way out, beside the system's own."""
     what, own = _FAULTS.get(error.errno or 0, (f"{error.strerror or error}", ""))
     return what, ", or ".join(part for part in (own, fix) if part)
+
+
+def as_os_error(error: Exception) -> OSError:
+    """What a library written in Rust says of the system, as the system's own error: `… (os error 28)`."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    if found is None:
+        return OSError(str(error))
+    number = int(found[1])
+    return OSError(number, os.strerror(number))
 
 
 def home_folder() -> Path | None:

@@ -18,6 +18,9 @@ def draw_report(run_folder: Path) -> str:
         return f"curves: {draw_curves(run_folder)}\npage: {write_page(run_folder)}"
     except RunFolderError as error:
         why = f"{error.problems[0].where} {error.problems[0].what}"
+    except ModuleNotFoundError as missing:
+        name = (missing.name or "").partition(".")[0]
+        why = f"{name} is not installed (pip install {name})"
     except OSError as error:
         why = f"{error.filename or run_folder}: {error.strerror or error}"
     return f"the run has finished, but its report was not drawn: {why}\n    later: phi3-dist report {run_folder}"

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from phi3_dist.adapters.disk import file_sha256, sync, write_tensors
 from phi3_dist.errors import Problem, TrainingError
+from phi3_dist.machine.storage import as_os_error
 
 __all__ = ["Checkpoint", "Kept", "find_checkpoint", "read_state", "verify", "write_checkpoint"]
 
@@ -58,7 +59,7 @@ def write_checkpoint(root: Path, step: int, state: Mapping[str, Tensor], trainer
         try:
             write_tensors(partial / STATE, state)
         except SafetensorError as error:  # safetensors reports a full disk as its own error
-            raise OSError(str(error)) from error
+            raise as_os_error(error) from error
         (partial / TRAINER).write_text(json.dumps({"step": step, **trainer}, indent=2) + "\n", encoding="utf-8")
         files = {
             n: {"bytes": (partial / n).stat().st_size, "sha256": file_sha256(partial / n)} for n in (STATE, TRAINER)

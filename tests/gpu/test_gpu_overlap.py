@@ -18,9 +18,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 ALARMED = """
 import torch
 from phi3_dist.cli import main
-from phi3_dist.training import loop
+from phi3_dist.training import run_steps
 
-stepped, added = loop.train_step, loop.Readout.add
+stepped, added = run_steps.train_step, run_steps.Readout.add
 
 def alarmed(function, step):
     torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")
@@ -37,7 +37,7 @@ def add(self, done, result, begun):
     alarmed(lambda: added(self, done, result, begun), done - 1)
     self.read(1)
 
-loop.train_step, loop.Readout.add = train_step, add
+run_steps.train_step, run_steps.Readout.add = train_step, add
 main()
 """
 

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ BEFORE = {
     "the model": "loop.build_model",
     "the optimizer": "loop.make_engine",
 }
-STEPS = "run_steps" if find_spec("phi3_dist.training.run_steps") else "loop"
+STEPS = "run_steps"
 DURING = {
     "a step": f"{STEPS}.train_step",
     "an evaluation": f"{STEPS}.held_out_loss",

@@ -296,7 +296,7 @@ def test_an_alignment_handbook_recipe(tmp_path: Path) -> None:
     assert done.dialect == dialects.HANDBOOK
     assert run.model_dump(mode="json")["data"]["train"] == [
         "HuggingFaceH4/ultrachat_200k",
-        {"path": "me/other", "weight": 0.5},
+        {"path": "me/other", "weight": 0.5, "split": None, "subset": None},
     ]
     assert run.data.validation == ("HuggingFaceH4/ultrachat_200k", "me/other")
     assert (run.data.split, run.data.validation_split) == ("train_sft", "test_sft")

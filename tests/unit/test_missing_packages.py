@@ -43,7 +43,8 @@ def test_a_checkout_trains_without_being_installed_and_without_what_draws(tmp_pa
         timeout=220, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "curves: none, matplotlib is not installed; pip install matplotlib, then phi3-dist report" in done.stdout
+    assert "its report was not drawn: matplotlib is not installed (pip install matplotlib)" in done.stdout
+    assert f"later: phi3-dist report {tmp_path / 'run'}" in done.stdout
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert "Traceback" not in done.stderr
 

@@ -85,9 +85,9 @@ def test_on_a_gpu() -> None:
     value, reason = why(make_plan(run(), no_flash, LaunchFacts(8, 1, "ddp")), "attention")
     assert value == "varlen"
     assert "flash_attention_2: flash-attn is not installed (pip install flash-attn" in reason
-    hopper = dataclasses.replace(GPU, capability=(9, 0), packages={**PACKAGES, "flash-attn-3": "3.0.0"})
+    hopper = dataclasses.replace(GPU, capability=(9, 0), packages={**PACKAGES, "flash-attn-4": "4.0.0b36"})
     value, reason = why(make_plan(run(), hopper, LaunchFacts(8, 1, "ddp"), family_or_shape=MINI), "attention")
-    assert (value, reason) == ("flash_attention_3", "head size 96 in bf16 on CUDA, window of 2,047 positions")
+    assert (value, reason) == ("flash_attention_4", "head size 96 in bf16 on CUDA, window of 2,047 positions")
     fp32 = make_plan(run(model={"precision": "fp32"}), GPU, LaunchFacts(8, 1, "ddp"))
     assert fp32.attention == "sdpa"
     old = dataclasses.replace(GPU, fast_bf16=False, fast_bf16_reason="old")

@@ -26,12 +26,12 @@ import os, signal, sys
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from phi3_dist.cli import main
-from phi3_dist.training import loop, readout, strategy
+from phi3_dist.training import readout, run_steps, strategy
 
 behind, fused, killed_in = (int(word) for word in sys.argv[1:4])
 del sys.argv[1:4]
 readout.STEPS_BEHIND["cpu"] = behind
-made, stepped, added = strategy.make_optimizer, loop.train_step, loop.Readout.add
+made, stepped, added = strategy.make_optimizer, run_steps.train_step, run_steps.Readout.add
 
 class Reads(TorchDispatchMode):
     count = 0
@@ -55,7 +55,7 @@ def add(self, *args):
     with Reads():
         added(self, *args)
 
-strategy.make_optimizer, loop.train_step, loop.Readout.add = make_optimizer, train_step, add
+strategy.make_optimizer, run_steps.train_step, run_steps.Readout.add = make_optimizer, train_step, add
 try:
     main()
 finally:

@@ -230,6 +230,7 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
     same_bits(again, run.folder)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_adapter_of_the_long_factors_is_loaded_on_them_for_a_short_prompt(ran: Callable[[str], Ran]) -> None:
     run = ran("longrope")
     facts = json.loads((run.folder / "adapter" / "base_facts.json").read_text())

@@ -110,7 +110,7 @@ def test_secrets_are_in_no_error_script_or_diagnosis(tmp_path: Path) -> None:
         (("train", run, "lora.targets=[q_proj]"), None),
         (("slurm", run, "--processes-per-node", "2", "--script", str(script), "--time", "1h"), 0),
         (("doctor",), None),
-        (("plan", run, "--device", "cpu"), 0),
+        (("plan", run, *SMALL, "--device", "cpu"), 0),
     ):
         done = phi3_dist(*arguments, cwd=tmp_path)
         assert code is None or done.returncode == code, done.stderr

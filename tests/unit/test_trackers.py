@@ -14,7 +14,7 @@ import pytest
 
 from phi3_dist.config.schema import LogConfig
 from phi3_dist.errors import MachineError
-from phi3_dist.training import trackers
+from phi3_dist.training import early
 from phi3_dist.training.early import check_trackers
 from phi3_dist.training.metrics import Metrics
 from phi3_dist.training.trackers import finish_trackers, start_trackers, tracker_options
@@ -74,7 +74,7 @@ def test_settings_of_wandb_are_read_whatever_is_in_them(text: str, home: Path) -
     settings = home / ".config" / "wandb" / "settings"
     settings.parent.mkdir(parents=True)
     settings.write_text(text)
-    assert trackers.wandb_can_begin({"HOME": str(home)}) == ("=" in text)
+    assert early.wandb_can_begin({"HOME": str(home)}) == ("=" in text)
 
 
 def test_files_of_trackers_lie_in_the_run_folder(tmp_path: Path) -> None:
