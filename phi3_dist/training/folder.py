@@ -33,7 +33,7 @@ from phi3_dist.training.belongings import (
     strangers,
     unsafe,
 )
-from phi3_dist.training.signals import Stopped
+from phi3_dist.training.signals import Stopped, state_of_stop
 from phi3_dist.version import __version__
 
 __all__ = ["PACKAGES", "RunFolder", "cache_folder", "versions"]
@@ -357,7 +357,8 @@ class RunFolder:
                 elif active and (self.held / "config.yaml").is_file() and not self.finished():
                     # a finished run in which a start was refused is finished all the same
                     code = getattr(error, "exit_code", 1)
-                    self.record_exit(code, "preempted" if isinstance(error, Stopped) else "failed")
+                    ended = state_of_stop(error.number) if isinstance(error, Stopped) else "failed"
+                    self.record_exit(code, ended)
             raise
         finally:
             self._release()

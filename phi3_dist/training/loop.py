@@ -46,7 +46,7 @@ from phi3_dist.training.resume import base_fingerprint, identity, order_of, step
 from phi3_dist.training.run_steps import run_steps
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.saving import Saver
-from phi3_dist.training.signals import EXIT_STOPPED, StopFlag, exit_code_of
+from phi3_dist.training.signals import EXIT_STOPPED, StopFlag, exit_code_of, state_of_stop
 from phi3_dist.training.stage import (
     Stage,
     announce,
@@ -77,10 +77,8 @@ class TrainResult:
 
     @property
     def state(self) -> str:
-        """The word for how it ended, as `phi3-dist runs` shows it: a person's Ctrl-C is no preemption."""
-        if self.stopped_by == signal.SIGINT:
-            return "interrupted"
-        return "preempted" if self.stopped_by else "finished"
+        """The word for how it ended, as `phi3-dist runs` shows it."""
+        return state_of_stop(self.stopped_by) if self.stopped_by else "finished"
 
     @property
     def exit_code(self) -> int:
@@ -250,7 +248,7 @@ def _release(runtime: Runtime) -> None:
 
 def _agreed_facts(cfg: RunConfig, base: Base, runtime: Runtime, prepared: Prepared, cache: Path) -> dict[str, Any]:
     """What this run is, once all ranks have said that they are in the same one. Collective."""
-    facts = identity(cfg, prepared, base, weights="", precision=runtime.plan.precision)
+    facts = identity(cfg, prepared, base, weights="", precision=runtime.plan.precision, kernels=runtime.plan.kernels)
     said = {**flatten(cfg.model_dump(mode="json")), **facts}
     agree(runtime, {**{key: str(value) for key, value in said.items()}, **versions()})
     weights = base_fingerprint(base, cache) if runtime.is_main else ""
@@ -315,8 +313,8 @@ def _train(
     clock.mark("data")
     if launch.rank == 0:
         folder.reopen() if resume else folder.claim(overwrite=overwrite)
-    runtime = _start(cfg, plan, launch, folder)
-    with folder.recording_failure(active=runtime.is_main):
+    with folder.recording_failure(active=launch.rank == 0):  # what was to be replaced comes back from here on
+        runtime = _start(cfg, plan, launch, folder)
         facts = _agreed_facts(cfg, base, runtime, prepared, cache)
         begin = find_beginning(runtime, folder, facts, allow_changed, cfg.optim) if resume else Beginning()
         if begin.finished:
@@ -326,7 +324,7 @@ def _train(
             folder.write("config.yaml", resolved_yaml(cfg))
         if transcript:
             transcript.into(folder.held, runtime.rank)
-        start_trackers(runtime, cfg.log.trackers, project=cfg.log.project, run=cfg.name, folder=folder.held)
+        start_trackers(runtime, cfg.log.trackers, project=cfg.log.project, run=cfg.name, folder=folder.path)
         clock.mark("processes")
         result = _run(
             cfg,

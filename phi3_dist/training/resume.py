@@ -67,6 +67,7 @@ FREE = (
     "model.loss",
     "model.fused_lora",
     "model.fused_layers",
+    "model.kernels",
     "model.activation_checkpointing",
     "train.epochs",
     "train.max_steps",
@@ -133,16 +134,20 @@ def steps_of(cfg: RunConfig, order: Order) -> int:
     return cfg.train.max_steps or order.steps(cfg.train.epochs or 1.0)
 
 
-def identity(cfg: RunConfig, prepared: Prepared, base: Base, *, weights: str, precision: str) -> dict[str, Any]:
+def identity(
+    cfg: RunConfig, prepared: Prepared, base: Base, *, weights: str, precision: str, kernels: str
+) -> dict[str, Any]:
     """What a resumed run must share with the first: the config without topology, the data, the base, the libraries.
 
-    `weights` is the base's fingerprint, `precision` what the plan has made of `auto`.
+    `weights` is the base's fingerprint, `precision` and `kernels` what the plan has made of `auto`.
     """
     facts = {k: v for k, v in flatten(cfg.model_dump(mode="json")).items() if not k.startswith(FREE)}
     facts["data"] = prepared.fingerprint
     facts[HELD_OUT] = prepared.validation.fingerprint if prepared.validation else None
     facts[STEPS] = steps_of(cfg, order_of(cfg, prepared.train))
     facts["precision"] = precision
+    if cfg.lora.dropout > 0:
+        facts["dropout masks"] = kernels  # torch's generator and Triton's draw other ones
     facts["base weights"] = weights
     facts |= _base_facts(base)
     if base.config.rope_parameters.get("rope_type") == "longrope":

@@ -28,6 +28,7 @@ __all__ = [
     "exit_code_of",
     "finishing",
     "starts_a_run",
+    "state_of_stop",
     "stop_signals",
 ]
 
@@ -45,6 +46,11 @@ def exit_code_of(number: int) -> int:
 def stop_signals() -> tuple[signal.Signals, ...]:
     """The signals to answer: SIGHUP only where nobody (nohup) has had it ignored."""
     return tuple(s for s in SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN)
+
+
+def state_of_stop(number: int) -> str:
+    """The word for a run that a signal ended, as `phi3-dist runs` shows it: a person's Ctrl-C is no preemption."""
+    return "interrupted" if number == signal.SIGINT else "preempted"
 
 
 class Stopped(SystemExit):

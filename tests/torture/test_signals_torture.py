@@ -147,7 +147,7 @@ def test_once_the_last_step_is_made(
     same_bits(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize("place", ["loop.build_model", f"{STEPS}.train_step"])
+@pytest.mark.parametrize("place", ["loop.start_runtime", "loop.build_model", f"{STEPS}.train_step"])
 def test_a_run_that_was_to_be_replaced_is_there_until_the_new_one_has_made_a_step(
     place: str, context: ForkServerContext, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -331,7 +331,7 @@ def test_of_several_callers_one_does_the_work(tmp_path: Path, monkeypatch: pytes
 
 def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="token cache has a file where a folder is wanted"):
+    with pytest.raises(DataError, match="cache can't be written: has a file where a folder is wanted"):
         prepare(config(write(tmp_path / "a.jsonl")), TOKENIZER, tmp_path / "file")
 
 

@@ -54,7 +54,7 @@ def attempt(rows: DataConfig, cache: Path) -> Prepared | None:
     except DataError as error:
         (problem,) = error.problems
         assert problem.where == str(cache)
-        assert "No space left on device" in problem.what
+        assert "its file system is full" in problem.what
         assert "make room" in problem.fix
     return None
 

@@ -292,12 +292,16 @@ def test_precision_is_compared_by_what_auto_became() -> None:
     """On another machine `auto` can become another one."""
     prepared: Any = SimpleNamespace(fingerprint="data", train=SimpleNamespace(packs=[0]), validation=None)
 
-    def facts(asked: str, became: str) -> dict[str, Any]:
-        cfg = load_run(REPO / "configs" / "run" / "debug.yaml", [f"model.precision={asked}"])
-        return identity(cfg, prepared, find_base("tiny-random"), weights="", precision=became)
+    def facts(asked: str, became: str, kernels: str = "torch", dropout: float = 0.1) -> dict[str, Any]:
+        overrides = [f"model.precision={asked}", f"lora.dropout={dropout}"]
+        cfg = load_run(REPO / "configs" / "run" / "debug.yaml", overrides)
+        return identity(cfg, prepared, find_base("tiny-random"), weights="", precision=became, kernels=kernels)
 
     assert facts("auto", "fp32") == facts("fp32", "fp32")
     assert changed_keys(facts("auto", "fp32"), facts("auto", "bf16")) == ("precision",)
+    # Triton's kernels draw other dropout masks than torch; without dropout they change no more than rounding
+    assert changed_keys(facts("auto", "bf16"), facts("auto", "bf16", "triton")) == ("dropout masks",)
+    assert changed_keys(facts("auto", "bf16", dropout=0), facts("auto", "bf16", "triton", dropout=0)) == ()
 
 
 def test_other_held_out_rows_are_refused_or_marked(

@@ -20,7 +20,7 @@ from phi3_dist.modeling.base import find_base, load_full, tiny_config
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 from phi3_dist.modeling.watch import WeightsWatch
 from phi3_dist.planning.plan import LaunchFacts
-from phi3_dist.training import loop, resume, step
+from phi3_dist.training import loop, resume, run_steps, step
 from phi3_dist.training.resume import base_fingerprint
 from tests.ranks.launcher import REPO
 
@@ -118,7 +118,7 @@ def test_a_run_whose_base_is_cut_short_ends_before_it_saves(
             weights.truncate((saved / "model.safetensors").stat().st_size - 1)
         return result
 
-    monkeypatch.setattr(loop, "train_step", then_cut_short)
+    monkeypatch.setattr(run_steps, "train_step", then_cut_short)
     settings = [f"model.source={saved}", f"save.folder={tmp_path / 'run'}", "model.precision=fp32", "save.every=1"]
     settings += ["train.max_steps=2", "log.trackers=[]", "train.global_batch=1", "train.micro_batch=1"]
     cfg = load_run(REPO / "configs" / "run" / "debug.yaml", settings)

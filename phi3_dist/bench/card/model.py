@@ -147,10 +147,7 @@ class _Bench:
         group = self.group
         cfg, plan = self.plan(length, model, dropout, train)
         runtime = self.runtime(plan)
-        if not group.cpu:
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        self._forget_memory()
         built = build_model(cfg, self.base, runtime, longest_row=length, tokens=10**9)
         engine = make_engine(built, runtime, cfg.optim)
         rows = rows_of_length(length)
@@ -186,9 +183,7 @@ class _Bench:
             "choices": {c.name: c.value for c in (*plan.choices, *built.choices)},
             "planned_gib": round(total_gib(plan.memory), 2) if plan.memory and not group.cpu else None,
         }
-        if not group.cpu:
-            found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            found["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+        found |= self._memory()
         if profile:
 
             def one_step() -> None:
@@ -196,6 +191,18 @@ class _Bench:
 
             found["kernels"], found["host"] = self._kernels(one_step), self._functions(one_step)
         return found
+
+    def _forget_memory(self) -> None:
+        if not self.group.cpu:
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def _memory(self) -> dict[str, float]:
+        if self.group.cpu:
+            return {}
+        peaks = {"peak_gib": torch.cuda.max_memory_allocated(), "reserved_gib": torch.cuda.max_memory_reserved()}
+        return {name: round(size / 2**30, 2) for name, size in peaks.items()}
 
     def _functions(self, step: Any) -> list[Any]:
         """Name, calls and own milliseconds of the Python functions of one step that take the most of the host's time.
