@@ -98,15 +98,20 @@ def _sharded_quantized(strategy: str, quantization: str) -> Yes | No:
 def support_fp8(
     strategy: str, quantization: str, device: str, capability: tuple[int, int] | None, torch_version: str
 ) -> Yes | No:
-    """Whether `model.fp8` runs. Compute capability 8.9 brought FP8 products; torch before 2.13 was not tried."""
+    """Whether `model.fp8` runs. Compute capability 8.9 brought FP8 products.
+
+    torch 2.9 has no `scaled_mm`; 2.11 has it, without a CPU kernel; 2.13 has that too. 2.10 and 2.12 were not tried.
+    """
     if quantization != "none":
         return No(f"the base is in {quantization} already", "model.quantization=none")
     if strategy not in ("single", "ddp"):
         return No(f"FP8 weights have not been proven under {strategy}", "ddp")
     if device == "cuda" and capability is not None and capability < (8, 9):
         return No(f"FP8 products need compute capability 8.9, and this is {capability[0]}.{capability[1]}", "bf16")
-    if tuple(int(n) for n in torch_version.split(".")[:2]) < (2, 13):
-        return No(f"needs torch 2.13, and this is {torch_version}", "pip install 'torch>=2.13'")
+    oldest = (2, 13) if device == "cpu" else (2, 11)
+    if tuple(int(n) for n in torch_version.split(".")[:2]) < oldest:
+        needed = ".".join(map(str, oldest))
+        return No(f"needs torch {needed} on {device}, and this is {torch_version}", f"pip install 'torch>={needed}'")
     return Yes("on a CPU for checks: slower than fp32" if device == "cpu" else "")
 
 
