@@ -133,7 +133,7 @@ def _sdpa(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, documents: Docu
     outputs = []
     for part in parts:
         query, key, value = (t.transpose(0, 1)[None] for t in part)
-        outputs.append(_document(query, key, value, settings)[0].transpose(0, 1))
+        outputs.append(_document(query, key, value, settings).squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from phi3_dist.bench import gpu
 from phi3_dist.bench.sides import SHAPE, Round, save_base
 from phi3_dist.config.families import FAMILIES, Shape
+from tests.unit.test_fp8 import needs_fp8
 
 SMALL = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 32064}
@@ -30,7 +31,7 @@ def _saved(folder: Path) -> None:
     save_base(there, folder, {"": SMALL})
 
 
-@pytest.mark.parametrize("name", ["LoRA", "LoRA, FP8 base"])
+@pytest.mark.parametrize("name", ["LoRA", pytest.param("LoRA, FP8 base", marks=needs_fp8)])
 def test_a_case_runs_and_tells_its_rate_memory_and_flops(name: str, tmp_path: Path) -> None:
     _saved(tmp_path / "base")
     here, there = Pipe()

@@ -134,6 +134,7 @@ def test_fp8_is_refused_where_it_has_not_been_proven() -> None:
     assert make_plan(run(model={"fp8": True}), CPU, LaunchFacts()).strategy == "single"
     ada = dataclasses.replace(GPU, capability=(8, 9))
     small = make_plan(run(model={"fp8": True}), ada, LaunchFacts(), family_or_shape=MINI)
+    make_plan(run(model={"fp8": True}), dataclasses.replace(ada, packages={"torch": "2.11.0+cu130"}), LaunchFacts())
     whole = make_plan(run(), ada, LaunchFacts(), family_or_shape=MINI)
     assert small.memory is not None
     assert whole.memory is not None
@@ -142,7 +143,8 @@ def test_fp8_is_refused_where_it_has_not_been_proven() -> None:
         (dataclasses.replace(GPU, capability=(8, 0)), LaunchFacts(), {}, "compute capability 8.9, and this is 8.0"),
         (ada, LaunchFacts(2, 1, "zero3"), {}, "under zero3"),
         (ada, LaunchFacts(), {"quantization": "nf4"}, "in nf4 already"),
-        (dataclasses.replace(CPU, packages={"torch": "2.9.1+cpu"}), LaunchFacts(), {}, "needs torch 2.13"),
+        (dataclasses.replace(CPU, packages={"torch": "2.12.1+cpu"}), LaunchFacts(), {}, "needs torch 2.13 on cpu"),
+        (dataclasses.replace(ada, packages={"torch": "2.9.1"}), LaunchFacts(), {}, "needs torch 2.11 on cuda"),
     ):
         found = problems(run(model={"fp8": True, **model}), machine, launch)
         assert reason in found["model.fp8"][0]
