@@ -31,6 +31,7 @@ from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan, make_pla
 from phi3_dist.planning.render import deepspeed_json
 from phi3_dist.training.build import build_model
 from phi3_dist.training.folder import cache_folder
+from phi3_dist.training.proof import prove_first_step, prove_start
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.state import export_state, import_state
 from phi3_dist.training.step import train_step
@@ -191,6 +192,7 @@ def _steps(engine: Engine, runtime: Runtime, watch: Watch, packs: Packs, global_
     order, phases = Order(len(packs), global_batch, 0, False), _Phases(engine, watch)
     watch.phase = "step"
     train_step(phases, runtime, packs, order, 0, lr=1e-4, seed=0)
+    prove_first_step(engine)
     watch.phase = "resume"
     import_state(engine, export_state(engine, keep=True), 1)
     watch.phase = "step"
@@ -223,6 +225,7 @@ def rehearse(cfg: RunConfig, config: Any, strategy: str, *, world: int) -> Repor
         layers: nn.ModuleList = model.causal_lm.model.layers
         watch.watch_layer(layers[len(layers) // 2 - 1])
         engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
+        prove_start(engine, runtime)
         _answer_buckets(engine.model)
         packs = _packs(cfg.train.global_batch, length)
         phases, collectives, peak = _steps(engine, runtime, watch, packs, cfg.train.global_batch)

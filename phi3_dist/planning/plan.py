@@ -16,7 +16,7 @@ from phi3_dist.planning.attention import backends, choose_backend, choose_determ
 from phi3_dist.planning.compiling import choose_compile, choose_kernels, why_not_triton
 from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
 from phi3_dist.planning.head import choose_loss, why_not_liger
-from phi3_dist.planning.keeping import choose_kept_layers
+from phi3_dist.planning.keeping import choose_kept_layers, stored_as
 from phi3_dist.planning.launch_rules import CPU_LAUNCH, launch_problems, zero_file_problems
 from phi3_dist.planning.memory import Term, Workload, adapter_parameters, fits, memory_terms, total_gib
 from phi3_dist.planning.support import STRATEGIES, No, Yes, support, support_adapter, support_fp8, support_optimizer
@@ -86,7 +86,7 @@ def make_plan(
     memory, kept_layers = None, 0
     if family_or_shape is not None:
         shape = _shape(family_or_shape)
-        memory, kept = _memory(cfg, machine, launch, precision.value, shape)
+        memory, kept = _memory(cfg, machine, launch, precision.value, shape, kernels=kernels.value)
         if kept is not None:
             kept_layers, why = kept
             choices.append(Choice("weights for backward", f"{kept_layers} of {shape.layers} layers keep theirs", why))
@@ -269,7 +269,7 @@ def _accumulation(cfg: RunConfig, world: int, problems: list[Problem]) -> int:
 
 
 def _memory(
-    cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, precision: str, shape: Shape
+    cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, precision: str, shape: Shape, *, kernels: str
 ) -> tuple[tuple[Term, ...], tuple[int, str] | None]:
     """The account of one rank; and for NF4 how many layers keep their weights, with the reason."""
     lora = cfg.lora
@@ -291,7 +291,7 @@ def _memory(
         strategy=launch.strategy,
         world_size=launch.world_size,
         precision=precision,
-        quantization="int8" if cfg.model.fp8 else cfg.model.quantization,  # both: a byte a weight, a float32 a row
+        quantization=stored_as(cfg.model.quantization, precision, kernels, fp8=cfg.model.fp8),
         pack_length=cfg.data.pack_length,
         micro_batch=cfg.train.micro_batch,
         activation_checkpointing=cfg.model.activation_checkpointing,

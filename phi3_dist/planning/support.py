@@ -100,11 +100,8 @@ def support_fp8(
 ) -> Yes | No:
     """Whether `model.fp8` runs. Compute capability 8.9 brought FP8 products.
 
-<<<<<<< HEAD
-    torch 2.11's products were run on a card; on a CPU torch before 2.13 was not tried.
-=======
-    torch 2.9 has no `scaled_mm`; 2.11 has it, without a CPU kernel; 2.13 has that too. 2.10 and 2.12 were not tried.
->>>>>>> h-versions
+    torch 2.9 has no `scaled_mm`; 2.11 has it, without a CPU kernel (its products were run on an H200); 2.13 has both.
+    2.10 and 2.12 were not tried.
     """
     if quantization != "none":
         return No(f"the base is in {quantization} already", "model.quantization=none")
@@ -112,17 +109,10 @@ def support_fp8(
         return No(f"FP8 weights have not been proven under {strategy}", "ddp")
     if device == "cuda" and capability is not None and capability < (8, 9):
         return No(f"FP8 products need compute capability 8.9, and this is {capability[0]}.{capability[1]}", "bf16")
-<<<<<<< HEAD
-    oldest = (2, 11) if device == "cuda" else (2, 13)
-    if tuple(int(n) for n in torch_version.split(".")[:2]) < oldest:
-        needed = ".".join(map(str, oldest))
-        return No(f"needs torch {needed}, and this is {torch_version}", f"pip install 'torch>={needed}'")
-=======
     oldest = (2, 13) if device == "cpu" else (2, 11)
     if tuple(int(n) for n in torch_version.split(".")[:2]) < oldest:
         needed = ".".join(map(str, oldest))
         return No(f"needs torch {needed} on {device}, and this is {torch_version}", f"pip install 'torch>={needed}'")
->>>>>>> h-versions
     return Yes("on a CPU for checks: slower than fp32" if device == "cpu" else "")
 
 

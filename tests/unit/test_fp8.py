@@ -11,7 +11,18 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from phi3_dist.modeling.fp8 import E4M3_MAX, Fp8Linear, Fp8Scale, fp8_grad_input, fp8_product, quantize_rows, use_fp8
+from phi3_dist.modeling.fp8 import (
+    E4M3_MAX,
+    Fp8Linear,
+    Fp8Scale,
+    Rows8,
+    fp8_grad_input,
+    fp8_product,
+    note_rows,
+    noted_rows,
+    quantize_rows,
+    use_fp8,
+)
 from phi3_dist.modeling.fused_lora import install_fused
 from phi3_dist.planning.support import No, support_fp8
 
@@ -137,3 +148,25 @@ def test_a_copy_keeps_its_own_bytes() -> None:
     twin = copy.deepcopy(fp8)
     twin.weight.data.zero_()
     assert fp8.weight.any()
+
+
+def test_rows_made_before_and_bytes_kept_turned_give_the_same_numbers() -> None:
+    torch.manual_seed(0)
+    x, grad, linear = torch.randn(T, I), torch.randn(T, O), nn.Linear(I, O, bias=False)
+    plain, turned = Fp8Linear(linear), Fp8Linear(linear, turned=True)
+    rows = Rows8(*quantize_rows(grad * plain.rows_O))
+    assert torch.equal(
+        fp8_grad_input(grad, turned.weight, turned.scale, rows), fp8_grad_input(grad, plain.weight, plain.scale)
+    )
+    known = Rows8(*quantize_rows(x))
+    assert torch.equal(fp8_product(x, plain.weight, plain.scale, rows=known), fp8_product(x, plain.weight, plain.scale))
+
+
+def test_rows_left_on_a_tensor_are_forgotten_once_it_is_written_to() -> None:
+    x = torch.randn(T, I)
+    assert noted_rows(x) is None
+    rows = Rows8(*quantize_rows(x))
+    note_rows(x, rows)
+    assert noted_rows(x) is rows
+    x.mul_(2)
+    assert noted_rows(x) is None

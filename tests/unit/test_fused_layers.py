@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3MLP, Phi3RMSNorm, apply_rotary_pos_emb
 
@@ -23,6 +25,7 @@ from phi3_dist.modeling.fused_layers import (
 from phi3_dist.modeling.fused_lora import install_fused
 from phi3_dist.modeling.lora import add_lora, fill_adapter
 from phi3_dist.modeling.loss import PackedLoss
+from phi3_dist.modeling.passes import BY_HAND
 from tests.small_models import small_phi3
 
 DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)]
@@ -182,3 +185,72 @@ def test_what_is_not_stock_keeps_its_own_forward_and_says_why() -> None:
     assert report.kept == {"a norm that trains": 1, "an MLP with gelu": 2}
     plain = _model(hidden_act="gelu")
     torch.testing.assert_close(_loss_and_grads(model)[0], _loss_and_grads(plain)[0], rtol=1e-6, atol=0)
+
+
+def _trained(model: PackedLoss, lengths: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    total = sum(lengths)
+    ids = torch.randint(0, 97, (total + 1,), generator=torch.Generator().manual_seed(total))
+    predict = torch.arange(0, total, 2)
+    loss = model(
+        ids_T=ids[:-1],
+        positions_T=torch.cat([torch.arange(n) for n in lengths]),
+        predict_S=predict,
+        target_S=ids[predict + 1],
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        lengths=lengths,
+    )
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_layer_that_adds_the_residual_in_its_norm_learns_the_same(twice: bool) -> None:
+    found = []
+    for passes in (BY_HAND, replace(BY_HAND, with_residual=True)):
+        causal_lm = small_phi3()
+        causal_lm.name_or_path = "x"
+        use_backend(causal_lm, "sdpa")
+        model = PackedLoss(add_lora(causal_lm, LoraConfig(r=4, dropout=0.0), "x"))
+        fill_adapter(model, 0)
+        for number, (name, param) in enumerate(model.named_parameters()):
+            if "lora_B" in name:
+                torch.nn.init.normal_(param, std=0.1, generator=torch.Generator().manual_seed(number))
+        install_fused(model)
+        for _ in range(1 + twice):
+            install_fused_layers(model, passes)
+            select_in_last_layer(model)
+        found.append(_trained(model.train(), (5, 9, 3)))
+    (loss, grads), (joined_loss, joined_grads) = found
+    assert torch.equal(joined_loss, loss)
+    assert set(joined_grads) == set(grads)
+    for name, grad in grads.items():
+        _same(joined_grads[name], grad, 2e-6)
+
+
+def test_a_layer_with_dropout_before_its_residual_keeps_its_own_forward() -> None:
+    model = small_phi3(resid_pdrop=0.1).requires_grad_(False)
+    report = install_fused_layers(model, replace(BY_HAND, with_residual=True))
+    assert report.kept == {"a layer with dropout before its residual": len(model.model.layers)}
+
+
+def test_nothing_is_copied_for_the_one_row_of_the_joined_projection() -> None:
+    """An index into it would fill zeros and copy all of it in backward."""
+    seen: list[tuple[str, int]] = []
+
+    class _Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            seen.append((str(func), out.shape[-1] if isinstance(out, Tensor) and out.ndim else 0))
+            return out
+
+    model = small_phi3()
+    use_backend(model, "sdpa")
+    install_fused_layers(model)
+    hidden = torch.randn(1, 6, model.config.hidden_size, requires_grad=True)
+    tables = model.model.rotary_emb(hidden, torch.arange(6)[None])
+    with _Names():
+        out, _ = model.model.layers[0].self_attn(hidden, position_embeddings=tables, lengths=(6,))
+        out.sum().backward()
+    width = model.model.layers[0].self_attn.qkv_proj.out_features
+    assert [name for name, last in seen if last == width]
+    assert not [name for name, last in seen if last == width and "select_backward" in name]

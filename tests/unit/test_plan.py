@@ -282,6 +282,39 @@ def test_compiling_is_off_where_nothing_is_known_for_it_and_refused_without_a_co
     assert found["model.compile"] == ("is true: there is no compiler (g++)", "install it, or model.compile=auto")
 
 
+def test_tritons_kernels_are_taken_where_they_run_and_refused_by_name_elsewhere() -> None:
+    have = dataclasses.replace(GPU, packages={**GPU.packages, "triton": "3.6.0"}, capability=(9, 0))
+    for cfg, machine, kernels, reason in (
+        (run(), have, "triton", "bytes"),
+        (run(model={"kernels": "torch"}), have, "torch", "as the run file says"),
+        (run(), GPU, "torch", "triton is not installed"),
+        (run(), CPU, "torch", "need CUDA, and the device is cpu"),
+        (run(model={"fused_lora": False}), have, "torch", "model.fused_lora"),
+        (run(model={"compile": True}), have, "torch", "model.compile"),
+        (run(), dataclasses.replace(have, capability=(7, 5)), "torch", "8.0, and this is 7.5"),
+    ):
+        plan = make_plan(cfg, machine, LaunchFacts())
+        assert plan.kernels == kernels
+        assert why(plan, "kernels")[0] == kernels
+        assert reason in why(plan, "kernels")[1]
+    assert "Triton's kernels" in why(make_plan(run(), have, LaunchFacts()), "compile")[1]
+    asked = {"model": {"kernels": "triton"}}
+    assert problems(run(**asked), GPU, LaunchFacts())["model.kernels"][1].startswith("pip install triton")
+    what, fix = problems(run(**asked), CPU, LaunchFacts())["model.kernels"]
+    assert (what, fix) == ("is triton: Triton's kernels need CUDA, and the device is cpu", "model.kernels=torch")
+
+
+def test_fp8_takes_two_bytes_a_weight_where_it_is_kept_along_both_sides() -> None:
+    have = dataclasses.replace(GPU, packages={**GPU.packages, "triton": "3.6.0"}, capability=(9, 0))
+    both, one, plain = (
+        memory_of(make_plan(run(model=model), have, LaunchFacts(), family_or_shape=MINI))
+        for model in ({"fp8": True}, {"fp8": True, "kernels": "torch"}, {})
+    )
+    name = next(iter(plain))
+    assert both[name] == plain[name]
+    assert one[name] < 0.56 * plain[name]
+
+
 def test_nf4_weights_are_kept_where_memory_allows_and_it_gains() -> None:
     nf4 = {"model": {"quantization": "nf4"}}
     each = layer_gib(MINI.shape, "bf16")

@@ -244,7 +244,5 @@ def test_a_frozen_a_that_another_file_brings_is_part_of_the_runs_identity(tmp_pa
             cfg = RunConfig.model_validate({"model": model_section, "data": {"train": "x"}, "lora": lora})
             facts = {"weights": "weights", "precision": "fp32", "kernels": "torch"}
             found.append(identity(cfg, prepared, find_base("tiny-random"), **facts))
-                identity(cfg, prepared, find_base("tiny-random"), weights="weights", precision="fp32", kernels="torch")
-            )
     assert found[0]["frozen A"] != found[2]["frozen A"]
     assert found[1] == found[3]
