@@ -284,8 +284,13 @@ def test_compiling_is_off_where_nothing_is_known_for_it_and_refused_without_a_co
 
 def test_tritons_kernels_are_taken_where_they_run_and_refused_by_name_elsewhere() -> None:
     have = dataclasses.replace(GPU, packages={**GPU.packages, "triton": "3.6.0"}, capability=(9, 0))
+    gains = dataclasses.replace(have, measured={"kernels": "triton", "kernels_gain": 1.5, "compile_gain": 0.7})
+    loses = dataclasses.replace(have, measured={"kernels": "torch", "kernels_gain": 0.9, "compile": True})
     for cfg, machine, kernels, reason in (
-        (run(), have, "triton", "bytes"),
+        (run(), have, "torch", "were not timed on this card (make card"),
+        (run(), gains, "triton", "measured on this card: a step with Triton's kernels has 1.50 times the speed"),
+        (run(), loses, "torch", "measured on this card: a step with Triton's kernels has 0.90 times the speed"),
+        (run(model={"kernels": "triton"}), have, "triton", "as the run file says"),
         (run(model={"kernels": "torch"}), have, "torch", "as the run file says"),
         (run(), GPU, "torch", "triton is not installed"),
         (run(), CPU, "torch", "need CUDA, and the device is cpu"),
@@ -297,7 +302,8 @@ def test_tritons_kernels_are_taken_where_they_run_and_refused_by_name_elsewhere(
         assert plan.kernels == kernels
         assert why(plan, "kernels")[0] == kernels
         assert reason in why(plan, "kernels")[1]
-    assert "Triton's kernels" in why(make_plan(run(), have, LaunchFacts()), "compile")[1]
+    assert "Triton's kernels" in why(make_plan(run(), gains, LaunchFacts()), "compile")[1]
+    assert why(make_plan(run(), loses, LaunchFacts(), family_or_shape=MINI), "compile")[0] == "yes"
     asked = {"model": {"kernels": "triton"}}
     assert problems(run(**asked), GPU, LaunchFacts())["model.kernels"][1].startswith("pip install triton")
     what, fix = problems(run(**asked), CPU, LaunchFacts())["model.kernels"]
@@ -308,7 +314,7 @@ def test_fp8_takes_two_bytes_a_weight_where_it_is_kept_along_both_sides() -> Non
     have = dataclasses.replace(GPU, packages={**GPU.packages, "triton": "3.6.0"}, capability=(9, 0))
     both, one, plain = (
         memory_of(make_plan(run(model=model), have, LaunchFacts(), family_or_shape=MINI))
-        for model in ({"fp8": True}, {"fp8": True, "kernels": "torch"}, {})
+        for model in ({"fp8": True, "kernels": "triton"}, {"fp8": True, "kernels": "torch"}, {})
     )
     name = next(iter(plain))
     assert both[name] == plain[name]
