@@ -136,20 +136,19 @@ def _swiglu_backward8_kernel(
         tl.store(out8 + row * 2 * inner + inner + columns, _eight(right, scale), mask=inside)
 
 
-def _outputs(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    tokens = rows.shape[0]
+def _outputs(rows: Tensor, tokens: int, width: int) -> tuple[Tensor, Tensor]:
     values = torch.empty(tokens, width, dtype=torch.float8_e4m3fn, device=rows.device)
     return values, torch.empty(tokens, 1, dtype=torch.float32, device=rows.device)
 
 
 def quantize_rows(x: Tensor, factor_C: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """E4M3 values of x (T, C), or of x · `factor_C`, and the float32 scale (T, 1) that brings them back."""
-    rows = _rows(x)
-    tokens, width = rows.shape
-    out8, scales = _outputs(rows, width)
+    (rows, row_x), width = _rows(x), x.shape[-1]
+    tokens = x.numel() // width
+    out8, scales = _outputs(x, tokens, width)
     block = min(_power(width), _CHUNK)
     tensors = (rows, scales if factor_C is None else factor_C, out8, scales)
-    fixed = (rows.stride(0), width, int(factor_C is not None), block)
+    fixed = (row_x, width, int(factor_C is not None), block)
     launch(_quantize_kernel, (tokens, 1, 1), tensors, (), fixed, _warps(block))
     return out8, scales
 
@@ -158,40 +157,40 @@ def add_norm8(
     x: Tensor, delta: Tensor | None, weight_H: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
     """`passes.add_norm`, and the norm's rows in FP8 with their scales."""
-    x_TH = _rows(x)
-    tokens, hidden = x_TH.shape
-    delta_TH = x_TH if delta is None else _rows(delta)
-    total_TH = x_TH if delta is None else torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
-    out_TH = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
-    rstd_T = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    out8, scales = _outputs(x_TH, hidden)
+    (x_TH, row_x), hidden = _rows(x), x.shape[-1]
+    tokens = x.numel() // hidden
+    delta_TH, row_delta = (x_TH, row_x) if delta is None else _rows(delta)
+    total = x if delta is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    out8, scales = _outputs(x, tokens, hidden)
     block = _power(hidden)
-    tensors = (x_TH, delta_TH, weight_H, total_TH, out_TH, out8, rstd_T, scales)
-    fixed = (x_TH.stride(0), delta_TH.stride(0), hidden, int(delta is not None), block)
+    tensors = (x_TH, delta_TH, weight_H, total, out, out8, rstd, scales)
+    fixed = (row_x, row_delta, hidden, int(delta is not None), block)
     launch(_add_norm8_kernel, (tokens, 1, 1), tensors, (eps,), fixed, _warps(block))
-    total = x if delta is None else total_TH.view(x.shape)
-    return total, out_TH.view(x.shape), rstd_T.view(*x.shape[:-1], 1), (out8, scales)
+    return total, out, rstd, (out8, scales)
 
 
 def swiglu8(gate_up: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`up · silu(gate)` of (..., 2·I), and its rows in FP8 with their scales."""
-    rows = _rows(gate_up)
-    tokens, inner = rows.shape[0], rows.shape[1] // 2
-    out_TI = torch.empty(tokens, inner, dtype=rows.dtype, device=rows.device)
-    out8, scales = _outputs(rows, inner)
+    (rows, row_in), inner = _rows(gate_up), gate_up.shape[-1] // 2
+    tokens = gate_up.numel() // (2 * inner)
+    out = torch.empty((*gate_up.shape[:-1], inner), dtype=gate_up.dtype, device=gate_up.device)
+    out8, scales = _outputs(gate_up, tokens, inner)
     block = _power(inner)
-    fixed = (rows.stride(0), inner, block)
-    launch(_swiglu8_kernel, (tokens, 1, 1), (rows, out_TI, out8, scales), (), fixed, _warps(block))
-    return out_TI.view(*gate_up.shape[:-1], inner), (out8, scales)
+    fixed = (row_in, inner, block)
+    launch(_swiglu8_kernel, (tokens, 1, 1), (rows, out, out8, scales), (), fixed, _warps(block))
+    return out, (out8, scales)
 
 
 def swiglu_backward8(grad: Tensor, gate_up: Tensor, factor_C: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """SwiGLU's gradient (..., 2·I), and the rows of that · `factor_C` (2·I) in FP8 with their scales."""
-    rows, grad_TI = _rows(gate_up), _rows(grad)
-    tokens, inner = grad_TI.shape
-    out = torch.empty(tokens, 2 * inner, dtype=rows.dtype, device=rows.device)
-    out8, scales = _outputs(rows, 2 * inner)
+    (rows, row_in), (grad_TI, row_grad) = _rows(gate_up), _rows(grad)
+    inner = grad.shape[-1]
+    tokens = grad.numel() // inner
+    out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    out8, scales = _outputs(gate_up, tokens, 2 * inner)
     block = min(_power(inner), 2048)
-    fixed = (grad_TI.stride(0), rows.stride(0), inner, block)
+    fixed = (row_grad, row_in, inner, block)
     launch(_swiglu_backward8_kernel, (tokens, 1, 1), (grad_TI, rows, factor_C, out, out8, scales), (), fixed, 8)
-    return out.view(gate_up.shape), (out8, scales)
+    return out, (out8, scales)

@@ -115,49 +115,51 @@ def _norm_backward_kernel(
     tl.store(out + row * hidden + columns, result.to(out.dtype.element_ty), mask=inside)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """(T, C) with whole rows; rows may lie apart."""
-    flat = tensor.detach().reshape(-1, tensor.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
+def _rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """The tensor with whole rows (its last dimension), and the step from row to row. A view takes its time."""
+    if tensor.is_contiguous():
+        return tensor, tensor.shape[-1]
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
+    return flat, flat.stride(0)
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """x + delta (x itself without one), its RMS norm with `weight_H`, and `rstd` (..., 1) in float32."""
-    x_TH = _rows(x)
-    tokens, hidden = x_TH.shape
-    delta_TH = x_TH if delta is None else _rows(delta)
-    total_TH = x_TH if delta is None else torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
-    out_TH = torch.empty(tokens, hidden, dtype=torch.promote_types(x.dtype, weight_H.dtype), device=x.device)
-    rstd_T = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    hidden = x.shape[-1]
+    x_TH, row_x = _rows(x)
+    delta_TH, row_delta = (x_TH, row_x) if delta is None else _rows(delta)
+    total = x if delta is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight_H.dtype), device=x.device)
+    rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     block = _power(hidden)
     launch(
         _add_norm_kernel,
-        (tokens, 1, 1),
-        (x_TH, delta_TH, weight_H, total_TH, out_TH, rstd_T),
+        (rstd.numel(), 1, 1),
+        (x_TH, delta_TH, weight_H, total, out, rstd),
         (eps,),
-        (x_TH.stride(0), delta_TH.stride(0), hidden, int(delta is not None), block),
+        (row_x, row_delta, hidden, int(delta is not None), block),
         _warps(block),
     )
-    total = x if delta is None else total_TH.view(x.shape)
-    return total, out_TH.view(x.shape), rstd_T.view(*x.shape[:-1], 1)
+    return total, out, rstd
 
 
 def norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight_H: Tensor, other: Tensor | None = None) -> Tensor:
     """The gradient of x from that of its norm, plus `other`, which is x's own (the residual's)."""
-    grad_TH, x_TH = _rows(grad), _rows(x)
-    other_TH = grad_TH if other is None else _rows(other)
-    tokens, hidden = x_TH.shape
-    out_TH = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
+    hidden = x.shape[-1]
+    (grad_TH, row_grad), (x_TH, row_x) = _rows(grad), _rows(x)
+    other_TH, row_other = (grad_TH, row_grad) if other is None else _rows(other)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = _power(hidden)
     launch(
         _norm_backward_kernel,
-        (tokens, 1, 1),
-        (grad_TH, x_TH, rstd, weight_H, other_TH, out_TH),
+        (rstd.numel(), 1, 1),
+        (grad_TH, x_TH, rstd, weight_H, other_TH, out),
         (),
-        (grad_TH.stride(0), x_TH.stride(0), other_TH.stride(0), hidden, int(other is not None), block),
+        (row_grad, row_x, row_other, hidden, int(other is not None), block),
         _warps(block),
     )
-    return out_TH.view(x.shape)
+    return out
 
 
 # --- rotary embedding -------------------------------------------------------------------------------------------------
@@ -283,22 +285,21 @@ def _swiglu_backward_kernel(
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """`up · silu(gate)` of (..., 2·I), gate first."""
-    rows = _rows(gate_up)
-    tokens, inner = rows.shape[0], rows.shape[1] // 2
-    out_TI = torch.empty(tokens, inner, dtype=rows.dtype, device=rows.device)
+    rows, row_in = _rows(gate_up)
+    inner = gate_up.shape[-1] // 2
+    out = torch.empty((*gate_up.shape[:-1], inner), dtype=gate_up.dtype, device=gate_up.device)
     block = min(_power(inner), 1024)
-    grid = (tokens, -(-inner // block), 1)
-    launch(_swiglu_kernel, grid, (rows, out_TI), (), (rows.stride(0), inner, block), 4)
-    return out_TI.view(*gate_up.shape[:-1], inner)
+    grid = (gate_up.numel() // (2 * inner), -(-inner // block), 1)
+    launch(_swiglu_kernel, grid, (rows, out), (), (row_in, inner, block), 4)
+    return out
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     """The gradient of the joined projection (..., 2·I)."""
-    rows, grad_TI = _rows(gate_up), _rows(grad)
-    tokens, inner = grad_TI.shape
-    out = torch.empty(tokens, 2 * inner, dtype=rows.dtype, device=rows.device)
+    (rows, row_in), (grad_TI, row_grad) = _rows(gate_up), _rows(grad)
+    inner = grad.shape[-1]
+    out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     block = min(_power(inner), 1024)
-    grid = (tokens, -(-inner // block), 1)
-    fixed = (grad_TI.stride(0), rows.stride(0), inner, block)
-    launch(_swiglu_backward_kernel, grid, (grad_TI, rows, out), (), fixed, 4)
-    return out.view(gate_up.shape)
+    grid = (grad.numel() // inner, -(-inner // block), 1)
+    launch(_swiglu_backward_kernel, grid, (grad_TI, rows, out), (), (row_grad, row_in, inner, block), 4)
+    return out
