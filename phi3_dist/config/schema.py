@@ -231,7 +231,8 @@ class TrainConfig(Section):
     """Draw a new order of packs each epoch."""
     deterministic: Literal["auto"] | StrictBool = "auto"
     """The same run twice, or resumed, gives the same bits. On a CPU it always does. On a GPU attention's backward adds
-    up gradients in the order in which they come, unless it is told not to, which takes more time; `auto` says why."""
+    up gradients in the order in which they come, unless it is told not to: on an H200 torch's varlen then took from
+    none (documents of 512 tokens) to two thirds more time (of 64). `auto` is true."""
 
 
 class SaveConfig(Section):
