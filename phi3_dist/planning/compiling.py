@@ -76,7 +76,6 @@ def choose_compile(
     *,
     no_compiler: str,
     fused: bool,
-    kernels: str = "torch",
     shape: Shape | None,
     tokens: int | None,
     threads: int,
@@ -90,8 +89,7 @@ def choose_compile(
         return (0 if asked else None), "as the run file says"
     why_not = {
         "model.fused_layers is false, and only the fused layers' passes are compiled": not fused,
-        "the passes are Triton's kernels": kernels == "triton",
-        f"what it gains on {device} has not been measured; model.compile=true does it": device != "cpu",
+        "a GPU waits for the host, and what checks each compiled call took longer than it gained": device != "cpu",
         no_compiler: bool(no_compiler),
     }
     against = next((why for why, holds in why_not.items() if holds), "")

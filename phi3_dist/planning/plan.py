@@ -86,7 +86,7 @@ def make_plan(
     attention = _attention(cfg, machine, precision.value, family_or_shape, problems)
     strategy = _strategy_choice(launch, cfg.model.quantization, machine.device, precision.value)
     kernels = _kernels(cfg, machine, problems)
-    compiling, compile_from = _compile(cfg, machine, launch, family_or_shape, problems, kernels=kernels.value)
+    compiling, compile_from = _compile(cfg, machine, launch, family_or_shape, problems)
     loss = _loss(cfg, machine, problems)
     choices = [precision, attention, loss, strategy, _optimizer_choice(cfg, machine, launch), kernels, compiling]
     problems += _support_problems(cfg, machine, launch, precision.value)
@@ -227,8 +227,6 @@ def _compile(
     launch: LaunchFacts,
     model: Family | Shape | Mapping[str, Any] | None,
     problems: list[Problem],
-    *,
-    kernels: str,
 ) -> tuple[Choice, int | None]:
     asked, steps, why_not = cfg.model.compile, cfg.train.max_steps, machine.no_compiler
     if asked is True and why_not:
@@ -238,7 +236,6 @@ def _compile(
         machine.device,
         no_compiler=why_not,
         fused=cfg.model.fused_layers,
-        kernels=kernels,
         shape=None if model is None else _shape(model),
         tokens=None if steps is None else steps * cfg.train.global_batch * cfg.data.pack_length // launch.world_size,
         threads=max(1, machine.cpu_count // launch.ranks_per_node),

@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from phi3_dist.modeling.fp8 import Fp8Scale
+from phi3_dist.modeling.fused_lora import lora_linear
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -50,3 +55,20 @@ def test_a_model_on_kernels_learns_what_it_learns_by_hand_and_draws_its_masks_ag
     assert line["same_names"]
     assert line["recomputed_grads"] == 0.0  # with dropout, with and without activation checkpointing
     assert line["other_seed"]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_on_fake_tensors_of_a_card_shapes_follow_and_nothing_is_launched(fp8: bool) -> None:
+    with FakeTensorMode():
+        x = torch.empty(1, 48, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(96, 64, device="cuda", dtype=torch.uint8 if fp8 else torch.bfloat16)
+        turned = torch.empty(64, 96, device="cuda", dtype=torch.uint8)
+        state = Fp8Scale(torch.empty(96, device="cuda"), turned) if fp8 else None
+        a = torch.empty(8, 64, device="cuda", requires_grad=True)
+        b = torch.empty(96, 8, device="cuda", requires_grad=True)
+        out = lora_linear(x, weight, None, a, b, 2.0, 0.05, state, kernels=True)
+        assert (out.shape, out.dtype) == ((1, 48, 96), torch.bfloat16)
+        out.sum().backward()
+        for leaf in (x, a, b):
+            assert leaf.grad is not None
+            assert (leaf.grad.shape, leaf.grad.dtype) == (leaf.shape, leaf.dtype)
