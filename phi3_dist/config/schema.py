@@ -63,7 +63,8 @@ class ModelConfig(Section):
     alone: the same numbers but for the dropout drawn there. `false`: transformers' own modules."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """What computes the fused functions on a GPU: torch's operations, or Triton's kernels, which move fewer bytes and
-    draw LoRA's dropout mask anew in backward (other masks than torch's). `auto`: Triton's where they can run."""
+    draw LoRA's dropout mask anew in backward (other masks than torch's). `auto`: Triton's where
+    `make card` has timed whole steps with them on such a card and they gained, else torch's."""
     compile: Literal["auto"] | StrictBool = "auto"
     """Compile the fused layers' passes over memory (torch.compile), once for all packs: the same numbers to rounding.
     `auto`: on a CPU where the run is long enough to gain more than compiling takes, else not; the plan says why."""

@@ -92,7 +92,6 @@ def choose_compile(
     *,
     no_compiler: str,
     fused: bool,
-    kernels: str = "torch",
     shape: Shape | None,
     tokens: int | None,
     threads: int,
@@ -108,7 +107,6 @@ def choose_compile(
         return (0 if asked else None), "as the run file says"
     why_not = {
         "model.fused_layers is false, and only the fused layers' passes are compiled": not fused,
-        "the passes are Triton's kernels": kernels == "triton",
         _on_a_card(measured): device != "cpu" and not measured.get("compile"),
         no_compiler: bool(no_compiler),
     }

@@ -75,7 +75,7 @@ def make_plan(
     attention = _attention(cfg, machine, precision.value, family_or_shape, problems)
     strategy = _strategy_choice(launch, cfg.model.quantization, machine.device, precision.value)
     kernels = _kernels(cfg, machine, problems)
-    compiling, compile_from = _compile(cfg, machine, launch, family_or_shape, problems, kernels=kernels.value)
+    compiling, compile_from = _compile(cfg, machine, launch, family_or_shape, problems)
     loss = _loss(cfg, machine, problems)
     same_bits, why = choose_deterministic(cfg.train.deterministic, machine.device, attention.value)
     deterministic = Choice("deterministic", "yes" if same_bits else "no", why)
@@ -179,8 +179,6 @@ def _compile(
     launch: LaunchFacts,
     model: Family | Shape | Mapping[str, Any] | None,
     problems: list[Problem],
-    *,
-    kernels: str,
 ) -> tuple[Choice, int | None]:
     asked, steps, why_not = cfg.model.compile, cfg.train.max_steps, machine.no_compiler
     if asked is True and why_not:
@@ -190,7 +188,6 @@ def _compile(
         machine.device,
         no_compiler=why_not,
         fused=cfg.model.fused_layers,
-        kernels=kernels,
         shape=None if model is None else _shape(model),
         tokens=None if steps is None else steps * cfg.train.global_batch * cfg.data.pack_length // launch.world_size,
         threads=max(1, machine.cpu_count // launch.ranks_per_node),

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -50,3 +52,20 @@ def test_a_model_on_kernels_learns_what_it_learns_by_hand_and_draws_its_masks_ag
     assert line["same_names"]
     assert line["recomputed_grads"] == 0.0  # with dropout, with and without activation checkpointing
     assert line["other_seed"]
+
+
+def test_on_fake_tensors_of_a_card_shapes_follow_and_nothing_is_launched() -> None:
+    from phi3_dist.modeling.kernels import linear
+    from phi3_dist.modeling.kernels.lora import drop_of
+
+    with FakeTensorMode():
+        x, grad, weight = (
+            torch.empty(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((48, 64), (48, 96), (96, 64))
+        )
+        a, b, drop = torch.empty(8, 64, device="cuda"), torch.empty(96, 8, device="cuda"), drop_of(0.05)
+        out, low = linear.forward(x, weight, None, a, b, 2.0, drop)
+        grads = linear.backward(grad, x, weight, a, b, low, 2.0, drop, of_input=True)
+    assert (out.shape, out.dtype) == (grad.shape, torch.bfloat16)
+    for got, leaf in zip(grads, (x, a, b), strict=True):
+        assert got is not None
+        assert (got.shape, got.dtype) == (leaf.shape, leaf.dtype)
