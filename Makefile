@@ -7,6 +7,10 @@ STAMP := $(VENV)/.installed
 # Kept in step with requires-python in pyproject.toml by tests/unit/test_house.py.
 OLDEST := 3.11
 
+# Each test starts processes that import torch: without kept bytecode all of it is compiled anew, 15 s of CPU time each.
+# Some machines forbid that for images' sake; empty means that it may be kept.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Nothing here needs a model hub, and DeepSpeed's operators are built when first used, not at installation.
 export HF_HUB_OFFLINE := 1
 export DS_BUILD_OPS := 0

@@ -268,7 +268,7 @@ def test_compiling_is_planned_where_the_run_is_long_enough_to_gain_by_it() -> No
 def test_compiling_is_off_where_nothing_is_known_for_it_and_refused_without_a_compiler() -> None:
     bare = dataclasses.replace(CPU, no_compiler="there is no compiler (g++)")
     for cfg, machine, reason in (
-        (run(), GPU, "waits for the host"),
+        (run(), GPU, "has not been measured"),
         (run(), bare, "no compiler"),
         (run(model={"fused_layers": False}), CPU, "model.fused_layers"),
         (run(model={"compile": False}), CPU, "as the run file says"),
