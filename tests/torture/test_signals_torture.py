@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from phi3_dist.training.signals import state_of_stop
 from tests.ranks.launcher import REPO
 from tests.ranks.processes import descendants, lives
 from tests.ranks.test_resume import same_bits
@@ -121,7 +122,7 @@ def test_before_the_first_step(
     assert group.exit_codes == [code_of(number)]
     assert f"stopped by {number.name} before its first step" in group.output()
     if (tmp_path / "run" / "config.yaml").exists():
-        assert json.loads((tmp_path / "run" / "exit.json").read_text())["state"] == "preempted"
+        assert json.loads((tmp_path / "run" / "exit.json").read_text())["state"] == state_of_stop(number)
     finished(context, tmp_path, undisturbed)
 
 
