@@ -171,43 +171,29 @@ def _flash_2(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, documents: D
     return out_TND.to(query_TND.dtype)
 
 
-def _flash_4(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, documents: Documents, settings: Settings) -> Tensor:
-    """flash-attn 4's varlen kernel (CuTe) on the whole pack. Hopper and Blackwell."""
-    flash_attn_varlen_func = import_module("flash_attn.cute").flash_attn_varlen_func
-    ends, longest = documents.cumulative(query_TND.device), documents.longest
-    out = flash_attn_varlen_func(
-        *_sixteen(query_TND, key_TKD, value_TKD),
-        cu_seqlens_q=ends,
-        cu_seqlens_k=ends,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-        softmax_scale=settings.scale,
-        causal=True,
-        window_size=(None, None) if settings.window is None else _left_right(settings.window),
-        deterministic=settings.deterministic,
-    )
-    out_TND: Tensor = out[0] if isinstance(out, tuple) else out
-    return out_TND.to(query_TND.dtype)
+def _newer_flash(module: str, whole: tuple[int | None, int | None]) -> Kernel:
+    """The varlen kernel of flash-attn 3 or 4 on the whole pack; `whole` is what it takes for no window."""
 
+    def kernel(
+        query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, documents: Documents, settings: Settings
+    ) -> Tensor:
+        ends, longest = documents.cumulative(query_TND.device), documents.longest
+        out = import_module(module).flash_attn_varlen_func(
+            *_sixteen(query_TND, key_TKD, value_TKD),
+            cu_seqlens_q=ends,
+            cu_seqlens_k=ends,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            softmax_scale=settings.scale,
+            causal=True,
+            window_size=whole if settings.window is None else _left_right(settings.window),
+            deterministic=settings.deterministic,
+        )
+        # the first releases of version 3 give (output, logsumexp), later ones the output alone
+        out_TND: Tensor = out[0] if isinstance(out, tuple) else out
+        return out_TND.to(query_TND.dtype)
 
-def _flash_3(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, documents: Documents, settings: Settings) -> Tensor:
-    """flash-attn 3's varlen kernel on the whole pack. Hopper."""
-    flash_attn_varlen_func = import_module("flash_attn_interface").flash_attn_varlen_func
-    ends, longest = documents.cumulative(query_TND.device), documents.longest
-    out = flash_attn_varlen_func(
-        *_sixteen(query_TND, key_TKD, value_TKD),
-        cu_seqlens_q=ends,
-        cu_seqlens_k=ends,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-        softmax_scale=settings.scale,
-        causal=True,
-        window_size=_left_right(settings.window),
-        deterministic=settings.deterministic,
-    )
-    # its first releases give (output, logsumexp), later ones the output alone
-    out_TND: Tensor = out[0] if isinstance(out, tuple) else out
-    return out_TND.to(query_TND.dtype)
+    return kernel
 
 
 def _varlen(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, documents: Documents, settings: Settings) -> Tensor:
@@ -232,8 +218,8 @@ def _varlen(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, documents: Do
 # --- the interface to transformers ------------------------------------------------------------------------------------
 
 KERNELS: dict[str, Kernel] = {
-    "flash_attention_4": _flash_4,
-    "flash_attention_3": _flash_3,
+    "flash_attention_4": _newer_flash("flash_attn.cute", (None, None)),  # CuTe; Hopper and Blackwell
+    "flash_attention_3": _newer_flash("flash_attn_interface", _left_right(None)),  # Hopper
     "flash_attention_2": _flash_2,
     "varlen": _varlen,
     "sdpa": _sdpa,
