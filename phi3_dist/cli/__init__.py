@@ -33,12 +33,15 @@ _LONG = ("train", "prepare")
 
 
 def _tell(error: Phi3DistError) -> None:
-    """One message: on rank 0 in full, on a launcher's other ranks in one line with the rank."""
+    """One message: on rank 0 in full, on a launcher's other ranks the first problem in one line with the rank.
+
+    Every line has the fix: the rank that ends first has rank 0 stopped by the launcher before it has spoken.
+    """
     rank = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ and "MASTER_ADDR" in os.environ else "0"
     if rank == "0":
         lines = [f"{type(error).__name__}:", *(f"  {problem}" for problem in error.problems)]
     else:
-        first = plain(redacted(f"{error.problems[0].where} {error.problems[0].what}"))
+        first = " ".join(plain(redacted(str(error.problems[0]))).split())
         lines = [f"[rank {rank}] {type(error).__name__}: {first}"]
     typer.echo("\n".join(lines), err=True)
 

@@ -85,6 +85,8 @@ _FIELDS: Mapping[str, str] = {
 def _type(draft: Draft, entry: Entry) -> None:
     """A name, or a prompter of the user's own with columns in it."""
     if isinstance(entry.value, dict):
+        if not entry.value:
+            draft.note(entry, "taken", "asks for nothing")
         for key, value in entry.value.items():
             one = Entry(f"{entry.key}.{key}", value, entry.place, entry.section)
             if value is None:

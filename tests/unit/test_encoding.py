@@ -80,4 +80,4 @@ def test_a_leftover_rank_hides_no_fix(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     cli._tell(error)
-    assert capsys.readouterr().err == "[rank 1] ConfigError: here is wrong\n"
+    assert capsys.readouterr().err == "[rank 1] ConfigError: here: is wrong fix: write it so\n"

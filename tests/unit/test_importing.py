@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -603,6 +603,7 @@ _INSIDE = st.dictionaries(
 
 
 @given(sets=st.lists(_INSIDE, max_size=3), name=st.sampled_from(["datasets", "test_datasets", "dataset_mixture"]))
+@example(sets=[{"type": {}}], name="datasets")
 def test_any_data_sets_give_a_run_file_that_loads_and_findings_of_each_key(
     tmp_path_factory: pytest.TempPathFactory, sets: list[dict[str, Any]], name: str
 ) -> None:

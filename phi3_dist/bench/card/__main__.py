@@ -57,7 +57,7 @@ def _child(name: str, args: argparse.Namespace, left_s: float) -> None:
         say(args.out, group=name, check="group", ok=None, skipped="no time left")
         return
     words = [sys.executable, "-m", "phi3_dist.bench.card", "--group", name, "--out", str(args.out)]
-    words += ["--layers", str(args.layers), *(["--cpu"] if args.cpu else [])]
+    words += ["--layers", str(args.layers), "--checks", args.checks, *(["--cpu"] if args.cpu else [])]
     if name == "kernels":  # a benchmark of its own, which says lines of the same kind
         words = [sys.executable, "-m", "phi3_dist.bench.kernels", "--groups", args.kernels]
         words += ["--toy"] if args.cpu else []
@@ -105,13 +105,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=32, help="decoder layers of the model (default 32)")
     parser.add_argument("--kernels", default="rates,passes,lora,fp8,loss", help="groups of bench/kernels.py")
     parser.add_argument("--runs", default="", help="a regular expression: the runs whose names it finds")
+    parser.add_argument("--checks", default="", help="a regular expression: the groups' checks whose names it finds")
     parser.add_argument("--only", nargs="+", default=[*GROUPS, "runs"], help="groups to run")
     parser.add_argument("--group", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.group:
-        _group(args.group)(Group(args.group, args.out, cpu=args.cpu, layers=args.layers))
+        _group(args.group)(Group(args.group, args.out, cpu=args.cpu, layers=args.layers, checks=args.checks))
         return
     end_s = time.monotonic() + args.budget
     for name in GROUPS:

@@ -83,7 +83,7 @@ def choices_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **_loss(rows),
     }
     compiled = _ratio(speed(", compiled passes"), speed(", torch's kernels"))
-    triton = _ratio(speed(", as planned"), speed(", torch's kernels"))
+    triton = _ratio(speed(", Triton's kernels"), speed(", torch's kernels"))
     found |= {
         "compile": compiled and compiled > GAINS,
         "compile_gain": compiled,

@@ -38,6 +38,7 @@ __all__ = ["model"]
 
 WARM = 3
 TOP_KERNELS = 30
+TORCH, TRITON = {"kernels": "torch"}, {"kernels": "triton"}
 
 
 def mini(layers: int, *, toy: bool) -> Phi3Config:
@@ -189,7 +190,8 @@ class _Bench:
             def one_step() -> None:
                 train_step(engine, runtime, packs, order, 99, lr=1e-4, seed=0)
 
-            found["kernels"], found["host"] = self._kernels(one_step), self._functions(one_step)
+            found["kernels"], found["ops"] = self._kernels(one_step)
+            found["host"] = self._functions(one_step)
         return found
 
     def _forget_memory(self) -> None:
@@ -217,17 +219,20 @@ class _Bench:
         most = sorted(stats.items(), key=lambda item: -item[1][2])[:TOP_KERNELS]
         return [[f"{Path(file).name}:{line} {name}", s[1], round(s[2] * 1e3, 2)] for (file, line, name), s in most]
 
-    def _kernels(self, step: Any) -> list[Any]:
-        """Name, count and milliseconds of the most expensive kernels of one step."""
+    def _kernels(self, step: Any) -> tuple[list[Any], list[Any]]:
+        """Name, count and milliseconds of the kernels, and of the host's operations, that take most of one step."""
         from torch.profiler import ProfilerActivity, profile
 
         kinds = [ProfilerActivity.CPU] + ([] if self.group.cpu else [ProfilerActivity.CUDA])
         with profile(activities=kinds) as seen:
             step()
             self.group.sync()
-        key = "self_cpu_time_total" if self.group.cpu else "self_device_time_total"
-        events = sorted(seen.key_averages(), key=lambda event: -getattr(event, key))[:TOP_KERNELS]
-        return [[event.key[:80], event.count, round(getattr(event, key) / 1e3, 3)] for event in events]
+
+        def most(key: str) -> list[Any]:
+            events = sorted(seen.key_averages(), key=lambda event: -getattr(event, key))[:TOP_KERNELS]
+            return [[event.key[:80], event.count, round(getattr(event, key) / 1e3, 3)] for event in events]
+
+        return most("self_device_time_total"), most("self_cpu_time_total")
 
 
 def model(group: Group) -> None:
@@ -236,14 +241,21 @@ def model(group: Group) -> None:
         group.check("LoRA 256", bench.case(256, profile=True, steps=1))
         group.check("LoRA 256, compiled passes", bench.case(256, {"compile": True}, steps=1))
         return
-    group.check("LoRA 4096, as planned", bench.case(4096, profile=True))
-    group.check("LoRA 4096, torch's kernels", bench.case(4096, {"kernels": "torch"}))
-    group.check("LoRA 4096, compiled passes", bench.case(4096, {"kernels": "torch", "compile": True}))
+    group.check("LoRA 4096, as planned", bench.case(4096))
+    group.check("LoRA 4096, torch's kernels", bench.case(4096, TORCH))
+    group.check("LoRA 4096, Triton's kernels", bench.case(4096, TRITON, profile=True))
+    group.check("LoRA 4096, FP8 base", bench.case(4096, {"fp8": True}))
+    group.check("LoRA 4096, FP8 base, Triton's kernels", bench.case(4096, {"fp8": True, **TRITON}, profile=True))
     group.check("LoRA 4096, no dropout", bench.case(4096, dropout=0.0))
+    group.check("LoRA 4096, no dropout, Triton's kernels", bench.case(4096, TRITON, dropout=0.0))
     group.check("LoRA 4096, not deterministic", bench.case(4096, deterministic=False))
+    group.check("LoRA 4096, one document, Triton's kernels", bench.case(4096, TRITON, documents=1))
+    group.check("LoRA 2048, Triton's kernels", bench.case(2048, TRITON))
+    group.check("LoRA 2048", bench.case(2048))
+    checkpointing = {"activation_checkpointing": True}
+    group.check("LoRA 8192, activation checkpointing", bench.case(8192, checkpointing, steps=3))
+    group.check("LoRA 8192, checkpointing, Triton's kernels", bench.case(8192, {**TRITON, **checkpointing}, steps=3))
+    group.check("LoRA 4096, compiled passes", bench.case(4096, {**TORCH, "compile": True}))
     group.check("LoRA 4096, one document", bench.case(4096, documents=1))
-    group.check("LoRA 4096, FP8 base", bench.case(4096, {"fp8": True}, profile=True))
     plain = {"fused_lora": False, "fused_layers": False}
     group.check("LoRA 4096, PEFT's and transformers' own forwards", bench.case(4096, plain))
-    group.check("LoRA 2048", bench.case(2048))
-    group.check("LoRA 8192, activation checkpointing", bench.case(8192, {"activation_checkpointing": True}, steps=3))
