@@ -32,8 +32,10 @@ __all__ = [
     "RunFolderError",
     "TrainingError",
     "control_character",
+    "kind",
     "plain",
     "redacted",
+    "shown",
 ]
 
 # C0 and C1 but newline and tab; what separates lines elsewhere; what turns the direction of text; halves of characters
@@ -127,3 +129,24 @@ class MachineError(Phi3DistError):
 
 class TrainingError(Phi3DistError):
     exit_code = 9
+
+
+def kind(value: object) -> str:
+    """What a YAML value is, in words."""
+    if value is None:
+        return "empty"
+    if isinstance(value, bool):
+        return "true or false"
+    names = ((dict, "a section"), (list, "a list"), (str, "text"), (int, "a whole number"), (float, "a number"))
+    return next((name for type_, name in names if isinstance(value, type_)), f"a {type(value).__name__}")
+
+
+def shown(value: object) -> str:
+    """A value for a message: as YAML would show it, cut after 60 characters."""
+    text = (
+        {None: "null", True: "true", False: "false"}.get(value)
+        if value is None or value is True or value is False
+        else None
+    )
+    text = text or (repr(value) if isinstance(value, str | int | float | list | dict) else f"'{value}'")
+    return text if len(text) <= 60 else f"{text[:57]}..."

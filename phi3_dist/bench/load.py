@@ -160,7 +160,7 @@ def _peer(strategy: str, folder: Path) -> Load:
     from transformers.integrations import HfDeepSpeedConfig
 
     from phi3_dist.modeling.loss import PackedLoss
-    from phi3_dist.training.strategy import shard_fsdp2
+    from phi3_dist.training.engines.engine import shard_fsdp2
 
     _, runtime = start(strategy, folder)
     # transformers reads inside zero.Init as long as this object lives

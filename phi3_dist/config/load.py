@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from phi3_dist.config import messages
+from phi3_dist.config import mistakes
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.config.texts import expanded, text_faults
+from phi3_dist.config.unsafe_texts import expanded, text_faults
 from phi3_dist.config.yaml_text import DEEPEST, LARGEST_BYTES, YamlFault, read_yaml
-from phi3_dist.errors import ConfigError, Problem
+from phi3_dist.errors import ConfigError, Problem, kind, shown
 
 __all__ = ["load_run", "resolved_yaml", "json_schema", "diff", "flatten"]
 
@@ -75,9 +75,7 @@ def _read_file(path: Path) -> _Source:
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise ConfigError(
-            Problem(place, f"is {messages.kind(values)}, not a mapping", "start it with `model:` and `data:`")
-        )
+        raise ConfigError(Problem(place, f"is {kind(values)}, not a mapping", "start it with `model:` and `data:`"))
     source.values = values
     return source
 
@@ -91,7 +89,7 @@ def _nearby(path: Path) -> str:
 def _apply_override(source: _Source, text: str) -> None:
     path, equals, value_text = text.partition("=")
     path = path.strip().lstrip("-")
-    place = f"override {messages.shown(text)}"
+    place = f"override {shown(text)}"
     parts = path.split(".")
     if not equals or not path or not all(part.strip() for part in parts) or len(parts) > DEEPEST:
         fix = "write it as key.path=value, such as optim.lr=1e-4"
@@ -111,7 +109,7 @@ def _apply_override(source: _Source, text: str) -> None:
             inner = section[parent] = {}
         if not isinstance(inner, dict):
             above = ".".join(parents[: depth + 1])
-            source.problems.append(Problem(place, f"{above} is {messages.shown(inner)}, not a section"))
+            source.problems.append(Problem(place, f"{above} is {shown(inner)}, not a section"))
             return
         section = inner
     section[last] = value
@@ -135,15 +133,15 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         config = RunConfig.model_validate(source.values)
     except ValidationError as error:
         said = {problem.where for problem in source.problems}
-        for bad, what, fix in messages.explain(error, source.values):
+        for bad, what, fix in mistakes.explain(error, source.values):
             bad_paths.add(bad)
             if source.where(bad) not in said:
                 problems.append(Problem(source.where(bad), what, fix))
-        source.untold += max(0, error.error_count() - messages.EXPLAINED_AT_MOST)
+        source.untold += max(0, error.error_count() - mistakes.EXPLAINED_AT_MOST)
         config = _what_makes_sense(source.values, bad_paths)
     if config is not None:
         config = config.model_copy(update={"name": config.name or file.stem})
-        for cross in (*text_faults(config), *messages.cross_checks(config)):
+        for cross in (*text_faults(config), *mistakes.cross_checks(config)):
             if not any(_overlap(cross_path, bad) for cross_path in cross.paths for bad in bad_paths):
                 problems.append(Problem(source.where(cross.paths[0]), cross.what, cross.fix))
     if problems:
@@ -156,7 +154,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def _first(problems: list[Problem], untold: int) -> list[Problem]:
     """As many as a person reads, and how many more there are."""
     untold += max(0, len(problems) - _TOLD_AT_MOST)
-    about = "about " if len(problems) >= messages.EXPLAINED_AT_MOST else ""
+    about = "about " if len(problems) >= mistakes.EXPLAINED_AT_MOST else ""
     more = [Problem("", f"and {about}{untold:,} more")] if untold else []
     return [*problems[:_TOLD_AT_MOST], *more]
 

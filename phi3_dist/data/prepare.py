@@ -25,16 +25,16 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.chat_format import ChatFormat
-from phi3_dist.data.formats import BadRow
-from phi3_dist.data.packs import SHOWN_AT_MOST, Packed, Packs, evenly, load_packed, pack, save_packed
-from phi3_dist.data.parts import encode_to_parts
-from phi3_dist.data.readers import content_hash
-from phi3_dist.data.rows import RowsWriter, TokenRows
-from phi3_dist.data.sources import HubSet, Source, located, split_notices
-from phi3_dist.data.store import read_whole, remove_unfinished, write_whole
-from phi3_dist.data.stream import BLOCK_BYTES, BLOCK_ROWS, Totals, blocks_of, encode_blocks_of
-from phi3_dist.data.tables import arrow_files
+from phi3_dist.data.blocks import BLOCK_BYTES, BLOCK_ROWS, Totals, blocks_of, encode_blocks_of
+from phi3_dist.data.cache.array_folders import read_whole, remove_unfinished, write_whole
+from phi3_dist.data.cache.block_files import encode_to_parts
+from phi3_dist.data.pack.packs import SHOWN_AT_MOST, Packed, Packs, evenly, load_packed, pack, save_packed
+from phi3_dist.data.read.arrow_tables import arrow_files
+from phi3_dist.data.read.raw_rows import content_hash
+from phi3_dist.data.read.row_formats import BadRow
+from phi3_dist.data.read.sources import HubSet, Source, located, split_notices
+from phi3_dist.data.render.template_probe import ChatFormat
+from phi3_dist.data.token_rows import RowsWriter, TokenRows
 from phi3_dist.errors import DataError, Problem
 from phi3_dist.machine.file_state import State, changed_files, settled, states_of
 from phi3_dist.machine.storage import CACHE_FIX, DENIED, NO_LOCKS, storage_fault

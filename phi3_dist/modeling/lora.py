@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phi3_dist.config.families import check_targets
 from phi3_dist.config.schema import LoraConfig
 from phi3_dist.errors import ModelError, Problem
+from phi3_dist.family.variants import check_targets
 
 __all__ = [
     "Adapted",

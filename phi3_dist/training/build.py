@@ -12,7 +12,7 @@ from phi3_dist.adapters.loading import not_to_go_on_from, too_few_rows
 from phi3_dist.adapters.reading import read_adapter, read_metadata
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import ModelError, Problem
-from phi3_dist.modeling.attention import use_backend
+from phi3_dist.modeling.attention.backend import use_backend
 from phi3_dist.modeling.base import (
     Base,
     load_full,
@@ -25,14 +25,14 @@ from phi3_dist.modeling.fp8 import use_fp8
 from phi3_dist.modeling.fused_layers import install_fused_layers, select_in_last_layer
 from phi3_dist.modeling.fused_lora import FusedReport, install_fused, keep_dequantized
 from phi3_dist.modeling.lora import adapted, add_lora, fill_adapter, start_dora_magnitudes
+from phi3_dist.modeling.lora_init import take_out
 from phi3_dist.modeling.loss import Kernel, PackedLoss
+from phi3_dist.modeling.new_tokens import token_rows, whole_tables
 from phi3_dist.modeling.passes import BY_HAND, compiled_passes, kernel_passes
 from phi3_dist.modeling.rope import Regime, pin_longrope, regime_for
-from phi3_dist.modeling.starts import take_out
-from phi3_dist.modeling.tokens import token_rows, whole_tables
 from phi3_dist.planning.plan import Choice, RunPlan
+from phi3_dist.training.engines.engine import shard_fsdp2
 from phi3_dist.training.runtime import Runtime, is_fsdp
-from phi3_dist.training.strategy import shard_fsdp2
 
 __all__ = ["adapter_values", "build_model"]
 
@@ -139,7 +139,7 @@ def _fill_shards(model: PackedLoss, base: Base, runtime: Runtime) -> None:
 
 
 Start = Callable[[Any], dict[str, torch.Tensor]]
-"""From the base before LoRA to the tensors that `lora.init` sets (training/start.py)."""
+"""From the base before LoRA to the tensors that `lora.init` sets (training/shared_init.py)."""
 
 
 def build_model(

@@ -6,14 +6,14 @@ import signal
 import time
 
 from phi3_dist.modeling.fused_lora import declined
-from phi3_dist.modeling.watch import WeightsWatch
+from phi3_dist.modeling.weights_watch import WeightsWatch
+from phi3_dist.training.checkpoints.saver import Saver
+from phi3_dist.training.context import Stage, measured
 from phi3_dist.training.evaluate import HeldOut, held_out_loss
-from phi3_dist.training.health import Health
-from phi3_dist.training.proof import prove_first_step
-from phi3_dist.training.readout import EvaluationWatch, Readout
-from phi3_dist.training.saving import Saver
-from phi3_dist.training.stage import Stage, measured
-from phi3_dist.training.step import learning_rate, train_step
+from phi3_dist.training.monitor.health import Health
+from phi3_dist.training.monitor.readout import EvaluationWatch, Readout
+from phi3_dist.training.plan_proof import prove_first_step
+from phi3_dist.training.train_step import learning_rate, train_step
 
 __all__ = ["run_steps"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi3_dist.modeling.attention import KERNELS, Documents, Settings, backends
+from phi3_dist.modeling.attention.backend import KERNELS, Documents, Settings, backends
 
 pytestmark = pytest.mark.gpu
 

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data import parts, stream
-from phi3_dist.data.batches import Order, Packs, TokenRows, assemble, make_packs, prepare
-from phi3_dist.data.chat import Encoded, encode_chats
+from phi3_dist.data import blocks as stream
+from phi3_dist.data.batch import Order, Packs, TokenRows, assemble, make_packs, prepare
+from phi3_dist.data.cache.prune import block_files as parts
+from phi3_dist.data.read.sources import Chat, Message
+from phi3_dist.data.render.encode import Encoded, encode_chats
 from phi3_dist.data.show import length_table, render_rows, show
-from phi3_dist.data.sources import Chat, Message
 from phi3_dist.errors import DataError
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 

@@ -10,7 +10,7 @@ import pytest
 
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.stream import read_chats
+from phi3_dist.data.blocks import read_chats
 from phi3_dist.demo.__main__ import PROCESSES, _check
 from phi3_dist.demo.chats import (
     DRINKS,

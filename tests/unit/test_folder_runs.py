@@ -21,9 +21,9 @@ from phi3_dist.planning.plan import LaunchFacts
 from phi3_dist.report.curves import draw_curves
 from phi3_dist.report.page import write_page
 from phi3_dist.training import loop
-from phi3_dist.training.belongings import strangers
-from phi3_dist.training.early import TRACKERS
-from phi3_dist.training.resume import base_fingerprint
+from phi3_dist.training.checkpoints.identity import base_fingerprint
+from phi3_dist.training.early_checks import TRACKERS
+from phi3_dist.training.run_folder_contents import strangers
 from phi3_dist.training.signals import Stopped
 from tests.ranks.launcher import REPO
 from tests.unit.test_folder import claimed, contents

@@ -10,10 +10,10 @@ import datasets
 import pytest
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.batches import prepare
+from phi3_dist.data.batch import prepare
+from phi3_dist.data.blocks import read_chats
+from phi3_dist.data.read.sources import HubSet, split_notices
 from phi3_dist.data.show import show
-from phi3_dist.data.sources import HubSet, split_notices
-from phi3_dist.data.stream import read_chats
 from phi3_dist.errors import DataError
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 

@@ -16,11 +16,11 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.batches import prepare
-from phi3_dist.data.chat import document_end
-from phi3_dist.data.formats import TEXT, BadRow, Chat, Message, RowReader
+from phi3_dist.data.batch import prepare
+from phi3_dist.data.blocks import read_chats
+from phi3_dist.data.read.row_formats import TEXT, BadRow, Chat, Message, RowReader
+from phi3_dist.data.render.encode import document_end
 from phi3_dist.data.show import show
-from phi3_dist.data.stream import read_chats
 from phi3_dist.errors import DataError
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 

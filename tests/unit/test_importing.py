@@ -13,13 +13,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from phi3_dist.config import dialects
-from phi3_dist.config.importing import FILL_IN_MODEL, FILL_IN_ROWS, Finding, Imported, findings_table, import_run
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.config.settling import SETTLED
-from phi3_dist.config.translations import ALIASES, RULES, UNSUPPORTED, fused_targets
+from phi3_dist.config.starter import FILL_IN_ROWS
 from phi3_dist.errors import ConfigError
+from phi3_dist.recipes import dialects
+from phi3_dist.recipes.importing import FILL_IN_MODEL, Finding, Imported, findings_table, import_run
+from phi3_dist.recipes.rules import ALIASES, RULES, UNSUPPORTED, fused_targets
+from phi3_dist.recipes.rules_joint import SETTLED
 
 # the shape of the model card's script, shortened
 SCRIPT = """

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from phi3_dist.adapters.select import expected_keys
 from phi3_dist.config.schema import LoraConfig
 from phi3_dist.errors import ModelError
-from phi3_dist.modeling.attention import use_backend
+from phi3_dist.modeling.attention.backend import use_backend
 from phi3_dist.modeling.base import find_base, load_full
 from phi3_dist.modeling.lora import add_lora, count_parameters, fill_adapter, lora_targets, start_value
 from phi3_dist.modeling.loss import PackedLoss

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_dist.config.families import FAMILIES
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError
-from phi3_dist.planning.compiling import COLD_S, gain_s, pays_from
+from phi3_dist.family.variants import FAMILIES
+from phi3_dist.planning.layer_passes import COLD_S, gain_s, pays_from
 from phi3_dist.planning.memory import layer_gib
 from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan, check_reality, make_plan
 

@@ -22,13 +22,16 @@ from rich.console import Console
 
 from phi3_dist.cli.progress import told
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data import parts, prepare, store, stream
-from phi3_dist.data.chat import Encoded
-from phi3_dist.data.chat_format import ChatFormat
-from phi3_dist.data.packs import PackList
+from phi3_dist.data import blocks as stream
+from phi3_dist.data import prepare
+from phi3_dist.data.blocks import Block
+from phi3_dist.data.cache.prune import array_folders as store
+from phi3_dist.data.cache.prune import block_files as parts
+from phi3_dist.data.pack.packs import PackList
 from phi3_dist.data.prepare import Prepared
-from phi3_dist.data.rows import RowsWriter, TokenRows
-from phi3_dist.data.stream import Block
+from phi3_dist.data.render.encode import Encoded
+from phi3_dist.data.render.template_probe import ChatFormat
+from phi3_dist.data.token_rows import RowsWriter, TokenRows
 from phi3_dist.errors import DataError
 from phi3_dist.machine import file_state
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
@@ -133,7 +136,8 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data import parts, stream
+from phi3_dist.data.cache.prune import block_files as parts
+from phi3_dist.data import blocks as stream
 from phi3_dist.data.prepare import prepare
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 stream.BLOCK_ROWS = 7
@@ -304,7 +308,7 @@ ORPHANED = """
 import multiprocessing, sys, time
 from pathlib import Path
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data import stream
+from phi3_dist.data import blocks as stream
 from phi3_dist.data.prepare import prepare
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 
@@ -340,7 +344,8 @@ AT_ONCE = """
 import json, sys, time
 from pathlib import Path
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data import parts, stream
+from phi3_dist.data.cache.prune import block_files as parts
+from phi3_dist.data import blocks as stream
 from phi3_dist.data.prepare import prepare
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 stream.BLOCK_ROWS = 7

@@ -12,8 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.sources import BadRow, Chat, Message, prompt_share
-from phi3_dist.data.stream import read_chats
+from phi3_dist.data.blocks import read_chats
+from phi3_dist.data.read.sources import BadRow, Chat, Message, prompt_share
 from phi3_dist.errors import DataError
 
 
