@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from phi3_dist.adapters.select import Bias, Chosen, check_tensors, choose, expected_keys
+from phi3_dist.adapters.select import Bias, Chosen, check_tensors, choose
 from phi3_dist.errors import AdapterError, Problem
 
-__all__ = ["GatherStats", "expected_keys", "gather_adapter", "gather_adapter_with_stats", "raised_together"]
+__all__ = ["GatherStats", "gather_adapter", "gather_adapter_with_stats", "raised_together"]
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,8 @@ def _start(tokenizer: str, source: Path, workers: int, threads: int) -> float:
 
 def _one(way: str, name: str, source: Path, workers: int) -> float:
     from phi3_dist.config.schema import DataConfig
-    from phi3_dist.data.batch import prepare
     from phi3_dist.data.blocks import read_chats
+    from phi3_dist.data.prepare import prepare
     from phi3_dist.data.render.fast_template import Renderer
     from phi3_dist.modeling.tokenizer import TINY_RANDOM, load_tokenizer, tiny_tokenizer
 

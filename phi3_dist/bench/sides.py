@@ -149,8 +149,9 @@ class Meter:
 
 def make_token_packs(rows: list[tuple[list[int], int]], pack_length: int = PACK_LENGTH) -> Any:
     """The rows as `phi3-dist train` packs them."""
-    from phi3_dist.data.batch import TokenRows, make_packs
+    from phi3_dist.data.pack.packs import make_packs
     from phi3_dist.data.render.encode import Encoded
+    from phi3_dist.data.token_rows import TokenRows
 
     encoded = [Encoded(ids, [i >= answer for i in range(len(ids))]) for ids, answer in rows]
     packs, _ = make_packs(TokenRows.of(encoded, [str(i) for i in range(len(rows))]), pack_length, "error")
@@ -209,7 +210,8 @@ class Stand:
         from phi3_dist.config.schema import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
         from phi3_dist.machine.probe import probe
         from phi3_dist.modeling.base import find_base
-        from phi3_dist.planning.plan import LaunchFacts, make_plan
+        from phi3_dist.planning.facts import LaunchFacts
+        from phi3_dist.planning.plan import make_plan
         from phi3_dist.training.build import build_model
         from phi3_dist.training.engines.engine import make_engine
         from phi3_dist.training.runtime import start_runtime

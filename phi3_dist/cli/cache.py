@@ -23,7 +23,7 @@ def cache_list(runs: Runs = None) -> None:
     import time
 
     from phi3_dist.data.cache.prune import cached, computed_starts
-    from phi3_dist.training.run_folder import cache_folder
+    from phi3_dist.machine.storage import cache_folder
 
     now = time.time()
     found = [*cached(cache_folder()), *(computed_starts(runs) if runs else ())]
@@ -42,7 +42,7 @@ def cache_prune(
 ) -> None:
     """Remove what was not used for a month. With --runs also computed starts: those runs can then not be extended."""
     from phi3_dist.data.cache.prune import prune
-    from phi3_dist.training.run_folder import cache_folder
+    from phi3_dist.machine.storage import cache_folder
 
     removed, held = prune(cache_folder(), runs, days)
     typer.echo(f"removed {len(removed)} entries, {sum(entry.bytes for entry in removed) / 2**20:,.1f} MiB")

@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from phi3_dist.config import mistakes
+from phi3_dist.config.cross_checks import cross_checks
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.config.unsafe_texts import expanded, text_faults
 from phi3_dist.config.yaml_text import DEEPEST, LARGEST_BYTES, YamlFault, read_yaml
@@ -141,7 +142,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         config = _what_makes_sense(source.values, bad_paths)
     if config is not None:
         config = config.model_copy(update={"name": config.name or file.stem})
-        for cross in (*text_faults(config), *mistakes.cross_checks(config)):
+        for cross in (*text_faults(config), *cross_checks(config)):
             if not any(_overlap(cross_path, bad) for cross_path in cross.paths for bad in bad_paths):
                 problems.append(Problem(source.where(cross.paths[0]), cross.what, cross.fix))
     if problems:

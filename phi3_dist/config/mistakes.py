@@ -1,4 +1,4 @@
-"""What a mistake in a run file is called: pydantic's errors in the user's words, and the pairs that cannot be.
+"""What a mistake in a run file is called: pydantic's errors in the user's words.
 
 Kept apart from `load.py` because this is the part that grows with each mistake that someone makes.
 """
@@ -14,11 +14,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from phi3_dist.config.schema import STARTS, DataSource, RunConfig
-from phi3_dist.config.unsafe_texts import Cross, is_folder
 from phi3_dist.errors import shown
-from phi3_dist.family.variants import LINEARS
 
-__all__ = ["EXPLAINED_AT_MOST", "Cross", "cross_checks", "explain"]
+__all__ = ["EXPLAINED_AT_MOST", "explain"]
 
 EXPLAINED_AT_MOST = 200
 """Errors that are put into words: each unknown key is compared with every known one."""
@@ -225,122 +223,3 @@ def _about(path: str, section: type[BaseModel]) -> str:
 def _in_file_order(found: list[tuple[str, str, str]], values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     order = {key: place for place, key in enumerate(values)}
     return sorted(found, key=lambda item: order.get(item[0].split(".")[0], -1))
-
-
-def cross_checks(cfg: RunConfig) -> list[Cross]:
-    """Every impossible combination in a config whose fields are each valid.
-
-    DoRA goes with quantised weights (PEFT 0.21 adapts `Linear4bit` and `Linear8bitLt` with it), so it is not here.
-    """
-    return [*_model_pairs(cfg), *_token_faults(cfg), *_lora_pairs(cfg), *_train_pairs(cfg), *_save_pairs(cfg)]
-
-
-def _model_pairs(cfg: RunConfig) -> Iterator[Cross]:
-    source, revision = cfg.model.source, cfg.model.revision
-    if not source.strip():
-        yield Cross(("model.source",), "is empty", "name a local folder, a hub id, or tiny-random")
-    if revision is not None and source == "tiny-random":
-        yield Cross(("model.revision", "model.source"), f"is {revision!r}, but tiny-random has none", "remove it")
-    elif revision is not None and (source.startswith((".", "/", "~")) or is_folder(source)):
-        what = f"is {revision!r}, but model.source is the local folder {source}"
-        yield Cross(("model.revision", "model.source"), what, "remove it, or name a hub id as model.source")
-    kept = cfg.model.dequantized_layers
-    if kept != "auto" and kept > 0 and cfg.model.quantization != "nf4":
-        what = f"is {kept}, and model.quantization is {cfg.model.quantization}: no weight is in NF4"
-        yield Cross(("model.dequantized_layers", "model.quantization"), what, "leave it out")
-    if cfg.model.compile is True and not cfg.model.fused_layers:
-        what = "is true, and what is compiled are the passes of the fused layers, which model.fused_layers leaves out"
-        yield Cross(("model.compile", "model.fused_layers"), what, "leave out one of them")
-
-
-def _lora_pairs(cfg: RunConfig) -> Iterator[Cross]:
-    targets = cfg.lora.targets
-    yield from _pattern_faults(cfg)
-    yield from _start_pairs(cfg)
-    if targets == ():
-        yield Cross(("lora.targets",), "is an empty list: nothing would be adapted", "use all-linear")
-    elif isinstance(targets, tuple) and "all-linear" in targets:
-        fix = f"write `targets: all-linear`, or a list out of {', '.join(LINEARS)}"
-        yield Cross(("lora.targets",), "all-linear stands in a list", fix)
-
-
-def _pattern_faults(cfg: RunConfig) -> Iterator[Cross]:
-    for name, pattern in (("rank_pattern", cfg.lora.rank_pattern), ("alpha_pattern", cfg.lora.alpha_pattern)):
-        for key in pattern:
-            try:
-                re.compile(key)
-            except (re.error, OverflowError, RecursionError) as error:
-                what = f"{key!r} is no regular expression: {error}"
-                yield Cross((f"lora.{name}",), what, "write the end of a module's name, such as down_proj")
-    layers = cfg.lora.layers
-    if layers == ():
-        yield Cross(("lora.layers",), "is an empty list: nothing would be adapted", "leave it out for every layer")
-    elif layers is not None and len(set(layers)) < len(layers):
-        yield Cross(("lora.layers",), "names a layer twice", f"use {sorted(set(layers))}")
-
-
-def _start_pairs(cfg: RunConfig) -> Iterator[Cross]:
-    lora = cfg.lora
-    if lora.freeze_a and lora.plus_ratio != 1:
-        what = f"is {lora.plus_ratio:g}, and lora.freeze_a leaves no A that could learn more slowly than B"
-        yield Cross(("lora.plus_ratio", "lora.freeze_a"), what, "keep one of them, and raise optim.lr for B")
-    if lora.init == "default":
-        return
-    if cfg.model.adapter is not None:
-        what = f"is {lora.init}, and model.adapter brings the start itself"
-        yield Cross(("lora.init", "model.adapter"), what, "leave it out when training on from an adapter")
-    if lora.dora and lora.init != "eva":
-        what = f"is {lora.init}, and DoRA's magnitudes start from the plain weight, which that start takes apart"
-        yield Cross(("lora.init", "lora.dora"), what, "leave out one of them")
-    other = [t for t in lora.targets if t.rsplit(".", 1)[-1] not in LINEARS] if lora.targets != "all-linear" else []
-    if other and lora.init != "eva":
-        what = f"is {lora.init}, which starts decoder linears only, and lora.targets has {other[0]}"
-        yield Cross(("lora.init", "lora.targets"), what, f"keep to {', '.join(LINEARS)}")
-
-
-def _token_faults(cfg: RunConfig) -> Iterator[Cross]:
-    tokens, place = cfg.model.new_tokens, ("model.new_tokens",)
-    if len(set(tokens)) < len(tokens):
-        yield Cross(place, "names a token twice", "keep one of them")
-    for token in tokens:
-        if not token or token != token.strip():
-            what = f"has {token!r}, " + ("which begins or ends with white space" if token.strip() else "which is empty")
-            yield Cross(place, what, "write the token alone, such as <|tool|>")
-    named = {name.rsplit(".", 1)[-1] for name in cfg.lora.modules_to_save}
-    if cfg.lora.targets != "all-linear":
-        named |= {name.rsplit(".", 1)[-1] for name in cfg.lora.targets}
-    both = sorted(named & {"embed_tokens", "lm_head"})
-    if tokens and both:
-        what = f"trains single rows of embed_tokens and lm_head, and lora adapts {' and '.join(both)} as a whole"
-        yield Cross((*place, "lora.modules_to_save", "lora.targets"), what, f"take {both[0]} out of the lora section")
-
-
-def _train_pairs(cfg: RunConfig) -> Iterator[Cross]:
-    train, warmup = cfg.train, cfg.optim.warmup
-    if train.epochs is not None and train.max_steps is not None:
-        what = f"is {train.epochs:g}, and train.max_steps is {train.max_steps}: both say when to stop"
-        yield Cross(("train.epochs", "train.max_steps"), what, "keep one of them")
-    if train.global_batch % train.micro_batch:
-        below = train.global_batch // train.micro_batch * train.micro_batch
-        near = f"{below} or {below + train.micro_batch}" if below else str(train.micro_batch)
-        what = f"is {train.global_batch}, which is no multiple of train.micro_batch ({train.micro_batch})"
-        yield Cross(("train.global_batch", "train.micro_batch"), what, f"use {near}")
-    if warmup >= 1 and warmup != int(warmup):
-        yield Cross(("optim.warmup",), f"is {warmup}: from 1 on it counts whole steps", f"use {round(warmup)}")
-    if train.max_steps is not None and warmup >= 1 and warmup >= train.max_steps:
-        what = f"is {warmup:g} steps, and train.max_steps is {train.max_steps}: the peak is never held"
-        yield Cross(("optim.warmup", "train.max_steps"), what, "use a share below 1, such as 0.03")
-    if train.eval_every > 0 and cfg.data.validation is None and cfg.data.validation_share == 0:
-        what = f"is {train.eval_every}, but data.validation_share is 0 and there is no data.validation to measure on"
-        fix = "set train.eval_every to 0, or give held-out rows"
-        yield Cross(("train.eval_every", "data.validation_share", "data.validation"), what, fix)
-
-
-def _save_pairs(cfg: RunConfig) -> Iterator[Cross]:
-    if not cfg.save.folder.strip():
-        yield Cross(("save.folder",), "is empty", "name a folder, such as runs/{name}")
-    other = [name for name in re.findall(r"\{([^}]*)\}", cfg.save.folder) if name != "name"]
-    if other:
-        yield Cross(("save.folder",), f"has the placeholder {{{other[0]}}}", "only {name} is filled in")
-    if "/" in cfg.name or cfg.name in (".", ".."):
-        yield Cross(("name",), f"is {cfg.name!r}, which cannot name a folder", "leave out the slash")

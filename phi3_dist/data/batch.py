@@ -17,11 +17,13 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from phi3_dist.data.pack.packs import Packs, make_packs
-from phi3_dist.data.prepare import Prepared, prepare
-from phi3_dist.data.token_rows import TokenRows
+from phi3_dist.data.pack.packs import Packs
 
-__all__ = ["Order", "PackedBatch", "Packs", "Prepared", "TokenRows", "assemble", "make_packs", "prepare"]
+__all__ = [
+    "Order",
+    "PackedBatch",
+    "assemble",
+]
 
 
 @lru_cache(maxsize=4)

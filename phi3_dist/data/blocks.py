@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phi3_dist.config.schema import DataConfig
+from phi3_dist.data.read.file_types import form_of
 from phi3_dist.data.read.notices import held_out_notice, seen_notices
-from phi3_dist.data.read.raw_rows import form_of, line_blocks, rows_of_lines
+from phi3_dist.data.read.raw_rows import line_blocks, rows_of_lines
 from phi3_dist.data.read.row_formats import BadRow, Chat, Format, RowReader
 from phi3_dist.data.read.sources import (
     Source,

@@ -32,7 +32,7 @@ from phi3_dist.errors import ConfigError, Phi3DistError, Problem, RunFolderError
 from phi3_dist.machine.probe import cpu_count
 
 if TYPE_CHECKING:
-    from phi3_dist.data.read.sources import Chat
+    from phi3_dist.data.read.row_formats import Chat
     from phi3_dist.demo.score import Score
 
 REPO = Path(__file__).resolve().parents[2]

@@ -19,9 +19,13 @@ from phi3_dist.planning.launch_rules import CPU_LAUNCH, launch_problems, zero_fi
 from phi3_dist.planning.layer_passes import choose_compile, choose_kernels, why_not_triton
 from phi3_dist.planning.loss import choose_loss, why_not_liger
 from phi3_dist.planning.memory import Term, Workload, adapter_parameters, fits, memory_terms, total_gib
-from phi3_dist.planning.support import STRATEGIES, No, Yes, support, support_adapter, support_fp8, support_optimizer
+from phi3_dist.planning.support import No, Yes, support, support_adapter, support_fp8, support_optimizer
 
-__all__ = ["MachineFacts", "LaunchFacts", "Choice", "RunPlan", "make_plan", "check_reality", "STRATEGIES"]
+__all__ = [
+    "RunPlan",
+    "make_plan",
+    "check_reality",
+]
 
 
 @dataclass(frozen=True)

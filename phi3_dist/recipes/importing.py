@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from rich.table import Table
 from rich.text import Text
 
-from phi3_dist.config.mistakes import cross_checks, explain
+from phi3_dist.config.cross_checks import cross_checks
+from phi3_dist.config.mistakes import explain
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.config.starter import FILL_IN_ROWS
 from phi3_dist.config.unsafe_texts import text_faults
@@ -30,7 +31,7 @@ from phi3_dist.recipes.rules_data_sets import tell_nested
 from phi3_dist.recipes.rules_joint import SETTLED, settle
 from phi3_dist.recipes.rules_trainer import UNSLOTH_DEFAULTS
 
-__all__ = ["FILL_IN_MODEL", "Finding", "Imported", "findings_table", "import_run"]
+__all__ = ["FILL_IN_MODEL", "Imported", "findings_table", "import_run"]
 
 FILL_IN_MODEL = "FILL_IN_base_model"
 _REQUIRED: Mapping[str, Any] = {"model.source": FILL_IN_MODEL, "data.train": FILL_IN_ROWS}

@@ -30,8 +30,9 @@ from phi3_dist.modeling.loss import Kernel, PackedLoss
 from phi3_dist.modeling.new_tokens import token_rows, whole_tables
 from phi3_dist.modeling.passes import BY_HAND, compiled_passes, kernel_passes
 from phi3_dist.modeling.rope import Regime, pin_longrope, regime_for
-from phi3_dist.planning.plan import Choice, RunPlan
-from phi3_dist.training.engines.engine import shard_fsdp2
+from phi3_dist.planning.facts import Choice
+from phi3_dist.planning.plan import RunPlan
+from phi3_dist.training.engines.fsdp2 import shard_fsdp2
 from phi3_dist.training.runtime import Runtime, is_fsdp
 
 __all__ = ["adapter_values", "build_model"]

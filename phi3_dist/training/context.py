@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.data.batch import Order, Packs, Prepared
+from phi3_dist.data.batch import Order
+from phi3_dist.data.pack.packs import Packs
+from phi3_dist.data.prepare import Prepared
 from phi3_dist.modeling.base import Base
 from phi3_dist.modeling.lora import Counts
-from phi3_dist.planning.plan import Choice, RunPlan
+from phi3_dist.planning.facts import Choice
+from phi3_dist.planning.plan import RunPlan
 from phi3_dist.training.engines.engine import Engine
 from phi3_dist.training.evaluate import HeldOut
 from phi3_dist.training.monitor.metrics import Metrics

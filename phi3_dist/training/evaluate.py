@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phi3_dist.data.batch import Packs
+from phi3_dist.data.pack.packs import Packs
 from phi3_dist.modeling.loss import PackedLoss, plain_head
 from phi3_dist.training.engines.engine import Engine
 from phi3_dist.training.runtime import Runtime

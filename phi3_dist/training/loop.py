@@ -20,16 +20,17 @@ from phi3_dist.adapters.files import AdapterReceipt, save_adapter
 from phi3_dist.adapters.loading import rows_fact
 from phi3_dist.config.load import flatten, resolved_yaml
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.data.batch import Prepared, prepare
-from phi3_dist.data.prepare import Progress
+from phi3_dist.data.prepare import Prepared, Progress, prepare
 from phi3_dist.errors import DataError, Problem, RunFolderError
+from phi3_dist.machine.storage import cache_folder
 from phi3_dist.modeling.base import Base, find_base, meta_model
 from phi3_dist.modeling.lora import count_parameters, peft_config
 from phi3_dist.modeling.new_tokens import enlarged, new_token_ids
 from phi3_dist.modeling.rope import pinned_regime
 from phi3_dist.modeling.tokenizer import load_tokenizer
 from phi3_dist.modeling.weights_watch import WeightsWatch
-from phi3_dist.planning.plan import Choice, LaunchFacts, MachineFacts, RunPlan, make_plan
+from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
+from phi3_dist.planning.plan import RunPlan, make_plan
 from phi3_dist.training.build import adapter_values, build_model
 from phi3_dist.training.checkpoints.files import Checkpoint, read_state
 from phi3_dist.training.checkpoints.identity import base_fingerprint, identity, order_of, steps_of
@@ -55,14 +56,14 @@ from phi3_dist.training.monitor.time_left import Outlook
 from phi3_dist.training.monitor.trackers import finish_trackers, start_trackers
 from phi3_dist.training.monitor.transcript import Transcript
 from phi3_dist.training.plan_proof import prove_start
-from phi3_dist.training.run_folder import RunFolder, cache_folder, versions
+from phi3_dist.training.run_folder import RunFolder, versions
 from phi3_dist.training.run_steps import run_steps
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.same_on_all_ranks import agree
 from phi3_dist.training.shared_init import adapter_start
-from phi3_dist.training.signals import EXIT_STOPPED, StopFlag, exit_code_of, state_of_stop
+from phi3_dist.training.signals import StopFlag, exit_code_of, state_of_stop
 
-__all__ = ["EXIT_STOPPED", "TrainResult", "find_model", "prepare_rows", "train"]
+__all__ = ["TrainResult", "find_model", "prepare_rows", "train"]
 
 
 @dataclass(frozen=True)

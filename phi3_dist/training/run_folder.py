@@ -18,7 +18,7 @@ from typing import Any
 from phi3_dist.errors import Phi3DistError, Problem, RunFolderError
 from phi3_dist.machine.cluster import slurm_facts
 from phi3_dist.machine.processes import who
-from phi3_dist.machine.storage import NO_LOCKS, cache_folder, storage_fault
+from phi3_dist.machine.storage import NO_LOCKS, storage_fault
 from phi3_dist.machine.terminal import lost_lines
 from phi3_dist.training.run_folder_contents import (
     LOCK,
@@ -36,7 +36,7 @@ from phi3_dist.training.run_folder_contents import (
 from phi3_dist.training.signals import Stopped, state_of_stop
 from phi3_dist.version import __version__
 
-__all__ = ["PACKAGES", "RunFolder", "cache_folder", "versions"]
+__all__ = ["PACKAGES", "RunFolder", "versions"]
 
 PACKAGES = (
     "torch",

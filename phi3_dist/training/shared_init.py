@@ -15,7 +15,7 @@ from torch import Tensor
 
 from phi3_dist.adapters.disk import write_tensors
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.data.batch import Packs
+from phi3_dist.data.pack.packs import Packs
 from phi3_dist.errors import Problem, RunFolderError, TrainingError
 from phi3_dist.modeling.base import Base
 from phi3_dist.modeling.lora import Adapted, adapted, peft_config

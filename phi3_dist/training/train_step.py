@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from phi3_dist.config.schema import OptimConfig
-from phi3_dist.data.batch import Order, Packs, assemble
+from phi3_dist.data.batch import Order, assemble
+from phi3_dist.data.pack.packs import Packs
 from phi3_dist.training.engines.engine import Engine
 from phi3_dist.training.runtime import Runtime
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi3_dist.modeling.attention.backend import KERNELS, Documents, Settings, backends
+from phi3_dist.modeling.attention.backend import backends
+from phi3_dist.modeling.attention.documents import Documents, Settings
+from phi3_dist.modeling.attention.kernels import KERNELS
 
 pytestmark = pytest.mark.gpu
 

@@ -45,9 +45,9 @@ STEPS = "run_steps"
 DURING = {
     "a step": f"{STEPS}.train_step",
     "an evaluation": f"{STEPS}.held_out_loss",
-    "a checkpoint": "saving.write_checkpoint",
+    "a checkpoint": "checkpoints.saver.write_checkpoint",
 }
-AFTER = {"the adapter": "loop.save_adapter", "the end": "folder.RunFolder.record_exit"}
+AFTER = {"the adapter": "loop.save_adapter", "the end": "run_folder.RunFolder.record_exit"}
 NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 

@@ -8,16 +8,10 @@ from torch import nn
 from transformers import Phi3ForCausalLM
 
 from phi3_dist.errors import ModelError
-from phi3_dist.modeling.attention.backend import (
-    KERNELS,
-    Documents,
-    Settings,
-    attend,
-    kernel_name,
-    packed_sdpa,
-    use_backend,
-)
+from phi3_dist.modeling.attention.backend import attend, kernel_name, packed_sdpa, use_backend
+from phi3_dist.modeling.attention.documents import Documents, Settings
 from phi3_dist.modeling.attention.flex import block_mask
+from phi3_dist.modeling.attention.kernels import KERNELS
 from phi3_dist.planning.attention import BACKENDS, backends, choose_backend, choose_deterministic
 from tests.small_models import small_phi3
 
@@ -180,10 +174,10 @@ def test_varlen_gets_grouped_heads_in_the_way_it_takes_them(gqa: bool, monkeypat
         seen.update(kv_heads=k.shape[1], window=window_size, **more)
         return KERNELS["sdpa"](q, k, v, Documents((5, 3)), Settings(scale, window_size[0] + 1))
 
-    from phi3_dist.modeling.attention.backend import backend as attention
+    from phi3_dist.modeling.attention import kernels
 
     names = frozenset({"scale", "window_size", *(["enable_gqa"] if gqa else [])})
-    monkeypatch.setattr(attention, "varlen_arguments", lambda: names)
+    monkeypatch.setattr(kernels, "varlen_arguments", lambda: names)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
     q, k, v = (torch.randn(8, n, 16, dtype=torch.bfloat16) for n in (4, 2, 2))
     out = KERNELS["varlen"](q, k, v, Documents((5, 3)), Settings(0.25, 4))
@@ -193,7 +187,7 @@ def test_varlen_gets_grouped_heads_in_the_way_it_takes_them(gqa: bool, monkeypat
 
 def test_deterministic_backward_is_asked_for_in_that_node_alone() -> None:
     """torch's kernels look at a global while they run: it is on for attention's own backward and for nothing else."""
-    from phi3_dist.modeling.attention.backend import _deterministic_backward
+    from phi3_dist.modeling.attention.kernels import _deterministic_backward
 
     class Look(torch.autograd.Function):
         @staticmethod

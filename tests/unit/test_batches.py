@@ -19,11 +19,15 @@ from rich.console import Console
 
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data import blocks as stream
-from phi3_dist.data.batch import Order, Packs, TokenRows, assemble, make_packs, prepare
-from phi3_dist.data.cache.prune import block_files as parts
-from phi3_dist.data.read.sources import Chat, Message
+from phi3_dist.data.batch import Order, assemble
+from phi3_dist.data.cache import block_files as parts
+from phi3_dist.data.pack.packs import Packs, make_packs
+from phi3_dist.data.prepare import prepare
+from phi3_dist.data.read.row_formats import Chat
+from phi3_dist.data.read.turns import Message
 from phi3_dist.data.render.encode import Encoded, encode_chats
 from phi3_dist.data.show import length_table, render_rows, show
+from phi3_dist.data.token_rows import TokenRows
 from phi3_dist.errors import DataError
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from phi3_dist.cli import app
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.batch import prepare
 from phi3_dist.data.cache.prune import cached, computed_starts, prune
+from phi3_dist.data.prepare import prepare
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, Phi3ForCausalLM
 
-from phi3_dist.data.read.sources import Chat, Message
+from phi3_dist.data.read.row_formats import Chat
+from phi3_dist.data.read.turns import Message
 from phi3_dist.data.render.encode import encode_chats
 from phi3_dist.data.render.template_probe import ChatFormat
 from phi3_dist.demo import base

@@ -15,12 +15,12 @@ from rich.console import Console
 
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.batch import make_packs, prepare
-from phi3_dist.data.pack.packs import evenly
+from phi3_dist.data.pack.packs import evenly, make_packs
+from phi3_dist.data.prepare import prepare
 from phi3_dist.data.token_rows import TokenRows
 from phi3_dist.machine.probe import probe
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
-from phi3_dist.planning.plan import LaunchFacts, MachineFacts
+from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.training import evaluate, loop
 from phi3_dist.training.evaluate import joined_packs
 from phi3_dist.training.monitor import metrics as metrics_module

@@ -17,7 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from phi3_dist.config.load import load_run
 from phi3_dist.errors import ModelError
 from phi3_dist.machine.probe import probe
-from phi3_dist.planning.plan import LaunchFacts
+from phi3_dist.planning.facts import LaunchFacts
 from phi3_dist.report.curves import draw_curves
 from phi3_dist.report.page import write_page
 from phi3_dist.training import loop

@@ -10,8 +10,8 @@ import datasets
 import pytest
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.batch import prepare
 from phi3_dist.data.blocks import read_chats
+from phi3_dist.data.prepare import prepare
 from phi3_dist.data.read.sources import HubSet, split_notices
 from phi3_dist.data.show import show
 from phi3_dist.errors import DataError

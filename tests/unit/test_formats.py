@@ -16,9 +16,10 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.batch import prepare
 from phi3_dist.data.blocks import read_chats
-from phi3_dist.data.read.row_formats import TEXT, BadRow, Chat, Message, RowReader
+from phi3_dist.data.prepare import prepare
+from phi3_dist.data.read.row_formats import BadRow, Chat, RowReader
+from phi3_dist.data.read.turns import TEXT, Message
 from phi3_dist.data.render.encode import document_end
 from phi3_dist.data.show import show
 from phi3_dist.errors import DataError

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from phi3_dist.adapters.files import read_adapter, write_adapter
+from phi3_dist.adapters.files import write_adapter
+from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.batch import Prepared, prepare
+from phi3_dist.data.prepare import Prepared, prepare
 from phi3_dist.errors import AdapterError, DataError, RunFolderError
 from phi3_dist.modeling.base import Base, find_base
 from phi3_dist.modeling.tokenizer import tiny_tokenizer

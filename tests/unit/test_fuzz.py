@@ -26,11 +26,12 @@ from rich.cells import cell_len
 from rich.console import Console
 from transformers import Phi3ForCausalLM
 
-from phi3_dist.adapters.files import read_adapter, write_adapter
+from phi3_dist.adapters.files import write_adapter
+from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.config.load import load_run, resolved_yaml
 from phi3_dist.config.schema import DataConfig, RunConfig
 from phi3_dist.config.starter import first_run_file
-from phi3_dist.data.batch import prepare
+from phi3_dist.data.prepare import prepare
 from phi3_dist.errors import Phi3DistError
 from phi3_dist.machine.doctor import extensions_root
 from phi3_dist.machine.launch_request import LaunchRequest, read_command_line

@@ -13,8 +13,8 @@ from peft import PeftModel
 from rich.console import Console
 
 from phi3_dist.config.schema import DataConfig, LoraConfig
-from phi3_dist.data.batch import prepare
 from phi3_dist.data.blocks import read_chats
+from phi3_dist.data.prepare import prepare
 from phi3_dist.demo.chats import make_rows, write_rows
 from phi3_dist.demo.score import Score, exact_match, perplexity, samples, score, side_by_side
 from phi3_dist.modeling.attention.backend import use_backend

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from phi3_dist.adapters.files import read_adapter
+from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.cli import app
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import OptimConfig

@@ -18,7 +18,8 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.config.starter import FILL_IN_ROWS
 from phi3_dist.errors import ConfigError
 from phi3_dist.recipes import dialects
-from phi3_dist.recipes.importing import FILL_IN_MODEL, Finding, Imported, findings_table, import_run
+from phi3_dist.recipes.draft import Finding
+from phi3_dist.recipes.importing import FILL_IN_MODEL, Imported, findings_table, import_run
 from phi3_dist.recipes.rules import ALIASES, RULES, UNSUPPORTED, fused_targets
 from phi3_dist.recipes.rules_joint import SETTLED
 

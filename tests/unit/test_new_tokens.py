@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import Phi3ForCausalLM
 
-from phi3_dist.adapters.files import read_adapter, read_metadata, save_adapter
+from phi3_dist.adapters.files import save_adapter
 from phi3_dist.adapters.gather import gather_adapter
 from phi3_dist.adapters.loading import load_adapter, rows_fact
+from phi3_dist.adapters.reading import read_adapter, read_metadata
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import DataConfig, LoraConfig, RunConfig
-from phi3_dist.data.batch import prepare
+from phi3_dist.data.prepare import prepare
 from phi3_dist.errors import AdapterError, ConfigError, DataError, ModelError, PlanError
 from phi3_dist.family.variants import Shape
 from phi3_dist.modeling.base import Base, find_base, load_full, load_quantized, tiny_config

@@ -25,8 +25,8 @@ from phi3_dist.config.schema import DataConfig
 from phi3_dist.data import blocks as stream
 from phi3_dist.data import prepare
 from phi3_dist.data.blocks import Block
-from phi3_dist.data.cache.prune import array_folders as store
-from phi3_dist.data.cache.prune import block_files as parts
+from phi3_dist.data.cache import array_folders as store
+from phi3_dist.data.cache import block_files as parts
 from phi3_dist.data.pack.packs import PackList
 from phi3_dist.data.prepare import Prepared
 from phi3_dist.data.render.encode import Encoded
@@ -136,7 +136,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.cache.prune import block_files as parts
+from phi3_dist.data.cache import block_files as parts
 from phi3_dist.data import blocks as stream
 from phi3_dist.data.prepare import prepare
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
@@ -344,7 +344,7 @@ AT_ONCE = """
 import json, sys, time
 from pathlib import Path
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.cache.prune import block_files as parts
+from phi3_dist.data.cache import block_files as parts
 from phi3_dist.data import blocks as stream
 from phi3_dist.data.prepare import prepare
 from phi3_dist.modeling.tokenizer import tiny_tokenizer

@@ -18,11 +18,11 @@ import pyarrow.parquet
 import pytest
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.batch import prepare
 from phi3_dist.data.blocks import read_chats
+from phi3_dist.data.prepare import prepare
 from phi3_dist.data.read import raw_rows as readers
+from phi3_dist.data.read.file_types import kind_of
 from phi3_dist.data.read.json_array import array_elements
-from phi3_dist.data.read.raw_rows import kind_of
 from phi3_dist.errors import DataError
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 

@@ -17,7 +17,8 @@ from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.lora.eva import get_eva_state_dict
 from transformers import Phi3ForCausalLM
 
-from phi3_dist.adapters.files import read_metadata, save_adapter
+from phi3_dist.adapters.files import save_adapter
+from phi3_dist.adapters.reading import read_metadata
 from phi3_dist.config.schema import LoraConfig, OptimConfig, RunConfig
 from phi3_dist.errors import DataError, ModelError, TrainingError
 from phi3_dist.family.variants import Shape
@@ -26,7 +27,8 @@ from phi3_dist.modeling.lora import Adapted, adapted, add_lora, fill_adapter, pe
 from phi3_dist.modeling.lora_init import eva_start, loftq_start, pissa_start, saved_names, take_out
 from phi3_dist.planning.memory import adapter_parameters
 from phi3_dist.training.checkpoints.identity import identity
-from phi3_dist.training.engines.engine import _set_lr, make_optimizer
+from phi3_dist.training.engines.engine import _set_lr
+from phi3_dist.training.engines.optimizer import make_optimizer
 from phi3_dist.training.shared_init import START_FILE, adapter_start
 
 IDS = torch.randint(0, 300, (1, 24), generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,9 @@ import pytest
 
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.blocks import read_chats
-from phi3_dist.data.read.sources import BadRow, Chat, Message, prompt_share
+from phi3_dist.data.read.row_formats import BadRow, Chat
+from phi3_dist.data.read.sources import prompt_share
+from phi3_dist.data.read.turns import Message
 from phi3_dist.errors import DataError
 
 

@@ -14,7 +14,7 @@ import pytest
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data import prepare as preparing
-from phi3_dist.data.batch import prepare
+from phi3_dist.data.prepare import prepare
 from phi3_dist.errors import DataError, MachineError, RunFolderError
 from phi3_dist.machine import doctor
 from phi3_dist.machine.launch_request import read_command_line

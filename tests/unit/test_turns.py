@@ -11,8 +11,8 @@ import pytest
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.blocks import Totals, blocks_of, encode_blocks_of, read_chats
 from phi3_dist.data.read import turns
-from phi3_dist.data.read.row_formats import BadRow, Chat, Message, RowReader
-from phi3_dist.data.read.turns import Rules
+from phi3_dist.data.read.row_formats import BadRow, Chat, RowReader
+from phi3_dist.data.read.turns import Message, Rules
 from phi3_dist.data.render.encode import encode_chats
 from phi3_dist.data.render.template_probe import ChatFormat
 from phi3_dist.errors import DataError

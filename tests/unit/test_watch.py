@@ -19,7 +19,7 @@ from phi3_dist.machine.probe import probe
 from phi3_dist.modeling.base import find_base, load_full, tiny_config
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 from phi3_dist.modeling.weights_watch import WeightsWatch
-from phi3_dist.planning.plan import LaunchFacts
+from phi3_dist.planning.facts import LaunchFacts
 from phi3_dist.training import loop, run_steps
 from phi3_dist.training import train_step as step
 from phi3_dist.training.checkpoints import identity as resume

@@ -34,8 +34,6 @@ from phi3_dist.errors import AdapterError, Problem
 from phi3_dist.family.variants import LINEARS, Shape
 
 __all__ = [
-    "Kind",
-    "Layer",
     "peft_from_loralib",
     "loralib_from_peft",
     "mark_only_lora_as_trainable",

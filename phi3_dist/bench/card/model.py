@@ -27,8 +27,9 @@ from phi3_dist.errors import PlanError
 from phi3_dist.machine.probe import probe
 from phi3_dist.modeling.base import Base
 from phi3_dist.modeling.weights import Weights
+from phi3_dist.planning.facts import LaunchFacts
 from phi3_dist.planning.memory import total_gib
-from phi3_dist.planning.plan import LaunchFacts, RunPlan, make_plan
+from phi3_dist.planning.plan import RunPlan, make_plan
 from phi3_dist.training.build import build_model
 from phi3_dist.training.engines.engine import make_engine
 from phi3_dist.training.runtime import Runtime, start_runtime

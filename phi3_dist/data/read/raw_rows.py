@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import IO
 
 from phi3_dist.data.read.arrow_tables import Rows, WantedColumns, arrow_files, arrow_rows, parquet_rows
-from phi3_dist.data.read.file_types import KINDS, LONGEST_ROW, Form, bounded_lines, form_of, kind_of, opened
+from phi3_dist.data.read.file_types import LONGEST_ROW, Form, bounded_lines, form_of, opened
 from phi3_dist.data.read.json_array import array_elements, objects
 from phi3_dist.data.read.printable import clipped
 from phi3_dist.data.read.row_formats import BadRow
 from phi3_dist.errors import DataError, Problem
 
-__all__ = ["KINDS", "arrow_folder", "content_hash", "form_of", "kind_of", "line_blocks", "raw_rows", "rows_of_lines"]
+__all__ = ["arrow_folder", "content_hash", "line_blocks", "raw_rows", "rows_of_lines"]
 
 _JSON_BYTES = 2**20
 _UTF8 = b"\xef\xbb\xbf"

@@ -36,7 +36,7 @@ from phi3_dist.data.read.turns import (
     text_of,
 )
 
-__all__ = ["TEXT", "BadRow", "Chat", "Format", "Message", "RowReader", "meant_columns", "unfit_columns"]
+__all__ = ["BadRow", "Chat", "Format", "RowReader", "meant_columns", "unfit_columns"]
 
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 _REQUIRED: dict[Format, tuple[str, ...]] = {

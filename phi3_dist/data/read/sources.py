@@ -21,11 +21,11 @@ from phi3_dist.data.read.arrow_tables import hub_rows
 from phi3_dist.data.read.file_types import KINDS, Form, kind_of
 from phi3_dist.data.read.printable import clipped
 from phi3_dist.data.read.raw_rows import arrow_folder, arrow_splits, raw_rows
-from phi3_dist.data.read.row_formats import BadRow, Chat, Message, RowReader, meant_columns, unfit_columns
+from phi3_dist.data.read.row_formats import BadRow, Chat, RowReader, meant_columns, unfit_columns
 from phi3_dist.data.read.split_files import files_of, left_out
 from phi3_dist.errors import DataError, Problem, plain
 
-__all__ = ["BadRow", "Chat", "HubSet", "Message", "located", "problems_of", "prompt_share"]
+__all__ = ["HubSet", "located", "problems_of", "prompt_share"]
 
 SHOWN_AT_MOST = 20
 GROUPED_FROM = 5

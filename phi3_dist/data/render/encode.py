@@ -22,8 +22,9 @@ import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 
-from phi3_dist.data.read.row_formats import TEXT, Message
-from phi3_dist.data.read.sources import BadRow, Chat, problems_of
+from phi3_dist.data.read.row_formats import BadRow, Chat
+from phi3_dist.data.read.sources import problems_of
+from phi3_dist.data.read.turns import TEXT, Message
 from phi3_dist.data.render.fast_template import Renderer
 from phi3_dist.data.render.template_probe import ChatFormat, unfit
 from phi3_dist.errors import DataError

@@ -1,4 +1,4 @@
-"""flex attention over packed documents, from their boundaries alone. See attention.py.
+"""flex attention over packed documents, from their boundaries alone. One of `kernels.KERNELS`.
 
 Shapes: T tokens of a pack, N query heads, K key/value heads, D head size.
 """
@@ -6,14 +6,13 @@ Shapes: T tokens of a pack, N query heads, K key/value heads, D head size.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from phi3_dist.modeling.attention.backend import Documents, Settings
+from phi3_dist.modeling.attention.documents import Documents, Settings
 
 __all__ = ["block_mask", "flex"]
 

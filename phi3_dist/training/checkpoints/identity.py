@@ -15,7 +15,9 @@ from phi3_dist.adapters.disk import file_sha256
 from phi3_dist.adapters.reading import WEIGHTS
 from phi3_dist.config.load import flatten
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.data.batch import Order, Packs, Prepared
+from phi3_dist.data.batch import Order
+from phi3_dist.data.pack.packs import Packs
+from phi3_dist.data.prepare import Prepared
 from phi3_dist.errors import ModelError, Problem, RunFolderError, TrainingError
 from phi3_dist.machine.file_state import state_of
 from phi3_dist.modeling.base import Base

@@ -18,7 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from phi3_dist.adapters.select import choose
 from phi3_dist.errors import Problem, TrainingError
-from phi3_dist.training.engines.engine import DeepSpeedEngine, Engine, trained
+from phi3_dist.training.engines.engine import DeepSpeedEngine, Engine
+from phi3_dist.training.engines.optimizer import trained
 from phi3_dist.training.engines.zero_state import (
     MOMENTS,
     export_tensor,
@@ -28,7 +29,7 @@ from phi3_dist.training.engines.zero_state import (
     step_count,
 )
 
-__all__ = ["BLOCKS", "MOMENTS", "export_state", "import_state", "unrounded_adapter"]
+__all__ = ["BLOCKS", "export_state", "import_state", "unrounded_adapter"]
 
 BLOCKS = ("state1", "absmax1", "state2", "absmax2")
 """An 8-bit moment of bitsandbytes: a byte for each value, and the float32 maximum of each block. The table that gives

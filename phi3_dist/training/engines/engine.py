@@ -8,26 +8,19 @@ gives back their global norm before clipping. Where that norm is not finite no u
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from phi3_dist.config.schema import OptimConfig
-from phi3_dist.errors import MachineError, Problem, TrainingError
+from phi3_dist.errors import Problem, TrainingError
 from phi3_dist.modeling.loss import PackedLoss
+from phi3_dist.training.engines.optimizer import make_optimizer, set_lr, trained
 from phi3_dist.training.engines.zero_state import set_tensors
 from phi3_dist.training.runtime import Runtime, is_deepspeed, is_fsdp
 
-__all__ = ["DeepSpeedEngine", "Engine", "TorchEngine", "make_engine", "make_optimizer", "shard_fsdp2", "trained"]
-
-
-def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The trained parameters, by the name that no wrapper changes."""
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            yield ("base_model." + name.split("base_model.", 1)[1] if "base_model." in name else name), param
+__all__ = ["DeepSpeedEngine", "Engine", "TorchEngine", "make_engine"]
 
 
 class Engine(Protocol):
@@ -42,47 +35,6 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None: ...
 
     def update(self, lr: float) -> Tensor: ...
-
-
-def make_optimizer(
-    model: nn.Module, cfg: OptimConfig, device: torch.device, plus_ratio: float = 1.0
-) -> torch.optim.Optimizer:
-    """AdamW over the trainable tensors, fused where the device has it. Vectors (biases, magnitudes) do not decay.
-
-    LoRA+: B is a group of its own, whose learning rate is always `plus_ratio` times the others'.
-    """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    trainable = [p for _, p in named]
-    faster = [p for name, p in named if ".lora_B." in name] if plus_ratio != 1 else []
-    apart = {id(p) for p in faster}
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.ndim > 1 and id(p) not in apart], "weight_decay": cfg.weight_decay},
-        {"params": faster, "weight_decay": cfg.weight_decay, "lr_ratio": plus_ratio},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
-    options: dict[str, Any] = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps}
-    if cfg.name == "adamw":
-        fused = all(p.device.type == device.type == "cuda" for p in trainable)  # FSDP2's offload keeps them on the host
-        return torch.optim.AdamW(groups, fused=fused, **options)
-    try:
-        import bitsandbytes as bnb
-    except ImportError as error:
-        raise MachineError(
-            Problem("optim.name", f"{cfg.name} is bitsandbytes', which is not installed", "pip install bitsandbytes")
-        ) from error
-    kinds = {
-        "adamw_8bit": bnb.optim.AdamW8bit,
-        "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
-        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
-    }
-    optimizer: torch.optim.Optimizer = kinds[cfg.name](groups, **options)
-    return optimizer
-
-
-def _set_lr(optimizer: Any, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_ratio", 1.0)
 
 
 class TorchEngine:
@@ -109,7 +61,7 @@ class TorchEngine:
         norm: Any = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm or float("inf"))
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
-        _set_lr(self.optimizer, lr)
+        set_lr(self.optimizer, lr)
         # the norm is the same on every rank: gradients are summed before they are measured
         if self.fused:  # the kernel itself leaves all as it was, and the host needn't wait for the norm
             optimizer: Any = self.optimizer
@@ -136,7 +88,7 @@ class DeepSpeedEngine:
         self.model.backward(loss * self.scale)
 
     def update(self, lr: float) -> Tensor:
-        _set_lr(self.optimizer, lr)
+        set_lr(self.optimizer, lr)
         self.model.step()
         norm = self.model.get_global_grad_norm()
         value = float(norm) if norm is not None else float("nan")
@@ -145,28 +97,6 @@ class DeepSpeedEngine:
             what = f"the gradient norm is {value}, and DeepSpeed has made the update all the same"
             raise TrainingError(Problem("optimizer", what, "go on from the last checkpoint with --resume"))
         return torch.tensor(value, dtype=torch.float64)
-
-
-def shard_fsdp2(model: PackedLoss, runtime: Runtime) -> PackedLoss:
-    """`fully_shard` each decoder layer and then the rest, in place. The same call on CPU (gloo) and GPU (NCCL).
-
-    Accelerate's own FSDP2 path is not used: on a CPU it silently shards nothing, and one path that the tests start for
-    real is worth more than two of which one never runs here.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-
-    mesh = init_device_mesh(runtime.device.type, (runtime.world,))
-    policy = MixedPrecisionPolicy(
-        param_dtype=runtime.dtype if runtime.plan.precision == "bf16" else None, reduce_dtype=torch.float32
-    )
-    offload: OffloadPolicy = CPUOffloadPolicy() if runtime.plan.strategy.endswith("offload") else OffloadPolicy()
-    inner: Any = model.model
-    causal_lm = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    for layer in causal_lm.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    return model
 
 
 def _wrap_ddp(model: nn.Module, runtime: Runtime) -> nn.Module:
