@@ -150,7 +150,7 @@ def _ours(strategy: str, folder: Path) -> Load:
     from phi3_dist.training.build import build_model
 
     cfg, runtime = start(strategy, folder)
-    return measured_load(runtime, lambda: build_model(cfg, find_base(str(folder)), runtime, longest_row=64))[1]
+    return measured_load(runtime, lambda: build_model(cfg, find_base(str(folder)), runtime, longest_row=64).model)[1]
 
 
 def _peer(strategy: str, folder: Path) -> Load:

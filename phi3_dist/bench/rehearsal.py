@@ -223,7 +223,7 @@ def rehearse(cfg: RunConfig, config: Any, strategy: str, *, world: int) -> Repor
         zero = launch_of(strategy, world).zero_settings
         runtime = start_runtime(plan, zero, max_grad_norm=cfg.optim.max_grad_norm, trackers=(), folder=scratch)
         length = cfg.data.pack_length
-        model = build_model(cfg, base, runtime, longest_row=length)
+        model = build_model(cfg, base, runtime, longest_row=length).model
         layers: nn.ModuleList = model.causal_lm.model.layers
         watch.watch_layer(layers[len(layers) // 2 - 1])
         engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)

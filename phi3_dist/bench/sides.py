@@ -229,8 +229,8 @@ class Stand:
         plan = make_plan(cfg, probe(use_cpu=use_cpu), launch, family_or_shape=base.config.to_dict())
         self.runtime = start_runtime(plan, zero, max_grad_norm=cfg.optim.max_grad_norm, trackers=(), folder=folder)
         self.meter = Meter(cuda=not use_cpu)
-        self.model = build_model(cfg, base, self.runtime, longest_row=longest_row)
-        self.choices = (*plan.choices, *self.model.choices)
+        built = build_model(cfg, base, self.runtime, longest_row=longest_row)
+        self.model, self.choices = built.model, (*plan.choices, *built.choices)
         self.engine = make_engine(self.model, self.runtime, cfg.optim)
         self.meter.count_weights(self.model)
         self.world, self.next_step = world, 0

@@ -141,7 +141,7 @@ def prepare_run(
     from phi3_dist.machine.storage import cache_folder
     from phi3_dist.training.checkpoints.identity import base_fingerprint
     from phi3_dist.training.early_checks import check_trackers
-    from phi3_dist.training.loop import find_model, prepare_rows
+    from phi3_dist.training.inputs import find_model, prepare_rows
 
     cache = cache_folder(cfg.data.cache)
     check_trackers(cfg.log, rank=1)  # the key may lie on the node that trains

@@ -8,7 +8,7 @@ Shapes: T tokens of a pack, S of them followed by a supervised token, C rows of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -186,16 +186,13 @@ class HeadLoss(nn.Module):
 class PackedLoss(nn.Module):
     """The module that is wrapped and sharded: a PEFT model (or a plain one) whose forward gives the loss.
 
-    `choices` is what was decided about the model itself, for the lines at start. With `last_layer_selects` the model
-    takes `predict_S` too and gives those rows alone.
+    With `last_layer_selects` the model takes `predict_S` too and gives those rows alone.
     """
 
     def __init__(self, model: nn.Module, chunk_rows: int | None = None, kernel: Kernel = "chunked") -> None:
         super().__init__()
         self.model = model
         self.head_loss = HeadLoss(chunk_rows, kernel)
-        self.choices: tuple[Choice, ...] = ()
-        self.begun: Mapping[str, Tensor] = {}  # what `lora.init` computed, by saved name
         self.last_layer_selects = False
 
     def loss_choice(self) -> Choice:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,26 @@ from phi3_dist.modeling.lora_init import take_out
 from phi3_dist.modeling.loss import Kernel, PackedLoss
 from phi3_dist.modeling.new_tokens import token_rows, whole_tables
 from phi3_dist.modeling.passes import BY_HAND, compiled_passes, kernel_passes
-from phi3_dist.modeling.rope import Regime, pin_longrope, regime_for
+from phi3_dist.modeling.rope import Regime, pin_longrope, pinned_regime, regime_for
 from phi3_dist.planning.facts import Choice
 from phi3_dist.planning.plan import RunPlan
 from phi3_dist.training.engines.fsdp2 import shard_fsdp2
 from phi3_dist.training.runtime import Runtime, is_fsdp
 
-__all__ = ["adapter_values", "build_model"]
+__all__ = ["Built", "adapter_values", "build_model"]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model that is ready to train, and what was decided and computed on the way."""
+
+    model: PackedLoss
+    choices: tuple[Choice, ...]
+    """What was decided about the model itself, for the lines at start."""
+    lora_init: Mapping[str, torch.Tensor]
+    """What `lora.init` computed, by saved name; empty for the default."""
+    longrope: Regime | None
+    """The factors that the whole run uses; None for a base without LongRoPE."""
 
 
 def _load(cfg: RunConfig, base: Base, runtime: Runtime) -> Any:
@@ -139,7 +153,7 @@ def _fill_shards(model: PackedLoss, base: Base, runtime: Runtime) -> None:
     inner.rotary_emb = type(inner.rotary_emb)(base.config).to(runtime.device)
 
 
-Start = Callable[[Any], dict[str, torch.Tensor]]
+LoraInit = Callable[[Any], dict[str, torch.Tensor]]
 """From the base before LoRA to the tensors that `lora.init` sets (training/shared_init.py)."""
 
 
@@ -150,10 +164,10 @@ def build_model(
     *,
     longest_row: int,
     tokens: int = 0,
-    start_of: Start | None = None,
+    lora_init_of: LoraInit | None = None,
     token_ids: Sequence[int] = (),
-) -> PackedLoss:
-    """The model with its adapter at its start, before DDP or DeepSpeed wrap it; FSDP2 shards are made here.
+) -> Built:
+    """The model with its adapter as it starts, before DDP or DeepSpeed wrap it; FSDP2 shards are made here.
 
     `longest_row` in tokens fixes LongRoPE's regime for the run; `tokens`, all that this rank will train on, are what
     compiling has to pay within. Collective under ZeRO-3 and FSDP2.
@@ -163,22 +177,21 @@ def build_model(
     use_backend(causal_lm, runtime.plan.attention, runtime.device, deterministic=runtime.plan.deterministic)
     if cfg.model.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    start = start_of(causal_lm) if start_of else {}
+    lora_init = lora_init_of(causal_lm) if lora_init_of else {}
     kernel: Kernel = "liger" if runtime.plan.loss == "liger" else "chunked"
     model = PackedLoss(_with_lora(cfg, causal_lm, base, runtime, token_ids), kernel=kernel)
-    model.begun = start
     regime = regime_for(causal_lm.config, longest_row, cfg.model.longrope)
-    model.choices = (*_fused(cfg, model, runtime.plan, tokens), model.loss_choice(), *_rotary(cfg, regime, longest_row))
+    choices = (*_fused(cfg, model, runtime.plan, tokens), model.loss_choice(), *_rotary(cfg, regime, longest_row))
     if is_fsdp(runtime.plan.strategy):
         model = shard_fsdp2(model, runtime)
         if cfg.model.quantization == "none":  # a quantised base is whole, and cut as it is
             _fill_shards(model, base, runtime)
-    if cfg.lora.init.startswith("pissa") and start:
+    if cfg.lora.init.startswith("pissa") and lora_init:
         peft_model: Any = model.model
-        take_out(model, adapted(causal_lm, peft_model.peft_config["default"]), start)
-    fill_adapter(model, cfg.train.seed, values, {**start, **token_rows(base, token_ids)})
+        take_out(model, adapted(causal_lm, peft_model.peft_config["default"]), lora_init)
+    fill_adapter(model, cfg.train.seed, values, {**lora_init, **token_rows(base, token_ids)})
     pin_longrope(causal_lm, longest_row, cfg.model.longrope)
     # a table left on the host is copied, and waited for, in each forward pass
     causal_lm.model.rotary_emb.to(runtime.device)
     model.train()
-    return model
+    return Built(model, choices, lora_init, pinned_regime(model))

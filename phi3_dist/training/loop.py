@@ -1,53 +1,57 @@
-"""The training run: prepare, agree, build, step, save. `train` reads as policy; the pieces live beside it."""
+"""The training run: find, agree, build, step, save. `train` reads as policy; the pieces live beside it.
+
+Read in this order, one step from the command to the update of its weights:
+
+1. this file        what a run does before its first step and after its last
+2. run_steps.py     the steps in their order, what comes between two of them, and what ends them
+3. train_step.py    one step: its packs, forward and backward of each micro batch, one update
+4. engines/engine.py what backward and update mean under each strategy
+
+Then what is asked only once: inputs.py and build.py (before the steps), final_adapter.py (after them), checkpoints/
+(saving and going on) and monitor/ (what the run says about itself).
+"""
 
 from __future__ import annotations
 
 import gc
 import os
 import signal
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
-from phi3_dist.adapters.card import adapter_card
-from phi3_dist.adapters.files import AdapterReceipt, save_adapter
-from phi3_dist.adapters.loading import rows_fact
+from phi3_dist.adapters.files import AdapterReceipt
 from phi3_dist.config.load import flatten, resolved_yaml
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.data.prepare import Prepared, Progress, prepare
-from phi3_dist.errors import DataError, Problem, RunFolderError
+from phi3_dist.errors import RunFolderError
 from phi3_dist.machine.storage import cache_folder
-from phi3_dist.modeling.base import Base, find_base, meta_model
-from phi3_dist.modeling.lora import count_parameters, peft_config
-from phi3_dist.modeling.new_tokens import enlarged, new_token_ids
-from phi3_dist.modeling.rope import pinned_regime
-from phi3_dist.modeling.tokenizer import load_tokenizer
+from phi3_dist.modeling.lora import count_parameters
 from phi3_dist.modeling.weights_watch import WeightsWatch
-from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
+from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.plan import RunPlan, make_plan
-from phi3_dist.training.build import adapter_values, build_model
-from phi3_dist.training.checkpoints.files import Checkpoint, read_state
-from phi3_dist.training.checkpoints.identity import base_fingerprint, identity, order_of, steps_of
-from phi3_dist.training.checkpoints.resume import Beginning, find_beginning
-from phi3_dist.training.checkpoints.saver import Saver
-from phi3_dist.training.checkpoints.state import import_state, unrounded_adapter
-from phi3_dist.training.context import (
-    Stage,
-    announce,
-    card_facts,
+from phi3_dist.training.batch_counts import (
     longest_row,
+    order_of,
+    steps_of,
     steps_of_an_evaluation,
     tokens_of_rank,
 )
+from phi3_dist.training.build import Built, build_model
+from phi3_dist.training.checkpoints.files import Checkpoint, read_state
+from phi3_dist.training.checkpoints.identity import base_fingerprint, identity
+from phi3_dist.training.checkpoints.resume import Beginning, find_beginning
+from phi3_dist.training.checkpoints.saver import Saver
+from phi3_dist.training.checkpoints.state import import_state
+from phi3_dist.training.context import RunContext, Session
 from phi3_dist.training.early_checks import check_trackers, inputs_of
-from phi3_dist.training.engines.engine import make_engine
+from phi3_dist.training.engines.engine import Engine, make_engine
 from phi3_dist.training.evaluate import HeldOut
+from phi3_dist.training.final_adapter import save_final_adapter
+from phi3_dist.training.inputs import RunInputs, find_model, prepare_rows
+from phi3_dist.training.monitor.announce import announce
 from phi3_dist.training.monitor.health import Health
 from phi3_dist.training.monitor.metrics import Metrics
 from phi3_dist.training.monitor.profiling import StepProfile
@@ -63,7 +67,7 @@ from phi3_dist.training.same_on_all_ranks import agree
 from phi3_dist.training.shared_init import adapter_start
 from phi3_dist.training.signals import StopFlag, exit_code_of, state_of_stop
 
-__all__ = ["TrainResult", "find_model", "prepare_rows", "train"]
+__all__ = ["TrainResult", "train"]
 
 
 @dataclass(frozen=True)
@@ -84,176 +88,6 @@ class TrainResult:
     @property
     def exit_code(self) -> int:
         return exit_code_of(self.stopped_by) if self.stopped_by else 0
-
-
-def find_model(cfg: RunConfig) -> tuple[Base, Any, list[int]]:
-    """The base with rows for the new tokens, the tokenizer, and the ids of the new tokens."""
-    base = find_base(cfg.model.source, cfg.model.revision)
-    peft_config(meta_model(base, torch.float32), cfg.lora, base.source)  # wrong targets are said before all else
-    tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.source, cfg.model.revision, cfg.model.new_tokens)
-    token_ids = new_token_ids(tokenizer, cfg.model.new_tokens, base)
-    base = enlarged(base, token_ids)
-    if cfg.model.adapter is not None:
-        adapter_values(cfg, base, token_ids)
-    return base, tokenizer, token_ids
-
-
-def prepare_rows(
-    cfg: RunConfig, tokenizer: Any, cache: Path | None, *, workers: int = 1, progress: Progress | None = None
-) -> Prepared:
-    """Tokenize and pack before the process group exists: a long preparation can time out no collective."""
-    prepared = prepare(cfg.data, tokenizer, cache, workers=workers, progress=progress)
-    if int(prepared.train.targets.sum()) == 0:
-        raise DataError(Problem("data.train", "no token is supervised", "every row needs an assistant turn"))
-    return prepared
-
-
-def _record_start(folder: RunFolder, stage: Stage, first: int, of_model: tuple[Choice, ...]) -> None:
-    plan = replace(stage.runtime.plan, steps=stage.total, choices=(*stage.runtime.plan.choices, *of_model))
-    folder.write_json("plan.json", {**plan.to_dict(), "identity": dict(stage.facts)})
-    folder.record_environment()
-    folder.forget_exit()
-    folder.heartbeat(first)
-
-
-def _save(
-    stage: Stage,
-    base: Base,
-    tokenizer: Any,
-    held_out: HeldOut | None,
-    *,
-    begun: Mapping[str, Tensor],
-    regime: str | None,
-) -> AdapterReceipt | None:
-    """Write the adapter; one of PiSSA, which `begun` was taken out of the base for, as one for the plain base."""
-    if moved := stage.folder.moved():
-        stage.metrics.say(moved)
-    with stage.folder.by_name():
-        receipt = save_adapter(
-            stage.engine.model,
-            stage.folder.held / "adapter",
-            tokenizer=tokenizer,
-            card=adapter_card(card_facts(stage, base, held_out, regime)),
-            base_hint={"revision": stage.cfg.model.revision} if stage.cfg.model.revision else None,
-            taken_out=begun if stage.cfg.lora.init.startswith("pissa") else None,
-            unrounded=unrounded_adapter(stage.engine, keep=stage.runtime.is_main),
-            metadata={**({"longrope": regime} if regime else {}), **rows_fact(base)},
-        )
-    if receipt is not None:
-        size = f"{receipt.bytes / 2**20:.1f} MiB, {receipt.tensors} tensors"
-        stage.metrics.say(f"adapter: {stage.folder.adapter} ({size})")
-    return receipt
-
-
-def _run(
-    cfg: RunConfig,
-    base: Base,
-    runtime: Runtime,
-    *,
-    prepared: Prepared,
-    tokenizer: Any,
-    token_ids: Sequence[int],
-    folder: RunFolder,
-    facts: dict[str, Any],
-    start: Checkpoint | None,
-    clock: StartClock,
-    flag: StopFlag,
-    watch: WeightsWatch,
-    keep: Callable[[str], None] | None,
-) -> TrainResult:
-    """Build, train and save. The wrapped model lives in here alone: see `_release`."""
-    where, again = folder.held, start is not None
-    start_of = partial(
-        adapter_start, cfg, base=base, runtime=runtime, packs=prepared.train, folder=where, resumed=again
-    )
-    order = order_of(cfg, prepared.train)
-    total = steps_of(cfg, order)
-    tokens = tokens_of_rank(prepared.train, total * order.global_batch, runtime.world)
-    build = partial(build_model, cfg, base, runtime, start_of=start_of, token_ids=token_ids)
-    with folder.by_name():
-        model = build(longest_row=longest_row(prepared), tokens=tokens)
-    regime, begun = pinned_regime(model), model.begun
-    watch.loaded(model)
-    engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
-    prove_start(engine, runtime)
-    first, health_then = 0, {}
-    if start is not None:
-        first, health_then = start.step, start.trainer.get("health", {})
-        import_state(engine, read_state(start), first - health_then.get("skipped", 0))
-    clock.mark("model")
-    flag.save_first()
-    with (
-        Metrics(where / folder.metrics.name, total, runtime.accelerator, active=runtime.is_main, keep=keep) as metrics,
-        StepProfile(cfg.train.profile, where / "profile", active=runtime.is_main) as profile,
-    ):
-        packs = (prepared.train, prepared.validation)
-        outlook = Outlook(cfg, total, evaluation_steps=steps_of_an_evaluation(*packs, order))
-        stage = Stage(cfg, runtime, engine, *packs, order, total, metrics, folder, facts, clock, profile, flag, outlook)
-        if runtime.is_main:
-            _record_start(folder, stage, first, model.choices)
-        announce(metrics, runtime.plan, prepared, count_parameters(model), total, of_model=model.choices)
-        if start is not None:
-            metrics.say(f"resumed after step {first} of {total}, from {start.folder.name}")
-        health = Health(stage, health_then)
-        saver = Saver(stage, health, start)
-        done, held_out, stopped = run_steps(stage, first, saver, health, watch=watch)
-        saver.report(done)
-        if stopped:
-            saver.finish()
-            metrics.say(f"stopped by {signal.Signals(stopped).name} after step {done}; go on with --resume")
-            return TrainResult(folder.path, done, held_out, None, stopped)
-        receipt = _save(stage, base, tokenizer, held_out, begun=begun, regime=regime)
-        saver.finish()
-    return TrainResult(folder.path, total, held_out, receipt)
-
-
-def _start(cfg: RunConfig, plan: RunPlan, launch: LaunchFacts, folder: RunFolder) -> Runtime:
-    """Join the other processes. Says on rank 0 what takes minutes."""
-    if launch.rank == 0:
-        for line in compile_notice(plan, os.environ):
-            _print(line)
-    return start_runtime(
-        plan,
-        launch.zero_settings,
-        max_grad_norm=cfg.optim.max_grad_norm,
-        trackers=cfg.log.trackers,
-        folder=folder.held,  # tensorboard opens its file anew for each write
-    )
-
-
-def _print(line: str) -> None:
-    Console(soft_wrap=True).print(line, markup=False)
-
-
-def _record_exit(folder: RunFolder, result: TrainResult) -> None:
-    """A run whose adapter or checkpoint is written has ended well, whether or not there is room to say so."""
-    try:
-        folder.record_exit(result.exit_code, result.state)
-    except RunFolderError as error:
-        _print(f"the run has ended, which could not be recorded: {error.problems[0].where} {error.problems[0].what}")
-
-
-def _release(runtime: Runtime) -> None:
-    """Free the wrapped model before the process group goes.
-
-    DDP's reducer holds the group. Freed after it, its destructor joins gloo's thread while holding the interpreter's
-    lock that this thread waits for: the rank never exits (torch 2.13, seen on two nodes of two ranks).
-    """
-    for line in finish_trackers(runtime):
-        _print(line)
-    runtime.accelerator.free_memory()
-    gc.collect()
-    runtime.barrier()
-    runtime.accelerator.end_training()
-
-
-def _agreed_facts(cfg: RunConfig, base: Base, runtime: Runtime, prepared: Prepared, cache: Path) -> dict[str, Any]:
-    """What this run is, once all ranks have said that they are in the same one. Collective."""
-    facts = identity(cfg, prepared, base, weights="", precision=runtime.plan.precision, kernels=runtime.plan.kernels)
-    said = {**flatten(cfg.model_dump(mode="json")), **facts}
-    agree(runtime, {**{key: str(value) for key, value in said.items()}, **versions()})
-    weights = base_fingerprint(base, cache) if runtime.is_main else ""
-    return {**facts, "base weights": runtime.broadcast(weights)}
 
 
 def train(
@@ -307,17 +141,17 @@ def _train(
         folder.check(overwrite=overwrite, resume=resume)
     check_trackers(cfg.log, launch.rank)
     base, tokenizer, token_ids = find_model(cfg)
-    watch = WeightsWatch(base.folder)
+    session = Session(folder, clock, flag, WeightsWatch(base.folder), transcript)
     plan = make_plan(cfg, machine, launch, family_or_shape=base.config.to_dict())
     clock.mark("plan")
-    prepared = prepare_rows(cfg, tokenizer, cache)
+    inputs = RunInputs(cfg, base, tokenizer, token_ids, prepare_rows(cfg, tokenizer, cache))
     clock.mark("data")
     if launch.rank == 0:
         folder.reopen() if resume else folder.claim(overwrite=overwrite)
     with folder.recording_failure(active=launch.rank == 0):  # what was to be replaced comes back from here on
-        runtime = _start(cfg, plan, launch, folder)
-        facts = _agreed_facts(cfg, base, runtime, prepared, cache)
-        begin = find_beginning(runtime, folder, facts, allow_changed, cfg.optim) if resume else Beginning()
+        runtime = _join_processes(cfg, plan, launch, folder)
+        ours = _agreed_identity(inputs, runtime, cache)
+        begin = find_beginning(runtime, folder, ours, allow_changed, cfg.optim) if resume else Beginning()
         if begin.finished:
             _release(runtime)
             return TrainResult(folder.path, 0, None, None)
@@ -327,22 +161,149 @@ def _train(
             transcript.into(folder.held, runtime.rank)
         start_trackers(runtime, cfg.log.trackers, project=cfg.log.project, run=cfg.name, folder=folder.path)
         clock.mark("processes")
-        result = _run(
-            cfg,
-            base,
-            runtime,
-            prepared=prepared,
-            tokenizer=tokenizer,
-            token_ids=token_ids,
-            folder=folder,
-            facts=facts,
-            start=begin.checkpoint,
-            clock=clock,
-            flag=flag,
-            watch=watch,
-            keep=transcript.line if transcript else None,
-        )
+        result = _run(inputs, session, runtime, ours, begin.checkpoint)
         if runtime.is_main:  # before the last barrier: no rank has ended when this stands
             _record_exit(folder, result)
     _release(runtime)
     return result
+
+
+def _join_processes(cfg: RunConfig, plan: RunPlan, launch: LaunchFacts, folder: RunFolder) -> Runtime:
+    """Join the other processes. Says on rank 0 what takes minutes."""
+    if launch.rank == 0:
+        for line in compile_notice(plan, os.environ):
+            _print(line)
+    return start_runtime(
+        plan,
+        launch.zero_settings,
+        max_grad_norm=cfg.optim.max_grad_norm,
+        trackers=cfg.log.trackers,
+        folder=folder.held,  # tensorboard opens its file anew for each write
+    )
+
+
+def _agreed_identity(inputs: RunInputs, runtime: Runtime, cache: Path) -> dict[str, Any]:
+    """What this run is, once all ranks have said that they are in the same one. Collective."""
+    cfg, base, plan = inputs.cfg, inputs.base, runtime.plan
+    ours = identity(cfg, inputs.prepared, base, weights="", precision=plan.precision, kernels=plan.kernels)
+    said = {**flatten(cfg.model_dump(mode="json")), **ours}
+    agree(runtime, {**{key: str(value) for key, value in said.items()}, **versions()})
+    weights = base_fingerprint(base, cache) if runtime.is_main else ""
+    return {**ours, "base weights": runtime.broadcast(weights)}
+
+
+def _build(inputs: RunInputs, session: Session, runtime: Runtime, *, steps: int, resumed: bool) -> Built:
+    """The model with its adapter, not yet wrapped. Collective."""
+    cfg, base, packs = inputs.cfg, inputs.base, inputs.prepared.train
+    where = session.folder.held
+
+    def lora_init_of(causal_lm: Any) -> dict[str, Any]:
+        return adapter_start(cfg, causal_lm, base, runtime, packs=packs, folder=where, resumed=resumed)
+
+    with session.folder.by_name():
+        built = build_model(
+            cfg,
+            base,
+            runtime,
+            longest_row=longest_row(inputs.prepared),
+            tokens=tokens_of_rank(packs, steps * cfg.train.global_batch, runtime.world),
+            lora_init_of=lora_init_of,
+            token_ids=inputs.token_ids,
+        )
+    session.weights.loaded(built.model)
+    return built
+
+
+def _restore(engine: Engine, checkpoint: Checkpoint | None) -> tuple[int, Mapping[str, Any]]:
+    """Put a checkpoint's state into the engine: the steps behind it, and how healthy they were. Collective."""
+    if checkpoint is None:
+        return 0, {}
+    health = checkpoint.trainer.get("health", {})
+    import_state(engine, read_state(checkpoint), checkpoint.step - health.get("skipped", 0))
+    return checkpoint.step, health
+
+
+def _run(
+    inputs: RunInputs, session: Session, runtime: Runtime, ours: Mapping[str, Any], checkpoint: Checkpoint | None
+) -> TrainResult:
+    """Build, train and save. The wrapped model lives in here alone: see `_release`."""
+    cfg, prepared, folder = inputs.cfg, inputs.prepared, session.folder
+    order = order_of(cfg, prepared.train)
+    total = steps_of(cfg, order)
+    built = _build(inputs, session, runtime, steps=total, resumed=checkpoint is not None)
+    engine = make_engine(built.model, runtime, cfg.optim, cfg.lora.plus_ratio)
+    prove_start(engine, runtime)
+    first, health_then = _restore(engine, checkpoint)
+    session.clock.mark("model")
+    session.flag.save_first()
+    where, keep = folder.held, session.transcript.line if session.transcript else None
+    with (
+        Metrics(where / folder.metrics.name, total, runtime.accelerator, active=runtime.is_main, keep=keep) as metrics,
+        StepProfile(cfg.train.profile, where / "profile", active=runtime.is_main) as profile,
+    ):
+        packs = (prepared.train, prepared.validation)
+        ctx = RunContext(
+            cfg,
+            runtime,
+            engine,
+            *packs,
+            order,
+            total,
+            metrics,
+            folder,
+            ours,
+            clock=session.clock,
+            profile=profile,
+            flag=session.flag,
+            outlook=Outlook(cfg, total, evaluation_steps=steps_of_an_evaluation(*packs, order)),
+        )
+        if runtime.is_main:
+            _record_start(ctx, built, first)
+        announce(metrics, runtime.plan, prepared, count_parameters(built.model), total, of_model=built.choices)
+        if checkpoint is not None:
+            metrics.say(f"resumed after step {first} of {total}, from {checkpoint.folder.name}")
+        health = Health(ctx, health_then)
+        saver = Saver(ctx, health, checkpoint)
+        done, held_out, stopped = run_steps(ctx, first, saver, health, watch=session.weights)
+        saver.report(done)
+        if stopped:
+            saver.finish()
+            metrics.say(f"stopped by {signal.Signals(stopped).name} after step {done}; go on with --resume")
+            return TrainResult(folder.path, done, held_out, None, stopped)
+        receipt = save_final_adapter(ctx, inputs, built, held_out)
+        saver.finish()
+    return TrainResult(folder.path, total, held_out, receipt)
+
+
+def _record_start(ctx: RunContext, built: Built, first: int) -> None:
+    plan = replace(ctx.runtime.plan, steps=ctx.total, choices=(*ctx.runtime.plan.choices, *built.choices))
+    ctx.folder.write_json("plan.json", {**plan.to_dict(), "identity": dict(ctx.identity)})
+    ctx.folder.record_environment()
+    ctx.folder.forget_exit()
+    ctx.folder.heartbeat(first)
+
+
+def _print(line: str) -> None:
+    Console(soft_wrap=True).print(line, markup=False)
+
+
+def _record_exit(folder: RunFolder, result: TrainResult) -> None:
+    """A run whose adapter or checkpoint is written has ended well, whether or not there is room to say so."""
+    try:
+        folder.record_exit(result.exit_code, result.state)
+    except RunFolderError as error:
+        _print(f"the run has ended, which could not be recorded: {error.problems[0].where} {error.problems[0].what}")
+
+
+def _release(runtime: Runtime) -> None:
+    """Free the wrapped model before the process group goes.
+
+    DDP's reducer holds the group. Freed after it, its destructor joins gloo's thread while holding the interpreter's
+    lock that this thread waits for: the rank never exits (torch 2.13, seen on two nodes of two ranks).
+    """
+    for line in finish_trackers(runtime):
+        _print(line)
+    runtime.accelerator.free_memory()
+    gc.collect()
+    runtime.barrier()
+    runtime.accelerator.end_training()

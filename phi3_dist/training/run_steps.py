@@ -7,8 +7,9 @@ import time
 
 from phi3_dist.modeling.fused_lora import declined
 from phi3_dist.modeling.weights_watch import WeightsWatch
+from phi3_dist.training.checkpoints.metrics_rows import measured
 from phi3_dist.training.checkpoints.saver import Saver
-from phi3_dist.training.context import Stage, measured
+from phi3_dist.training.context import RunContext
 from phi3_dist.training.evaluate import HeldOut, held_out_loss
 from phi3_dist.training.monitor.health import Health
 from phi3_dist.training.monitor.readout import EvaluationWatch, Readout
@@ -18,17 +19,17 @@ from phi3_dist.training.train_step import learning_rate, train_step
 __all__ = ["run_steps"]
 
 
-def _evaluate(stage: Stage, step: int) -> tuple[HeldOut | None, int]:
+def _evaluate(ctx: RunContext, step: int) -> tuple[HeldOut | None, int]:
     """The held-out loss after `step` steps, None without held-out rows; and the signal that broke it off, or 0."""
-    if stage.validation is None:
+    if ctx.validation is None:
         return None, 0
-    watch = EvaluationWatch(stage, step)
-    found, stop = held_out_loss(stage.engine, stage.runtime, stage.validation, stage.flag, watch.tell)
+    watch = EvaluationWatch(ctx, step)
+    found, stop = held_out_loss(ctx.engine, ctx.runtime, ctx.validation, ctx.flag, watch.tell)
     if found is None:
-        stage.metrics.say(f"the held-out loss after step {step} was broken off by {signal.Signals(stop).name}")
+        ctx.metrics.say(f"the held-out loss after step {step} was broken off by {signal.Signals(stop).name}")
         return None, stop
-    stage.outlook.evaluation_s = found.seconds
-    stage.metrics.evaluation(
+    ctx.outlook.evaluation_s = found.seconds
+    ctx.metrics.evaluation(
         {
             "step": step,
             "heldout_loss": found.loss,
@@ -40,65 +41,65 @@ def _evaluate(stage: Stage, step: int) -> tuple[HeldOut | None, int]:
     return found, 0
 
 
-def _say_first_step(stage: Stage, step: int) -> None:
+def _say_first_step(ctx: RunContext, step: int) -> None:
     """Where the start's time went, and what turned out otherwise than announced. Raises PlanError for wrong dtypes."""
-    prove_first_step(stage.engine)
-    stage.clock.mark("first step")
-    stage.metrics.say(stage.clock.line())
-    spans = {f"{name.replace(' ', '_')}_s": round(seconds, 3) for name, seconds in stage.clock.spans_s.items()}
-    stage.metrics.note("start", {"step": step, **spans, "total_s": round(stage.clock.total_s, 3)})
-    if stage.runtime.is_main:
-        stage.folder.settle()
-    for why, layers in declined(stage.engine.model).items():
-        stage.metrics.say(f"note: {layers} LoRA linears ran as PEFT's after all: {why}")
+    prove_first_step(ctx.engine)
+    ctx.clock.mark("first step")
+    ctx.metrics.say(ctx.clock.line())
+    spans = {f"{name.replace(' ', '_')}_s": round(seconds, 3) for name, seconds in ctx.clock.spans_s.items()}
+    ctx.metrics.note("start", {"step": step, **spans, "total_s": round(ctx.clock.total_s, 3)})
+    if ctx.runtime.is_main:
+        ctx.folder.settle()
+    for why, layers in declined(ctx.engine.model).items():
+        ctx.metrics.say(f"note: {layers} LoRA linears ran as PEFT's after all: {why}")
 
 
-def _evaluation_due(stage: Stage, first: int) -> bool:
+def _evaluation_due(ctx: RunContext, first: int) -> bool:
     """Whether to measure before step `first` is made: in a new run, and what was broken off before the checkpoint."""
-    every = stage.cfg.train.eval_every
-    if stage.validation is None or first in {0, stage.total}:
+    every = ctx.cfg.train.eval_every
+    if ctx.validation is None or first in {0, ctx.total}:
         return True
-    return bool(every) and first % every == 0 and not measured(stage, first)
+    return bool(every) and first % every == 0 and not measured(ctx, first)
 
 
 def run_steps(
-    stage: Stage, first: int, saver: Saver, health: Health, *, watch: WeightsWatch
+    ctx: RunContext, first: int, saver: Saver, health: Health, *, watch: WeightsWatch
 ) -> tuple[int, HeldOut | None, int]:
     """Steps `first` to the end, with log rows, held-out losses and checkpoints.
 
     A new run measures the held-out loss before its first step, too. Returns the steps done, the last held-out loss, and
     the signal that stopped the run or 0.
     """
-    cfg, held_out, readout = stage.cfg, None, Readout(stage, health)
-    if _evaluation_due(stage, first):
-        held_out, stop = _evaluate(stage, first)
-        stage.clock.mark("held out")
-        if stop or first == stage.total:
+    cfg, held_out, readout = ctx.cfg, None, Readout(ctx, health)
+    if _evaluation_due(ctx, first):
+        held_out, stop = _evaluate(ctx, first)
+        ctx.clock.mark("held out")
+        if stop or first == ctx.total:
             return first, held_out, stop
-    for step in range(first, stage.total):
+    for step in range(first, ctx.total):
         watch.check()
         begun, done = time.perf_counter(), step + 1
-        lr = learning_rate(step, stage.total, cfg.optim)
-        result = train_step(stage.engine, stage.runtime, stage.train, stage.order, step, lr=lr, seed=cfg.train.seed)
-        if stage.profile.step():
-            done_as = stage.profile.failed or f"{stage.folder.path / 'profile'}/table.txt and trace.json.gz"
-            stage.metrics.say(f"profile: {done_as}")
+        lr = learning_rate(step, ctx.total, cfg.optim)
+        result = train_step(ctx.engine, ctx.runtime, ctx.train, ctx.order, step, lr=lr, seed=cfg.train.seed)
+        if ctx.profile.step():
+            done_as = ctx.profile.failed or f"{ctx.folder.path / 'profile'}/table.txt and trace.json.gz"
+            ctx.metrics.say(f"profile: {done_as}")
         readout.add(done, result, begun)
-        evaluate = done == stage.total or bool(cfg.train.eval_every and done % cfg.train.eval_every == 0)
+        evaluate = done == ctx.total or bool(cfg.train.eval_every and done % cfg.train.eval_every == 0)
         if evaluate or saver.due(done) or readout.stop or step == first:
             readout.read()
         if step == first:
-            _say_first_step(stage, done)
+            _say_first_step(ctx, done)
         stop = readout.stop
         if evaluate and not stop:
-            found, stop = _evaluate(stage, done)
+            found, stop = _evaluate(ctx, done)
             held_out = found or held_out
         # nothing is left to stop after the last step but the evaluation that it was to end with
-        stop = stop if done < stage.total or stage.validation else 0
+        stop = stop if done < ctx.total or ctx.validation else 0
         if saver.due(done) or stop:
             watch.check()
             saver.save(done, held_out)
-            stage.outlook.save_s = saver.stood_s / max(saver.saves, 1)
+            ctx.outlook.save_s = saver.stood_s / max(saver.saves, 1)
         if stop:
             return done, held_out, stop
-    return stage.total, held_out, 0
+    return ctx.total, held_out, 0

@@ -36,7 +36,7 @@ def load(strategies: list[str], folder: str) -> dict[str, Any]:
 
 
 def _built(cfg: Any, base: Any, runtime: Any) -> Any:
-    return build_model(cfg, base, runtime, longest_row=64)
+    return build_model(cfg, base, runtime, longest_row=64).model
 
 
 def _whole(model: Any, name: str) -> torch.Tensor:
@@ -75,7 +75,7 @@ def quantized(strategy: str, folder: str, steps: int) -> dict[str, Any]:
     cfg = plain.model_copy(
         update={name: getattr(plain, name).model_copy(update=values) for name, values in parts.items()}
     )
-    model = build_model(cfg, find_base(folder), runtime, longest_row=64)
+    model = build_model(cfg, find_base(folder), runtime, longest_row=64).model
     linears = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
     engine = make_engine(model, runtime, cfg.optim)
     facts: dict[str, Any] = {"layers": len(linears), "before": _held(linears), "losses": [], "norms": []}
@@ -110,7 +110,7 @@ def taught(folder: str, ids: list[int], steps: int) -> dict[str, list[list[int]]
     cfg, runtime = start("zero3", Path(folder))
     # so that the new rows, which are few, are shards too
     runtime.ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 10
-    model = build_model(cfg, enlarged(find_base(folder), ids), runtime, longest_row=64, token_ids=ids)
+    model = build_model(cfg, enlarged(find_base(folder), ids), runtime, longest_row=64, token_ids=ids).model
     engine = make_engine(model, runtime, cfg.optim)
     shards = {n: p for n, p in engine.model.named_parameters() if "embed_tokens" in n or "lm_head" in n}
     found: dict[str, list[list[int]]] = {name: [] for name in shards}

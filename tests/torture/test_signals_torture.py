@@ -34,8 +34,8 @@ SMALL = (
     "lora.dropout=0.1", "train.max_steps=6", "save.every=2", "log.trackers=[]",
 )  # fmt: skip
 BEFORE = {
-    "the base": "loop.find_base",
-    "the data": "loop.prepare",
+    "the base": "inputs.find_base",
+    "the data": "inputs.prepare",
     "the processes": "loop.start_runtime",
     "the agreement": "loop.agree",
     "the model": "loop.build_model",
@@ -47,7 +47,7 @@ DURING = {
     "an evaluation": f"{STEPS}.held_out_loss",
     "a checkpoint": "checkpoints.saver.write_checkpoint",
 }
-AFTER = {"the adapter": "loop.save_adapter", "the end": "run_folder.RunFolder.record_exit"}
+AFTER = {"the adapter": "final_adapter.save_adapter", "the end": "run_folder.RunFolder.record_exit"}
 NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 

@@ -20,7 +20,8 @@ from phi3_dist.modeling.base import Base, find_base
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 from phi3_dist.report.drawing import draw_report
 from phi3_dist.training import loop
-from phi3_dist.training.checkpoints.identity import base_fingerprint, cut_metrics
+from phi3_dist.training.checkpoints.identity import base_fingerprint
+from phi3_dist.training.checkpoints.metrics_rows import cut_metrics
 from phi3_dist.training.loop import TrainResult
 from phi3_dist.training.monitor.metrics import Metrics
 from phi3_dist.training.monitor.transcript import Transcript

@@ -33,7 +33,7 @@ from phi3_dist.modeling.base import tiny_config
 from phi3_dist.modeling.lora import quiet_peft
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.memory import GIB
-from phi3_dist.training import loop
+from phi3_dist.training import final_adapter, loop
 from tests.ranks.launcher import REPO
 from tests.ranks.test_resume import interrupted, same_bits
 from tests.ranks.test_strategies import rows, tiny_base
@@ -160,11 +160,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory, base: Callable[[str], Path]) -
             found.append(logits(find_peft_model(model), position_ids=torch.arange(length)[None], lengths=(length,)))
             return saves(model, *args, **more)
 
-        saves = loop.save_adapter
+        saves = final_adapter.save_adapter
         overrides = (f"model.source={base(name)}", *RELATIVES[name])
         folder = tmp_path_factory.mktemp(name) / "run"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "save_adapter", watch)
+            patch.setattr(final_adapter, "save_adapter", watch)
             train(overrides, folder)
         return Ran(folder, base(name), overrides, *found)
 

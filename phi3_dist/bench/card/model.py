@@ -151,7 +151,7 @@ class _Bench:
         runtime = self.runtime(plan)
         self._forget_memory()
         built = build_model(cfg, self.base, runtime, longest_row=length, tokens=10**9)
-        engine = make_engine(built, runtime, cfg.optim)
+        engine = make_engine(built.model, runtime, cfg.optim)
         rows = rows_of_length(length)
         if documents:
             ids = [token for row, _ in rows for token in row]

@@ -1,11 +1,10 @@
-"""Going on with a run: what must be the same, where it is checked, and what the run folder must look like."""
+"""What a resumed run must share with the first: the identity that checkpoints carry, and where it is compared."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -15,14 +14,12 @@ from phi3_dist.adapters.disk import file_sha256
 from phi3_dist.adapters.reading import WEIGHTS
 from phi3_dist.config.load import flatten
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.data.batch import Order
-from phi3_dist.data.pack.packs import Packs
 from phi3_dist.data.prepare import Prepared
-from phi3_dist.errors import ModelError, Problem, RunFolderError, TrainingError
+from phi3_dist.errors import ModelError, Problem, TrainingError
 from phi3_dist.machine.file_state import state_of
 from phi3_dist.modeling.base import Base
 from phi3_dist.modeling.rope import regime_for
-from phi3_dist.training.context import longest_row
+from phi3_dist.training.batch_counts import longest_row, order_of, steps_of
 from phi3_dist.training.run_folder import versions
 
 __all__ = [
@@ -31,10 +28,7 @@ __all__ = [
     "base_fingerprint",
     "changed_keys",
     "check_identity",
-    "cut_metrics",
     "identity",
-    "order_of",
-    "steps_of",
 ]
 
 STEPS, HELD_OUT = "steps", "held-out data"
@@ -126,16 +120,6 @@ def base_fingerprint(base: Base, cache: Path) -> str:
     return digest.hexdigest()
 
 
-def order_of(cfg: RunConfig, packs: Packs) -> Order:
-    """The order in which a run takes its packs."""
-    return Order(len(packs.packs), cfg.train.global_batch, cfg.train.seed, cfg.train.shuffle)
-
-
-def steps_of(cfg: RunConfig, order: Order) -> int:
-    """The optimizer steps that a run file asks for."""
-    return cfg.train.max_steps or order.steps(cfg.train.epochs or 1.0)
-
-
 def identity(
     cfg: RunConfig, prepared: Prepared, base: Base, *, weights: str, precision: str, kernels: str
 ) -> dict[str, Any]:
@@ -199,41 +183,3 @@ def check_identity(saved: Mapping[str, Any], ours: Mapping[str, Any], allowed: C
     if problems:
         keys = " ".join(f"--allow-changed '{p.where}'" for p in problems)
         raise TrainingError(*problems, Problem("--resume", "the run has changed", f"undo it, or mean it: {keys}{also}"))
-
-
-def _stays(row: Any, step: int, measured_again: bool) -> bool:
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        return False
-    return row["step"] < step or (row["step"] == step and not (measured_again and row.get("kind") == "eval"))
-
-
-def cut_metrics(path: Path, step: int, *, measured_again: bool = False) -> None:
-    """Remove the rows of steps after `step`, which will be made again, and lines that are torn or damaged.
-
-    measured_again: the held-out loss after `step` will be taken anew.
-    """
-    if not path.exists():
-        return
-    kept = []
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise RunFolderError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
-    for line in raw.decode("utf-8", "replace").splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if _stays(row, step, measured_again):
-            kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    try:
-        if raw.startswith(whole := "".join(kept).encode("utf-8", "replace")):
-            os.truncate(path, len(whole))  # needs no room
-            return
-        temporary.write_bytes(whole)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        what = f"cannot be written, and rows of steps that are made again must go: {error.strerror}"
-        raise RunFolderError(Problem(str(path), what, "make room, or make it writable")) from error

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phi3_dist.errors import Problem, TrainingError
-from phi3_dist.training.context import Stage
+from phi3_dist.training.context import RunContext
 from phi3_dist.training.train_step import StepResult
 
 __all__ = ["Health", "spike_limit"]
@@ -25,8 +25,8 @@ def spike_limit(losses: Sequence[float]) -> float:
     return statistics.fmean(losses) + SIGMAS * statistics.pstdev(losses)
 
 
-def _rows_of(stage: Stage, packs: Sequence[int]) -> str:
-    places = [stage.train.rows.places[row] for pack in packs for row in stage.train.packs[pack]]
+def _rows_of(ctx: RunContext, packs: Sequence[int]) -> str:
+    places = [ctx.train.rows.places[row] for pack in packs for row in ctx.train.packs[pack]]
     return ", ".join(places[:ROWS_SHOWN]) + (
         f" and {len(places) - ROWS_SHOWN} more" if len(places) > ROWS_SHOWN else ""
     )
@@ -38,9 +38,9 @@ class Health:
     The engines have made no update in a step whose gradient norm is not finite (training/engines/engine.py).
     """
 
-    def __init__(self, stage: Stage, saved: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, ctx: RunContext, saved: Mapping[str, Any] | None = None) -> None:
         """`saved` is what `facts` gave when a checkpoint was written."""
-        self.stage = stage
+        self.ctx = ctx
         self.skipped = int((saved or {}).get("skipped", 0))
         self.in_a_row = int((saved or {}).get("in_a_row", 0))
         self._losses: deque[float] = deque(maxlen=WINDOW)
@@ -63,9 +63,9 @@ class Health:
         self.in_a_row = 0
         limit = spike_limit(self._losses)
         if loss > limit:
-            rows = _rows_of(self.stage, result.packs)
-            self.stage.metrics.note("spike", {"step": done, "loss": loss, "limit": limit, "rows": rows})
-            self.stage.metrics.say(
+            rows = _rows_of(self.ctx, result.packs)
+            self.ctx.metrics.note("spike", {"step": done, "loss": loss, "limit": limit, "rows": rows})
+            self.ctx.metrics.say(
                 f"step {done}: loss {loss:.4f} jumps above {limit:.4f} (mean + 6 sd of the last {len(self._losses)}), "
                 f"in rows {rows}"
             )
@@ -73,28 +73,28 @@ class Health:
         return True
 
     def _skip(self, done: int, result: StepResult, nlls: Sequence[float], loss: float, grad_norm: float) -> None:
-        stage = self.stage
+        ctx = self.ctx
         self.skipped += 1
         self.in_a_row += 1
         bad = [rank for rank, nll in enumerate(nlls) if not math.isfinite(nll)]
-        micro, world = stage.runtime.plan.micro_batch, len(nlls)
+        micro, world = ctx.runtime.plan.micro_batch, len(nlls)
         packs = [
-            pack for rank in bad for slot in stage.order.slots(done - 1, rank, world, micro) for pack in slot
+            pack for rank in bad for slot in ctx.order.slots(done - 1, rank, world, micro) for pack in slot
         ] or result.packs
         ranks = f"rank {', '.join(map(str, bad))}" if bad else "the sum over ranks"
-        what = f"loss {loss}, gradient norm {grad_norm}, on {ranks}, in rows {_rows_of(stage, packs)}"
-        stage.metrics.note(
+        what = f"loss {loss}, gradient norm {grad_norm}, on {ranks}, in rows {_rows_of(ctx, packs)}"
+        ctx.metrics.note(
             "skipped",
             {
                 "step": done,
                 "loss": str(loss),  # JSON has no word for a number that is none
                 "grad_norm": str(grad_norm),
                 "ranks": bad,
-                "rows": _rows_of(stage, packs),
+                "rows": _rows_of(ctx, packs),
                 "skipped_steps": self.skipped,
             },
         )
-        if self.in_a_row >= stage.cfg.train.max_bad_steps:
+        if self.in_a_row >= ctx.cfg.train.max_bad_steps:
             raise TrainingError(
                 Problem(
                     f"step {done}",
@@ -102,4 +102,4 @@ class Health:
                     "look at the rows, lower optim.lr, or model.precision=fp32; train.max_bad_steps is the limit",
                 )
             )
-        stage.metrics.say(f"step {done} skipped: {what}")
+        ctx.metrics.say(f"step {done} skipped: {what}")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phi3_dist.training.context import Stage
+from phi3_dist.training.context import RunContext
 from phi3_dist.training.monitor.health import Health
 from phi3_dist.training.train_step import StepResult
 
@@ -42,36 +42,36 @@ class _Step:
 class EvaluationWatch:
     """Shows an evaluation while it goes on, on rank 0: how far, how long still, and a heartbeat."""
 
-    def __init__(self, stage: Stage, step: int) -> None:
-        self.stage, self.step = stage, step
+    def __init__(self, ctx: RunContext, step: int) -> None:
+        self.ctx, self.step = ctx, step
         self._begun = self._beaten = time.perf_counter()
 
     def tell(self, done: int, groups: int) -> None:
         """`done` of `groups` are measured."""
-        if not self.stage.runtime.is_main:
+        if not self.ctx.runtime.is_main:
             return
         now = time.perf_counter()
         if now - self._beaten > BEAT_S:
             self._beaten = now
-            self.stage.folder.heartbeat(self.step)
-        self.stage.metrics.evaluating(done / groups, (now - self._begun) / done * (groups - done))
+            self.ctx.folder.heartbeat(self.step)
+        self.ctx.metrics.evaluating(done / groups, (now - self._begun) / done * (groups - done))
 
 
 class Readout:
     """Reads steps in their order: health first, then the log. `stop` is the signal that any rank has got, or 0."""
 
-    def __init__(self, stage: Stage, health: Health) -> None:
-        self.stage, self.health = stage, health
+    def __init__(self, ctx: RunContext, health: Health) -> None:
+        self.ctx, self.health = ctx, health
         self.stop = 0
-        self._behind = STEPS_BEHIND[stage.runtime.device.type]
+        self._behind = STEPS_BEHIND[ctx.runtime.device.type]
         self._under_way: deque[_Step] = deque()
         self._read_at = self._beaten = 0.0
 
     def add(self, done: int, result: StepResult, begun: float) -> None:
         """Take step `done`, begun at `begun` (perf_counter), and read what is due. Collective."""
-        runtime, device = self.stage.runtime, self.stage.runtime.device
+        runtime, device = self.ctx.runtime, self.ctx.runtime.device
         # a fill and no copy from the host, which would wait for the device
-        signal = torch.full((), float(self.stage.flag.signal), dtype=torch.float64, device=device)
+        signal = torch.full((), float(self.ctx.flag.signal), dtype=torch.float64, device=device)
         mine = torch.stack((result.nll.double(), signal, result.grad_norm.double().to(device)))
         gathered = [mine]
         if runtime.world > 1:
@@ -98,25 +98,25 @@ class Readout:
         self.stop = self.stop or int(max(signals))
         loss = sum(nlls) / step.result.supervised_tokens
         # every rank has the same norm, and DeepSpeed's own number is none on some when it is none on others
-        grad_norm = norms[self.stage.runtime.rank]
+        grad_norm = norms[self.ctx.runtime.rank]
         made = self.health.check(step.done, step.result, nlls, loss, grad_norm)
         now = time.perf_counter()
         step_s = now - max(step.begun, self._read_at)
         self._read_at = now
-        self.stage.outlook.step(step_s)
-        logged = made and (step.done % self.stage.cfg.log.every == 0 or step.done in {1, self.stage.total})
+        self.ctx.outlook.step(step_s)
+        logged = made and (step.done % self.ctx.cfg.log.every == 0 or step.done in {1, self.ctx.total})
         if logged:
             self._log(step, loss, grad_norm, step_s)
-        if self.stage.runtime.is_main and (logged or now - self._beaten > BEAT_S):
+        if self.ctx.runtime.is_main and (logged or now - self._beaten > BEAT_S):
             self._beaten = now
-            self.stage.folder.heartbeat(step.done)
+            self.ctx.folder.heartbeat(step.done)
 
     def _log(self, step: _Step, loss: float, grad_norm: float, step_s: float) -> None:
-        stage, result = self.stage, step.result
-        stage.metrics.train(
+        ctx, result = self.ctx, step.result
+        ctx.metrics.train(
             {
                 "step": step.done,
-                "epoch": round(step.done * stage.order.global_batch / len(stage.train.packs), 4),
+                "epoch": round(step.done * ctx.order.global_batch / len(ctx.train.packs), 4),
                 "loss": loss,
                 "lr": result.lr,
                 "grad_norm": grad_norm,
@@ -126,5 +126,5 @@ class Readout:
                 "supervised_tokens_per_s": round(result.supervised_tokens / step_s, 1),
                 "tokens_per_s": round(result.tokens / step_s, 1),
             },
-            stage.outlook.left_s(step.done),
+            ctx.outlook.left_s(step.done),
         )

@@ -1,0 +1,70 @@
+"""The adapter at the end of a run: gathered, written with its card, and told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from phi3_dist.adapters.card import adapter_card
+from phi3_dist.adapters.files import AdapterReceipt, save_adapter
+from phi3_dist.adapters.loading import rows_fact
+from phi3_dist.modeling.base import Base
+from phi3_dist.training.build import Built
+from phi3_dist.training.checkpoints.state import unrounded_adapter
+from phi3_dist.training.context import RunContext
+from phi3_dist.training.evaluate import HeldOut
+from phi3_dist.training.inputs import RunInputs
+from phi3_dist.training.run_folder import versions
+
+__all__ = ["card_contents", "save_final_adapter"]
+
+
+def save_final_adapter(
+    ctx: RunContext, inputs: RunInputs, built: Built, held_out: HeldOut | None
+) -> AdapterReceipt | None:
+    """Write the adapter; one of PiSSA, whose start was taken out of the base, as one for the plain base. Collective."""
+    if moved := ctx.folder.moved():
+        ctx.metrics.say(moved)
+    cfg, regime = ctx.cfg, built.longrope
+    with ctx.folder.by_name():
+        receipt = save_adapter(
+            ctx.engine.model,
+            ctx.folder.held / "adapter",
+            tokenizer=inputs.tokenizer,
+            card=adapter_card(card_contents(ctx, inputs.base, held_out, regime)),
+            base_hint={"revision": cfg.model.revision} if cfg.model.revision else None,
+            taken_out=built.lora_init if cfg.lora.init.startswith("pissa") else None,
+            unrounded=unrounded_adapter(ctx.engine, keep=ctx.runtime.is_main),
+            metadata={**({"longrope": regime} if regime else {}), **rows_fact(inputs.base)},
+        )
+    if receipt is not None:
+        size = f"{receipt.bytes / 2**20:.1f} MiB, {receipt.tensors} tensors"
+        ctx.metrics.say(f"adapter: {ctx.folder.adapter} ({size})")
+    return receipt
+
+
+def card_contents(ctx: RunContext, base: Base, held_out: HeldOut | None, regime: str | None) -> Mapping[str, Any]:
+    """What the adapter's card tells: see adapters/card.py."""
+    return {
+        "name": ctx.cfg.name,
+        "base": base.source,
+        "base_is_local": base.folder is not None and Path(base.source).is_dir(),
+        "lora": ctx.cfg.lora.model_dump(),
+        "optim": ctx.cfg.optim.model_dump(),
+        "steps": ctx.total,
+        "global_batch": ctx.order.global_batch,
+        "pack_length": ctx.cfg.data.pack_length,
+        "rows": len(ctx.train.rows.lengths),
+        "supervised_tokens": int(ctx.train.targets.sum()),
+        "data_fingerprint": ctx.identity["data"],
+        "longrope": regime,
+        "base_rows": base.enlarged_rows,
+        "quantization": None if ctx.cfg.model.quantization == "none" else ctx.cfg.model.quantization,
+        "precision": ctx.runtime.plan.precision,
+        "strategy": ctx.runtime.plan.strategy,
+        "world_size": ctx.runtime.world,
+        "heldout_loss": held_out.loss if held_out else None,
+        "heldout_perplexity": held_out.perplexity if held_out else None,
+        "versions": versions(),
+    }
