@@ -22,11 +22,11 @@ def cache_list(runs: Runs = None) -> None:
     """List the token cache: size, days since it was used, and what it was made of."""
     import time
 
-    from phi3_dist.data.cache.prune import cached, computed_starts
+    from phi3_dist.data.cache.prune import cached, computed_lora_inits
     from phi3_dist.machine.storage import cache_folder
 
     now = time.time()
-    found = [*cached(cache_folder()), *(computed_starts(runs) if runs else ())]
+    found = [*cached(cache_folder()), *(computed_lora_inits(runs) if runs else ())]
     typer.echo(f"{cache_folder()}: {sum(entry.bytes for entry in found) / 2**20:,.1f} MiB in {len(found)} entries")
     for entry in found:
         where = entry.path if runs and entry.path.suffix else entry.path.name

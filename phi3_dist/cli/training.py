@@ -135,7 +135,7 @@ def prepare_run(
     from phi3_dist.config.load import load_run
 
     cfg = load_run(run_file, overrides or ())
-    from phi3_dist.cli.progress import told
+    from phi3_dist.cli.progress import progress_line
     from phi3_dist.data.cache.block_files import workers_for
     from phi3_dist.machine.probe import cpu_count
     from phi3_dist.machine.storage import cache_folder
@@ -147,11 +147,11 @@ def prepare_run(
     check_trackers(cfg.log, rank=1)  # the key may lie on the node that trains
     base, tokenizer, _ = find_model(cfg)
     workers = workers or workers_for(cpu_count())
-    with told() as tell:
+    with progress_line() as tell:
         data = prepare_rows(cfg, tokenizer, cache, workers=workers, progress=tell)
     base_fingerprint(base, cache)
     typer.echo(f"base   {base.folder or base.source}")
-    held_out = len(data.validation.packs) if data.validation else 0
+    held_out = len(data.held_out.packs) if data.held_out else 0
     typer.echo(f"data   {len(data.train.packs)} packs to train on, {held_out} held out, in {cache}")
     if data.skipped or data.dropped:
         typer.echo(f"       {len(data.skipped):,} rows can't be used, {len(data.dropped):,} are longer than a pack")

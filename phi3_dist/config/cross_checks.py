@@ -41,7 +41,7 @@ def _model_pairs(cfg: RunConfig) -> Iterator[Cross]:
 def _lora_pairs(cfg: RunConfig) -> Iterator[Cross]:
     targets = cfg.lora.targets
     yield from _pattern_faults(cfg)
-    yield from _start_pairs(cfg)
+    yield from _lora_init_pairs(cfg)
     if targets == ():
         yield Cross(("lora.targets",), "is an empty list: nothing would be adapted", "use all-linear")
     elif isinstance(targets, tuple) and "all-linear" in targets:
@@ -64,7 +64,7 @@ def _pattern_faults(cfg: RunConfig) -> Iterator[Cross]:
         yield Cross(("lora.layers",), "names a layer twice", f"use {sorted(set(layers))}")
 
 
-def _start_pairs(cfg: RunConfig) -> Iterator[Cross]:
+def _lora_init_pairs(cfg: RunConfig) -> Iterator[Cross]:
     lora = cfg.lora
     if lora.freeze_a and lora.plus_ratio != 1:
         what = f"is {lora.plus_ratio:g}, and lora.freeze_a leaves no A that could learn more slowly than B"

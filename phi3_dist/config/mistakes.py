@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from phi3_dist.config.schema import STARTS, DataSource, RunConfig
+from phi3_dist.config.schema import LORA_INITS, DataSource, RunConfig
 from phi3_dist.errors import shown
 
 __all__ = ["EXPLAINED_AT_MOST", "explain"]
@@ -73,7 +73,7 @@ _ADVICE: Mapping[str, str] = {
     "<<": "merge keys are not read; write the keys out",
 }
 _FORMS: Mapping[str, str] = {
-    STARTS: "default, pissa, pissa_niter_16, loftq or eva",
+    LORA_INITS: "default, pissa, pissa_niter_16, loftq or eva",
 }
 """What a regular expression of the schema means, in words."""
 _IN_UNIONS: Mapping[str, type[BaseModel]] = {"DataSource": DataSource}

@@ -6,6 +6,7 @@ in any order, by any process and at any time; laid end to end they are the data 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,7 +17,7 @@ import numpy as np
 
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.read.file_types import form_of
-from phi3_dist.data.read.notices import held_out_notice, seen_notices
+from phi3_dist.data.read.notices import held_out_notice, read_notices
 from phi3_dist.data.read.raw_rows import line_blocks, rows_of_lines
 from phi3_dist.data.read.row_formats import BadRow, Chat, Format, RowReader
 from phi3_dist.data.read.sources import (
@@ -44,7 +45,7 @@ __all__ = [
     "BLOCK_ROWS",
     "Block",
     "Chats",
-    "Done",
+    "TokenBlock",
     "Totals",
     "blocks_of",
     "encode_blocks_of",
@@ -57,32 +58,55 @@ BLOCK_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
-    """Raw rows of one source, as lines of JSON or as (place, row)."""
+class RawRows:
+    """Rows as they were read: lines of JSON, or (place, row)."""
 
-    number: int
-    label: str
-    weight: float
-    held: bool
-    """Whether they are of `data.validation`."""
-    format: Format | None
-    """That of the source's first good row, if it stands in an earlier block."""
     lines: list[bytes] | None = None
     first_line: int = 1
     rows: list[tuple[str, Any]] | None = None
     unread: tuple[str, ...] = ()
     """Columns of a table that were not read."""
     said: str = ""
-    """With the first block of a file that is not what its name says."""
+    """With the first rows of a file that is not what its name says."""
+
+    def parsed(self, label: str) -> Iterable[tuple[str, Any]]:
+        """Each row with its place, `label` and a number; a `BadRow` for a line that is no JSON."""
+        return rows_of_lines(self.lines, label, self.first_line) if self.lines is not None else self.rows or []
 
 
 @dataclass(frozen=True, eq=False)
-class Done:
+class Block:
+    """Raw rows of one source, and what decides what becomes of them."""
+
+    number: int
+    label: str
+    weight: float
+    held_out: bool
+    """Whether they are of `data.validation`."""
+    format: Format | None
+    """That of the source's first good row, if it stands in an earlier block."""
+    raw: RawRows
+
+
+@dataclass(frozen=True, eq=False)
+class _Divided:
+    """The rows of a block, checked, on the side where each belongs."""
+
+    train: list[Chat]
+    times: list[int]
+    """How often each of them counts."""
+    held_out: list[Chat]
+    facts: dict[str, Any]
+    """What `Totals` counts, but for what the tokens will say."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBlock:
     """What became of a block."""
 
     train: TokenRows
     """With weights, a row stands here as often as it counts."""
-    held: TokenRows
+    held_out: TokenRows
     facts: dict[str, Any]
     """What `Totals` counts, ready for JSON."""
 
@@ -93,7 +117,7 @@ class Chats:
 
     train: list[Chat]
     """With weights, a row stands here as often as it counts."""
-    validation: list[Chat]
+    held_out: list[Chat]
     skipped: list[BadRow]
     notices: tuple[str, ...] = ()
     """What a user should know about formats and weights."""
@@ -110,41 +134,42 @@ def blocks_of(cfg: DataConfig) -> Iterator[Block]:
 
     Raises DataError for sources that are missing or can't be read.
     """
-    train, held, labels = located(cfg)
+    sources = located(cfg)
     number = 0
     left = cfg.max_rows
-    for source, weight, is_held in (*((s, w, False) for s, w in train), *((s, w, True) for s, w in held)):
-        if left == 0 and not is_held:
+    sides = ((sources.train, False), (sources.held_out, True))
+    for source, weight, held_out in ((s, w, is_held) for side, is_held in sides for s, w in side):
+        if left == 0 and not held_out:
             continue
-        label = labels[source]
+        label = sources.labels[source]
         reader = reader_of(cfg)
         known = None if cfg.format == "auto" else cfg.format
-        for block in _raw(source, label, reader, None if is_held else left):
-            yield Block(number, label, weight, is_held, known, **block)
+        for raw in _raw(source, label, reader, None if held_out else left):
+            yield Block(number, label, weight, held_out, known, raw)
             number += 1
-            if left is not None and not is_held:
-                left -= _good(block, label, reader)
+            if left is not None and not held_out:
+                left -= _good(raw, label, reader)
             elif known is None:
-                _good(block, label, reader, only_first=True)
+                _good(raw, label, reader, only_first=True)
             known = reader.format
 
 
-def _raw(source: Source, label: str, reader: RowReader, at_most: int | None) -> Iterator[dict[str, Any]]:
+def _raw(source: Source, label: str, reader: RowReader, at_most: int | None) -> Iterator[RawRows]:
     """The rows of a source in blocks; with `at_most`, no further than so many good ones."""
     form = form_of(source, label) if isinstance(source, Path) and source.is_file() else None
-    more = {"said": f"{label}: {form.said}"} if form and form.said else {}
+    said = f"{label}: {form.said}" if form and form.said else ""
     if at_most is None and form and form.shape == "lines":
         assert isinstance(source, Path)
         for first, lines in line_blocks(source, form, label, BLOCK_ROWS, BLOCK_BYTES):
-            yield {"lines": lines, "first_line": first, **more}
-            more = {}
+            yield RawRows(lines=lines, first_line=first, said=said)
+            said = ""
         return
     rows, unread = source_rows(source, label, reader, form)
     if at_most is not None:
         rows = _until(rows, RowReader(reader.format or "auto", reader.columns, reader.rules), at_most)
     while block := list(islice(rows, BLOCK_ROWS)):
-        yield {"rows": block, "unread": tuple(unread), **more}
-        more = {}
+        yield RawRows(rows=block, unread=tuple(unread), said=said)
+        said = ""
 
 
 def _until(rows: Iterator[tuple[str, Any]], reader: RowReader, good: int) -> Iterator[tuple[str, Any]]:
@@ -155,20 +180,14 @@ def _until(rows: Iterator[tuple[str, Any]], reader: RowReader, good: int) -> Ite
             return
 
 
-def _good(block: dict[str, Any], label: str, reader: RowReader, *, only_first: bool = False) -> int:
+def _good(raw: RawRows, label: str, reader: RowReader, *, only_first: bool = False) -> int:
     """How many rows of a block are good; `reader` learns the format from them."""
     good = 0
-    for place, row in _rows(block.get("lines"), block.get("first_line", 1), block.get("rows"), label):
+    for place, row in raw.parsed(label):
         good += not isinstance(row, BadRow) and isinstance(reader.read(row, place), Chat)
         if only_first and good:
             break
     return good
-
-
-def _rows(
-    lines: list[bytes] | None, first_line: int, rows: list[tuple[str, Any]] | None, label: str
-) -> Iterable[tuple[str, Any]]:
-    return rows_of_lines(lines, label, first_line) if lines is not None else rows or []
 
 
 def read_chats(cfg: DataConfig) -> Chats:
@@ -180,35 +199,34 @@ def read_chats(cfg: DataConfig) -> Chats:
     """
     totals = Totals(cfg)
     train: list[Chat] = []
-    validation: list[Chat] = []
+    held_out: list[Chat] = []
     for block in blocks_of(cfg):
-        found, counts, held, facts = _divided(block, cfg)
-        train += [chat for chat, count in zip(found, counts, strict=True) for _ in range(count)]
-        validation += held
-        totals.add({**facts, "unfit": [], "unfit_held": []})
+        found = _divided(block, cfg)
+        train += [chat for chat, times in zip(found.train, found.times, strict=True) for _ in range(times)]
+        held_out += found.held_out
+        totals.add({**found.facts, "unfit": [], "unfit_held": []})
     totals.check()
-    return Chats(train, validation, totals.skipped, tuple(totals.notices()))
+    return Chats(train, held_out, totals.skipped, tuple(totals.notices()))
 
 
 def encode_blocks_of(
     blocks: Iterable[Block], cfg: DataConfig, fmt: ChatFormat, tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[int, Done]]:
+) -> Iterator[tuple[int, TokenBlock]]:
     """The number of each block and what became of it, in order. While one is tokenized, the next one is read."""
-    waiting: list[tuple[Block, list[Chat], list[int], list[Chat], dict[str, Any]]] = []
+    waiting: deque[tuple[int, _Divided]] = deque()
 
     def chats() -> Iterator[list[Chat]]:
         for block in blocks:
             found = _divided(block, cfg)
-            waiting.append((block, *found))
-            yield [*found[0], *found[2]]
+            waiting.append((block.number, found))
+            yield [*found.train, *found.held_out]
 
     for _, encoded in encode_stream(fmt, tokenizer, chats(), cfg.supervise):
-        block, train, counts, held, facts = waiting.pop(0)
-        yield block.number, _done(encoded, train, counts, held, facts)
+        number, found = waiting.popleft()
+        yield number, _token_block(encoded, found)
 
 
-def _divided(block: Block, cfg: DataConfig) -> tuple[list[Chat], list[int], list[Chat], dict[str, Any]]:
-    """Training rows that count, how often each does, held-out rows, and the facts so far."""
+def _divided(block: Block, cfg: DataConfig) -> _Divided:
     reader = reader_of(cfg, block.format)
     train: list[Chat] = []
     held: list[Chat] = []
@@ -216,12 +234,12 @@ def _divided(block: Block, cfg: DataConfig) -> tuple[list[Chat], list[int], list
     bad: list[BadRow] = []
     kept = 0
     shares = [1.0, 0.0]
-    share = 0.0 if cfg.validation or block.held else cfg.validation_share
-    for place, row in _rows(block.lines, block.first_line, block.rows, block.label):
+    share = 0.0 if cfg.validation or block.held_out else cfg.validation_share
+    for place, row in block.raw.parsed(block.label):
         chat = row if isinstance(row, BadRow) else reader.read(row, place)
         if isinstance(chat, BadRow):
             bad.append(chat)
-        elif block.held or (share > 0 and _below(chat, share, shares)):
+        elif block.held_out or (share > 0 and _below(chat, share, shares)):
             held.append(chat)
         else:
             kept += 1
@@ -232,7 +250,7 @@ def _divided(block: Block, cfg: DataConfig) -> tuple[list[Chat], list[int], list
     with_system = sum(n for chat, n in zip(train, counts, strict=True) if chat.messages[0].role == "system")
     facts = {
         "label": block.label,
-        "of_validation": block.held,
+        "of_validation": block.held_out,
         "format": reader.format if kept or held else None,
         "bad": [[row.place, row.reason] for row in bad],
         "kept": kept,
@@ -242,7 +260,7 @@ def _divided(block: Block, cfg: DataConfig) -> tuple[list[Chat], list[int], list
         "shares": shares,
         "seen": [[*key, count] for key, count in _seen(reader, block).items()],
     }
-    return train, counts, held, facts
+    return _Divided(train, counts, held, facts)
 
 
 def _below(chat: Chat, share: float, shares: list[float]) -> bool:
@@ -254,23 +272,24 @@ def _below(chat: Chat, share: float, shares: list[float]) -> bool:
 
 def _seen(reader: RowReader, block: Block) -> Seen:
     seen = reader.seen.copy()
-    rows = len(block.rows or ())
-    seen.update({("column", name): rows for name in block.unread if name not in reader.rules.ignore})
-    if block.said:
-        seen["said", block.said] = 1
+    rows = len(block.raw.rows or ())
+    seen.update({("column", name): rows for name in block.raw.unread if name not in reader.rules.ignore})
+    if block.raw.said:
+        seen["said", block.raw.said] = 1
     return seen
 
 
-def _done(encoded: EncodedBlock, train: list[Chat], counts: list[int], held: list[Chat], facts: dict[str, Any]) -> Done:
+def _token_block(encoded: EncodedBlock, found: _Divided) -> TokenBlock:
+    train, held, facts = found.train, found.held_out, found.facts
     rows = TokenRows(encoded.ids, encoded.supervised, encoded.offsets, tuple(chat.place for chat in (*train, *held)))
     good = np.array([not reason for reason in encoded.reasons], dtype=np.bool_)
-    n, often = len(train), np.array(counts, dtype=np.int64)
+    n, often = len(train), np.array(found.times, dtype=np.int64)
     if not held and good.all() and (often == 1).all():
-        return Done(rows, rows.select(np.empty(0, np.int64)), {**facts, "unfit": [], "unfit_held": []})
+        return TokenBlock(rows, rows.select(np.empty(0, np.int64)), {**facts, "unfit": [], "unfit_held": []})
     which = np.repeat(np.arange(n), often)
     unfit = [[rows.places[i], encoded.reasons[i]] for i in which[~good[which]].tolist()]
     unfit_held = [[rows.places[i], encoded.reasons[i]] for i in range(n, len(good)) if not good[i]]
-    return Done(
+    return TokenBlock(
         rows.select(which[good[which]]),
         rows.select(n + np.flatnonzero(good[n:])),
         {**facts, "unfit": unfit, "unfit_held": unfit_held},
@@ -317,14 +336,14 @@ class Totals:
 
     def check(self) -> None:
         """Raises DataError where the rows can't be trained on: bad ones, too few, none supervised."""
-        train, held, labels = located(self.cfg)
+        sources = located(self.cfg)
         stop = self.cfg.on_bad_row == "stop"
         if stop and (self.bad or self.bad_held):
             raise DataError(*problems_of([*self.bad, *self.bad_held]))
-        good = self.kept if held else self.kept + self.held
-        refuse_empty(good, self.bad, [labels[source] for source, _ in train])
-        if held:
-            refuse_empty(self.held, self.bad_held, [labels[source] for source, _ in held])
+        good = self.kept if sources.held_out else self.kept + self.held
+        refuse_empty(good, self.bad, [sources.labels[source] for source, _ in sources.train])
+        if sources.held_out:
+            refuse_empty(self.held, self.bad_held, [sources.labels[source] for source, _ in sources.held_out])
         refuse_nothing_left(self.kept, self.held, self.weighted)
         unfit = [*self.unfit, *self.unfit_held]
         if stop and unfit:
@@ -341,11 +360,11 @@ class Totals:
     def notices(self, fmt: ChatFormat | None = None) -> list[str]:
         """What a user should know about formats, weights, held-out rows, and how `fmt` renders messages."""
         notices = [*(fmt.notices if fmt else ()), *format_notices(self.cfg, self.formats)]
-        if any(weight != 1 for _, weight in located(self.cfg)[0]):
+        if any(weight != 1 for _, weight in located(self.cfg).train):
             notices.append(f"weights of data.train: {self.kept:,} training rows are read as {self.weighted:,}")
         if fmt and fmt.system == "dropped" and self.with_system:
             notices.append(f"{self.with_system:,} rows have a system message that is lost that way")
-        notices += seen_notices(self.seen, fmt)
+        notices += read_notices(self.seen, fmt)
         wanted = self.cfg.validation or self.cfg.validation_share > 0
         if wanted and self.held == len(self.unfit_held):
             notices.append(held_out_notice(self.cfg, self.kept, self.held, self.shares))

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.blocks import BLOCK_BYTES, BLOCK_ROWS, Totals, blocks_of, encode_blocks_of
 from phi3_dist.data.cache.array_folders import read_whole, remove_unfinished, write_whole
-from phi3_dist.data.cache.block_files import encode_to_parts
+from phi3_dist.data.cache.block_files import encode_to_block_files
 from phi3_dist.data.pack.packs import SHOWN_AT_MOST, Packed, Packs, evenly, load_packed, pack, save_packed
 from phi3_dist.data.read.arrow_tables import arrow_files
 from phi3_dist.data.read.raw_rows import content_hash
@@ -59,7 +59,7 @@ class Prepared:
     """Data ready for training, and what a user should know about it."""
 
     train: Packs
-    validation: Packs | None
+    held_out: Packs | None
     skipped: tuple[BadRow, ...]
     """Rows that can't be used (`on_bad_row: skip`)."""
     dropped: tuple[str, ...]
@@ -79,7 +79,7 @@ class _Tokens:
     """Everything that costs time."""
 
     train: TokenRows
-    validation: TokenRows
+    held_out: TokenRows
     skipped: tuple[BadRow, ...] = ()
     notices: tuple[str, ...] = ()
 
@@ -117,7 +117,7 @@ def prepare(
     measured = evenly(held.packs, cfg.max_validation_rows) if held else None
     return Prepared(
         train=train.packs,
-        validation=measured,
+        held_out=measured,
         skipped=tokens.skipped,
         dropped=tuple(dropped),
         cut=tuple(cut),
@@ -166,7 +166,7 @@ def _in_memory(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast) -> _Tokens:
     for part in parts:
         totals.add(part.facts)
     totals.check()
-    train, held = TokenRows.join([part.train for part in parts]), TokenRows.join([part.held for part in parts])
+    train, held = TokenRows.join([part.train for part in parts]), TokenRows.join([part.held_out for part in parts])
     return _Tokens(train, held, tuple(totals.skipped), tuple(totals.notices(fmt)))
 
 
@@ -207,7 +207,7 @@ def _only_read(folder: Path, cfg: DataConfig) -> tuple[_Tokens, Packed | None, P
 
 def _packed_or_made(folder: Path, name: str, tokens: _Tokens, cfg: DataConfig) -> Packed | None:
     try:
-        rows = tokens.train if name == "train" else tokens.validation
+        rows = tokens.train if name == "train" else tokens.held_out
         return load_packed(_packs_folder(folder, name, cfg), rows, cfg.pack_length) if len(rows) else None
     except DataError:
         return _packed(None, name, tokens, cfg)
@@ -271,9 +271,9 @@ def _encode(
     with RowsWriter(folder / "train") as train, RowsWriter(folder / "validation") as validation:
         gc.freeze()  # rows are many small objects: what was there before must not be searched for garbage again
         try:
-            for done in encode_to_parts(folder / "parts", cfg, fmt, tokenizer, workers):
+            for done in encode_to_block_files(folder / "parts", cfg, fmt, tokenizer, workers):
                 train.add(done.train)
-                validation.add(done.held)
+                validation.add(done.held_out)
                 totals.add(done.facts)
                 tell("tokenize", totals.rows)
         finally:
@@ -321,9 +321,9 @@ def _refuse_changed(folder: Path, before: dict[str, State], fresh: dict[str, str
 
 def _files_of(cfg: DataConfig) -> list[Path]:
     """Every local file that rows are read from."""
-    train, held, labels = located(cfg)
-    local = [source for source, _ in (*train, *held) if isinstance(source, Path)]
-    return [part for s in local for part in (arrow_files(s, labels[s]) if s.is_dir() else [s])]
+    sources = located(cfg)
+    local = [source for source, _ in (*sources.train, *sources.held_out) if isinstance(source, Path)]
+    return [part for s in local for part in (arrow_files(s, sources.labels[s]) if s.is_dir() else [s])]
 
 
 def _load(folder: Path, *, just_written: bool = False) -> _Tokens:
@@ -334,7 +334,7 @@ def _load(folder: Path, *, just_written: bool = False) -> _Tokens:
 
 def _packed(folder: Path | None, name: str, tokens: _Tokens, cfg: DataConfig) -> Packed | None:
     """The packs of one side, from the cache or made; None for held-out rows where there are none."""
-    rows = tokens.train if name == "train" else tokens.validation
+    rows = tokens.train if name == "train" else tokens.held_out
     if name == "validation" and not len(rows):
         return None
     if folder is None:
@@ -357,8 +357,8 @@ def _cache_key(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: P
     """sha256 over what decides the tokens. Packing is no part of it: packs are kept beside them."""
     settings = cfg.model_dump(mode="json", exclude={"pack_length", "on_long_row", "cache", "max_validation_rows"})
     parts: list[Any] = [CACHE_FORMAT, BLOCK_ROWS, BLOCK_BYTES, settings, tokenizer_hash(tokenizer)]
-    train, held, _ = located(cfg)
-    parts += [_source_hash(source, cache_dir) for source, _ in (*train, *held)]
+    sources = located(cfg)
+    parts += [_source_hash(source, cache_dir) for source, _ in (*sources.train, *sources.held_out)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()[:32]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from phi3_dist.errors import DataError, Problem
 from phi3_dist.modeling.lora import Adapted, named_seed
 
-__all__ = ["eva_start", "loftq_start", "pissa_start", "saved_names", "take_out"]
+__all__ = ["eva_init", "loftq_init", "pissa_init", "saved_names", "subtract_from_base"]
 
 _EVA_SETTLED = 0.99
 """Cosine between a component before and after a batch from which it counts as settled; PEFT's default `tau`."""
@@ -28,7 +28,7 @@ def saved_names(module: Adapted) -> tuple[str, str]:
     return tuple(f"base_model.model.{module.name}.lora_{letter}.weight" for letter in "AB")  # type: ignore[return-value]
 
 
-def pissa_start(weight: Tensor, module: Adapted, niter: int | None, seed: int) -> tuple[Tensor, Tensor]:
+def pissa_init(weight: Tensor, module: Adapted, niter: int | None, seed: int) -> tuple[Tensor, Tensor]:
     """A (r, inputs) and B (outputs, r) with scale·B·A the best rank-r approximation of `weight` (outputs, inputs).
 
     PiSSA, arXiv 2404.02948. `niter`: iterations of the randomised decomposition; None: the exact one.
@@ -36,7 +36,7 @@ def pissa_start(weight: Tensor, module: Adapted, niter: int | None, seed: int) -
     return _split(weight.float(), module, niter, seed)
 
 
-def loftq_start(weight: Tensor, quantized: Tensor, module: Adapted) -> tuple[Tensor, Tensor]:
+def loftq_init(weight: Tensor, quantized: Tensor, module: Adapted) -> tuple[Tensor, Tensor]:
     """A and B with scale·B·A the best rank-r approximation of what quantisation lost: LoftQ's first step.
 
     LoftQ, arXiv 2310.08659, alternates this with quantising the rest anew. One step leaves the base as every loader
@@ -58,7 +58,7 @@ def _split(matrix: Tensor, module: Adapted, niter: int | None, seed: int) -> tup
 
 
 @torch.no_grad()
-def take_out(model: nn.Module, modules: Sequence[Adapted], start: Mapping[str, Tensor]) -> None:
+def subtract_from_base(model: nn.Module, modules: Sequence[Adapted], init: Mapping[str, Tensor]) -> None:
     """Subtract scale·B·A from each adapted weight of the base, so that the model starts as the plain base does.
 
     A whole weight is replaced, never written to: it may be the mapped file. Of a shard of FSDP2 each rank changes its
@@ -71,7 +71,7 @@ def take_out(model: nn.Module, modules: Sequence[Adapted], start: Mapping[str, T
     weights = {n.split("base_model.model.", 1)[-1]: p for n, p in model.named_parameters() if "base_layer" in n}
     for module in modules:
         weight: Any = weights[f"{module.name}.base_layer.weight"]
-        a, b = (start[name] for name in saved_names(module))
+        a, b = (init[name] for name in saved_names(module))
 
         def rest(rows: Tensor, b: Tensor, a: Tensor = a, scale: float = module.scale) -> Tensor:
             return (rows.float() - scale * b.to(rows.device) @ a.to(rows.device)).to(rows.dtype)
@@ -90,7 +90,7 @@ def take_out(model: nn.Module, modules: Sequence[Adapted], start: Mapping[str, T
 
 
 @torch.no_grad()
-def eva_start(
+def eva_init(
     model: nn.Module,
     modules: Sequence[Adapted],
     batches: Callable[[], Iterable[tuple[Any, Tensor]]],

@@ -27,8 +27,8 @@ from phi3_dist.recipes import dialects
 from phi3_dist.recipes.draft import Draft, Finding
 from phi3_dist.recipes.entries import Computed, Entry, Foreign
 from phi3_dist.recipes.rules import ALIASES, FULL, RULES, UNSUPPORTED, unsupported_by_prefix
-from phi3_dist.recipes.rules_data_sets import tell_nested
-from phi3_dist.recipes.rules_joint import SETTLED, settle
+from phi3_dist.recipes.rules_data_sets import account_for_data_sets
+from phi3_dist.recipes.rules_joint import JOINT_KEYS, apply_joint_rules
 from phi3_dist.recipes.rules_trainer import UNSLOTH_DEFAULTS
 
 __all__ = ["FILL_IN_MODEL", "Imported", "findings_table", "import_run"]
@@ -79,9 +79,9 @@ def import_run(path: str | Path, *, devices: int = 1) -> Imported:
     literal = [
         entry for entry in entries if not isinstance(entry.value, Computed) and entry.value not in (None, "auto")
     ]
-    settle(draft, {_canonical(entry): entry for entry in reversed(literal)})
+    apply_joint_rules(draft, {_canonical(entry): entry for entry in reversed(literal)})
     for entry in literal:
-        tell_nested(draft, entry)
+        account_for_data_sets(draft, entry)
     told = {(finding.key, finding.place) for finding in draft.findings}
     for entry in entries:
         if (entry.key, entry.place) not in told:
@@ -137,13 +137,13 @@ def _translate(draft: Draft, entry: Entry) -> None:
         if name in ("bf16", "fp16"):
             reason = "depends on the hardware when the source runs; auto decides likewise here, without fp16"
             draft.change(entry, "model.precision", "auto", reason)
-        elif name in RULES or name in SETTLED:
+        elif name in RULES or name in JOINT_KEYS:
             draft.refuse(entry, "is computed when the source runs, and nothing is run to import it: set it by hand")
         else:
             draft.refuse(entry, UNSUPPORTED.get(name) or unsupported_by_prefix(name) or "has no counterpart here")
-    elif entry.value == "auto" and (name in SETTLED or entry.section == "deepspeed"):
+    elif entry.value == "auto" and (name in JOINT_KEYS or entry.section == "deepspeed"):
         draft.note(entry, "taken", "is filled in by whoever launches it")
-    elif name in SETTLED and entry.value is not None:
+    elif name in JOINT_KEYS and entry.value is not None:
         return
     elif name == "data_revision" and isinstance(entry.value, str):
         draft.take(entry, "data.revision", entry.value)

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from phi3_dist.recipes.draft import Draft
 from phi3_dist.recipes.entries import Entry
 
-__all__ = ["tell_nested"]
+__all__ = ["account_for_data_sets"]
 
 Rule = Callable[[Draft, Entry], None]
 _LISTS = ("datasets", "test_datasets", "dataset_mixture")
 
 
-def tell_nested(draft: Draft, entry: Entry) -> None:
+def account_for_data_sets(draft: Draft, entry: Entry) -> None:
     """A finding for each key inside a list of data sets; nothing for other entries."""
     name = entry.key.rpartition(".")[2]
     if name not in _LISTS:

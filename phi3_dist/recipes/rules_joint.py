@@ -9,7 +9,7 @@ from typing import Any
 from phi3_dist.recipes.draft import Draft, as_number
 from phi3_dist.recipes.entries import Entry
 
-__all__ = ["SETTLED", "settle"]
+__all__ = ["JOINT_KEYS", "apply_joint_rules"]
 
 _PER_DEVICE = "per_device_train_batch_size"
 _ACCUMULATION = "gradient_accumulation_steps"
@@ -19,7 +19,7 @@ _DATA_KEYS = (
     *("dataset_mixer", "dataset_mixture"),
 )
 _SPLIT_KEYS = ("split", "dataset_split", "dataset_train_split", "dataset_test_split", "dataset_splits")
-SETTLED = frozenset({
+JOINT_KEYS = frozenset({
     *(_PER_DEVICE, _ACCUMULATION, "train_batch_size", "warmup_ratio", "warmup_steps", "max_steps"),
     *("eval_strategy", "evaluation_strategy", "eval_steps", "do_eval", "save_strategy", "save_steps"),
     *("logging_strategy", *_DATA_KEYS, *_SPLIT_KEYS),
@@ -27,7 +27,7 @@ SETTLED = frozenset({
 """Canonical names of the keys that are settled here."""
 
 
-def settle(draft: Draft, entries: Mapping[str, Entry]) -> None:
+def apply_joint_rules(draft: Draft, entries: Mapping[str, Entry]) -> None:
     """Write what follows from `entries` (first one of each canonical name, literal values only) into the draft."""
     for part in (_batch, _warmup, _steps, _evaluation, _saving, _sources, _splits):
         part(draft, entries)

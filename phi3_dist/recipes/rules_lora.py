@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from phi3_dist.config.schema import STARTS
+from phi3_dist.config.schema import LORA_INITS
 from phi3_dist.family.variants import FUSED_TARGETS
 from phi3_dist.recipes.draft import Draft, Rule, as_flag, as_number, number
 from phi3_dist.recipes.entries import Entry
@@ -27,7 +27,7 @@ def _init(draft: Draft, entry: Entry) -> None:
     value = entry.value
     if value is True:
         draft.note(entry, "taken", "A is drawn as PEFT draws it, B starts at 0")
-    elif isinstance(value, str) and re.search(STARTS, value) and value != "default":
+    elif isinstance(value, str) and re.search(LORA_INITS, value) and value != "default":
         draft.take(entry, "lora.init", value)
     else:
         draft.refuse(entry, "lora.init is default, pissa, pissa_niter_16, loftq or eva")

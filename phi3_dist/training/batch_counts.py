@@ -22,7 +22,7 @@ def steps_of(cfg: RunConfig, order: Order) -> int:
 
 def longest_row(prepared: Prepared) -> int:
     """Tokens of the longest row that is trained on or measured: LongRoPE's one regime has to serve both."""
-    parts = (prepared.train, *((prepared.validation,) if prepared.validation else ()))
+    parts = (prepared.train, *((prepared.held_out,) if prepared.held_out else ()))
     return max(int(packs.rows.lengths.max()) for packs in parts)
 
 

@@ -25,8 +25,8 @@ from phi3_dist.modeling.base import (
 from phi3_dist.modeling.fp8 import use_fp8
 from phi3_dist.modeling.fused_layers import install_fused_layers, select_in_last_layer
 from phi3_dist.modeling.fused_lora import FusedReport, install_fused, keep_dequantized
-from phi3_dist.modeling.lora import adapted, add_lora, fill_adapter, start_dora_magnitudes
-from phi3_dist.modeling.lora_init import take_out
+from phi3_dist.modeling.lora import adapted, add_lora, fill_adapter, init_dora_magnitudes
+from phi3_dist.modeling.lora_init import subtract_from_base
 from phi3_dist.modeling.loss import Kernel, PackedLoss
 from phi3_dist.modeling.new_tokens import token_rows, whole_tables
 from phi3_dist.modeling.passes import BY_HAND, compiled_passes, kernel_passes
@@ -148,7 +148,7 @@ def _fill_shards(model: PackedLoss, base: Base, runtime: Runtime) -> None:
     device = torch.device("cpu") if runtime.plan.strategy.endswith("offload") else runtime.device
     model.to_empty(device=device)
     load_into_fsdp2(model, base)
-    start_dora_magnitudes(model)
+    init_dora_magnitudes(model)
     inner = model.causal_lm.model
     inner.rotary_emb = type(inner.rotary_emb)(base.config).to(runtime.device)
 
@@ -188,7 +188,7 @@ def build_model(
             _fill_shards(model, base, runtime)
     if cfg.lora.init.startswith("pissa") and lora_init:
         peft_model: Any = model.model
-        take_out(model, adapted(causal_lm, peft_model.peft_config["default"]), lora_init)
+        subtract_from_base(model, adapted(causal_lm, peft_model.peft_config["default"]), lora_init)
     fill_adapter(model, cfg.train.seed, values, {**lora_init, **token_rows(base, token_ids)})
     pin_longrope(causal_lm, longest_row, cfg.model.longrope)
     # a table left on the host is copied, and waited for, in each forward pass

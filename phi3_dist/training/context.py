@@ -14,7 +14,7 @@ from phi3_dist.training.engines.engine import Engine
 from phi3_dist.training.monitor.metrics import Metrics
 from phi3_dist.training.monitor.profiling import StepProfile
 from phi3_dist.training.monitor.start_clock import StartClock
-from phi3_dist.training.monitor.time_left import Outlook
+from phi3_dist.training.monitor.time_left import TimeLeft
 from phi3_dist.training.monitor.transcript import Transcript
 from phi3_dist.training.run_folder import RunFolder
 from phi3_dist.training.runtime import Runtime
@@ -42,7 +42,7 @@ class RunContext:
     runtime: Runtime
     engine: Engine
     train: Packs
-    validation: Packs | None
+    held_out: Packs | None
     order: Order
     total: int
     """Optimizer steps of the whole run."""
@@ -52,4 +52,4 @@ class RunContext:
     clock: StartClock
     profile: StepProfile
     flag: StopFlag
-    outlook: Outlook
+    time_left: TimeLeft

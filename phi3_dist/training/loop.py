@@ -42,7 +42,7 @@ from phi3_dist.training.batch_counts import (
 from phi3_dist.training.build import Built, build_model
 from phi3_dist.training.checkpoints.files import Checkpoint, read_state
 from phi3_dist.training.checkpoints.identity import base_fingerprint, identity
-from phi3_dist.training.checkpoints.resume import Beginning, find_beginning
+from phi3_dist.training.checkpoints.resume import ResumePoint, find_resume_point
 from phi3_dist.training.checkpoints.saver import Saver
 from phi3_dist.training.checkpoints.state import import_state
 from phi3_dist.training.context import RunContext, Session
@@ -56,15 +56,15 @@ from phi3_dist.training.monitor.health import Health
 from phi3_dist.training.monitor.metrics import Metrics
 from phi3_dist.training.monitor.profiling import StepProfile
 from phi3_dist.training.monitor.start_clock import StartClock, compile_notice
-from phi3_dist.training.monitor.time_left import Outlook
+from phi3_dist.training.monitor.time_left import TimeLeft
 from phi3_dist.training.monitor.trackers import finish_trackers, start_trackers
 from phi3_dist.training.monitor.transcript import Transcript
-from phi3_dist.training.plan_proof import prove_start
+from phi3_dist.training.plan_proof import prove_built_dtypes
 from phi3_dist.training.run_folder import RunFolder, versions
 from phi3_dist.training.run_steps import run_steps
 from phi3_dist.training.runtime import Runtime, start_runtime
-from phi3_dist.training.same_on_all_ranks import agree
-from phi3_dist.training.shared_init import adapter_start
+from phi3_dist.training.same_on_all_ranks import check_same_on_all_ranks
+from phi3_dist.training.shared_init import computed_lora_init
 from phi3_dist.training.signals import StopFlag, exit_code_of, state_of_stop
 
 __all__ = ["TrainResult", "train"]
@@ -151,8 +151,8 @@ def _train(
     with folder.recording_failure(active=launch.rank == 0):  # what was to be replaced comes back from here on
         runtime = _join_processes(cfg, plan, launch, folder)
         ours = _agreed_identity(inputs, runtime, cache)
-        begin = find_beginning(runtime, folder, ours, allow_changed, cfg.optim) if resume else Beginning()
-        if begin.finished:
+        resume_point = find_resume_point(runtime, folder, ours, allow_changed, cfg.optim) if resume else ResumePoint()
+        if resume_point.finished:
             _release(runtime)
             return TrainResult(folder.path, 0, None, None)
         if runtime.is_main:  # the first file: it makes the folder a run's, which --resume can go on in
@@ -161,7 +161,7 @@ def _train(
             transcript.into(folder.held, runtime.rank)
         start_trackers(runtime, cfg.log.trackers, project=cfg.log.project, run=cfg.name, folder=folder.path)
         clock.mark("processes")
-        result = _run(inputs, session, runtime, ours, begin.checkpoint)
+        result = _run(inputs, session, runtime, ours, resume_point.checkpoint)
         if runtime.is_main:  # before the last barrier: no rank has ended when this stands
             _record_exit(folder, result)
     _release(runtime)
@@ -187,7 +187,7 @@ def _agreed_identity(inputs: RunInputs, runtime: Runtime, cache: Path) -> dict[s
     cfg, base, plan = inputs.cfg, inputs.base, runtime.plan
     ours = identity(cfg, inputs.prepared, base, weights="", precision=plan.precision, kernels=plan.kernels)
     said = {**flatten(cfg.model_dump(mode="json")), **ours}
-    agree(runtime, {**{key: str(value) for key, value in said.items()}, **versions()})
+    check_same_on_all_ranks(runtime, {**{key: str(value) for key, value in said.items()}, **versions()})
     weights = base_fingerprint(base, cache) if runtime.is_main else ""
     return {**ours, "base weights": runtime.broadcast(weights)}
 
@@ -198,7 +198,7 @@ def _build(inputs: RunInputs, session: Session, runtime: Runtime, *, steps: int,
     where = session.folder.held
 
     def lora_init_of(causal_lm: Any) -> dict[str, Any]:
-        return adapter_start(cfg, causal_lm, base, runtime, packs=packs, folder=where, resumed=resumed)
+        return computed_lora_init(cfg, causal_lm, base, runtime, packs=packs, folder=where, resumed=resumed)
 
     with session.folder.by_name():
         built = build_model(
@@ -232,7 +232,7 @@ def _run(
     total = steps_of(cfg, order)
     built = _build(inputs, session, runtime, steps=total, resumed=checkpoint is not None)
     engine = make_engine(built.model, runtime, cfg.optim, cfg.lora.plus_ratio)
-    prove_start(engine, runtime)
+    prove_built_dtypes(engine, runtime)
     first, health_then = _restore(engine, checkpoint)
     session.clock.mark("model")
     session.flag.save_first()
@@ -241,7 +241,7 @@ def _run(
         Metrics(where / folder.metrics.name, total, runtime.accelerator, active=runtime.is_main, keep=keep) as metrics,
         StepProfile(cfg.train.profile, where / "profile", active=runtime.is_main) as profile,
     ):
-        packs = (prepared.train, prepared.validation)
+        packs = (prepared.train, prepared.held_out)
         ctx = RunContext(
             cfg,
             runtime,
@@ -255,7 +255,7 @@ def _run(
             clock=session.clock,
             profile=profile,
             flag=session.flag,
-            outlook=Outlook(cfg, total, evaluation_steps=steps_of_an_evaluation(*packs, order)),
+            time_left=TimeLeft(cfg, total, evaluation_steps=steps_of_an_evaluation(*packs, order)),
         )
         if runtime.is_main:
             _record_start(ctx, built, first)

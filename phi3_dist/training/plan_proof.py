@@ -18,7 +18,7 @@ from phi3_dist.training.engines.optimizer import trained
 from phi3_dist.training.engines.zero_state import flat_masters
 from phi3_dist.training.runtime import Runtime
 
-__all__ = ["prove_first_step", "prove_start"]
+__all__ = ["prove_built_dtypes", "prove_updated_dtypes"]
 
 SHOWN = 5
 
@@ -59,7 +59,7 @@ def _weights(engine: Engine, runtime: Runtime) -> Iterator[tuple[str, Tensor | t
             yield f"the optimizer's weights, group {number}", flat, torch.float32
 
 
-def prove_start(engine: Engine, runtime: Runtime) -> None:
+def prove_built_dtypes(engine: Engine, runtime: Runtime) -> None:
     """Every frozen weight in the plan's precision, every trained one in float32 where the optimizer holds it.
 
     Raises PlanError on each rank that holds another.
@@ -81,7 +81,7 @@ def _of_update(engine: Engine) -> Iterator[tuple[str, Tensor | torch.dtype, torc
                 yield f"{kind} of {name}", value, torch.float32
 
 
-def prove_first_step(engine: Engine) -> None:
+def prove_updated_dtypes(engine: Engine) -> None:
     """Gradients are added up in float32, and every moment is float32 or an 8-bit optimizer's bytes.
 
     After the first update. torch itself holds that a gradient has its parameter's dtype. Raises PlanError.

@@ -24,13 +24,13 @@ from phi3_dist.training.run_folder_contents import (
     LOCK,
     MARK,
     drop_replaced,
+    foreign_entries,
     in_use,
     is_run,
     mark,
     move_aside,
     named,
     put_back,
-    strangers,
     unsafe,
 )
 from phi3_dist.training.signals import Stopped, state_of_stop
@@ -227,7 +227,7 @@ class RunFolder:
         where, problems = str(self.path), []
         if why := unsafe(self.path):
             problems.append(Problem(where, f"{why}: nothing in it is replaced", "name another save.folder"))
-        elif others := strangers(self.path):
+        elif others := foreign_entries(self.path):
             what = f"holds {named(others)}, which no run wrote: nothing in it is replaced"
             problems.append(Problem(where, what, "move these files elsewhere, or choose another save.folder"))
         here = self.path.resolve()

@@ -29,7 +29,7 @@ __all__ = [
     "move_aside",
     "named",
     "put_back",
-    "strangers",
+    "foreign_entries",
     "unsafe",
 ]
 
@@ -105,7 +105,7 @@ def unsafe(folder: Path) -> str:
     return ""
 
 
-def strangers(folder: Path) -> list[str]:
+def foreign_entries(folder: Path) -> list[str]:
     """Paths below `folder` that no run writes: files, links, folders, sorted and named from `folder` on."""
     found = []
     for where, folders, files in os.walk(folder):
@@ -152,7 +152,7 @@ def put_back(folder: Path) -> bool:
     if not aside.is_dir():
         return False
     if _marked(aside):
-        others = strangers(folder)
+        others = foreign_entries(folder)
         if others:
             what = f"holds {named(others)}, which no run wrote, and in {_REPLACED} a run that was to be replaced"
             raise RunFolderError(Problem(str(folder), what, "move these files elsewhere"))

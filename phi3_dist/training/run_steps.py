@@ -12,8 +12,8 @@ from phi3_dist.training.checkpoints.saver import Saver
 from phi3_dist.training.context import RunContext
 from phi3_dist.training.evaluate import HeldOut, held_out_loss
 from phi3_dist.training.monitor.health import Health
-from phi3_dist.training.monitor.readout import EvaluationWatch, Readout
-from phi3_dist.training.plan_proof import prove_first_step
+from phi3_dist.training.monitor.readout import EvaluationWatch, StepReadout
+from phi3_dist.training.plan_proof import prove_updated_dtypes
 from phi3_dist.training.train_step import learning_rate, train_step
 
 __all__ = ["run_steps"]
@@ -21,14 +21,14 @@ __all__ = ["run_steps"]
 
 def _evaluate(ctx: RunContext, step: int) -> tuple[HeldOut | None, int]:
     """The held-out loss after `step` steps, None without held-out rows; and the signal that broke it off, or 0."""
-    if ctx.validation is None:
+    if ctx.held_out is None:
         return None, 0
     watch = EvaluationWatch(ctx, step)
-    found, stop = held_out_loss(ctx.engine, ctx.runtime, ctx.validation, ctx.flag, watch.tell)
+    found, stop = held_out_loss(ctx.engine, ctx.runtime, ctx.held_out, ctx.flag, watch.tell)
     if found is None:
         ctx.metrics.say(f"the held-out loss after step {step} was broken off by {signal.Signals(stop).name}")
         return None, stop
-    ctx.outlook.evaluation_s = found.seconds
+    ctx.time_left.evaluation_s = found.seconds
     ctx.metrics.evaluation(
         {
             "step": step,
@@ -43,7 +43,7 @@ def _evaluate(ctx: RunContext, step: int) -> tuple[HeldOut | None, int]:
 
 def _say_first_step(ctx: RunContext, step: int) -> None:
     """Where the start's time went, and what turned out otherwise than announced. Raises PlanError for wrong dtypes."""
-    prove_first_step(ctx.engine)
+    prove_updated_dtypes(ctx.engine)
     ctx.clock.mark("first step")
     ctx.metrics.say(ctx.clock.line())
     spans = {f"{name.replace(' ', '_')}_s": round(seconds, 3) for name, seconds in ctx.clock.spans_s.items()}
@@ -57,7 +57,7 @@ def _say_first_step(ctx: RunContext, step: int) -> None:
 def _evaluation_due(ctx: RunContext, first: int) -> bool:
     """Whether to measure before step `first` is made: in a new run, and what was broken off before the checkpoint."""
     every = ctx.cfg.train.eval_every
-    if ctx.validation is None or first in {0, ctx.total}:
+    if ctx.held_out is None or first in {0, ctx.total}:
         return True
     return bool(every) and first % every == 0 and not measured(ctx, first)
 
@@ -70,7 +70,7 @@ def run_steps(
     A new run measures the held-out loss before its first step, too. Returns the steps done, the last held-out loss, and
     the signal that stopped the run or 0.
     """
-    cfg, held_out, readout = ctx.cfg, None, Readout(ctx, health)
+    cfg, held_out, readout = ctx.cfg, None, StepReadout(ctx, health)
     if _evaluation_due(ctx, first):
         held_out, stop = _evaluate(ctx, first)
         ctx.clock.mark("held out")
@@ -78,13 +78,13 @@ def run_steps(
             return first, held_out, stop
     for step in range(first, ctx.total):
         watch.check()
-        begun, done = time.perf_counter(), step + 1
+        start_s, done = time.perf_counter(), step + 1
         lr = learning_rate(step, ctx.total, cfg.optim)
         result = train_step(ctx.engine, ctx.runtime, ctx.train, ctx.order, step, lr=lr, seed=cfg.train.seed)
         if ctx.profile.step():
             done_as = ctx.profile.failed or f"{ctx.folder.path / 'profile'}/table.txt and trace.json.gz"
             ctx.metrics.say(f"profile: {done_as}")
-        readout.add(done, result, begun)
+        readout.add(done, result, start_s)
         evaluate = done == ctx.total or bool(cfg.train.eval_every and done % cfg.train.eval_every == 0)
         if evaluate or saver.due(done) or readout.stop or step == first:
             readout.read()
@@ -95,11 +95,11 @@ def run_steps(
             found, stop = _evaluate(ctx, done)
             held_out = found or held_out
         # nothing is left to stop after the last step but the evaluation that it was to end with
-        stop = stop if done < ctx.total or ctx.validation else 0
+        stop = stop if done < ctx.total or ctx.held_out else 0
         if saver.due(done) or stop:
             watch.check()
             saver.save(done, held_out)
-            ctx.outlook.save_s = saver.stood_s / max(saver.saves, 1)
+            ctx.time_left.save_s = saver.stood_s / max(saver.saves, 1)
         if stop:
             return done, held_out, stop
     return ctx.total, held_out, 0

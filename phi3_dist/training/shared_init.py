@@ -1,4 +1,4 @@
-"""The adapter's computed start: made once, kept in the run folder, equal on every rank and after a resume."""
+"""A computed `lora.init`: made once, kept in the run folder, equal on every rank and after a resume."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from phi3_dist.data.pack.packs import Packs
 from phi3_dist.errors import Problem, RunFolderError, TrainingError
 from phi3_dist.modeling.base import Base
 from phi3_dist.modeling.lora import Adapted, adapted, peft_config
-from phi3_dist.modeling.lora_init import eva_start, loftq_start, pissa_start, saved_names
+from phi3_dist.modeling.lora_init import eva_init, loftq_init, pissa_init, saved_names
 from phi3_dist.modeling.loss import PackedLoss
 from phi3_dist.training.runtime import Runtime
 from phi3_dist.training.train_step import to_device
 
-__all__ = ["START_FILE", "adapter_start"]
+__all__ = ["LORA_INIT_FILE", "computed_lora_init"]
 
-START_FILE = "start.safetensors"
+LORA_INIT_FILE = "start.safetensors"
 """In the run folder: A and B as they started, float32, under PEFT's saved names. PiSSA needs it to save its adapter."""
 
 
-def adapter_start(
+def computed_lora_init(
     cfg: RunConfig, causal_lm: Any, base: Base, runtime: Runtime, *, packs: Packs, folder: Path, resumed: bool
 ) -> dict[str, Tensor]:
     """The tensors that `lora.init` sets, on the CPU of every rank; empty for the default start. Collective.
@@ -40,7 +40,7 @@ def adapter_start(
     """
     if cfg.lora.init == "default" or cfg.model.adapter is not None:
         return {}
-    path = folder / START_FILE
+    path = folder / LORA_INIT_FILE
     if resumed:
         try:
             return load_file(path)
@@ -49,18 +49,18 @@ def adapter_start(
             raise TrainingError(Problem(str(path), what, "put it back, or start anew with --overwrite")) from error
     modules = adapted(causal_lm, peft_config(causal_lm, cfg.lora, base.source))
     if cfg.lora.init == "eva":
-        start = _agree(runtime, _eva(cfg, causal_lm, modules, runtime, packs), {})
+        tensors = _agree(runtime, _eva(cfg, causal_lm, modules, runtime, packs), {})
     else:
-        start = _decompose(cfg, causal_lm, base, runtime, modules)
+        tensors = _decompose(cfg, causal_lm, base, runtime, modules)
     if runtime.is_main:
-        _keep(path, start)
-    return start
+        _keep(path, tensors)
+    return tensors
 
 
-def _keep(path: Path, start: dict[str, Tensor]) -> None:
+def _keep(path: Path, tensors: dict[str, Tensor]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write_tensors(partial, start)
+        write_tensors(partial, tensors)
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -93,11 +93,11 @@ def _decompose(
         if mine != runtime.rank:
             pair = torch.empty(module.r, columns), torch.empty(rows, module.r)
         elif cfg.lora.init == "loftq":
-            pair = loftq_start(weight.to(runtime.device), _dequantized(causal_lm, module), module)
+            pair = loftq_init(weight.to(runtime.device), _dequantized(causal_lm, module), module)
         else:
             _, _, niter = cfg.lora.init.partition("_niter_")
             on_device = weight.to(device=runtime.device, dtype=runtime.dtype)
-            pair = pissa_start(on_device, module, int(niter) if niter else None, cfg.train.seed)
+            pair = pissa_init(on_device, module, int(niter) if niter else None, cfg.train.seed)
         ours |= zip(names, pair, strict=True)
     base.weights.close()
     return _agree(runtime, ours, owner)
@@ -123,4 +123,4 @@ def _eva(cfg: RunConfig, causal_lm: Any, modules: list[Adapted], runtime: Runtim
             assert isinstance(positions, Tensor)
             yield batch, positions
 
-    return eva_start(causal_lm, modules, batches, lambda batch: loss(**batch))
+    return eva_init(causal_lm, modules, batches, lambda batch: loss(**batch))

@@ -71,7 +71,7 @@ def test_what_is_left_out_is_said_and_offered(tmp_path: Path) -> None:
     held = config(str(folder), validation=str(folder))
     assert split_notices(held)[0].endswith("validation (2 files)")
     chats = read_chats(held)
-    assert [c.messages[0].content for c in chats.validation] == ["test.jsonl"]
+    assert [c.messages[0].content for c in chats.held_out] == ["test.jsonl"]
     assert not split_notices(config(str(fill(tmp_path / "plain", "a.jsonl", "b.jsonl"))))
 
 

@@ -186,7 +186,7 @@ def test_held_out_rows_have_no_weight(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", *rows(200))
     plain = read_chats(config(file, validation_share=0.2))
     heavy = read_chats(config([{"path": file, "weight": 3}], validation_share=0.2))
-    assert heavy.validation == plain.validation
+    assert heavy.held_out == plain.held_out
     assert len(heavy.train) == 3 * len(plain.train)
     prepared = prepare(config([{"path": file, "weight": 3}], pack_length=64), tiny_tokenizer(), tmp_path / "cache")
     assert len(prepared.train.rows) == 600

@@ -161,7 +161,7 @@ def test_saved_data_sets(tmp_path: Path) -> None:
     assert [chat.place for chat in chats.train] == [f"one row {i}" for i in range(5)]
     datasets.DatasetDict({"train": one, "test": one.select([3])}).save_to_disk(tmp_path / "both")
     both = read_chats(config(tmp_path / "both", validation=str(tmp_path / "both")))
-    assert (len(both.train), [chat.messages[0].content for chat in both.validation]) == (5, ["q3"])
+    assert (len(both.train), [chat.messages[0].content for chat in both.held_out]) == (5, ["q3"])
     with pytest.raises(DataError, match=r"has no split 'dev'; it has test, train"):
         read_chats(config(tmp_path / "both", split="dev"))
     (tmp_path / "one" / "data-00001-of-00002.arrow").write_bytes(b"torn")

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.blocks import Block, Done, blocks_of, encode_blocks_of
+from phi3_dist.data.blocks import Block, TokenBlock, blocks_of, encode_blocks_of
 from phi3_dist.data.render.template_probe import ChatFormat
 from phi3_dist.data.token_rows import TokenRows
 from phi3_dist.errors import DataError, Problem
@@ -36,7 +36,7 @@ from phi3_dist.machine.storage import as_os_error
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["encode_to_parts", "load_part", "save_part", "workers_for"]
+__all__ = ["encode_to_block_files", "load_block", "save_block", "workers_for"]
 
 _AHEAD = 2
 """Blocks that each worker has: the one that it works on, and the next."""
@@ -72,21 +72,21 @@ class _Job:
         if not self.path(number).exists():
             return False
         try:
-            load_part(self.path(number))
+            load_block(self.path(number))
         except DataError:
             return False  # torn by the end of the process or the machine: made again
         return True
 
-    def encode(self, blocks: Iterable[Block]) -> Iterator[tuple[int, Done]]:
+    def encode(self, blocks: Iterable[Block]) -> Iterator[tuple[int, TokenBlock]]:
         """Write the file of each block, in order."""
         for number, done in encode_blocks_of(blocks, self.cfg, self.fmt, self.tokenizer):
-            save_part(self.path(number), done)
+            save_block(self.path(number), done)
             yield number, done
 
 
-def encode_to_parts(
+def encode_to_block_files(
     folder: Path, cfg: DataConfig, fmt: ChatFormat, tokenizer: PreTrainedTokenizerFast, workers: int
-) -> Iterator[Done]:
+) -> Iterator[TokenBlock]:
     """Each block of the data, in order, when its file is written. A whole file that is there already is kept.
 
     `workers` counts this process. Raises DataError for sources that can't be read, and where a worker dies.
@@ -107,7 +107,7 @@ def encode_to_parts(
         ) from error
 
 
-def _alone(job: _Job, blocks: Iterable[Block]) -> Iterator[Done]:
+def _alone(job: _Job, blocks: Iterable[Block]) -> Iterator[TokenBlock]:
     kept: set[int] = set()
 
     def missing() -> Iterator[Block]:
@@ -117,10 +117,10 @@ def _alone(job: _Job, blocks: Iterable[Block]) -> Iterator[Done]:
             else:
                 yield block
 
-    def kept_from(due: int) -> Iterator[Done]:
+    def kept_from(due: int) -> Iterator[TokenBlock]:
         while due in kept:
             kept.remove(due)
-            yield load_part(job.path(due))
+            yield load_block(job.path(due))
             due += 1
 
     due = 0
@@ -131,15 +131,15 @@ def _alone(job: _Job, blocks: Iterable[Block]) -> Iterator[Done]:
     yield from kept_from(due)
 
 
-def _shared(job: _Job, blocks: Iterable[Block], others: int) -> Iterator[Done]:
+def _shared(job: _Job, blocks: Iterable[Block], others: int) -> Iterator[TokenBlock]:
     """Whenever all the others have enough to do, a block is done here."""
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's and tokenizers' locked threads
     waiting: deque[tuple[int, Future[None] | None]] = deque()
 
-    def finished(number: int, future: Future[None] | None) -> Done:
+    def finished(number: int, future: Future[None] | None) -> TokenBlock:
         if future:
             future.result()
-        return load_part(job.path(number))
+        return load_block(job.path(number))
 
     with (
         _Handed(context, job, others) as handed,
@@ -215,10 +215,10 @@ def _work(block: Block) -> None:
         pass
 
 
-def save_part(path: Path, done: Done) -> None:
+def save_block(path: Path, done: TokenBlock) -> None:
     """Write one file, under another name first. Raises OSError, and leaves nothing half written."""
     arrays: dict[str, Any] = {"facts": _bytes(done.facts)}
-    for name, rows in (("train", done.train), ("held", done.held)):
+    for name, rows in (("train", done.train), ("held", done.held_out)):
         arrays |= {f"{name}.ids": rows.ids, f"{name}.supervised": rows.supervised, f"{name}.offsets": rows.offsets}
         arrays[f"{name}.places"] = _bytes(list(rows.places))
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -231,7 +231,7 @@ def save_part(path: Path, done: Done) -> None:
         raise error if isinstance(error, OSError) else as_os_error(error) from error
 
 
-def load_part(path: Path) -> Done:
+def load_block(path: Path) -> TokenBlock:
     """Read it back. Raises DataError where it is missing, torn or not what was written."""
     try:
         arrays = load_file(path)
@@ -247,7 +247,7 @@ def load_part(path: Path) -> Done:
             )
             for name in ("train", "held")
         )
-        return Done(train, held, json.loads(arrays["facts"].tobytes()))
+        return TokenBlock(train, held, json.loads(arrays["facts"].tobytes()))
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise DataError(Problem(str(path), f"not a file of token rows: {error}")) from error
 

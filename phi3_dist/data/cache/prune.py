@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from phi3_dist.data.cache.array_folders import read_whole
 from phi3_dist.errors import DataError
 
-__all__ = ["Entry", "cached", "computed_starts", "prune"]
+__all__ = ["Entry", "cached", "computed_lora_inits", "prune"]
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _START = "start.safetensors"
@@ -50,7 +50,7 @@ def cached(cache_dir: Path) -> list[Entry]:
     return sorted((_entry(path) for path in folders if not path.is_symlink()), key=lambda entry: entry.used)
 
 
-def computed_starts(runs: Path) -> list[Entry]:
+def computed_lora_inits(runs: Path) -> list[Entry]:
     """The computed starts (PiSSA, LoftQ, EVA) of finished runs below a folder."""
     found = []
     for path in sorted(runs.glob(f"*/{_START}")):
@@ -112,7 +112,7 @@ def prune(cache_dir: Path, runs: Path | None, days: float) -> tuple[list[Entry],
             removed.append(entry)
         except (Timeout, OSError):
             held.append(entry)
-    for start in computed_starts(runs) if runs else ():
+    for start in computed_lora_inits(runs) if runs else ():
         if start.days(now) >= days:
             start.path.unlink(missing_ok=True)
             removed.append(start)

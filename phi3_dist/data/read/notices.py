@@ -12,12 +12,12 @@ from phi3_dist.errors import plain
 if TYPE_CHECKING:
     from phi3_dist.data.render.template_probe import ChatFormat
 
-__all__ = ["held_out_notice", "seen_notices"]
+__all__ = ["held_out_notice", "read_notices"]
 
 _NAMES_SHOWN = 20
 
 
-def seen_notices(seen: Seen, fmt: ChatFormat | None = None) -> list[str]:
+def read_notices(seen: Seen, fmt: ChatFormat | None = None) -> list[str]:
     """One line for each kind; with `fmt`, whether the chat template renders reasoning."""
     notices = [plain(text) for text in _names(seen, "said")]
     if names := _counted(seen, "turns in"):

@@ -80,8 +80,19 @@ class _Entry:
     weight: float = 1.0
 
 
-def located(cfg: DataConfig) -> tuple[Weighted, Weighted, dict[Source, str]]:
-    """The sources of `train` with their weights, those of `validation`, and the name of each in places.
+@dataclass(frozen=True)
+class Located:
+    """Where the rows of a `data` section lie."""
+
+    train: Weighted
+    held_out: Weighted
+    """Those of `data.validation`."""
+    labels: dict[Source, str]
+    """The name of each in places."""
+
+
+def located(cfg: DataConfig) -> Located:
+    """The sources of the `data` section, all of which exist.
 
     Raises DataError naming all names that stand for no source.
     """
@@ -100,7 +111,7 @@ def located(cfg: DataConfig) -> tuple[Weighted, Weighted, dict[Source, str]]:
     if problems:
         raise DataError(*problems)
     train, held = sides
-    return train, held, _labels([s for s, _ in (*train, *held)])
+    return Located(train, held, _labels([s for s, _ in (*train, *held)]))
 
 
 def split_notices(cfg: DataConfig) -> list[str]:

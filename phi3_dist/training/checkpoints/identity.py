@@ -129,13 +129,13 @@ def identity(
     """
     facts = {k: v for k, v in flatten(cfg.model_dump(mode="json")).items() if not k.startswith(FREE)}
     facts["data"] = prepared.fingerprint
-    facts[HELD_OUT] = prepared.validation.fingerprint if prepared.validation else None
+    facts[HELD_OUT] = prepared.held_out.fingerprint if prepared.held_out else None
     facts[STEPS] = steps_of(cfg, order_of(cfg, prepared.train))
     facts["precision"] = precision
     if cfg.lora.dropout > 0:
         facts["dropout masks"] = kernels  # torch's generator and Triton's draw other ones
     facts["base weights"] = weights
-    facts |= _base_facts(base)
+    facts |= _base_identity(base)
     if base.config.rope_parameters.get("rope_type") == "longrope":
         facts["LongRoPE factors"] = regime_for(base.config, longest_row(prepared), cfg.model.longrope)
     if cfg.lora.freeze_a and cfg.model.adapter is not None:
@@ -148,7 +148,7 @@ def identity(
     return again
 
 
-def _base_facts(base: Base) -> dict[str, Any]:
+def _base_identity(base: Base) -> dict[str, Any]:
     """What the base's config.json makes of its weights: norms, rotary tables, windows, quantisation. By dotted keys.
 
     Of keys that transformers gives to every model only those count that are not at their default: another version may

@@ -21,11 +21,11 @@ from phi3_dist.training.run_folder import RunFolder
 from phi3_dist.training.runtime import Runtime
 from phi3_dist.training.train_step import learning_rate
 
-__all__ = ["Beginning", "find_beginning"]
+__all__ = ["ResumePoint", "find_resume_point"]
 
 
 @dataclass(frozen=True)
-class Beginning:
+class ResumePoint:
     """Where a run begins: at a checkpoint, or at step 0. `finished`: there is nothing left to do."""
 
     checkpoint: Checkpoint | None = None
@@ -45,30 +45,30 @@ class _Found:
     """What the run was, from its checkpoint or else from plan.json."""
 
 
-def find_beginning(
-    runtime: Runtime, folder: RunFolder, facts: Mapping[str, Any], allowed: Collection[str], optim: OptimConfig
-) -> Beginning:
+def find_resume_point(
+    runtime: Runtime, folder: RunFolder, ours: Mapping[str, Any], allowed: Collection[str], optim: OptimConfig
+) -> ResumePoint:
     """Where a resumed run goes on, checked against this run. Collective.
 
     A run that has made all of its steps goes on where more are asked for. Raises TrainingError for other changes that
     `allowed` does not name, on every rank.
     """
-    held = [_look(folder) if runtime.is_main else None]
+    looked = [_inspect(folder) if runtime.is_main else None]
     if runtime.world > 1:
-        torch.distributed.broadcast_object_list(held)
-    (found,) = held
+        torch.distributed.broadcast_object_list(looked)
+    (found,) = looked
     assert found is not None
-    checkpoint, was, wanted = found.checkpoint, (found.identity or {}).get(STEPS), int(facts[STEPS])
+    checkpoint, was, wanted = found.checkpoint, (found.identity or {}).get(STEPS), int(ours[STEPS])
     more = isinstance(was, int) and was < wanted
     extended = more and checkpoint is not None and checkpoint.step == was
     if found.identity is not None:
         _refuse_no_way_on(folder, found, wanted, more=more)
         on = f"; or train on from its adapter: model.adapter={folder.adapter}" if found.finished else ""
-        check_identity(found.identity, facts, {*allowed, *((STEPS,) if extended else ())}, on)
-    changed = changed_keys(found.identity, facts) if checkpoint is not None and found.identity is not None else ()
+        check_identity(found.identity, ours, {*allowed, *((STEPS,) if extended else ())}, on)
+    changed = changed_keys(found.identity, ours) if checkpoint is not None and found.identity is not None else ()
     if found.finished and not found.damage and STEPS not in changed:
-        return Beginning(checkpoint, finished=True)
-    lines = [*found.passed, *_said(found, changed, wanted, optim)]
+        return ResumePoint(checkpoint, finished=True)
+    lines = [*found.passed, *_told_before(found, changed, wanted, optim)]
     if runtime.is_main:
         for line in lines:
             Console(soft_wrap=True).print(line, markup=False)
@@ -80,10 +80,10 @@ def find_beginning(
     if checkpoint is not None and HELD_OUT in changed:
         # a loss over other rows: no later one can be compared with it
         checkpoint = replace(checkpoint, trainer={**checkpoint.trainer, "best": None})
-    return Beginning(checkpoint)
+    return ResumePoint(checkpoint)
 
 
-def _look(folder: RunFolder) -> _Found:
+def _inspect(folder: RunFolder) -> _Found:
     checkpoint, passed = find_checkpoint(folder.checkpoints)
     finished = folder.finished()
     damage = ""
@@ -117,7 +117,7 @@ def _refuse_no_way_on(folder: RunFolder, found: _Found, wanted: int, *, more: bo
         raise TrainingError(Problem(str(folder.path), what, fix))
 
 
-def _said(found: _Found, changed: Collection[str], wanted: int, optim: OptimConfig) -> list[str]:
+def _told_before(found: _Found, changed: Collection[str], wanted: int, optim: OptimConfig) -> list[str]:
     """What a person should know before the run goes on."""
     lines, checkpoint = [], found.checkpoint
     if found.damage:

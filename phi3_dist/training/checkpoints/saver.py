@@ -23,15 +23,15 @@ __all__ = ["Saver"]
 class Saver:
     """Writes checkpoints of one run. A failed one is told and tried again at the next interval; the run goes on."""
 
-    def __init__(self, ctx: RunContext, health: Health, start: Checkpoint | None) -> None:
-        """`start` is the checkpoint that the run goes on from: it knows which one has been the best so far."""
+    def __init__(self, ctx: RunContext, health: Health, checkpoint: Checkpoint | None) -> None:
+        """`checkpoint` is the one that the run goes on from: it knows which one has been the best so far."""
         self.ctx, self.health = ctx, health
         self.failed: str | None = None
         self.saves = 0
         self.stood_s = 0.0
-        self.started = time.perf_counter()
-        best = start.trainer.get("best") if start else None
-        self._kept = Kept(start.folder if start else None)
+        self.start_s = time.perf_counter()
+        best = checkpoint.trainer.get("best") if checkpoint else None
+        self._kept = Kept(checkpoint.folder if checkpoint else None)
         self._best: tuple[float, int] | None = (float(best[0]), int(best[1])) if best else None
 
     def due(self, done: int) -> bool:
@@ -40,7 +40,7 @@ class Saver:
 
     def save(self, done: int, held_out: HeldOut | None) -> None:
         """Write the checkpoint of `done` steps. Collective; only rank 0 holds the state and writes."""
-        ctx, start = self.ctx, time.perf_counter()
+        ctx, start_s = self.ctx, time.perf_counter()
         if self.health.skipped == done:
             ctx.metrics.say(f"no checkpoint of step {done}: every step was skipped, so there is nothing to keep")
             return
@@ -55,13 +55,13 @@ class Saver:
                 "strategy": ctx.runtime.plan.strategy,
                 "heldout_loss": held_out.loss if held_out else None,
                 "best": self._best,
-                "health": self.health.facts(),
+                "health": self.health.state(),
             }
             error = [self._write(done, state, trainer)]
         if ctx.runtime.world > 1:
             torch.distributed.broadcast_object_list(error)
         self.failed = error[0]
-        took = time.perf_counter() - start
+        took = time.perf_counter() - start_s
         self.stood_s += took
         if self.failed is None:
             self.saves += 1
@@ -93,7 +93,7 @@ class Saver:
         """How long training stood still for its checkpoints, and the share of this run's time so far."""
         if not self.saves:
             return
-        run_s = time.perf_counter() - self.started
+        run_s = time.perf_counter() - self.start_s
         row = {"step": done, "saves": self.saves, "stood_s": round(self.stood_s, 4), "run_s": round(run_s, 3)}
         self.ctx.metrics.note("saves", row)
         self.ctx.metrics.say(

@@ -39,13 +39,13 @@ class Health:
     """
 
     def __init__(self, ctx: RunContext, saved: Mapping[str, Any] | None = None) -> None:
-        """`saved` is what `facts` gave when a checkpoint was written."""
+        """`saved` is what `state` gave when a checkpoint was written."""
         self.ctx = ctx
         self.skipped = int((saved or {}).get("skipped", 0))
         self.in_a_row = int((saved or {}).get("in_a_row", 0))
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
-    def facts(self) -> dict[str, int]:
+    def state(self) -> dict[str, int]:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def check(self, done: int, result: StepResult, nlls: Sequence[float], loss: float, grad_norm: float) -> bool:

@@ -19,7 +19,7 @@ from phi3_dist.training.context import RunContext
 from phi3_dist.training.monitor.health import Health
 from phi3_dist.training.train_step import StepResult
 
-__all__ = ["STEPS_BEHIND", "EvaluationWatch", "Readout"]
+__all__ = ["STEPS_BEHIND", "EvaluationWatch", "StepReadout"]
 
 STEPS_BEHIND = {"cpu": 0, "cuda": 1}
 """Steps that may be under way while one is read. A CPU computes before it returns: there is nothing to wait for."""
@@ -30,13 +30,14 @@ BEAT_S = 30.0
 
 @dataclass(frozen=True)
 class _Step:
-    """A step under way. `facts` is (ranks, 3) in float64 on the host once `ready`: loss, stop signal, gradient norm."""
+    """A step under way. `numbers`, (ranks, 3) in float64 on the host once `ready`: loss, stop signal, gradient norm."""
 
     done: int
     result: StepResult
-    facts: Tensor
+    numbers: Tensor
     ready: Any
-    begun: float
+    start_s: float
+    """When it began, by time.perf_counter."""
 
 
 class EvaluationWatch:
@@ -44,7 +45,7 @@ class EvaluationWatch:
 
     def __init__(self, ctx: RunContext, step: int) -> None:
         self.ctx, self.step = ctx, step
-        self._begun = self._beaten = time.perf_counter()
+        self._start_s = self._beaten = time.perf_counter()
 
     def tell(self, done: int, groups: int) -> None:
         """`done` of `groups` are measured."""
@@ -54,10 +55,10 @@ class EvaluationWatch:
         if now - self._beaten > BEAT_S:
             self._beaten = now
             self.ctx.folder.heartbeat(self.step)
-        self.ctx.metrics.evaluating(done / groups, (now - self._begun) / done * (groups - done))
+        self.ctx.metrics.evaluating(done / groups, (now - self._start_s) / done * (groups - done))
 
 
-class Readout:
+class StepReadout:
     """Reads steps in their order: health first, then the log. `stop` is the signal that any rank has got, or 0."""
 
     def __init__(self, ctx: RunContext, health: Health) -> None:
@@ -67,8 +68,8 @@ class Readout:
         self._under_way: deque[_Step] = deque()
         self._read_at = self._beaten = 0.0
 
-    def add(self, done: int, result: StepResult, begun: float) -> None:
-        """Take step `done`, begun at `begun` (perf_counter), and read what is due. Collective."""
+    def add(self, done: int, result: StepResult, start_s: float) -> None:
+        """Take step `done`, begun at `start_s` (perf_counter), and read what is due. Collective."""
         runtime, device = self.ctx.runtime, self.ctx.runtime.device
         # a fill and no copy from the host, which would wait for the device
         signal = torch.full((), float(self.ctx.flag.signal), dtype=torch.float64, device=device)
@@ -77,13 +78,13 @@ class Readout:
         if runtime.world > 1:
             gathered = [torch.empty_like(mine) for _ in range(runtime.world)]
             torch.distributed.all_gather(gathered, mine)
-        facts, ready = torch.stack(gathered), None
+        numbers, ready = torch.stack(gathered), None
         if device.type == "cuda":
-            host = torch.empty(facts.shape, dtype=facts.dtype, pin_memory=True)
-            facts = host.copy_(facts, non_blocking=True)
+            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            numbers = host.copy_(numbers, non_blocking=True)
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
-        self._under_way.append(_Step(done, result, facts, ready, begun))
+        self._under_way.append(_Step(done, result, numbers, ready, start_s))
         self.read(self._behind)
 
     def read(self, behind: int = 0) -> None:
@@ -94,16 +95,16 @@ class Readout:
     def _read(self, step: _Step) -> None:
         if step.ready is not None:
             step.ready.synchronize()
-        nlls, signals, norms = step.facts.T.tolist()
+        nlls, signals, norms = step.numbers.T.tolist()
         self.stop = self.stop or int(max(signals))
         loss = sum(nlls) / step.result.supervised_tokens
         # every rank has the same norm, and DeepSpeed's own number is none on some when it is none on others
         grad_norm = norms[self.ctx.runtime.rank]
         made = self.health.check(step.done, step.result, nlls, loss, grad_norm)
         now = time.perf_counter()
-        step_s = now - max(step.begun, self._read_at)
+        step_s = now - max(step.start_s, self._read_at)
         self._read_at = now
-        self.ctx.outlook.step(step_s)
+        self.ctx.time_left.step(step_s)
         logged = made and (step.done % self.ctx.cfg.log.every == 0 or step.done in {1, self.ctx.total})
         if logged:
             self._log(step, loss, grad_norm, step_s)
@@ -126,5 +127,5 @@ class Readout:
                 "supervised_tokens_per_s": round(result.supervised_tokens / step_s, 1),
                 "tokens_per_s": round(result.tokens / step_s, 1),
             },
-            ctx.outlook.left_s(step.done),
+            ctx.time_left.left_s(step.done),
         )

@@ -7,14 +7,14 @@ from collections import deque
 
 from phi3_dist.config.schema import RunConfig
 
-__all__ = ["Outlook"]
+__all__ = ["TimeLeft"]
 
 WINDOW = 50
 FORWARD_SHARE = 1 / 3
 """Of a step's time for a token; an evaluation is guessed by it until one has been made."""
 
 
-class Outlook:
+class TimeLeft:
     """Fed with what things took, in seconds; `left_s` adds up what is still to come."""
 
     def __init__(self, cfg: RunConfig, total: int, *, evaluation_steps: float) -> None:
