@@ -2,10 +2,10 @@
 
 Read in this order, one step from the command to the update of its weights:
 
-1. this file        what a run does before its first step and after its last
-2. run_steps.py     the steps in their order, what comes between two of them, and what ends them
-3. train_step.py    one step: its packs, forward and backward of each micro batch, one update
-4. engines/engine.py what backward and update mean under each strategy
+1. this file          what a run does before its first step and after its last
+2. run_steps.py       the steps in their order, what comes between two of them, and what ends them
+3. train_step.py      one step: its packs, forward and backward of each micro batch, one update
+4. engines/engine.py  what backward and update mean under each strategy
 
 Then what is asked only once: inputs.py and build.py (before the steps), final_adapter.py (after them), checkpoints/
 (saving and going on) and monitor/ (what the run says about itself).

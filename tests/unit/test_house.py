@@ -67,6 +67,63 @@ def test_functions_fit_on_a_screen() -> None:
     assert not too_long
 
 
+# --- rooms --------------------------------------------------------------------------------------------------------
+
+
+def contributing(title: str) -> str:
+    """A section of CONTRIBUTING.md, up to the next title."""
+    text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    return re.split(r"^#+ ", text.split(f"# {title}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+@pytest.mark.parametrize(
+    ("title", "lines"),
+    [
+        ("One batch, from the row to the loss", r"^\d+\. `"),
+        ("One adapter, from the run file to its folder", r"^\d+\. `"),
+        ("Where would I change …", r"^\| .*\? \| `"),
+    ],
+)
+def test_a_new_reader_is_led_to_files_that_exist(title: str, lines: str) -> None:
+    section = contributing(title)
+    assert len(re.findall(lines, section, flags=re.MULTILINE)) == 10
+    named = re.findall(r"`([a-z_0-9/]+\.py)`", section)
+    assert len(set(named)) >= 10
+    assert not [name for name in named if not (PACKAGE / name).is_file()]
+
+
+def test_the_loop_says_in_which_order_a_step_is_read() -> None:
+    text = ast.get_docstring(ast.parse((PACKAGE / "training" / "loop.py").read_text("utf-8"))) or ""
+    named = re.findall(r"^\d\. (\S+)  ", text.replace("this file", "loop.py"), flags=re.MULTILINE)
+    assert named == ["loop.py", "run_steps.py", "train_step.py", "engines/engine.py"]
+    assert all((PACKAGE / "training" / name).is_file() for name in named)
+
+
+def test_every_package_has_its_room_and_its_layer() -> None:
+    layers = next(c for c in pyproject()["tool"]["importlinter"]["contracts"] if c["type"] == "layers")["layers"]
+    for package in (path.parent for path in PACKAGE.glob("*/__init__.py")):
+        assert f"phi3_dist.{package.name}" in re.findall(r"[\w.]+", " ".join(layers)), package.name
+        assert f"`{package.name}/`" in contributing("Rooms") or package.name == "cli", package.name
+
+
+def test_nothing_is_handed_on_under_a_second_name() -> None:
+    """A module's `__all__` holds what it defines: a name that is imported is imported from where it was made."""
+    found, seen = [], 0
+    for path in modules():
+        if path.name == "__init__.py":
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        ours = (n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("phi3_dist"))
+        imported = {alias.asname or alias.name for node in ours for alias in node.names}
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                seen += 1
+                names = imported & set(ast.literal_eval(node.value))
+                found += [f"{path.relative_to(REPO)}: {name}" for name in sorted(names)]
+    assert seen > 100
+    assert not found
+
+
 # --- what a verb may import -----------------------------------------------------------------------------------------
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "tokenizers"}
