@@ -248,7 +248,7 @@ class RunFolder:
     def claim(self, *, overwrite: bool) -> None:
         """Make the folder. Raises RunFolderError for a non-empty one without `overwrite`, or where it can't be made.
 
-        Overwriting moves a run aside, in a folder that holds a run and nothing else; see `settle`.
+        Overwriting moves a run aside, in a folder that holds a run and nothing else; see `drop_replaced_run`.
         """
         self._take(overwrite=overwrite, resume=False)
 
@@ -273,7 +273,7 @@ class RunFolder:
             self._release()
             raise
 
-    def settle(self) -> None:
+    def drop_replaced_run(self) -> None:
         """The run has begun: what it replaces goes. A disk that refuses is no reason to stop."""
         with contextlib.suppress(OSError, RunFolderError):
             drop_replaced(self.held)
@@ -345,7 +345,7 @@ class RunFolder:
         try:
             yield
             if active:
-                self.settle()
+                self.drop_replaced_run()
         except BaseException as error:
             # a full disk may be why it failed: `error` is what counts
             with contextlib.suppress(OSError, RunFolderError):

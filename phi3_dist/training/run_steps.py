@@ -49,7 +49,7 @@ def _say_first_step(ctx: RunContext, step: int) -> None:
     spans = {f"{name.replace(' ', '_')}_s": round(seconds, 3) for name, seconds in ctx.clock.spans_s.items()}
     ctx.metrics.note("start", {"step": step, **spans, "total_s": round(ctx.clock.total_s, 3)})
     if ctx.runtime.is_main:
-        ctx.folder.settle()
+        ctx.folder.drop_replaced_run()
     for why, layers in declined(ctx.engine.model).items():
         ctx.metrics.say(f"note: {layers} LoRA linears ran as PEFT's after all: {why}")
 

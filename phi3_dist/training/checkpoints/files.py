@@ -136,9 +136,9 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
 class Kept:
     """Which checkpoints of one run stay. Each is verified once by a process, and again when it has changed."""
 
-    def __init__(self, start: Path | None = None) -> None:
-        """`start`: the checkpoint that the run goes on from. This process never removes it."""
-        self._start = start.name if start else None
+    def __init__(self, resumed_from: Path | None = None) -> None:
+        """`resumed_from`: the checkpoint that the run goes on from. This process never removes it."""
+        self._resumed_from = resumed_from.name if resumed_from else None
         self._known: dict[str, tuple[list[tuple[int, ...]], bool]] = {}
 
     def prune(self, root: Path, keep: int, best_step: int | None, written: int | None = None) -> list[str]:
@@ -156,7 +156,7 @@ class Kept:
         if written is None or any(step == written for step, _ in good):
             stay = {best_step, written, *(step for step, _ in good[:keep])}
             for step, path in good:
-                if step not in stay and path.name != self._start:
+                if step not in stay and path.name != self._resumed_from:
                     # without its manifest it is no checkpoint any more, whatever of it a kill leaves behind
                     (path / MANIFEST).unlink(missing_ok=True)
                     _remove(path)
@@ -167,16 +167,16 @@ class Kept:
 
     def verifies(self, folder: Path) -> bool:
         """As `verify`, remembered for as long as no file of it changes."""
-        facts: list[tuple[int, ...]] = []
+        stats: list[tuple[int, ...]] = []
         for name in (STATE, TRAINER, MANIFEST):
             try:
                 found = (folder / name).lstat()
             except OSError:
                 return False
-            facts.append((found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+            stats.append((found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
         known = self._known.get(folder.name)
-        if known is None or known[0] != facts:
-            known = (facts, isinstance(verify(folder), Checkpoint))
+        if known is None or known[0] != stats:
+            known = (stats, isinstance(verify(folder), Checkpoint))
             self._known[folder.name] = known
         return known[1]
 

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 STEPS, HELD_OUT = "steps", "held-out data"
-"""Facts of the identity that may change in a way of their own (training/checkpoints/resume.py)."""
+"""Values of the identity that may change in a way of their own (training/checkpoints/resume.py)."""
 
 # Keys that change no number of the run, or that another fact covers better: the content of a path, what `auto` became.
 FREE = (
@@ -127,24 +127,24 @@ def identity(
 
     `weights` is the base's fingerprint, `precision` and `kernels` what the plan has made of `auto`.
     """
-    facts = {k: v for k, v in flatten(cfg.model_dump(mode="json")).items() if not k.startswith(FREE)}
-    facts["data"] = prepared.fingerprint
-    facts[HELD_OUT] = prepared.held_out.fingerprint if prepared.held_out else None
-    facts[STEPS] = steps_of(cfg, order_of(cfg, prepared.train))
-    facts["precision"] = precision
+    values = {k: v for k, v in flatten(cfg.model_dump(mode="json")).items() if not k.startswith(FREE)}
+    values["data"] = prepared.fingerprint
+    values[HELD_OUT] = prepared.held_out.fingerprint if prepared.held_out else None
+    values[STEPS] = steps_of(cfg, order_of(cfg, prepared.train))
+    values["precision"] = precision
     if cfg.lora.dropout > 0:
-        facts["dropout masks"] = kernels  # torch's generator and Triton's draw other ones
-    facts["base weights"] = weights
-    facts |= _base_identity(base)
+        values["dropout masks"] = kernels  # torch's generator and Triton's draw other ones
+    values["base weights"] = weights
+    values |= _base_identity(base)
     if base.config.rope_parameters.get("rope_type") == "longrope":
-        facts["LongRoPE factors"] = regime_for(base.config, longest_row(prepared), cfg.model.longrope)
+        values["LongRoPE factors"] = regime_for(base.config, longest_row(prepared), cfg.model.longrope)
     if cfg.lora.freeze_a and cfg.model.adapter is not None:
         # A is no part of a checkpoint, since it does not train: it has to come from the same file again
-        facts["frozen A"] = file_sha256(Path(cfg.model.adapter) / WEIGHTS)
+        values["frozen A"] = file_sha256(Path(cfg.model.adapter) / WEIGHTS)
     for name in ("torch", "transformers", "peft"):
-        facts[f"{name} major version"] = versions().get(name, "").split(".")[0]
+        values[f"{name} major version"] = versions().get(name, "").split(".")[0]
     # as a checkpoint gives it back: JSON knows no tuples
-    again: dict[str, Any] = json.loads(json.dumps(facts))
+    again: dict[str, Any] = json.loads(json.dumps(values))
     return again
 
 
@@ -155,16 +155,16 @@ def _base_identity(base: Base) -> dict[str, Any]:
     have more of them.
     """
     config = {key: value for key, value in base.config.to_diff_dict().items() if key not in _IDLE}
-    facts = {}
+    values = {}
     for key, value in flatten({"base config": config}).items():
         long = isinstance(value, list) and len(value) > 4
         digest = hashlib.sha256(json.dumps(value).encode()).hexdigest() if long else ""
-        facts[key] = f"{len(value)} values, SHA-256 {digest}" if long else value
-    return facts
+        values[key] = f"{len(value)} values, SHA-256 {digest}" if long else value
+    return values
 
 
 def changed_keys(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, ...]:
-    """The facts in which two identities differ."""
+    """The values in which two identities differ."""
     return tuple(key for key in sorted({*saved, *ours}) if saved.get(key) != ours.get(key))
 
 
