@@ -13,7 +13,7 @@ from phi3_dist.version import __version__
 if TYPE_CHECKING:
     from phi3_dist.adapters.files import save_adapter
     from phi3_dist.adapters.gather import gather_adapter
-    from phi3_dist.adapters.loralib import lora_state_dict, mark_only_lora_as_trainable
+    from phi3_dist.adapters.loralib.state_dicts import lora_state_dict, mark_only_lora_as_trainable
     from phi3_dist.modeling.tokenizer import load_tokenizer
 
 __all__ = [
@@ -28,8 +28,8 @@ __all__ = [
 _HOME = {
     "gather_adapter": "phi3_dist.adapters.gather",
     "load_tokenizer": "phi3_dist.modeling.tokenizer",
-    "lora_state_dict": "phi3_dist.adapters.loralib",
-    "mark_only_lora_as_trainable": "phi3_dist.adapters.loralib",
+    "lora_state_dict": "phi3_dist.adapters.loralib.state_dicts",
+    "mark_only_lora_as_trainable": "phi3_dist.adapters.loralib.state_dicts",
     "save_adapter": "phi3_dist.adapters.files",
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from phi3_dist.config.schema import LoraConfig
-from phi3_dist.modeling.attention import use_backend
+from phi3_dist.modeling.attention.backend import use_backend
 from phi3_dist.modeling.fused_layers import install_fused_layers, select_in_last_layer
 from phi3_dist.modeling.fused_lora import install_fused
 from phi3_dist.modeling.lora import add_lora, fill_adapter

@@ -27,7 +27,7 @@ from phi3_dist.bench.scaling import rows_of_length
 from phi3_dist.bench.sides import MIB, SHAPE, Round, Stand, make_token_packs, matrix_flops_per_s, save_base
 from phi3_dist.bench.throughput import ask, side_process, step_flops
 from phi3_dist.machine.probe import package_versions
-from phi3_dist.planning.head import why_not_liger
+from phi3_dist.planning.loss import why_not_liger
 
 __all__ = [
     "CASES",

@@ -101,7 +101,8 @@ def start(strategy: str, folder: Path) -> tuple[Any, Any]:
     """The run's config and the runtime of this rank, as training has them."""
     from phi3_dist.config.schema import RunConfig
     from phi3_dist.machine.probe import probe
-    from phi3_dist.planning.plan import LaunchFacts, make_plan
+    from phi3_dist.planning.facts import LaunchFacts
+    from phi3_dist.planning.plan import make_plan
     from phi3_dist.planning.render import deepspeed_json
     from phi3_dist.training.runtime import start_runtime
 
@@ -160,7 +161,7 @@ def _peer(strategy: str, folder: Path) -> Load:
     from transformers.integrations import HfDeepSpeedConfig
 
     from phi3_dist.modeling.loss import PackedLoss
-    from phi3_dist.training.strategy import shard_fsdp2
+    from phi3_dist.training.engines.fsdp2 import shard_fsdp2
 
     _, runtime = start(strategy, folder)
     # transformers reads inside zero.Init as long as this object lives

@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from phi3_dist.data.parts import workers_for
+from phi3_dist.data.cache.block_files import workers_for
 from phi3_dist.machine.probe import cpu_count
 
 __all__ = ["main"]
@@ -74,9 +74,9 @@ def _start(tokenizer: str, source: Path, workers: int, threads: int) -> float:
 
 def _one(way: str, name: str, source: Path, workers: int) -> float:
     from phi3_dist.config.schema import DataConfig
-    from phi3_dist.data.batches import prepare
-    from phi3_dist.data.stream import read_chats
-    from phi3_dist.data.template import Renderer
+    from phi3_dist.data.blocks import read_chats
+    from phi3_dist.data.prepare import prepare
+    from phi3_dist.data.render.fast_template import Renderer
     from phi3_dist.modeling.tokenizer import TINY_RANDOM, load_tokenizer, tiny_tokenizer
 
     tokenizer = tiny_tokenizer() if name == TINY_RANDOM else load_tokenizer(name, None)

@@ -24,18 +24,20 @@ from phi3_dist.bench.fake_device import CAPABILITY, MEMORY_GIB, NAME, fake_cuda,
 from phi3_dist.bench.fake_weights import fake_base, fake_quantized_loading
 from phi3_dist.bench.sides import make_token_packs
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.data.batches import Order, Packs
+from phi3_dist.data.batch import Order
+from phi3_dist.data.pack.packs import Packs
 from phi3_dist.machine.probe import package_versions
+from phi3_dist.machine.storage import cache_folder
 from phi3_dist.modeling.base import load_full, load_quantized
-from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan, make_plan
+from phi3_dist.planning.facts import LaunchFacts, MachineFacts
+from phi3_dist.planning.plan import RunPlan, make_plan
 from phi3_dist.planning.render import deepspeed_json
 from phi3_dist.training.build import build_model
-from phi3_dist.training.folder import cache_folder
-from phi3_dist.training.proof import prove_first_step, prove_start
+from phi3_dist.training.checkpoints.state import export_state, import_state
+from phi3_dist.training.engines.engine import Engine, make_engine
+from phi3_dist.training.plan_proof import prove_built_dtypes, prove_updated_dtypes
 from phi3_dist.training.runtime import Runtime, start_runtime
-from phi3_dist.training.state import export_state, import_state
-from phi3_dist.training.step import train_step
-from phi3_dist.training.strategy import Engine, make_engine
+from phi3_dist.training.train_step import train_step
 
 __all__ = ["Report", "import_all", "launch_of", "load_on_host", "machine", "rehearse"]
 
@@ -192,7 +194,7 @@ def _steps(engine: Engine, runtime: Runtime, watch: Watch, packs: Packs, global_
     order, phases = Order(len(packs), global_batch, 0, False), _Phases(engine, watch)
     watch.phase = "step"
     train_step(phases, runtime, packs, order, 0, lr=1e-4, seed=0)
-    prove_first_step(engine)
+    prove_updated_dtypes(engine)
     watch.phase = "resume"
     import_state(engine, export_state(engine, keep=True), 1)
     watch.phase = "step"
@@ -225,7 +227,7 @@ def rehearse(cfg: RunConfig, config: Any, strategy: str, *, world: int) -> Repor
         layers: nn.ModuleList = model.causal_lm.model.layers
         watch.watch_layer(layers[len(layers) // 2 - 1])
         engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
-        prove_start(engine, runtime)
+        prove_built_dtypes(engine, runtime)
         _answer_buckets(engine.model)
         packs = _packs(cfg.train.global_batch, length)
         phases, collectives, peak = _steps(engine, runtime, watch, packs, cfg.train.global_batch)

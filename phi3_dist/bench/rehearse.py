@@ -20,9 +20,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phi3_dist.config.families import FAMILIES, Family
 from phi3_dist.config.load import load_run
 from phi3_dist.errors import ConfigError, Phi3DistError, Problem
+from phi3_dist.family.variants import FAMILIES, Family
 from phi3_dist.planning.support import STRATEGIES
 
 __all__ = ["main", "report_json", "report_lines"]

@@ -149,8 +149,9 @@ class Meter:
 
 def make_token_packs(rows: list[tuple[list[int], int]], pack_length: int = PACK_LENGTH) -> Any:
     """The rows as `phi3-dist train` packs them."""
-    from phi3_dist.data.batches import TokenRows, make_packs
-    from phi3_dist.data.chat import Encoded
+    from phi3_dist.data.pack.packs import make_packs
+    from phi3_dist.data.render.encode import Encoded
+    from phi3_dist.data.token_rows import TokenRows
 
     encoded = [Encoded(ids, [i >= answer for i in range(len(ids))]) for ids, answer in rows]
     packs, _ = make_packs(TokenRows.of(encoded, [str(i) for i in range(len(rows))]), pack_length, "error")
@@ -209,10 +210,11 @@ class Stand:
         from phi3_dist.config.schema import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
         from phi3_dist.machine.probe import probe
         from phi3_dist.modeling.base import find_base
-        from phi3_dist.planning.plan import LaunchFacts, make_plan
+        from phi3_dist.planning.facts import LaunchFacts
+        from phi3_dist.planning.plan import make_plan
         from phi3_dist.training.build import build_model
+        from phi3_dist.training.engines.engine import make_engine
         from phi3_dist.training.runtime import start_runtime
-        from phi3_dist.training.strategy import make_engine
 
         cfg = RunConfig(
             model=ModelConfig(source=str(folder), **(model or {"precision": "fp32"})),
@@ -240,8 +242,8 @@ class Stand:
 
     def round(self, packs: Any) -> Round:
         """One pass over the packs; tokens are those of all ranks."""
-        from phi3_dist.data.batches import Order
-        from phi3_dist.training.step import train_step
+        from phi3_dist.data.batch import Order
+        from phi3_dist.training.train_step import train_step
 
         order = Order(len(packs), global_batch=self.world, seed=0, shuffle=True)
         count = max(len(packs) // self.world, 1)
@@ -269,7 +271,7 @@ def train_peft(pipe: Connection, folder: Path, rows: list[tuple[list[int], int]]
     from peft import LoraConfig, get_peft_model
     from transformers import Phi3ForCausalLM
 
-    from phi3_dist.data.batches import assemble
+    from phi3_dist.data.batch import assemble
 
     meter = Meter()
     base = Phi3ForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="sdpa")

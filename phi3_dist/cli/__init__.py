@@ -19,10 +19,10 @@ import typer
 from phi3_dist.cli import training  # noqa: F401 -- each adds its verbs to the app, in the order of the help
 
 # isort: split
-from phi3_dist.cli import caching, looking, outside, slurm  # noqa: F401
+from phi3_dist.cli import cache, convert, show, slurm  # noqa: F401
 from phi3_dist.cli.app import app
 from phi3_dist.errors import ConfigError, MachineError, Phi3DistError, Problem, plain, redacted
-from phi3_dist.machine.encoding import print_in_any_encoding
+from phi3_dist.machine.print_encoding import print_in_any_encoding
 from phi3_dist.machine.terminal import open_standard_streams, unfailing_streams
 from phi3_dist.training.signals import Stopped, answered, starts_a_run
 

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-__all__ = ["EVERY_S", "told"]
+__all__ = ["EVERY_S", "progress_line"]
 
 EVERY_S = 10.0
 """Seconds between two lines of a log, while the same thing is being done."""
 
 
 @contextmanager
-def told(console: Console | None = None) -> Iterator[Callable[[str, int], None]]:
+def progress_line(console: Console | None = None) -> Iterator[Callable[[str, int], None]]:
     """A function to tell what is being done and to how many rows. Writes to standard error."""
     out = console or Console(stderr=True, highlight=False)
     began = time.perf_counter()

@@ -31,8 +31,8 @@ def train(
     cfg = load_run(run_file, overrides or ())
     import faulthandler
 
-    from phi3_dist.training.early import check_early
-    from phi3_dist.training.transcript import Transcript
+    from phi3_dist.training.early_checks import check_early
+    from phi3_dist.training.monitor.transcript import Transcript
 
     if not faulthandler.is_enabled():
         faulthandler.enable()  # "Bus error" and where: base weights are mapped, and may be cut short meanwhile
@@ -135,19 +135,19 @@ def prepare_run(
     from phi3_dist.config.load import load_run
 
     cfg = load_run(run_file, overrides or ())
-    from phi3_dist.cli.progress import told
-    from phi3_dist.data.parts import workers_for
+    from phi3_dist.cli.progress import progress_line
+    from phi3_dist.data.cache.block_files import workers_for
     from phi3_dist.machine.probe import cpu_count
     from phi3_dist.machine.storage import cache_folder
-    from phi3_dist.training.early import check_trackers
-    from phi3_dist.training.loop import find_model, prepare_rows
-    from phi3_dist.training.resume import base_fingerprint
+    from phi3_dist.training.checkpoints.identity import base_fingerprint
+    from phi3_dist.training.early_checks import check_trackers
+    from phi3_dist.training.inputs import find_model, prepare_rows
 
     cache = cache_folder(cfg.data.cache)
     check_trackers(cfg.log, rank=1)  # the key may lie on the node that trains
     base, tokenizer, _ = find_model(cfg)
     workers = workers or workers_for(cpu_count())
-    with told() as tell:
+    with progress_line() as tell:
         data = prepare_rows(cfg, tokenizer, cache, workers=workers, progress=tell)
     base_fingerprint(base, cache)
     typer.echo(f"base   {base.folder or base.source}")

@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from phi3_dist.config import messages
+from phi3_dist.config import mistakes as messages
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.config.texts import expanded, text_faults
+from phi3_dist.config.unsafe_texts import expanded, text_faults
 from phi3_dist.config.yaml_text import DEEPEST, LARGEST_BYTES, YamlFault, read_yaml
 from phi3_dist.errors import ConfigError, Problem
 

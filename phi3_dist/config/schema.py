@@ -21,7 +21,7 @@ def _refuse_bool(value: object) -> object:
 Count = Annotated[StrictInt, Field(ge=1, le=2**40)]
 Real = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
 """A finite number. PyYAML reads `1e-4` as text, which becomes a number here; `true` does not become 1."""
-STARTS = r"^(default|pissa|pissa_niter_[1-9][0-9]*|loftq|eva)$"
+LORA_INITS = r"^(default|pissa|pissa_niter_[1-9][0-9]*|loftq|eva)$"
 Share = Annotated[Real, Field(ge=0, lt=1)]
 
 
@@ -185,7 +185,7 @@ class LoraConfig(Section):
     """LoRA+: B learns with `optim.lr` times this. 1 is plain LoRA; the paper (arXiv 2402.12354) suggests about 16."""
     freeze_a: StrictBool = False
     """LoRA-FA (arXiv 2308.03303): A stays as it starts and B alone trains: half the optimizer's memory."""
-    init: Annotated[StrictStr, Field(pattern=STARTS)] = "default"
+    init: Annotated[StrictStr, Field(pattern=LORA_INITS)] = "default"
     """How A and B start. `default`: A drawn, B zero. `pissa`: the largest singular vectors of the weight, which are
     taken out of it; `pissa_niter_16` finds them approximately, in 16 iterations, and faster. `loftq`: what NF4 lost of
     the weight. `eva`: A from the activations of the training rows, B zero. See the table of `phi3-dist support`."""

@@ -25,16 +25,16 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.chat_format import ChatFormat
-from phi3_dist.data.formats import BadRow
-from phi3_dist.data.packs import SHOWN_AT_MOST, Packed, Packs, evenly, load_packed, pack, save_packed
-from phi3_dist.data.parts import encode_to_parts
-from phi3_dist.data.readers import content_hash
-from phi3_dist.data.rows import RowsWriter, TokenRows
-from phi3_dist.data.sources import HubSet, Source, located, split_notices
-from phi3_dist.data.store import read_whole, remove_unfinished, write_whole
-from phi3_dist.data.stream import BLOCK_BYTES, BLOCK_ROWS, Totals, blocks_of, encode_blocks_of
-from phi3_dist.data.tables import arrow_files
+from phi3_dist.data.blocks import BLOCK_BYTES, BLOCK_ROWS, Totals, blocks_of, encode_blocks_of
+from phi3_dist.data.cache.array_folders import read_whole, remove_unfinished, write_whole
+from phi3_dist.data.cache.block_files import encode_to_block_files
+from phi3_dist.data.pack.packs import SHOWN_AT_MOST, Packed, Packs, evenly, load_packed, pack, save_packed
+from phi3_dist.data.read.arrow_tables import arrow_files
+from phi3_dist.data.read.raw_rows import content_hash
+from phi3_dist.data.read.row_formats import BadRow
+from phi3_dist.data.read.sources import HubSet, Source, located, split_notices
+from phi3_dist.data.render.template_probe import ChatFormat
+from phi3_dist.data.token_rows import RowsWriter, TokenRows
 from phi3_dist.errors import DataError, Problem
 from phi3_dist.machine.file_state import State, changed_files, settled, states_of
 from phi3_dist.machine.storage import CACHE_FIX, DENIED, NO_LOCKS, storage_fault
@@ -207,7 +207,7 @@ def _only_read(folder: Path, cfg: DataConfig) -> tuple[_Tokens, Packed | None, P
 
 def _packed_or_made(folder: Path, name: str, tokens: _Tokens, cfg: DataConfig) -> Packed | None:
     try:
-        rows = tokens.train if name == "train" else tokens.validation
+        rows = tokens.train if name == "train" else tokens.held_out
         return load_packed(_packs_folder(folder, name, cfg), rows, cfg.pack_length) if len(rows) else None
     except DataError:
         return _packed(None, name, tokens, cfg)
@@ -271,7 +271,7 @@ def _encode(
     with RowsWriter(folder / "train") as train, RowsWriter(folder / "validation") as validation:
         gc.freeze()  # rows are many small objects: what was there before must not be searched for garbage again
         try:
-            for done in encode_to_parts(folder / "parts", cfg, fmt, tokenizer, workers):
+            for done in encode_to_block_files(folder / "parts", cfg, fmt, tokenizer, workers):
                 train.add(done.train)
                 validation.add(done.held)
                 totals.add(done.facts)
@@ -334,7 +334,7 @@ def _load(folder: Path, *, just_written: bool = False) -> _Tokens:
 
 def _packed(folder: Path | None, name: str, tokens: _Tokens, cfg: DataConfig) -> Packed | None:
     """The packs of one side, from the cache or made; None for held-out rows where there are none."""
-    rows = tokens.train if name == "train" else tokens.validation
+    rows = tokens.train if name == "train" else tokens.held_out
     if name == "validation" and not len(rows):
         return None
     if folder is None:

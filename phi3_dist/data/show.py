@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.chat_format import ChatFormat
-from phi3_dist.data.packing import pack_rows
-from phi3_dist.data.packs import SHOWN_AT_MOST, none_fits
-from phi3_dist.data.rows import TokenRows
-from phi3_dist.data.sources import split_notices
-from phi3_dist.data.stream import Totals, blocks_of, encode_blocks_of
+from phi3_dist.data.blocks import Totals, blocks_of, encode_blocks_of
+from phi3_dist.data.pack.bin_packing import pack_rows
+from phi3_dist.data.pack.packs import SHOWN_AT_MOST, none_fits
+from phi3_dist.data.read.sources import split_notices
+from phi3_dist.data.render.template_probe import ChatFormat
+from phi3_dist.data.token_rows import TokenRows
 from phi3_dist.errors import plain
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from phi3_dist.errors import ConfigError, Phi3DistError, Problem, RunFolderError
 from phi3_dist.machine.probe import cpu_count
 
 if TYPE_CHECKING:
-    from phi3_dist.data.sources import Chat
+    from phi3_dist.data.read.row_formats import Chat
     from phi3_dist.demo.score import Score
 
 REPO = Path(__file__).resolve().parents[2]
@@ -130,7 +130,7 @@ def _stage(number: int, title: str) -> Iterator[None]:
 
 
 def _read(path: Path) -> list[Chat]:
-    from phi3_dist.data.stream import read_chats
+    from phi3_dist.data.blocks import read_chats
 
     return read_chats(DataConfig(train=str(path), validation_share=0)).train
 

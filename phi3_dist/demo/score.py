@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from rich.table import Table
 from rich.text import Text
 
-from phi3_dist.data.chat import encode_chats
-from phi3_dist.data.sources import Chat
+from phi3_dist.data.read.row_formats import Chat
+from phi3_dist.data.render.encode import encode_chats
 from phi3_dist.modeling.generate import answer
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from phi3_dist.errors import MachineError, redacted
 from phi3_dist.machine.probe import probe
 from phi3_dist.machine.storage import CACHE_FIX, cache_folder, shared_memory_bytes
 from phi3_dist.planning.attention import backends, choose_backend
-from phi3_dist.planning.plan import MachineFacts
+from phi3_dist.planning.facts import MachineFacts
 
 __all__ = ["Finding", "diagnose", "extensions_root", "stale_extension_locks"]
 

@@ -22,11 +22,11 @@ import psutil
 
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.machine import launch_request
-from phi3_dist.machine.cards import measured_on
-from phi3_dist.machine.half_launched import refuse_half_a_launch, whole_number
+from phi3_dist.machine.card_measurements import measured_on
+from phi3_dist.machine.incomplete_launch import refuse_half_a_launch, whole_number
 from phi3_dist.machine.launch_request import LaunchRequest
 from phi3_dist.planning.attention import PACKAGES as ATTENTION_PACKAGES
-from phi3_dist.planning.plan import LaunchFacts, MachineFacts
+from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 
 __all__ = ["cpu_count", "launch_facts", "no_compiler", "package_versions", "probe", "varlen_arguments"]
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
 from phi3_dist.errors import redacted
-from phi3_dist.machine.encoding import IN_ASCII
+from phi3_dist.machine.print_encoding import IN_ASCII
 
 __all__ = ["Unfailing", "lost_lines", "open_standard_streams", "unfailing", "unfailing_streams"]
 

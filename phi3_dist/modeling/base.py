@@ -21,8 +21,8 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 
-from phi3_dist.config.base_config import read_config
 from phi3_dist.errors import ModelError, Problem
+from phi3_dist.family.base_config import read_config
 from phi3_dist.modeling.weights import Weights, freed_memory_goes_back
 
 __all__ = [
@@ -62,7 +62,7 @@ class Base:
 
     @property
     def enlarged_rows(self) -> int | None:
-        """Rows of the tables where this run has enlarged them (modeling/tokens.py), else None."""
+        """Rows of the tables where this run has enlarged them (modeling/new_tokens.py), else None."""
         return int(self.config.vocab_size) if self.weights.added else None
 
 

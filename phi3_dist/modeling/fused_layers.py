@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLayer, Phi3MLP, Phi3RMSNorm
 
-from phi3_dist.modeling.attention import Documents, Settings, attend, kernel_name
+from phi3_dist.modeling.attention.backend import attend, kernel_name
+from phi3_dist.modeling.attention.documents import Documents, Settings
 from phi3_dist.modeling.fp8 import Fp8Linear, Fp8Scale, Rows8, note_rows
 from phi3_dist.modeling.fused_lora import FusedReport, install_forwards, takes_rows
 from phi3_dist.modeling.loss import PackedLoss

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phi3_dist.data.chat_format import ChatFormat
+from phi3_dist.data.render.template_probe import ChatFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phi3_dist.config.families import check_targets
 from phi3_dist.config.schema import LoraConfig
 from phi3_dist.errors import ModelError, Problem
+from phi3_dist.family.variants import check_targets
 
 __all__ = [
     "Adapted",
@@ -34,8 +34,8 @@ __all__ = [
     "named_seed",
     "peft_config",
     "quiet_peft",
-    "start_dora_magnitudes",
-    "start_value",
+    "init_dora_magnitudes",
+    "initial_value",
 ]
 
 
@@ -216,7 +216,7 @@ def named_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def start_value(name: str, shape: torch.Size, seed: int) -> Tensor | None:
+def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor | None:
     """The start of an adapter tensor in float32, on the CPU; None for one that starts as a copy of the base.
 
     lora_A is uniform in ±1/sqrt(inputs), which is loralib's and PEFT's `kaiming_uniform_(a=sqrt(5))`; lora_B is 0.
@@ -233,7 +233,7 @@ def start_value(name: str, shape: torch.Size, seed: int) -> Tensor | None:
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-def start_dora_magnitudes(model: nn.Module) -> None:
+def init_dora_magnitudes(model: nn.Module) -> None:
     """Set DoRA's magnitudes to the norms of the base's rows, where FSDP2 shards came after PEFT had computed them.
 
     PEFT's start is the norm of W + BA, with B = 0. Rows of both are sharded alike, so each rank needs only its own.
@@ -283,7 +283,7 @@ def fill_adapter(
         name = _adapter_name(full_name)
         if values is None:
             value = (start or {}).get(_saved_name(name))
-            value = start_value(name, param.shape, seed) if value is None else value
+            value = initial_value(name, param.shape, seed) if value is None else value
         else:
             value = values.get(_saved_name(name))
             used.add(_saved_name(name))

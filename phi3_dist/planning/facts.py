@@ -16,7 +16,7 @@ class MachineFacts:
     `capability` is the CUDA compute capability; None on a CPU, and where it isn't known. `no_compiler` is the reason
     why torch can compile nothing here; empty where it can. `varlen_arguments` are the names that torch's `varlen_attn`
     takes here; None where that was not looked up. `measured` is what was measured on a card of this name
-    (machine/cards.py); empty where nothing was.
+    (machine/card_measurements.py); empty where nothing was.
     """
 
     device: str

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from phi3_dist.config.families import Shape
+from phi3_dist.family.variants import Shape
 
 __all__ = [
     "Term",

@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from phi3_dist.config.families import Family, Shape
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
+from phi3_dist.family.variants import Family, Shape
 from phi3_dist.planning.attention import backends, choose_backend, choose_deterministic
-from phi3_dist.planning.compiling import choose_compile, choose_kernels, why_not_triton
+from phi3_dist.planning.dequantized_layers import choose_kept_layers, stored_as
 from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
-from phi3_dist.planning.head import choose_loss, why_not_liger
-from phi3_dist.planning.keeping import choose_kept_layers, stored_as
 from phi3_dist.planning.launch_rules import CPU_LAUNCH, launch_problems, zero_file_problems
+from phi3_dist.planning.layer_passes import choose_compile, choose_kernels, why_not_triton
+from phi3_dist.planning.loss import choose_loss, why_not_liger
 from phi3_dist.planning.memory import Term, Workload, adapter_parameters, fits, memory_terms, total_gib
 from phi3_dist.planning.support import STRATEGIES, No, Yes, support, support_adapter, support_fp8, support_optimizer
 

@@ -14,14 +14,15 @@ from typing import Any
 
 from rich.table import Table
 
-from phi3_dist.config.base_config import read_config
-from phi3_dist.config.families import FAMILIES, Family
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.config.texts import is_folder
+from phi3_dist.config.unsafe_texts import is_folder
 from phi3_dist.config.yaml_text import YamlFault, read_yaml_file
 from phi3_dist.errors import DataError, PlanError, Problem
+from phi3_dist.family.base_config import read_config
+from phi3_dist.family.variants import FAMILIES, Family
+from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.memory import fits, total_gib
-from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan, make_plan
+from phi3_dist.planning.plan import RunPlan, make_plan
 
 __all__ = ["assumed_machine", "check_fit", "check_rows", "launch_of_config", "plan_table", "shape_of_source"]
 

@@ -1,6 +1,6 @@
 """What the ranks of a run have printed: `phi3-dist logs`.
 
-Every run keeps it in its folder (training/transcript.py); a Slurm job has files of its own, which also hold what no
+Every run keeps it in its folder (training/monitor/transcript.py); a Slurm job has files of its own, which also hold what no
 Python printed.
 """
 

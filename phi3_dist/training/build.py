@@ -12,7 +12,7 @@ from phi3_dist.adapters.loading import not_to_go_on_from, too_few_rows
 from phi3_dist.adapters.reading import read_adapter, read_metadata
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import ModelError, Problem
-from phi3_dist.modeling.attention import use_backend
+from phi3_dist.modeling.attention.backend import use_backend
 from phi3_dist.modeling.base import (
     Base,
     load_full,
@@ -24,15 +24,16 @@ from phi3_dist.modeling.base import (
 from phi3_dist.modeling.fp8 import use_fp8
 from phi3_dist.modeling.fused_layers import install_fused_layers, select_in_last_layer
 from phi3_dist.modeling.fused_lora import FusedReport, install_fused, keep_dequantized
-from phi3_dist.modeling.lora import adapted, add_lora, fill_adapter, start_dora_magnitudes
+from phi3_dist.modeling.lora import adapted, add_lora, fill_adapter, init_dora_magnitudes
+from phi3_dist.modeling.lora_init import subtract_from_base
 from phi3_dist.modeling.loss import Kernel, PackedLoss
+from phi3_dist.modeling.new_tokens import token_rows, whole_tables
 from phi3_dist.modeling.passes import BY_HAND, compiled_passes, kernel_passes
 from phi3_dist.modeling.rope import Regime, pin_longrope, regime_for
-from phi3_dist.modeling.starts import take_out
-from phi3_dist.modeling.tokens import token_rows, whole_tables
-from phi3_dist.planning.plan import Choice, RunPlan
+from phi3_dist.planning.facts import Choice
+from phi3_dist.planning.plan import RunPlan
+from phi3_dist.training.engines.fsdp2 import shard_fsdp2
 from phi3_dist.training.runtime import Runtime, is_fsdp
-from phi3_dist.training.strategy import shard_fsdp2
 
 __all__ = ["adapter_values", "build_model"]
 
@@ -133,13 +134,13 @@ def _fill_shards(model: PackedLoss, base: Base, runtime: Runtime) -> None:
     device = torch.device("cpu") if runtime.plan.strategy.endswith("offload") else runtime.device
     model.to_empty(device=device)
     load_into_fsdp2(model, base)
-    start_dora_magnitudes(model)
+    init_dora_magnitudes(model)
     inner = model.causal_lm.model
     inner.rotary_emb = type(inner.rotary_emb)(base.config).to(runtime.device)
 
 
 Start = Callable[[Any], dict[str, torch.Tensor]]
-"""From the base before LoRA to the tensors that `lora.init` sets (training/start.py)."""
+"""From the base before LoRA to the tensors that `lora.init` sets (training/shared_init.py)."""
 
 
 def build_model(
@@ -174,7 +175,7 @@ def build_model(
             _fill_shards(model, base, runtime)
     if cfg.lora.init.startswith("pissa") and start:
         peft_model: Any = model.model
-        take_out(model, adapted(causal_lm, peft_model.peft_config["default"]), start)
+        subtract_from_base(model, adapted(causal_lm, peft_model.peft_config["default"]), start)
     fill_adapter(model, cfg.train.seed, values, {**start, **token_rows(base, token_ids)})
     pin_longrope(causal_lm, longest_row, cfg.model.longrope)
     # a table left on the host is copied, and waited for, in each forward pass

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phi3_dist.data.batches import Packs
+from phi3_dist.data.pack.packs import Packs
 from phi3_dist.modeling.loss import PackedLoss, plain_head
+from phi3_dist.training.engines.engine import Engine
 from phi3_dist.training.runtime import Runtime
 from phi3_dist.training.signals import StopFlag
-from phi3_dist.training.step import to_device
-from phi3_dist.training.strategy import Engine
+from phi3_dist.training.train_step import to_device
 
 __all__ = ["HeldOut", "held_out_loss", "joined_packs"]
 

@@ -20,47 +20,44 @@ from phi3_dist.adapters.files import AdapterReceipt, save_adapter
 from phi3_dist.adapters.loading import rows_fact
 from phi3_dist.config.load import flatten, resolved_yaml
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.data.batches import Prepared, prepare
-from phi3_dist.data.prepare import Progress
+from phi3_dist.data.prepare import Prepared, Progress, prepare
 from phi3_dist.errors import DataError, Problem, RunFolderError
+from phi3_dist.machine.storage import cache_folder
 from phi3_dist.modeling.base import Base, find_base, meta_model
 from phi3_dist.modeling.lora import count_parameters, peft_config
+from phi3_dist.modeling.new_tokens import enlarged, new_token_ids
 from phi3_dist.modeling.rope import pinned_regime
 from phi3_dist.modeling.tokenizer import load_tokenizer
-from phi3_dist.modeling.tokens import enlarged, new_token_ids
-from phi3_dist.modeling.watch import WeightsWatch
-from phi3_dist.planning.plan import Choice, LaunchFacts, MachineFacts, RunPlan, make_plan
-from phi3_dist.training.agree import agree
+from phi3_dist.modeling.weights_watch import WeightsWatch
+from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
+from phi3_dist.planning.plan import RunPlan, make_plan
+from phi3_dist.training.batch_counts import longest_row, order_of, steps_of, steps_of_an_evaluation, tokens_of_rank
 from phi3_dist.training.build import adapter_values, build_model
-from phi3_dist.training.checkpoint import Checkpoint, read_state
-from phi3_dist.training.early import check_trackers, inputs_of
+from phi3_dist.training.checkpoints.files import Checkpoint, read_state
+from phi3_dist.training.checkpoints.identity import base_fingerprint, identity
+from phi3_dist.training.checkpoints.resume import ResumePoint, find_resume_point
+from phi3_dist.training.checkpoints.saver import Saver
+from phi3_dist.training.checkpoints.state import import_state, unrounded_adapter
+from phi3_dist.training.context import Stage
+from phi3_dist.training.early_checks import check_trackers, inputs_of
+from phi3_dist.training.engines.engine import make_engine
 from phi3_dist.training.evaluate import HeldOut
-from phi3_dist.training.folder import RunFolder, cache_folder, versions
-from phi3_dist.training.going_on import Beginning, find_beginning
-from phi3_dist.training.health import Health
-from phi3_dist.training.metrics import Metrics
-from phi3_dist.training.outlook import Outlook
-from phi3_dist.training.profiling import StepProfile
-from phi3_dist.training.proof import prove_start
-from phi3_dist.training.resume import base_fingerprint, identity, order_of, steps_of
+from phi3_dist.training.final_adapter import card_contents
+from phi3_dist.training.monitor.announce import announce
+from phi3_dist.training.monitor.health import Health
+from phi3_dist.training.monitor.metrics import Metrics
+from phi3_dist.training.monitor.profiling import StepProfile
+from phi3_dist.training.monitor.start_clock import StartClock, compile_notice
+from phi3_dist.training.monitor.time_left import TimeLeft
+from phi3_dist.training.monitor.trackers import finish_trackers, start_trackers
+from phi3_dist.training.monitor.transcript import Transcript
+from phi3_dist.training.plan_proof import prove_built_dtypes
+from phi3_dist.training.run_folder import RunFolder, versions
 from phi3_dist.training.run_steps import run_steps
 from phi3_dist.training.runtime import Runtime, start_runtime
-from phi3_dist.training.saving import Saver
+from phi3_dist.training.same_on_all_ranks import check_same_on_all_ranks
+from phi3_dist.training.shared_init import computed_lora_init
 from phi3_dist.training.signals import EXIT_STOPPED, StopFlag, exit_code_of, state_of_stop
-from phi3_dist.training.stage import (
-    Stage,
-    announce,
-    card_facts,
-    longest_row,
-    steps_of_an_evaluation,
-    tokens_of_rank,
-)
-from phi3_dist.training.start import adapter_start
-from phi3_dist.training.startup import StartClock, compile_notice
-from phi3_dist.training.state import import_state, unrounded_adapter
-from phi3_dist.training.strategy import make_engine
-from phi3_dist.training.trackers import finish_trackers, start_trackers
-from phi3_dist.training.transcript import Transcript
 
 __all__ = ["EXIT_STOPPED", "TrainResult", "find_model", "prepare_rows", "train"]
 
@@ -132,7 +129,7 @@ def _save(
             stage.engine.model,
             stage.folder.held / "adapter",
             tokenizer=tokenizer,
-            card=adapter_card(card_facts(stage, base, held_out, regime)),
+            card=adapter_card(card_contents(stage, base, held_out, regime)),
             base_hint={"revision": stage.cfg.model.revision} if stage.cfg.model.revision else None,
             taken_out=begun if stage.cfg.lora.init.startswith("pissa") else None,
             unrounded=unrounded_adapter(stage.engine, keep=stage.runtime.is_main),
@@ -163,7 +160,7 @@ def _run(
     """Build, train and save. The wrapped model lives in here alone: see `_release`."""
     where, again = folder.held, start is not None
     start_of = partial(
-        adapter_start, cfg, base=base, runtime=runtime, packs=prepared.train, folder=where, resumed=again
+        computed_lora_init, cfg, base=base, runtime=runtime, packs=prepared.train, folder=where, resumed=again
     )
     order = order_of(cfg, prepared.train)
     total = steps_of(cfg, order)
@@ -174,7 +171,7 @@ def _run(
     regime, begun = pinned_regime(model), model.begun
     watch.loaded(model)
     engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
-    prove_start(engine, runtime)
+    prove_built_dtypes(engine, runtime)
     first, health_then = 0, {}
     if start is not None:
         first, health_then = start.step, start.trainer.get("health", {})
@@ -185,9 +182,11 @@ def _run(
         Metrics(where / folder.metrics.name, total, runtime.accelerator, active=runtime.is_main, keep=keep) as metrics,
         StepProfile(cfg.train.profile, where / "profile", active=runtime.is_main) as profile,
     ):
-        packs = (prepared.train, prepared.validation)
-        outlook = Outlook(cfg, total, evaluation_steps=steps_of_an_evaluation(*packs, order))
-        stage = Stage(cfg, runtime, engine, *packs, order, total, metrics, folder, facts, clock, profile, flag, outlook)
+        packs = (prepared.train, prepared.held_out)
+        time_left = TimeLeft(cfg, total, evaluation_steps=steps_of_an_evaluation(*packs, order))
+        stage = Stage(
+            cfg, runtime, engine, *packs, order, total, metrics, folder, facts, clock, profile, flag, time_left
+        )
         if runtime.is_main:
             _record_start(folder, stage, first, model.choices)
         announce(metrics, runtime.plan, prepared, count_parameters(model), total, of_model=model.choices)
@@ -250,7 +249,7 @@ def _agreed_facts(cfg: RunConfig, base: Base, runtime: Runtime, prepared: Prepar
     """What this run is, once all ranks have said that they are in the same one. Collective."""
     facts = identity(cfg, prepared, base, weights="", precision=runtime.plan.precision, kernels=runtime.plan.kernels)
     said = {**flatten(cfg.model_dump(mode="json")), **facts}
-    agree(runtime, {**{key: str(value) for key, value in said.items()}, **versions()})
+    check_same_on_all_ranks(runtime, {**{key: str(value) for key, value in said.items()}, **versions()})
     weights = base_fingerprint(base, cache) if runtime.is_main else ""
     return {**facts, "base weights": runtime.broadcast(weights)}
 
@@ -316,7 +315,7 @@ def _train(
     with folder.recording_failure(active=launch.rank == 0):  # what was to be replaced comes back from here on
         runtime = _start(cfg, plan, launch, folder)
         facts = _agreed_facts(cfg, base, runtime, prepared, cache)
-        begin = find_beginning(runtime, folder, facts, allow_changed, cfg.optim) if resume else Beginning()
+        begin = find_resume_point(runtime, folder, facts, allow_changed, cfg.optim) if resume else ResumePoint()
         if begin.finished:
             _release(runtime)
             return TrainResult(folder.path, 0, None, None)

@@ -6,28 +6,29 @@ import signal
 import time
 
 from phi3_dist.modeling.fused_lora import declined
-from phi3_dist.modeling.watch import WeightsWatch
+from phi3_dist.modeling.weights_watch import WeightsWatch
+from phi3_dist.training.checkpoints.metrics_rows import measured
+from phi3_dist.training.checkpoints.saver import Saver
+from phi3_dist.training.context import Stage
 from phi3_dist.training.evaluate import HeldOut, held_out_loss
-from phi3_dist.training.health import Health
-from phi3_dist.training.proof import prove_first_step
-from phi3_dist.training.readout import EvaluationWatch, Readout
-from phi3_dist.training.saving import Saver
-from phi3_dist.training.stage import Stage, measured
-from phi3_dist.training.step import learning_rate, train_step
+from phi3_dist.training.monitor.health import Health
+from phi3_dist.training.monitor.readout import EvaluationWatch, StepReadout
+from phi3_dist.training.plan_proof import prove_updated_dtypes
+from phi3_dist.training.train_step import learning_rate, train_step
 
 __all__ = ["run_steps"]
 
 
 def _evaluate(stage: Stage, step: int) -> tuple[HeldOut | None, int]:
     """The held-out loss after `step` steps, None without held-out rows; and the signal that broke it off, or 0."""
-    if stage.validation is None:
+    if stage.held_out is None:
         return None, 0
     watch = EvaluationWatch(stage, step)
-    found, stop = held_out_loss(stage.engine, stage.runtime, stage.validation, stage.flag, watch.tell)
+    found, stop = held_out_loss(stage.engine, stage.runtime, stage.held_out, stage.flag, watch.tell)
     if found is None:
         stage.metrics.say(f"the held-out loss after step {step} was broken off by {signal.Signals(stop).name}")
         return None, stop
-    stage.outlook.evaluation_s = found.seconds
+    stage.time_left.evaluation_s = found.seconds
     stage.metrics.evaluation(
         {
             "step": step,
@@ -42,13 +43,13 @@ def _evaluate(stage: Stage, step: int) -> tuple[HeldOut | None, int]:
 
 def _say_first_step(stage: Stage, step: int) -> None:
     """Where the start's time went, and what turned out otherwise than announced. Raises PlanError for wrong dtypes."""
-    prove_first_step(stage.engine)
+    prove_updated_dtypes(stage.engine)
     stage.clock.mark("first step")
     stage.metrics.say(stage.clock.line())
     spans = {f"{name.replace(' ', '_')}_s": round(seconds, 3) for name, seconds in stage.clock.spans_s.items()}
     stage.metrics.note("start", {"step": step, **spans, "total_s": round(stage.clock.total_s, 3)})
     if stage.runtime.is_main:
-        stage.folder.settle()
+        stage.folder.drop_replaced_run()
     for why, layers in declined(stage.engine.model).items():
         stage.metrics.say(f"note: {layers} LoRA linears ran as PEFT's after all: {why}")
 
@@ -56,7 +57,7 @@ def _say_first_step(stage: Stage, step: int) -> None:
 def _evaluation_due(stage: Stage, first: int) -> bool:
     """Whether to measure before step `first` is made: in a new run, and what was broken off before the checkpoint."""
     every = stage.cfg.train.eval_every
-    if stage.validation is None or first in {0, stage.total}:
+    if stage.held_out is None or first in {0, stage.total}:
         return True
     return bool(every) and first % every == 0 and not measured(stage, first)
 
@@ -69,7 +70,7 @@ def run_steps(
     A new run measures the held-out loss before its first step, too. Returns the steps done, the last held-out loss, and
     the signal that stopped the run or 0.
     """
-    cfg, held_out, readout = stage.cfg, None, Readout(stage, health)
+    cfg, held_out, readout = stage.cfg, None, StepReadout(stage, health)
     if _evaluation_due(stage, first):
         held_out, stop = _evaluate(stage, first)
         stage.clock.mark("held out")
@@ -94,11 +95,11 @@ def run_steps(
             found, stop = _evaluate(stage, done)
             held_out = found or held_out
         # nothing is left to stop after the last step but the evaluation that it was to end with
-        stop = stop if done < stage.total or stage.validation else 0
+        stop = stop if done < stage.total or stage.held_out else 0
         if saver.due(done) or stop:
             watch.check()
             saver.save(done, held_out)
-            stage.outlook.save_s = saver.stood_s / max(saver.saves, 1)
+            stage.time_left.save_s = saver.stood_s / max(saver.saves, 1)
         if stop:
             return done, held_out, stop
     return stage.total, held_out, 0

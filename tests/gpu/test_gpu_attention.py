@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from phi3_dist.modeling.attention.documents import Documents, Settings
+from phi3_dist.modeling.attention.kernels import KERNELS
 from torch import Tensor
 
-from phi3_dist.modeling.attention import KERNELS, Documents, Settings, backends
+from phi3_dist.modeling.attention.backend import backends
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from phi3_dist.machine.probe import no_compiler, package_versions
 from phi3_dist.modeling.loss import chunked_nll, liger_nll
 from phi3_dist.modeling.passes import BY_HAND, compiled_passes
-from phi3_dist.planning.head import why_not_liger
+from phi3_dist.planning.loss import why_not_liger
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 V = 32064

@@ -13,8 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, nn
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from phi3_dist.adapters.files import read_adapter, save_adapter
+from phi3_dist.adapters.files import save_adapter
 from phi3_dist.adapters.gather import gather_adapter_with_stats
+from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.adapters.select import expected_keys
 from phi3_dist.errors import AdapterError
 

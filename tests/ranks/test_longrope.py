@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from phi3_dist.adapters.files import read_metadata
+from phi3_dist.adapters.reading import read_metadata
 from phi3_dist.modeling.base import tiny_config
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 from tests.ranks.test_strategies import compare, launch

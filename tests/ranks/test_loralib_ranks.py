@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from phi3_dist.adapters.gather import gather_adapter
-from phi3_dist.adapters.loralib import lora_state_dict, mark_only_lora_as_trainable
-from phi3_dist.adapters.loralib_files import convert_file
+from phi3_dist.adapters.loralib.files import convert_file
+from phi3_dist.adapters.loralib.state_dicts import lora_state_dict, mark_only_lora_as_trainable
 from tests.ranks.launcher import run_ranks
 
 pytestmark = pytest.mark.ranks

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_dist.training.checkpoint import find_checkpoint
+from phi3_dist.training.checkpoints.files import find_checkpoint
 from tests.disks import Disk, small_disk, unfinished
 from tests.ranks.launcher import REPO
 from tests.ranks.test_resume import same_bits

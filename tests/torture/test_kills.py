@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_dist.training.checkpoint import find_checkpoint
+from phi3_dist.training.checkpoints.files import find_checkpoint
 from tests.ranks.launcher import REPO
 from tests.ranks.processes import lives, ranks_below
 from tests.ranks.test_resume import same_bits

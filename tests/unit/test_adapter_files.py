@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from phi3_dist.adapters import files
-from phi3_dist.adapters.files import read_adapter, recover, save_adapter, write_adapter
+from phi3_dist.adapters.files import recover, save_adapter, write_adapter
 from phi3_dist.adapters.gather import gather_adapter
 from phi3_dist.adapters.publishing import publish
+from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.errors import AdapterError, ConfigError
 from tests.ranks.gather_bodies import same, tiny_peft, tiny_phi3
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phi3_dist.training.agree import differences
+from phi3_dist.training.same_on_all_ranks import differences
 
 FACTS = {"config": "a1", "data": "d1", "torch": "2.13.0", "world size": "3", "strategy": "zero3"}
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from phi3_dist.modeling.attention.documents import Documents, Settings
+from phi3_dist.modeling.attention.kernels import KERNELS
 from torch import nn
 from transformers import Phi3ForCausalLM
 
 from phi3_dist.errors import ModelError
-from phi3_dist.modeling.attention import KERNELS, Documents, Settings, attend, kernel_name, packed_sdpa, use_backend
-from phi3_dist.modeling.flex import block_mask
+from phi3_dist.modeling.attention.backend import attend, kernel_name, packed_sdpa, use_backend
+from phi3_dist.modeling.attention.flex import block_mask
 from phi3_dist.planning.attention import BACKENDS, backends, choose_backend, choose_deterministic
 from tests.small_models import small_phi3
 
@@ -172,7 +174,7 @@ def test_varlen_gets_grouped_heads_in_the_way_it_takes_them(gqa: bool, monkeypat
         seen.update(kv_heads=k.shape[1], window=window_size, **more)
         return KERNELS["sdpa"](q, k, v, Documents((5, 3)), Settings(scale, window_size[0] + 1))
 
-    from phi3_dist.modeling import attention
+    from phi3_dist.modeling.attention import backend as attention
 
     names = frozenset({"scale", "window_size", *(["enable_gqa"] if gqa else [])})
     monkeypatch.setattr(attention, "varlen_arguments", lambda: names)
@@ -185,7 +187,7 @@ def test_varlen_gets_grouped_heads_in_the_way_it_takes_them(gqa: bool, monkeypat
 
 def test_deterministic_backward_is_asked_for_in_that_node_alone() -> None:
     """torch's kernels look at a global while they run: it is on for attention's own backward and for nothing else."""
-    from phi3_dist.modeling.attention import _deterministic_backward
+    from phi3_dist.modeling.attention.backend import _deterministic_backward
 
     class Look(torch.autograd.Function):
         @staticmethod
@@ -235,7 +237,7 @@ def test_a_backend_that_cannot_run_here_is_refused_with_the_reason(name: str) ->
 
 
 def test_attention_dropout_is_refused_where_there_is_none() -> None:
-    from phi3_dist.modeling.attention import _packed
+    from phi3_dist.modeling.attention.backend import _packed
 
     q = torch.randn(1, 2, 6, 8)
     with pytest.raises(ValueError, match="flex has no dropout"):

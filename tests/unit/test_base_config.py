@@ -13,10 +13,10 @@ from transformers import Phi3ForCausalLM
 from typer.testing import CliRunner
 
 from phi3_dist.cli import app
-from phi3_dist.config.base_config import checked_config
-from phi3_dist.config.families import recognise
-from phi3_dist.config.starting import first_run_file
+from phi3_dist.config.starter import first_run_file
 from phi3_dist.errors import MachineError, ModelError, Phi3DistError
+from phi3_dist.family.base_config import checked_config
+from phi3_dist.family.variants import recognise
 from phi3_dist.modeling.base import find_base, load_full, load_quantized, tiny_config
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 

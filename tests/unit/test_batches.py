@@ -18,11 +18,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data import parts, stream
-from phi3_dist.data.batches import Order, Packs, TokenRows, assemble, make_packs, prepare
-from phi3_dist.data.chat import Encoded, encode_chats
+from phi3_dist.data import blocks as stream
+from phi3_dist.data.batch import Order, assemble
+from phi3_dist.data.cache import block_files as parts
+from phi3_dist.data.pack.packs import Packs, make_packs
+from phi3_dist.data.prepare import prepare
+from phi3_dist.data.read.row_formats import Chat
+from phi3_dist.data.read.turns import Message
+from phi3_dist.data.render.encode import Encoded, encode_chats
 from phi3_dist.data.show import length_table, render_rows, show
-from phi3_dist.data.sources import Chat, Message
+from phi3_dist.data.token_rows import TokenRows
 from phi3_dist.errors import DataError
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 
@@ -249,9 +254,9 @@ def test_orders_that_do_not_exist() -> None:
 
 def test_prepare_reads_encodes_packs(tmp_path: Path) -> None:
     prepared = prepare(config(write(tmp_path / "a.jsonl")), TOKENIZER, None)
-    assert prepared.validation is not None
-    assert len(prepared.train.rows) + len(prepared.validation.rows) == 40
-    assert not set(prepared.train.rows.places) & set(prepared.validation.rows.places)
+    assert prepared.held_out is not None
+    assert len(prepared.train.rows) + len(prepared.held_out.rows) == 40
+    assert not set(prepared.train.rows.places) & set(prepared.held_out.rows.places)
     assert prepared.fingerprint == prepared.train.fingerprint
     assert (prepared.skipped, prepared.dropped, prepared.notices, prepared.cached) == ((), (), (), False)
     batch = assemble(prepared.train, range(len(prepared.train)))
@@ -270,7 +275,7 @@ def test_prepare_says_what_it_left_out(tmp_path: Path) -> None:
     )
     assert [row.place for row in prepared.skipped] == ["a.jsonl:1", "a.jsonl:2"]
     assert "a.jsonl:42" in prepared.dropped
-    assert prepared.validation is None
+    assert prepared.held_out is None
     assert "no row is held out" in prepared.notices[0]
     only = tmp_path / "only.jsonl"
     only.write_text(json.dumps(control))
@@ -289,9 +294,9 @@ def test_cache_is_used_and_knows_what_matters(tmp_path: Path) -> None:
     again = prepare(config(file, on_bad_row="skip"), TOKENIZER, cache)
     assert (first.cached, again.cached) == (False, True)
     assert same(first.train, again.train)
-    assert first.validation is not None
-    assert again.validation is not None
-    assert same(first.validation, again.validation)
+    assert first.held_out is not None
+    assert again.held_out is not None
+    assert same(first.held_out, again.held_out)
     assert (again.skipped, again.notices) == (first.skipped, first.notices)
     assert prepare(config(file, on_bad_row="skip", pack_length=256), TOKENIZER, cache).cached  # packed anew
     assert not prepare(config(file, on_bad_row="skip", supervise="last"), TOKENIZER, cache).cached
@@ -460,7 +465,7 @@ def test_a_share_that_holds_out_nothing_says_why(tmp_path: Path, prompts: int, s
     match = re.search(why, notice)
     assert match
     if prompts > 1:  # what it says holds some out, and leaves some
-        assert prepare(config(file, pack_length=64, validation_share=float(match[1])), TOKENIZER, None).validation
+        assert prepare(config(file, pack_length=64, validation_share=float(match[1])), TOKENIZER, None).held_out
 
 
 def test_rows_without_answers_are_one_line(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phi3_dist.bench import gpu
 from phi3_dist.bench.sides import SHAPE, Round, save_base
-from phi3_dist.config.families import FAMILIES, Shape
+from phi3_dist.family.variants import FAMILIES, Shape
 from tests.unit.test_fp8 import needs_fp8
 
 SMALL = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}

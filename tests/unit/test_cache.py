@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from phi3_dist.cli import app
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.batches import prepare
-from phi3_dist.data.cache import cached, computed_starts, prune
+from phi3_dist.data.cache.prune import cached, computed_lora_inits, prune
+from phi3_dist.data.prepare import prepare
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -82,7 +82,7 @@ def test_computed_starts_of_finished_runs_alone(tmp_path: Path, cache: Path) -> 
     runs = tmp_path / "runs"
     finished = run_folder(runs, "done", '{"state": "finished"}')
     others = [run_folder(runs, f"r{i}", ended) for i, ended in enumerate(('{"state": "preempted"}', "[]", "{"))]
-    assert [entry.path for entry in computed_starts(runs)] == [finished]
+    assert [entry.path for entry in computed_lora_inits(runs)] == [finished]
     assert prune(cache, None, 0) == ([], [])
     assert [entry.path for entry in prune(cache, runs, 30)[0]] == [finished]
     assert not finished.exists()

@@ -13,7 +13,7 @@ import pytest
 from phi3_dist.bench.card import runs
 from phi3_dist.bench.card.checks import Group, Skip
 from phi3_dist.bench.card.choices import choices_of, read_rows
-from phi3_dist.machine import cards
+from phi3_dist.machine import card_measurements as cards
 from tests.ranks.launcher import REPO
 from tests.ranks.test_strategies import clean_environment
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from phi3_dist.data.chat import Encoded, encode_blocks, encode_chats, encode_rows
-from phi3_dist.data.chat_format import ChatFormat
-from phi3_dist.data.sources import BadRow, Chat, Message
+from phi3_dist.data.read.row_formats import BadRow, Chat
+from phi3_dist.data.read.turns import Message
+from phi3_dist.data.render.encode import Encoded, encode_blocks, encode_chats, encode_rows
+from phi3_dist.data.render.template_probe import ChatFormat
 from phi3_dist.errors import DataError
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 

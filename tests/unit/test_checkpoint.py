@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from phi3_dist.errors import TrainingError
-from phi3_dist.training.checkpoint import (
+from phi3_dist.training.checkpoints.files import (
     Checkpoint,
     Kept,
     find_checkpoint,

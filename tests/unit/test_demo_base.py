@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, Phi3ForCausalLM
 
-from phi3_dist.data.chat import encode_chats
-from phi3_dist.data.chat_format import ChatFormat
-from phi3_dist.data.sources import Chat, Message
+from phi3_dist.data.read.row_formats import Chat
+from phi3_dist.data.read.turns import Message
+from phi3_dist.data.render.encode import encode_chats
+from phi3_dist.data.render.template_probe import ChatFormat
 from phi3_dist.demo import base
 from phi3_dist.demo.base import build_base, find_gguf, is_intact
 from phi3_dist.errors import ModelError

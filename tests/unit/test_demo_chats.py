@@ -10,7 +10,7 @@ import pytest
 
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.stream import read_chats
+from phi3_dist.data.blocks import read_chats
 from phi3_dist.demo.__main__ import PROCESSES, _check
 from phi3_dist.demo.chats import (
     DRINKS,
@@ -59,10 +59,10 @@ def test_the_shipped_debug_rows_are_the_generators(tmp_path: Path) -> None:
 def test_every_row_is_read_and_the_mix_is_as_promised(tmp_path: Path) -> None:
     paths = write_chats(tmp_path)
     chats = read_chats(DataConfig(train=str(paths["train"]), validation=str(paths["validation"])))
-    assert (len(chats.train), len(chats.validation)) == (TRAIN_ROWS, HELD_OUT_ROWS)
+    assert (len(chats.train), len(chats.held_out)) == (TRAIN_ROWS, HELD_OUT_ROWS)
     assert len(chats.train) >= 600
-    assert len(chats.validation) >= 60
-    for part in (chats.train, chats.validation):
+    assert len(chats.held_out) >= 60
+    for part in (chats.train, chats.held_out):
         several = sum(sum(m.role == "user" for m in chat.messages) > 1 for chat in part) / len(part)
         with_system = sum(chat.messages[0].role == "system" for chat in part) / len(part)
         assert 0.2 < several < 0.5

@@ -17,8 +17,8 @@ import phi3_dist
 from phi3_dist.adapters import card
 from phi3_dist.machine import doctor
 from phi3_dist.machine.doctor import diagnose, extensions_root, stale_extension_locks
-from phi3_dist.planning.plan import MachineFacts
-from phi3_dist.training import folder
+from phi3_dist.planning.facts import MachineFacts
+from phi3_dist.training import run_folder as folder
 
 GPU = MachineFacts("cuda", "a GPU", 2, 80.0, 512.0, 64, True, "tensor cores", {"deepspeed": "0.19.8"})
 

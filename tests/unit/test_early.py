@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from phi3_dist.config.families import FAMILIES
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import ConfigError, DataError, MachineError, ModelError, PlanError
+from phi3_dist.family.variants import FAMILIES
 from phi3_dist.machine.launcher import deepspeed_file_beside
-from phi3_dist.planning.plan import LaunchFacts, MachineFacts, make_plan
+from phi3_dist.planning.facts import LaunchFacts, MachineFacts
+from phi3_dist.planning.plan import make_plan
 from phi3_dist.planning.preview import check_fit, check_rows
-from phi3_dist.training.early import check_early, check_trackers
+from phi3_dist.training.early_checks import check_early, check_trackers
 from tests.ranks.launcher import REPO
 
 CONFIGS = REPO / "configs" / "accelerate"

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from phi3_dist import cli
-from phi3_dist.config.importing import findings_table, import_run
 from phi3_dist.errors import ConfigError, Problem
-from phi3_dist.machine.encoding import print_in_any_encoding
+from phi3_dist.machine.print_encoding import print_in_any_encoding
+from phi3_dist.recipes.importing import findings_table, import_run
 
 RECIPE = "x = TrainingArguments(learning_rate=1e-4, per_device_train_batch_size=4, run_name='é')\n"
 

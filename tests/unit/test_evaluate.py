@@ -15,17 +15,17 @@ from rich.console import Console
 
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.batches import make_packs, prepare
-from phi3_dist.data.packs import evenly
-from phi3_dist.data.rows import TokenRows
+from phi3_dist.data.pack.packs import evenly, make_packs
+from phi3_dist.data.prepare import prepare
+from phi3_dist.data.token_rows import TokenRows
 from phi3_dist.machine.probe import probe
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
-from phi3_dist.planning.plan import LaunchFacts, MachineFacts
+from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.training import evaluate, loop
-from phi3_dist.training import metrics as metrics_module
 from phi3_dist.training.evaluate import joined_packs
-from phi3_dist.training.metrics import Metrics
-from phi3_dist.training.outlook import Outlook
+from phi3_dist.training.monitor import metrics as metrics_module
+from phi3_dist.training.monitor.metrics import Metrics
+from phi3_dist.training.monitor.time_left import TimeLeft
 from tests.ranks.launcher import REPO
 from tests.ranks.test_resume import same_bits
 from tests.ranks.test_strategies import rows
@@ -140,9 +140,9 @@ def test_a_limit_takes_rows_evenly_and_says_so(tmp_path: Path) -> None:
         )
         for limit in limits
     )
-    assert all_of_them.validation is not None
-    assert few.validation is not None
-    assert len(all_of_them.validation.rows) > len(few.validation.rows) == 3
+    assert all_of_them.held_out is not None
+    assert few.held_out is not None
+    assert len(all_of_them.held_out.rows) > len(few.held_out.rows) == 3
     assert few.cached, "the limit is no part of what is tokenized"
     assert few.fingerprint == all_of_them.fingerprint
     (said,) = [notice for notice in few.notices if "max_validation_rows" in notice]
@@ -216,14 +216,14 @@ def test_where_a_bar_is_shown_the_lines_of_steps_are_kept(
 
 def test_the_time_left_counts_evaluations_and_checkpoints() -> None:
     cfg = load_run(REPO / "configs" / "run" / "debug.yaml", ["train.eval_every=10", "save.every=50"])
-    outlook = Outlook(cfg, 100, evaluation_steps=30.0)
-    outlook.step(2.0)
-    assert outlook.left_s(100) == 2.0 * 30 / 3, "the last step is made, and an evaluation follows"
-    outlook.evaluation_s, outlook.save_s = 153.0, 4.0
-    assert outlook.left_s(100) == 153 + 4
-    assert outlook.left_s(95) == 5 * 2 + 153 + 4
-    assert outlook.left_s(90) == 10 * 2 + 2 * 153 + 4, "that of step 90 is still to come"
-    assert outlook.left_s(0) == 100 * 2 + 10 * 153 + 2 * 4
-    without = Outlook(load_run(REPO / "configs" / "run" / "debug.yaml", ["save.every=0"]), 100, evaluation_steps=0.0)
+    time_left = TimeLeft(cfg, 100, evaluation_steps=30.0)
+    time_left.step(2.0)
+    assert time_left.left_s(100) == 2.0 * 30 / 3, "the last step is made, and an evaluation follows"
+    time_left.evaluation_s, time_left.save_s = 153.0, 4.0
+    assert time_left.left_s(100) == 153 + 4
+    assert time_left.left_s(95) == 5 * 2 + 153 + 4
+    assert time_left.left_s(90) == 10 * 2 + 2 * 153 + 4, "that of step 90 is still to come"
+    assert time_left.left_s(0) == 100 * 2 + 10 * 153 + 2 * 4
+    without = TimeLeft(load_run(REPO / "configs" / "run" / "debug.yaml", ["save.every=0"]), 100, evaluation_steps=0.0)
     without.step(2.0)
     assert without.left_s(100) == 0

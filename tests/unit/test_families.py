@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from phi3_dist.config.families import FAMILIES, Family, check_targets, recognise, refuse_unsupported
 from phi3_dist.errors import ModelError
+from phi3_dist.family.variants import FAMILIES, Family, check_targets, recognise, refuse_unsupported
 
 BY_NAME = {family.name: family for family in FAMILIES}
 LINEAR_NAMES = [

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from phi3_dist.config.families import FAMILIES, PRESETS, Family, check_targets, recognise
 from phi3_dist.config.schema import LoraConfig
-from phi3_dist.modeling.attention import use_backend
+from phi3_dist.family.variants import FAMILIES, PRESETS, Family, check_targets, recognise
+from phi3_dist.modeling.attention.backend import use_backend
 from phi3_dist.modeling.lora import add_lora, fill_adapter
 from phi3_dist.modeling.loss import PackedLoss
 from phi3_dist.modeling.rope import pin_longrope

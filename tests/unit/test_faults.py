@@ -12,9 +12,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from phi3_dist.cli import app
-from phi3_dist.config.faults import Fault, faults, faults_table
 from phi3_dist.config.load import load_run
 from phi3_dist.errors import ConfigError
+from phi3_dist.recipes.lint import Fault, faults, faults_table
 
 # what the published notebooks and scripts do, in a few lines of our own
 COOKBOOK = """

@@ -14,10 +14,10 @@ import pytest
 
 from phi3_dist.config.load import load_run
 from phi3_dist.errors import ModelError, RunFolderError
-from phi3_dist.training import belongings
-from phi3_dist.training.belongings import drop_replaced, move_aside, put_back
-from phi3_dist.training.early import check_early
-from phi3_dist.training.folder import RunFolder
+from phi3_dist.training import run_folder_contents as belongings
+from phi3_dist.training.early_checks import check_early
+from phi3_dist.training.run_folder import RunFolder
+from phi3_dist.training.run_folder_contents import drop_replaced, move_aside, put_back
 from tests.ranks.launcher import REPO
 
 LEFT = """.phi3_dist_run config.yaml plan.json environment.json heartbeat.json exit.json metrics.jsonl curves.png

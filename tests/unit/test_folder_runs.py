@@ -17,13 +17,13 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from phi3_dist.config.load import load_run
 from phi3_dist.errors import ModelError
 from phi3_dist.machine.probe import probe
-from phi3_dist.planning.plan import LaunchFacts
+from phi3_dist.planning.facts import LaunchFacts
 from phi3_dist.report.curves import draw_curves
 from phi3_dist.report.page import write_page
 from phi3_dist.training import loop
-from phi3_dist.training.belongings import strangers
-from phi3_dist.training.early import TRACKERS
-from phi3_dist.training.resume import base_fingerprint
+from phi3_dist.training.checkpoints.identity import base_fingerprint
+from phi3_dist.training.early_checks import TRACKERS
+from phi3_dist.training.run_folder_contents import foreign_entries
 from phi3_dist.training.signals import Stopped
 from tests.ranks.launcher import REPO
 from tests.unit.test_folder import claimed, contents
@@ -63,14 +63,14 @@ def test_a_run_knows_all_that_it_leaves(trained: Path) -> None:
     assert (trained / "start.safetensors").is_file()
     assert (trained / "profile" / "table.txt").is_file()
     assert any((trained / "logs").rglob("events.out.*"))
-    assert strangers(trained) == []
+    assert foreign_entries(trained) == []
 
 
 def test_a_replaced_run_goes_with_the_first_step_of_the_new_one(run: Path) -> None:
     train(run, overwrite=True)
     assert not (run / "start.safetensors").exists()
     assert not any(p.name in {".replaced", ".leaving"} for p in run.iterdir())
-    assert strangers(run) == []
+    assert foreign_entries(run) == []
 
 
 @pytest.mark.parametrize("error", [ModelError("no"), Stopped(15), KeyboardInterrupt()], ids=lambda e: type(e).__name__)

@@ -10,10 +10,10 @@ import datasets
 import pytest
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.batches import prepare
+from phi3_dist.data.blocks import read_chats
+from phi3_dist.data.prepare import prepare
+from phi3_dist.data.read.sources import HubSet, split_notices
 from phi3_dist.data.show import show
-from phi3_dist.data.sources import HubSet, split_notices
-from phi3_dist.data.stream import read_chats
 from phi3_dist.errors import DataError
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 
@@ -71,7 +71,7 @@ def test_what_is_left_out_is_said_and_offered(tmp_path: Path) -> None:
     held = config(str(folder), validation=str(folder))
     assert split_notices(held)[0].endswith("validation (2 files)")
     chats = read_chats(held)
-    assert [c.messages[0].content for c in chats.validation] == ["test.jsonl"]
+    assert [c.messages[0].content for c in chats.held_out] == ["test.jsonl"]
     assert not split_notices(config(str(fill(tmp_path / "plain", "a.jsonl", "b.jsonl"))))
 
 

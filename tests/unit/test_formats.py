@@ -16,11 +16,12 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.batches import prepare
-from phi3_dist.data.chat import document_end
-from phi3_dist.data.formats import TEXT, BadRow, Chat, Message, RowReader
+from phi3_dist.data.blocks import read_chats
+from phi3_dist.data.prepare import prepare
+from phi3_dist.data.read.row_formats import BadRow, Chat, RowReader
+from phi3_dist.data.read.turns import TEXT, Message
+from phi3_dist.data.render.encode import document_end
 from phi3_dist.data.show import show
-from phi3_dist.data.stream import read_chats
 from phi3_dist.errors import DataError
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 
@@ -185,7 +186,7 @@ def test_held_out_rows_have_no_weight(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", *rows(200))
     plain = read_chats(config(file, validation_share=0.2))
     heavy = read_chats(config([{"path": file, "weight": 3}], validation_share=0.2))
-    assert heavy.validation == plain.validation
+    assert heavy.held_out == plain.held_out
     assert len(heavy.train) == 3 * len(plain.train)
     prepared = prepare(config([{"path": file, "weight": 3}], pack_length=64), tiny_tokenizer(), tmp_path / "cache")
     assert len(prepared.train.rows) == 600

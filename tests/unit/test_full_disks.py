@@ -9,21 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from phi3_dist.training.checkpoints.metrics_rows import cut_metrics
 from safetensors.numpy import save_file
 
-from phi3_dist.adapters.files import read_adapter, write_adapter
+from phi3_dist.adapters.files import write_adapter
+from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.batches import Prepared, prepare
+from phi3_dist.data.prepare import Prepared, prepare
 from phi3_dist.errors import AdapterError, DataError, RunFolderError
 from phi3_dist.modeling.base import Base, find_base
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 from phi3_dist.report.drawing import draw_report
 from phi3_dist.training import loop
-from phi3_dist.training.folder import RunFolder
+from phi3_dist.training.checkpoints.identity import base_fingerprint
 from phi3_dist.training.loop import TrainResult
-from phi3_dist.training.metrics import Metrics
-from phi3_dist.training.resume import base_fingerprint, cut_metrics
-from phi3_dist.training.transcript import Transcript
+from phi3_dist.training.monitor.metrics import Metrics
+from phi3_dist.training.monitor.transcript import Transcript
+from phi3_dist.training.run_folder import RunFolder
 from tests.disks import Disk, small_disk, unfinished
 
 TOKENIZER = tiny_tokenizer()

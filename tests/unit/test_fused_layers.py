@@ -14,7 +14,7 @@ from transformers import Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3MLP, Phi3RMSNorm, apply_rotary_pos_emb
 
 from phi3_dist.config.schema import LoraConfig
-from phi3_dist.modeling.attention import use_backend
+from phi3_dist.modeling.attention.backend import use_backend
 from phi3_dist.modeling.fused_layers import (
     install_fused_layers,
     rms_norm,

@@ -22,17 +22,17 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from phi3_dist.training.checkpoints.metrics_rows import cut_metrics
 from rich.cells import cell_len
 from rich.console import Console
 from transformers import Phi3ForCausalLM
 
-from phi3_dist.adapters.files import read_adapter, write_adapter
-from phi3_dist.config.faults import faults
-from phi3_dist.config.importing import import_run
+from phi3_dist.adapters.files import write_adapter
+from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.config.load import load_run, resolved_yaml
 from phi3_dist.config.schema import DataConfig, RunConfig
-from phi3_dist.config.starting import first_run_file
-from phi3_dist.data.batches import prepare
+from phi3_dist.config.starter import first_run_file
+from phi3_dist.data.prepare import prepare
 from phi3_dist.errors import Phi3DistError
 from phi3_dist.machine.doctor import extensions_root
 from phi3_dist.machine.launch_request import LaunchRequest, read_command_line
@@ -40,12 +40,14 @@ from phi3_dist.machine.probe import launch_facts
 from phi3_dist.modeling.base import find_base, meta_model, tiny_config
 from phi3_dist.modeling.tokenizer import load_tokenizer, tiny_tokenizer
 from phi3_dist.planning.preview import launch_of_config, shape_of_source
+from phi3_dist.recipes.importing import import_run
+from phi3_dist.recipes.lint import faults
 from phi3_dist.report.curves import read_metrics
 from phi3_dist.report.logs import find_log
 from phi3_dist.report.page import write_page
 from phi3_dist.report.runs import list_runs, runs_table
-from phi3_dist.training.checkpoint import Checkpoint, find_checkpoint, read_state, write_checkpoint
-from phi3_dist.training.resume import check_identity, cut_metrics
+from phi3_dist.training.checkpoints.files import Checkpoint, find_checkpoint, read_state, write_checkpoint
+from phi3_dist.training.checkpoints.identity import check_identity
 
 FUZZ = settings.get_current_profile_name() == "fuzz"
 """Whether this is `make fuzz`; else the few of `make test`, always the same."""

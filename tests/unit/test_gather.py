@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from phi3_dist.adapters.gather import expected_keys, gather_adapter, gather_adapter_with_stats
-from phi3_dist.adapters.select import check_tensors
+from phi3_dist.adapters.gather import gather_adapter, gather_adapter_with_stats
+from phi3_dist.adapters.select import check_tensors, expected_keys
 from phi3_dist.errors import AdapterError
 from tests.ranks.gather_bodies import KINDS, Wrapper, same, tiny_peft
 

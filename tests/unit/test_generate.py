@@ -13,17 +13,17 @@ from peft import PeftModel
 from rich.console import Console
 
 from phi3_dist.config.schema import DataConfig, LoraConfig
-from phi3_dist.data.batches import prepare
-from phi3_dist.data.stream import read_chats
+from phi3_dist.data.blocks import read_chats
+from phi3_dist.data.prepare import prepare
 from phi3_dist.demo.chats import make_rows, write_rows
 from phi3_dist.demo.score import Score, exact_match, perplexity, samples, score, side_by_side
-from phi3_dist.modeling.attention import use_backend
+from phi3_dist.modeling.attention.backend import use_backend
 from phi3_dist.modeling.base import find_base, load_full
 from phi3_dist.modeling.generate import answer, stop_ids
 from phi3_dist.modeling.lora import add_lora
 from phi3_dist.modeling.loss import PackedLoss
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
-from phi3_dist.training.step import to_device
+from phi3_dist.training.train_step import to_device
 
 TOKENIZER = tiny_tokenizer()
 PROMPTS = [

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from phi3_dist.adapters.files import read_adapter
+from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.cli import app
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import OptimConfig
 from phi3_dist.errors import TrainingError
 from phi3_dist.modeling.base import find_base
-from phi3_dist.training.checkpoint import find_checkpoint
-from phi3_dist.training.resume import _base_facts, changed_keys, identity
-from phi3_dist.training.step import learning_rate
+from phi3_dist.training.checkpoints.files import find_checkpoint
+from phi3_dist.training.checkpoints.identity import _base_identity, changed_keys, identity
+from phi3_dist.training.train_step import learning_rate
 from tests.ranks.launcher import REPO
 from tests.ranks.test_resume import interrupted, same_bits
 from tests.ranks.test_strategies import rows, tiny_base
@@ -269,7 +269,7 @@ def test_long_lists_of_factors_are_compared_by_their_hash(base: Path, tmp_path: 
     found = []
     for last in (8.0, 9.0):
         change_config(moved, rope_parameters={**LONG, "long_factor": [*range(1, 8), last]})
-        facts = _base_facts(find_base(str(moved)))
+        facts = _base_identity(find_base(str(moved)))
         found.append(facts)
     (key,) = [key for key in found[0] if found[0][key] != found[1][key]]
     assert key == "base config.rope_parameters.long_factor"

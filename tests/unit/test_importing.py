@@ -13,13 +13,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from phi3_dist.config import dialects
-from phi3_dist.config.importing import FILL_IN_MODEL, FILL_IN_ROWS, Finding, Imported, findings_table, import_run
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.config.settling import SETTLED
-from phi3_dist.config.translations import ALIASES, RULES, UNSUPPORTED, fused_targets
+from phi3_dist.config.starter import FILL_IN_ROWS
 from phi3_dist.errors import ConfigError
+from phi3_dist.recipes import dialects
+from phi3_dist.recipes.draft import Finding
+from phi3_dist.recipes.importing import FILL_IN_MODEL, Imported, findings_table, import_run
+from phi3_dist.recipes.rules import ALIASES, RULES, UNSUPPORTED, fused_targets
+from phi3_dist.recipes.rules_joint import JOINT_KEYS
 
 # the shape of the model card's script, shortened
 SCRIPT = """
@@ -423,11 +425,13 @@ def test_target_names() -> None:
 
 
 def test_each_alias_leads_to_a_rule() -> None:
-    homeless = {key: name for key, name in ALIASES.items() if name not in {*RULES, *SETTLED, *UNSUPPORTED, "tokenizer"}}
+    homeless = {
+        key: name for key, name in ALIASES.items() if name not in {*RULES, *JOINT_KEYS, *UNSUPPORTED, "tokenizer"}
+    }
     assert homeless == {}
 
 
-_KEYS = sorted({*RULES, *SETTLED, *UNSUPPORTED, *ALIASES} - {"distributed_type"})
+_KEYS = sorted({*RULES, *JOINT_KEYS, *UNSUPPORTED, *ALIASES} - {"distributed_type"})
 _SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["no", "auto", "steps"])
 )

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from phi3_dist.adapters.select import expected_keys
 from phi3_dist.config.schema import LoraConfig
 from phi3_dist.errors import ModelError
-from phi3_dist.modeling.attention import use_backend
+from phi3_dist.modeling.attention.backend import use_backend
 from phi3_dist.modeling.base import find_base, load_full
-from phi3_dist.modeling.lora import add_lora, count_parameters, fill_adapter, lora_targets, start_value
+from phi3_dist.modeling.lora import add_lora, count_parameters, fill_adapter, initial_value, lora_targets
 from phi3_dist.modeling.loss import PackedLoss
 
 
@@ -46,14 +46,14 @@ def test_modules_to_save_that_match_nothing_are_refused() -> None:
 
 def test_the_start_depends_on_seed_and_name_alone() -> None:
     shape = torch.Size((16, 64))
-    first = start_value("x.lora_A.default.weight", shape, 0)
+    first = initial_value("x.lora_A.default.weight", shape, 0)
     torch.manual_seed(123)
     assert first is not None
-    assert torch.equal(first, start_value("x.lora_A.default.weight", shape, 0))  # type: ignore[arg-type]
-    assert not torch.equal(first, start_value("y.lora_A.default.weight", shape, 0))  # type: ignore[arg-type]
-    assert not torch.equal(first, start_value("x.lora_A.default.weight", shape, 1))  # type: ignore[arg-type]
+    assert torch.equal(first, initial_value("x.lora_A.default.weight", shape, 0))  # type: ignore[arg-type]
+    assert not torch.equal(first, initial_value("y.lora_A.default.weight", shape, 0))  # type: ignore[arg-type]
+    assert not torch.equal(first, initial_value("x.lora_A.default.weight", shape, 1))  # type: ignore[arg-type]
     assert first.abs().max() <= 1 / math.sqrt(64)
-    assert start_value("x.lora_B.default.weight", shape, 0).count_nonzero() == 0  # type: ignore[union-attr]
+    assert initial_value("x.lora_B.default.weight", shape, 0).count_nonzero() == 0  # type: ignore[union-attr]
 
 
 def test_an_embeddings_start_is_pefts_own_kind_and_depends_on_seed_and_name_alone() -> None:

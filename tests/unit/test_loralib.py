@@ -19,18 +19,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from phi3_dist.adapters.files import read_adapter, save_adapter, write_adapter
+from phi3_dist.adapters.files import save_adapter, write_adapter
 from phi3_dist.adapters.gather import gather_adapter
-from phi3_dist.adapters.loralib import (
-    Layer,
+from phi3_dist.adapters.loralib.files import by_module, convert_file
+from phi3_dist.adapters.loralib.layers import Layer
+from phi3_dist.adapters.loralib.state_dicts import (
     lora_state_dict,
     loralib_from_peft,
     mark_only_lora_as_trainable,
     peft_from_loralib,
 )
-from phi3_dist.adapters.loralib_files import by_module, convert_file
-from phi3_dist.config.families import FAMILIES, Shape
+from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.errors import AdapterError, ConfigError
+from phi3_dist.family.variants import FAMILIES, Shape
 from tests.ranks.gather_bodies import same
 
 # peft 0.21 asks transformers 5.24 for a name that is on its way out

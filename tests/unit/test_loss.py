@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Phi3ForCausalLM
 
 from phi3_dist.config.schema import LoraConfig
-from phi3_dist.modeling.attention import use_backend
+from phi3_dist.modeling.attention.backend import use_backend
 from phi3_dist.modeling.base import tiny_config
 from phi3_dist.modeling.lora import add_lora, fill_adapter
 from phi3_dist.modeling.loss import HeadLoss, PackedLoss, chunked_nll, liger_nll, plain_head

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from phi3_dist.config.families import FAMILIES, Shape
-from phi3_dist.modeling.attention import use_backend
+from phi3_dist.family.variants import FAMILIES, Shape
+from phi3_dist.modeling.attention.backend import use_backend
 from phi3_dist.modeling.fused_layers import install_fused_layers
 from phi3_dist.modeling.fused_lora import install_fused
 from phi3_dist.planning.memory import (

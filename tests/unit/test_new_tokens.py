@@ -10,22 +10,23 @@ import pytest
 import torch
 from transformers import Phi3ForCausalLM
 
-from phi3_dist.adapters.files import read_adapter, read_metadata, save_adapter
+from phi3_dist.adapters.files import save_adapter
 from phi3_dist.adapters.gather import gather_adapter
 from phi3_dist.adapters.loading import load_adapter, rows_fact
-from phi3_dist.config.families import Shape
+from phi3_dist.adapters.reading import read_adapter, read_metadata
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import DataConfig, LoraConfig, RunConfig
-from phi3_dist.data.batches import prepare
+from phi3_dist.data.prepare import prepare
 from phi3_dist.errors import AdapterError, ConfigError, DataError, ModelError, PlanError
+from phi3_dist.family.variants import Shape
 from phi3_dist.modeling.base import Base, find_base, load_full, load_quantized, tiny_config
 from phi3_dist.modeling.lora import add_lora, fill_adapter
+from phi3_dist.modeling.new_tokens import enlarged, new_token_ids, token_rows
 from phi3_dist.modeling.tokenizer import load_tokenizer, tiny_tokenizer
-from phi3_dist.modeling.tokens import enlarged, new_token_ids, token_rows
 from phi3_dist.planning.memory import GIB, Workload, adapter_parameters, memory_terms
 from phi3_dist.planning.preview import shape_of_source
 from phi3_dist.training.build import adapter_values
-from phi3_dist.training.resume import base_fingerprint
+from phi3_dist.training.checkpoints.identity import base_fingerprint
 from tests.unit.test_relatives import learn, reloaded
 
 TOKENS = ("<|tool|>", "<|call|>")

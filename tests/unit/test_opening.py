@@ -13,8 +13,10 @@ import pyarrow.parquet
 import pytest
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data import json_array, opening, readers
-from phi3_dist.data.stream import read_chats, reader_of
+from phi3_dist.data.blocks import read_chats, reader_of
+from phi3_dist.data.read import file_types as opening
+from phi3_dist.data.read import json_array
+from phi3_dist.data.read import raw_rows as readers
 from phi3_dist.errors import DataError
 
 ROWS = [{"prompt": f'question {i} "{"é" * i}"', "completion": f"answer {i}\n"} for i in range(3)]

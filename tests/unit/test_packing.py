@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3_dist.data.packing import best_fit
+from phi3_dist.data.pack.bin_packing import best_fit
 
 
 @settings(deadline=None)

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_dist.config.families import FAMILIES
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError
-from phi3_dist.planning.compiling import COLD_S, gain_s, pays_from
+from phi3_dist.family.variants import FAMILIES
+from phi3_dist.planning.facts import LaunchFacts, MachineFacts
+from phi3_dist.planning.layer_passes import COLD_S, gain_s, pays_from
 from phi3_dist.planning.memory import layer_gib
-from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan, check_reality, make_plan
+from phi3_dist.planning.plan import RunPlan, check_reality, make_plan
 
 PACKAGES = {"torch": "2.13.0", "deepspeed": "0.19.8", "bitsandbytes": "0.50.2"}
 CPU = MachineFacts("cpu", "a CPU", 1, 16.0, 16.0, 2, False, "no AMX here", PACKAGES)

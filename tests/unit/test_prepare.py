@@ -20,15 +20,18 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from phi3_dist.cli.progress import told
+from phi3_dist.cli.progress import progress_line
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data import parts, prepare, store, stream
-from phi3_dist.data.chat import Encoded
-from phi3_dist.data.chat_format import ChatFormat
-from phi3_dist.data.packs import PackList
+from phi3_dist.data import blocks as stream
+from phi3_dist.data import prepare
+from phi3_dist.data.blocks import Block
+from phi3_dist.data.cache import array_folders as store
+from phi3_dist.data.cache import block_files as parts
+from phi3_dist.data.pack.packs import PackList
 from phi3_dist.data.prepare import Prepared
-from phi3_dist.data.rows import RowsWriter, TokenRows
-from phi3_dist.data.stream import Block
+from phi3_dist.data.render.encode import Encoded
+from phi3_dist.data.render.template_probe import ChatFormat
+from phi3_dist.data.token_rows import RowsWriter, TokenRows
 from phi3_dist.errors import DataError
 from phi3_dist.machine import file_state
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
@@ -57,10 +60,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def told_of(prepared: Prepared) -> tuple[object, ...]:
-    assert prepared.validation is not None
+    assert prepared.held_out is not None
     return (
         prepared.fingerprint,
-        prepared.validation.fingerprint,
+        prepared.held_out.fingerprint,
         tuple(prepared.train.rows.places),
         tuple(prepared.train.packs),
         prepared.skipped,
@@ -73,8 +76,8 @@ def told_of(prepared: Prepared) -> tuple[object, ...]:
 @pytest.mark.parametrize("on_long_row", ["drop", "cut_turn"])
 def test_memory_cache_and_workers_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_long_row: str) -> None:
     here: list[Path] = []
-    plain = parts.save_part
-    monkeypatch.setattr(parts, "save_part", lambda path, done: (plain(path, done), here.append(path))[0])
+    plain = parts.save_block
+    monkeypatch.setattr(parts, "save_block", lambda path, done: (plain(path, done), here.append(path))[0])
     cfg = config(write(tmp_path / "a.jsonl"), pack_length=50, on_long_row=on_long_row)
     alone = prepare.prepare(cfg, TOKENIZER, None)
     assert alone.dropped
@@ -105,7 +108,7 @@ def test_max_rows_ends_in_the_middle_of_a_block(tmp_path: Path, max_rows: int) -
 
 def test_a_failed_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg, cache = config(write(tmp_path / "a.jsonl")), tmp_path / "cache"
-    plain = parts.save_part
+    plain = parts.save_block
     saved: list[Path] = []
 
     def failing(path: Path, done: Any) -> None:
@@ -114,13 +117,13 @@ def test_a_failed_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         plain(path, done)
         saved.append(path)
 
-    monkeypatch.setattr(parts, "save_part", failing)
+    monkeypatch.setattr(parts, "save_block", failing)
     with pytest.raises(DataError, match="no space left"):
         prepare.prepare(cfg, TOKENIZER, cache)
     assert not list(cache.glob("*/facts.json"))
     saved[1].write_bytes(saved[1].read_bytes()[:-3])
     done = list(saved)
-    monkeypatch.setattr(parts, "save_part", lambda path, block: (plain(path, block), saved.append(path))[0])
+    monkeypatch.setattr(parts, "save_block", lambda path, block: (plain(path, block), saved.append(path))[0])
     found = prepare.prepare(cfg, TOKENIZER, cache)
     assert told_of(found) == told_of(prepare.prepare(cfg, TOKENIZER, None))
     again = saved[4:]
@@ -133,12 +136,13 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data import parts, stream
+from phi3_dist.data.cache import block_files as parts
+from phi3_dist.data import blocks as stream
 from phi3_dist.data.prepare import prepare
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 stream.BLOCK_ROWS = 7
-plain = parts.save_part
-parts.save_part = lambda path, done: (plain(path, done), print("saved", flush=True), time.sleep(0.5))
+plain = parts.save_block
+parts.save_block = lambda path, done: (plain(path, done), print("saved", flush=True), time.sleep(0.5))
 cfg = DataConfig.model_validate_json(sys.argv[1])
 prepare(cfg, tiny_tokenizer(), Path(sys.argv[2]))
 """
@@ -181,9 +185,9 @@ def test_a_block_is_written_before_the_next_is_finished(tmp_path: Path, monkeypa
             super().add(part)
             events.append("written")
 
-    plain = parts.save_part
+    plain = parts.save_block
     monkeypatch.setattr(prepare, "RowsWriter", Told)
-    monkeypatch.setattr(parts, "save_part", lambda path, done: (plain(path, done), events.append("finished"))[0])
+    monkeypatch.setattr(parts, "save_block", lambda path, done: (plain(path, done), events.append("finished"))[0])
     prepare.prepare(config(write(tmp_path / "a.jsonl")), TOKENIZER, tmp_path / "cache")
     assert events == ["written"] * 2 + ["finished", "written", "written"] * 9  # first no rows at all, for each side
 
@@ -221,7 +225,7 @@ def test_a_source_edited_while_it_is_read_poisons_nothing(
     source = write(tmp_path / "a.jsonl")
     cfg, cache, right, stat = config(source), tmp_path / "cache", source.read_bytes(), source.stat()
     expected = told_of(prepare.prepare(cfg, TOKENIZER, None))
-    plain = prepare.encode_to_parts
+    plain = prepare.encode_to_block_files
     if not fresh:
         monkeypatch.setattr(file_state, "_TICK_NS", -(10**12))
 
@@ -232,10 +236,10 @@ def test_a_source_edited_while_it_is_read_poisons_nothing(
             source.write_bytes(right)
             os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
-    monkeypatch.setattr(prepare, "encode_to_parts", edited)
+    monkeypatch.setattr(prepare, "encode_to_block_files", edited)
     with pytest.raises(DataError, match=r"a\.jsonl: was changed while it was read"):
         prepare.prepare(cfg, TOKENIZER, cache)
-    monkeypatch.setattr(prepare, "encode_to_parts", plain)
+    monkeypatch.setattr(prepare, "encode_to_block_files", plain)
     source.write_bytes(right)
     found = prepare.prepare(cfg, TOKENIZER, cache)
     assert not found.cached
@@ -247,7 +251,7 @@ def test_parts_of_an_edited_source_are_not_gone_on_with(tmp_path: Path, monkeypa
     source = write(tmp_path / "a.jsonl")
     cfg, cache, right = config(source), tmp_path / "cache", source.read_bytes()
     expected = told_of(prepare.prepare(cfg, TOKENIZER, None))
-    plain = prepare.encode_to_parts
+    plain = prepare.encode_to_block_files
 
     def killed(*arguments: Any) -> Iterator[Any]:
         source.write_bytes(right.replace(b"aa", b"bb"))
@@ -256,12 +260,12 @@ def test_parts_of_an_edited_source_are_not_gone_on_with(tmp_path: Path, monkeypa
             if i == 3:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, "encode_to_parts", killed)
+    monkeypatch.setattr(prepare, "encode_to_block_files", killed)
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare(cfg, TOKENIZER, cache)
     assert len(list(cache.glob("*/parts/*.safetensors"))) >= 3
     source.write_bytes(right)
-    monkeypatch.setattr(prepare, "encode_to_parts", plain)
+    monkeypatch.setattr(prepare, "encode_to_block_files", plain)
     assert told_of(prepare.prepare(cfg, TOKENIZER, cache)) == expected
 
 
@@ -304,7 +308,7 @@ ORPHANED = """
 import multiprocessing, sys, time
 from pathlib import Path
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data import stream
+from phi3_dist.data import blocks as stream
 from phi3_dist.data.prepare import prepare
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 
@@ -340,12 +344,13 @@ AT_ONCE = """
 import json, sys, time
 from pathlib import Path
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data import parts, stream
+from phi3_dist.data.cache import block_files as parts
+from phi3_dist.data import blocks as stream
 from phi3_dist.data.prepare import prepare
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 stream.BLOCK_ROWS = 7
-saved, plain = [], parts.save_part
-parts.save_part = lambda path, done: (plain(path, done), saved.append(path), time.sleep(0.1))
+saved, plain = [], parts.save_block
+parts.save_block = lambda path, done: (plain(path, done), saved.append(path), time.sleep(0.1))
 cfg = DataConfig.model_validate_json(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
@@ -477,7 +482,7 @@ def test_pack_list_is_a_sequence() -> None:
 
 def test_progress_in_a_log_is_a_line_now_and_then() -> None:
     out = io.StringIO()
-    with told(Console(file=out, width=20)) as tell:
+    with progress_line(Console(file=out, width=20)) as tell:
         for rows in range(1, 5000, 100):
             tell("tokenize", rows)
         tell("write train", 5000)

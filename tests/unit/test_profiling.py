@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from phi3_dist.training.profiling import StepProfile
-from phi3_dist.training.startup import StartClock
+from phi3_dist.training.monitor.profiling import StepProfile
+from phi3_dist.training.monitor.start_clock import StartClock
 
 
 def _step(number: int) -> None:
@@ -68,7 +68,9 @@ def test_the_spans_of_the_start_add_up_to_the_time_since_the_process_began() -> 
 
 def test_the_time_of_the_launcher_counts_and_a_restart_s_does_not(tmp_path: Path) -> None:
     """A stand-in for the launcher, told by its name: it does nothing for a second and then starts the rank."""
-    clock = "from phi3_dist.training.startup import StartClock; print(StartClock().spans_s.get('launcher', 0))"
+    clock = (
+        "from phi3_dist.training.monitor.start_clock import StartClock; print(StartClock().spans_s.get('launcher', 0))"
+    )
     launcher = tmp_path / "launch"
     launcher.write_text("import subprocess, sys, time; time.sleep(1); subprocess.run(sys.argv[1:], check=True)")
     for restarts, (low, high) in (("0", (1.0, 30.0)), ("1", (0.0, 0.0))):

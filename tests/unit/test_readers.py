@@ -18,11 +18,11 @@ import pyarrow.parquet
 import pytest
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data import readers
-from phi3_dist.data.batches import prepare
-from phi3_dist.data.json_array import array_elements
-from phi3_dist.data.readers import kind_of
-from phi3_dist.data.stream import read_chats
+from phi3_dist.data.blocks import read_chats
+from phi3_dist.data.prepare import prepare
+from phi3_dist.data.read import raw_rows as readers
+from phi3_dist.data.read.file_types import kind_of
+from phi3_dist.data.read.json_array import array_elements
 from phi3_dist.errors import DataError
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 
@@ -161,7 +161,7 @@ def test_saved_data_sets(tmp_path: Path) -> None:
     assert [chat.place for chat in chats.train] == [f"one row {i}" for i in range(5)]
     datasets.DatasetDict({"train": one, "test": one.select([3])}).save_to_disk(tmp_path / "both")
     both = read_chats(config(tmp_path / "both", validation=str(tmp_path / "both")))
-    assert (len(both.train), [chat.messages[0].content for chat in both.validation]) == (5, ["q3"])
+    assert (len(both.train), [chat.messages[0].content for chat in both.held_out]) == (5, ["q3"])
     with pytest.raises(DataError, match=r"has no split 'dev'; it has test, train"):
         read_chats(config(tmp_path / "both", split="dev"))
     (tmp_path / "one" / "data-00001-of-00002.arrow").write_bytes(b"torn")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from phi3_dist.training.strategy import TorchEngine
+from phi3_dist.training.engines.engine import TorchEngine
 from tests.ranks.launcher import REPO
 from tests.ranks.test_bad_numbers import OPTIONS, material  # noqa: F401 -- a fixture
 from tests.ranks.test_strategies import RUN, SAME, clean_environment, rows
@@ -26,12 +26,14 @@ import os, signal, sys
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from phi3_dist.cli import main
-from phi3_dist.training import readout, run_steps, strategy
+from phi3_dist.training.monitor import readout
+from phi3_dist.training import run_steps
+from phi3_dist.training.engines import engine as strategy
 
 behind, fused, killed_in = (int(word) for word in sys.argv[1:4])
 del sys.argv[1:4]
 readout.STEPS_BEHIND["cpu"] = behind
-made, stepped, added = strategy.make_optimizer, run_steps.train_step, run_steps.Readout.add
+made, stepped, added = strategy.make_optimizer, run_steps.train_step, run_steps.StepReadout.add
 
 class Reads(TorchDispatchMode):
     count = 0
@@ -55,7 +57,7 @@ def add(self, *args):
     with Reads():
         added(self, *args)
 
-strategy.make_optimizer, run_steps.train_step, run_steps.Readout.add = make_optimizer, train_step, add
+strategy.make_optimizer, run_steps.train_step, run_steps.StepReadout.add = make_optimizer, train_step, add
 try:
     main()
 finally:

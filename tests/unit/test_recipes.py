@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from phi3_dist.cli import app
-from phi3_dist.config.families import FAMILIES
 from phi3_dist.config.load import diff, load_run, resolved_yaml
+from phi3_dist.family.variants import FAMILIES
 
 RUNS = Path(__file__).resolve().parents[2] / "configs" / "run"
 ADAMW_DEFAULTS = {"optim.betas": [0.9, 0.999], "optim.eps": 1e-8, "optim.weight_decay": 0.0}

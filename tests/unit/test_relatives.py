@@ -15,19 +15,20 @@ import torch
 from peft import EvaConfig, PeftModel, get_peft_model
 from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.lora.eva import get_eva_state_dict
+from phi3_dist.training.engines.optimizer import make_optimizer, set_lr
 from transformers import Phi3ForCausalLM
 
-from phi3_dist.adapters.files import read_metadata, save_adapter
-from phi3_dist.config.families import Shape
+from phi3_dist.adapters.files import save_adapter
+from phi3_dist.adapters.reading import read_metadata
 from phi3_dist.config.schema import LoraConfig, OptimConfig, RunConfig
 from phi3_dist.errors import DataError, ModelError, TrainingError
+from phi3_dist.family.variants import Shape
 from phi3_dist.modeling.base import find_base, load_full, tiny_config
 from phi3_dist.modeling.lora import Adapted, adapted, add_lora, fill_adapter, peft_config, quiet_peft
-from phi3_dist.modeling.starts import eva_start, loftq_start, pissa_start, saved_names, take_out
+from phi3_dist.modeling.lora_init import eva_init, loftq_init, pissa_init, saved_names, subtract_from_base
 from phi3_dist.planning.memory import adapter_parameters
-from phi3_dist.training.resume import identity
-from phi3_dist.training.start import START_FILE, adapter_start
-from phi3_dist.training.strategy import _set_lr, make_optimizer
+from phi3_dist.training.checkpoints.identity import identity
+from phi3_dist.training.shared_init import LORA_INIT_FILE, computed_lora_init
 
 IDS = torch.randint(0, 300, (1, 24), generator=torch.Generator().manual_seed(0))
 TINY = Shape.of(tiny_config().to_dict())
@@ -66,10 +67,10 @@ def started(lora: LoraConfig, folder: Path, *, resumed: bool = False) -> tuple[A
     """A model at its start, and what was computed for it."""
     base, plain = find_base("tiny-random"), tiny()
     cfg = RunConfig.model_validate({"model": {"source": "tiny-random"}, "data": {"train": "x"}, "lora": lora})
-    start = adapter_start(cfg, plain, base, ALONE, packs=None, folder=folder, resumed=resumed)  # type: ignore[arg-type]
+    start = computed_lora_init(cfg, plain, base, ALONE, packs=None, folder=folder, resumed=resumed)  # type: ignore[arg-type]
     model = add_lora(plain, lora, "tiny-random")
     if start:
-        take_out(model, adapted(plain, model.peft_config["default"]), start)
+        subtract_from_base(model, adapted(plain, model.peft_config["default"]), start)
     fill_adapter(model, 0, None, start)
     return model, start
 
@@ -109,9 +110,9 @@ def test_pissa_starts_as_peft_does_and_never_writes_to_the_weights_it_was_given(
     plain = load_full(base, torch.float32, torch.device("cpu"))
     ours = add_lora(plain, LoraConfig(r=4, alpha=6, targets=("o_proj",)), str(tmp_path / "base"))
     modules = adapted(plain, ours.peft_config["default"])
-    pairs = {m.name: pissa_start(base.weights.whole(f"{m.name}.weight"), m, None, 0) for m in modules}
+    pairs = {m.name: pissa_init(base.weights.whole(f"{m.name}.weight"), m, None, 0) for m in modules}
     start = {n: t for m in modules for n, t in zip(saved_names(m), pairs[m.name], strict=True)}
-    take_out(ours, modules, start)
+    subtract_from_base(ours, modules, start)
     fill_adapter(ours, 0, None, start)
     their_weights = dict(theirs.named_parameters())
     for name, param in ours.named_parameters():
@@ -127,10 +128,10 @@ def test_the_approximate_decomposition_is_close_and_drawn_by_name() -> None:
     torch.manual_seed(0)
     weight = torch.randn(40, 6) @ torch.randn(6, 30) + 0.01 * torch.randn(40, 30)
     module = Adapted("model.layers.0.mlp.down_proj", 6, 0.5)
-    exact, near = (pissa_start(weight, module, niter, 0) for niter in (None, 8))
+    exact, near = (pissa_init(weight, module, niter, 0) for niter in (None, 8))
     torch.testing.assert_close(0.5 * near[1] @ near[0], 0.5 * exact[1] @ exact[0], atol=1e-3, rtol=1e-3)
     torch.manual_seed(99)
-    assert all(torch.equal(a, b) for a, b in zip(pissa_start(weight, module, 8, 0), near, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(pissa_init(weight, module, 8, 0), near, strict=True))
 
 
 def test_loftq_makes_up_for_what_quantisation_lost() -> None:
@@ -141,7 +142,7 @@ def test_loftq_makes_up_for_what_quantisation_lost() -> None:
     plain = bnb.functional.dequantize_4bit(packed, state)
     lost = [
         (weight - plain - 2.0 * b @ a).norm()
-        for a, b in (loftq_start(weight, plain, Adapted("x", r, 2.0)) for r in (4, 16, 64))
+        for a, b in (loftq_init(weight, plain, Adapted("x", r, 2.0)) for r in (4, 16, 64))
     ]
     assert lost[0] < 0.95 * (weight - plain).norm()
     assert lost[1] < lost[0]
@@ -153,7 +154,7 @@ def test_eva_finds_the_directions_that_peft_finds() -> None:
     rows = [torch.randint(0, 300, (1, 40)) for _ in range(6)]
     plain = tiny()
     modules = adapted(plain, peft_config(plain, LoraConfig(r=3, targets=("qkv_proj", "down_proj")), "tiny"))
-    found = eva_start(
+    found = eva_init(
         plain,
         modules,
         lambda: [({"input_ids": ids, "use_cache": False}, torch.arange(40)) for ids in rows],
@@ -182,7 +183,7 @@ def test_eva_says_when_no_pack_has_enough_supervised_tokens() -> None:
     plain = tiny()
     modules = adapted(plain, peft_config(plain, LoraConfig(r=8), "tiny"))
     with pytest.raises(DataError, match="8 supervised tokens in one pack"):
-        eva_start(plain, modules, lambda: [({"input_ids": IDS}, torch.arange(5))], lambda batch: plain(**batch))
+        eva_init(plain, modules, lambda: [({"input_ids": IDS}, torch.arange(5))], lambda batch: plain(**batch))
 
 
 def test_a_resumed_run_reads_its_start_and_says_when_it_is_gone(tmp_path: Path) -> None:
@@ -190,8 +191,8 @@ def test_a_resumed_run_reads_its_start_and_says_when_it_is_gone(tmp_path: Path) 
     _, first = started(lora, tmp_path)
     _, again = started(lora, tmp_path, resumed=True)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    (tmp_path / START_FILE).write_bytes(b"torn")
-    with pytest.raises(TrainingError, match=START_FILE):
+    (tmp_path / LORA_INIT_FILE).write_bytes(b"torn")
+    with pytest.raises(TrainingError, match=LORA_INIT_FILE):
         started(lora, tmp_path, resumed=True)
 
 
@@ -200,7 +201,7 @@ def test_b_learns_faster_by_the_ratio_at_every_learning_rate() -> None:
     optimizer = make_optimizer(model, OptimConfig(weight_decay=0.1), torch.device("cpu"), plus_ratio=16)
     names = {id(p): n for n, p in model.named_parameters()}
     for lr in (1e-3, 2e-4):
-        _set_lr(optimizer, lr)
+        set_lr(optimizer, lr)
         rates = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
         assert set(rates) == {n for n, p in model.named_parameters() if p.requires_grad}
         for name, rate in rates.items():

@@ -21,17 +21,18 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from phi3_dist.adapters.files import read_adapter, write_adapter
+from phi3_dist.adapters.files import write_adapter
 from phi3_dist.adapters.loading import load_adapter
+from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.adapters.select import find_peft_model
-from phi3_dist.config.families import Shape
 from phi3_dist.config.load import load_run
 from phi3_dist.errors import AdapterError, ModelError
+from phi3_dist.family.variants import Shape
 from phi3_dist.machine.probe import probe
 from phi3_dist.modeling.base import tiny_config
 from phi3_dist.modeling.lora import quiet_peft
+from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.memory import GIB
-from phi3_dist.planning.plan import LaunchFacts, MachineFacts
 from phi3_dist.training import loop
 from tests.ranks.launcher import REPO
 from tests.ranks.test_resume import interrupted, same_bits

@@ -8,7 +8,7 @@ import pytest
 
 from phi3_dist.bench.scaling import LENGTHS, SIZES, Case, plot, rows_of_length, shape_of, table
 from phi3_dist.bench.sides import Round
-from phi3_dist.config.families import Shape
+from phi3_dist.family.variants import Shape
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -14,7 +14,7 @@ import pytest
 
 from phi3_dist.errors import PlanError, RunFolderError
 from phi3_dist.planning.slurm import parse_env
-from phi3_dist.training.folder import RunFolder
+from phi3_dist.training.run_folder import RunFolder
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "phi3_dist"

@@ -12,8 +12,10 @@ import pyarrow.parquet
 import pytest
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.sources import BadRow, Chat, Message, prompt_share
-from phi3_dist.data.stream import read_chats
+from phi3_dist.data.blocks import read_chats
+from phi3_dist.data.read.row_formats import BadRow, Chat
+from phi3_dist.data.read.sources import prompt_share
+from phi3_dist.data.read.turns import Message
 from phi3_dist.errors import DataError
 
 
@@ -106,7 +108,7 @@ def test_good_rows_in_every_form(tmp_path: Path) -> None:
     assert chats.train[1].messages == (Message("user", "a\u2028b"), Message("assistant", "That."))
     raw = json.dumps(row("a\u2028b"), ensure_ascii=False).encode()
     assert read_chats(config(write(tmp_path / "raw.jsonl", raw))).train[0].messages[0].content == "a\u2028b"
-    assert chats.validation == []
+    assert chats.held_out == []
 
 
 def test_parquet_and_folders(tmp_path: Path) -> None:
@@ -176,7 +178,7 @@ def test_hub_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     chats = read_chats(config("owner/name", split="train_sft", validation="owner/name", revision="v1"))
     assert [c.place for c in chats.train] == ["owner/name[train_sft] row 0", "owner/name[train_sft] row 1"]
-    assert len(chats.validation) == 2
+    assert len(chats.held_out) == 2
     assert asked == [("owner/name", None, "train_sft", "v1"), ("owner/name", None, "test", "v1")]
 
 
@@ -192,12 +194,12 @@ def test_split_keeps_equal_prompts_together_and_is_stable(tmp_path: Path) -> Non
     rows = [row(f"question {i % 50}", f"answer {i}") for i in range(200)]
     file = write(tmp_path / "a.jsonl", *rows)
     chats = read_chats(config(file, validation_share=0.3))
-    sides = [{c.messages[0].content for c in side} for side in (chats.train, chats.validation)]
+    sides = [{c.messages[0].content for c in side} for side in (chats.train, chats.held_out)]
     assert not sides[0] & sides[1]
     assert len(sides[0] | sides[1]) == 50
     assert 5 <= len(sides[1]) <= 25
     more = read_chats(config(write(tmp_path / "b.jsonl", row("new"), *reversed(rows)), validation_share=0.3))
-    assert {c.messages[0].content for c in more.validation} - {"new"} == sides[1]
+    assert {c.messages[0].content for c in more.held_out} - {"new"} == sides[1]
 
 
 def test_prompt_share_is_a_fixed_function_of_the_prompt() -> None:

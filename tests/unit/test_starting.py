@@ -9,11 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from phi3_dist.cli import app
-from phi3_dist.config.families import FAMILIES, LINEARS, PRESETS, Family
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.config.starting import first_run_file
+from phi3_dist.config.starter import first_run_file
 from phi3_dist.errors import ConfigError, ModelError
+from phi3_dist.family.variants import FAMILIES, LINEARS, PRESETS, Family
 from tests.small_models import small_phi3
 from tests.unit.test_family_models import full_size_config
 

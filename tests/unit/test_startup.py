@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from phi3_dist.training import startup
-from phi3_dist.training.startup import CPU_OPERATOR, compile_notice
+from phi3_dist.training.monitor import start_clock as startup
+from phi3_dist.training.monitor.start_clock import CPU_OPERATOR, compile_notice
 
 
 def plan(strategy: str, device: str = "cpu") -> Any:

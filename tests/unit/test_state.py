@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from phi3_dist.training.engines.optimizer import make_optimizer
 from torch import nn
 
 from phi3_dist.config.schema import LoraConfig, OptimConfig
@@ -16,10 +17,10 @@ from phi3_dist.modeling import base as base_module
 from phi3_dist.modeling.base import find_base, load_full, load_quantized
 from phi3_dist.modeling.lora import add_lora
 from phi3_dist.training import runtime as runtime_module
-from phi3_dist.training.proof import prove_first_step, prove_start
-from phi3_dist.training.state import BLOCKS, export_state, import_state
-from phi3_dist.training.strategy import TorchEngine, make_optimizer
-from phi3_dist.training.zero_state import new_moments, step_count
+from phi3_dist.training.checkpoints.state import BLOCKS, export_state, import_state
+from phi3_dist.training.engines.engine import TorchEngine
+from phi3_dist.training.engines.zero_state import new_moments, step_count
+from phi3_dist.training.plan_proof import prove_built_dtypes, prove_updated_dtypes
 
 CPU = torch.device("cpu")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
@@ -101,7 +102,7 @@ def _planned(dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("saved", [(), ("lm_head",), ("embed_tokens",)])
 def test_what_trains_is_float32_and_what_is_frozen_is_as_planned(dtype: torch.dtype, saved: tuple[str, ...]) -> None:
     engine = _tiny(dtype, modules_to_save=saved)
-    prove_start(engine, _planned(dtype))
+    prove_built_dtypes(engine, _planned(dtype))
     assert {p.dtype for p in engine.model.parameters() if p.requires_grad} == {torch.float32}
     embedding: Any = engine.model
     assert embedding.get_input_embeddings()(torch.tensor([1])).dtype == dtype
@@ -113,18 +114,18 @@ def test_one_tensor_of_another_dtype_is_refused_by_name(part: str, dtype: torch.
     name, param = next((n, p) for n, p in engine.model.named_parameters() if part in n)
     param.data = param.data.to(dtype)
     with pytest.raises(PlanError, match="float32 was planned") as caught:
-        prove_start(engine, _planned(torch.float32))
+        prove_built_dtypes(engine, _planned(torch.float32))
     assert caught.value.problems[0].where == f"dtype of {name}"
 
 
 def test_moments_of_another_dtype_are_refused_after_the_first_step() -> None:
     engine = _stepped("adamw")
-    prove_first_step(engine)
+    prove_updated_dtypes(engine)
     first = next(iter(engine.optimizer.state.values()))
     first["exp_avg"] = first["exp_avg"].bfloat16()
     with pytest.raises(PlanError, match=r"exp_avg of 0\.weight: is bfloat16"):
-        prove_first_step(engine)
-    prove_first_step(_stepped("adamw_8bit"))
+        prove_updated_dtypes(engine)
+    prove_updated_dtypes(_stepped("adamw_8bit"))
 
 
 # --- a quantised base goes where the plan says ------------------------------------------------------------------------

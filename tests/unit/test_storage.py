@@ -14,14 +14,14 @@ import pytest
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data import prepare as preparing
-from phi3_dist.data.batches import prepare
+from phi3_dist.data.prepare import prepare
 from phi3_dist.errors import DataError, MachineError, RunFolderError
 from phi3_dist.machine import doctor
 from phi3_dist.machine.launch_request import read_command_line
 from phi3_dist.machine.storage import cache_folder, shared_memory_bytes, shared_memory_problem, storage_fault
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
-from phi3_dist.training.folder import RunFolder
-from phi3_dist.training.resume import FREE
+from phi3_dist.training.checkpoints.identity import FREE
+from phi3_dist.training.run_folder import RunFolder
 
 ERRORS = {
     errno.EACCES: "may not be written by this user",

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from phi3_dist.data.template import Renderer, puts_contents_verbatim
+from phi3_dist.data.render.fast_template import Renderer, puts_contents_verbatim
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 
 PHI3 = tiny_tokenizer().chat_template

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from phi3_dist.config.load import load_run, resolved_yaml
-from phi3_dist.config.texts import path_fault
+from phi3_dist.config.unsafe_texts import path_fault
 from phi3_dist.errors import ConfigError
 
 RUN = "model:\n  source: tiny-random\ndata:\n  train: rows.jsonl\n"

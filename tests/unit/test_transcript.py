@@ -14,8 +14,8 @@ from rich.progress import Progress
 from phi3_dist.errors import MachineError, Problem
 from phi3_dist.report import logs
 from phi3_dist.report.logs import find_log, follow_log
-from phi3_dist.training import transcript as module
-from phi3_dist.training.transcript import Transcript
+from phi3_dist.training.monitor import transcript as module
+from phi3_dist.training.monitor.transcript import Transcript
 
 
 def kept(run: Path, rank: int = 0) -> list[str]:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data import turns
-from phi3_dist.data.chat import encode_chats
-from phi3_dist.data.chat_format import ChatFormat
-from phi3_dist.data.formats import BadRow, Chat, Message, RowReader
-from phi3_dist.data.stream import Totals, blocks_of, encode_blocks_of, read_chats
-from phi3_dist.data.turns import Rules
+from phi3_dist.data.blocks import Totals, blocks_of, encode_blocks_of, read_chats
+from phi3_dist.data.read import turns
+from phi3_dist.data.read.row_formats import BadRow, Chat, RowReader
+from phi3_dist.data.read.turns import Message, Rules
+from phi3_dist.data.render.encode import encode_chats
+from phi3_dist.data.render.template_probe import ChatFormat
 from phi3_dist.errors import DataError
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 

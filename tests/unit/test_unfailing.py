@@ -14,8 +14,8 @@ import pytest
 
 from phi3_dist.errors import Problem, plain, redacted
 from phi3_dist.machine.terminal import Unfailing, lost_lines, unfailing, unfailing_streams
-from phi3_dist.training.folder import RunFolder
-from phi3_dist.training.metrics import Metrics
+from phi3_dist.training.monitor.metrics import Metrics
+from phi3_dist.training.run_folder import RunFolder
 from tests.ranks.launcher import REPO
 
 

@@ -18,10 +18,12 @@ from phi3_dist.machine.launcher import _ended
 from phi3_dist.machine.probe import probe
 from phi3_dist.modeling.base import find_base, load_full, tiny_config
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
-from phi3_dist.modeling.watch import WeightsWatch
-from phi3_dist.planning.plan import LaunchFacts
-from phi3_dist.training import loop, resume, run_steps, step
-from phi3_dist.training.resume import base_fingerprint
+from phi3_dist.modeling.weights_watch import WeightsWatch
+from phi3_dist.planning.facts import LaunchFacts
+from phi3_dist.training import loop, run_steps
+from phi3_dist.training import train_step as step
+from phi3_dist.training.checkpoints import identity as resume
+from phi3_dist.training.checkpoints.identity import base_fingerprint
 from tests.ranks.launcher import REPO
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ Groups: facts (the machine and the plan), attention, kernels (bench/kernels.py),
 strategy as a run of its own, resumed and compared), model (Phi-3-mini's real shape). Each group is a process with a
 limit of its own, so that an error spoils no other; each check is one line of JSON, on the terminal and in
 FOLDER/checks.jsonl. The last line says what the plan should choose on this card, and is kept where plans look for it
-(machine/cards.py). `--cpu` rehearses all of it at toy sizes; what needs CUDA says so.
+(machine/card_measurements.py). `--cpu` rehearses all of it at toy sizes; what needs CUDA says so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from phi3_dist.bench.card.checks import Group, say
 from phi3_dist.bench.card.choices import choices_of, read_rows
-from phi3_dist.machine.cards import write_card
+from phi3_dist.machine.card_measurements import write_card
 
 __all__ = ["main"]
 

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phi3_dist.bench.card.checks import Check, Group, Skip
-from phi3_dist.modeling.attention import KERNELS, Documents, Settings, attend, backends
+from phi3_dist.modeling.attention.backend import attend, backends
+from phi3_dist.modeling.attention.documents import Documents, Settings
+from phi3_dist.modeling.attention.kernels import KERNELS
 
 __all__ = ["attention"]
 

@@ -1,0 +1,111 @@
+"""Saving while training: when, how long it stood still, and what a failed save means."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phi3_dist.errors import Problem, RunFolderError, TrainingError
+from phi3_dist.training.checkpoints.files import Checkpoint, Kept, verify, write_checkpoint
+from phi3_dist.training.checkpoints.state import export_state
+from phi3_dist.training.context import Stage
+from phi3_dist.training.evaluate import HeldOut
+from phi3_dist.training.monitor.health import Health
+
+__all__ = ["Saver"]
+
+
+class Saver:
+    """Writes checkpoints of one run. A failed one is told and tried again at the next interval; the run goes on."""
+
+    def __init__(self, stage: Stage, health: Health, start: Checkpoint | None) -> None:
+        """`start` is the checkpoint that the run goes on from: it knows which one has been the best so far."""
+        self.stage, self.health = stage, health
+        self.failed: str | None = None
+        self.saves = 0
+        self.stood_s = 0.0
+        self.started = time.perf_counter()
+        best = start.trainer.get("best") if start else None
+        self._kept = Kept(start.folder if start else None)
+        self._best: tuple[float, int] | None = (float(best[0]), int(best[1])) if best else None
+
+    def due(self, done: int) -> bool:
+        every = self.stage.cfg.save.every
+        return bool(every) and (done % every == 0 or done == self.stage.total)
+
+    def save(self, done: int, held_out: HeldOut | None) -> None:
+        """Write the checkpoint of `done` steps. Collective; only rank 0 holds the state and writes."""
+        stage, start = self.stage, time.perf_counter()
+        if self.health.skipped == done:
+            stage.metrics.say(f"no checkpoint of step {done}: every step was skipped, so there is nothing to keep")
+            return
+        if held_out is not None and math.isfinite(held_out.loss):
+            self._best = min(self._best or (math.inf, 0), (held_out.loss, done))
+        state = export_state(stage.engine, keep=stage.runtime.is_main)
+        error: list[str | None] = [None]
+        if stage.runtime.is_main:
+            trainer = {
+                "identity": dict(stage.facts),
+                "world_size": stage.runtime.world,
+                "strategy": stage.runtime.plan.strategy,
+                "heldout_loss": held_out.loss if held_out else None,
+                "best": self._best,
+                "health": self.health.facts(),
+            }
+            error = [self._write(done, state, trainer)]
+        if stage.runtime.world > 1:
+            torch.distributed.broadcast_object_list(error)
+        self.failed = error[0]
+        took = time.perf_counter() - start
+        self.stood_s += took
+        if self.failed is None:
+            self.saves += 1
+            size = sum(t.nbytes for t in state.values())
+            stage.metrics.save({"step": done, "save_s": round(took, 4), "save_bytes": size})
+        else:
+            stage.metrics.say(f"checkpoint of step {done} not written: {self.failed}; trying again at the next one")
+
+    def _write(self, done: int, state: Mapping[str, Tensor], trainer: Mapping[str, Any]) -> str | None:
+        """Write and prune, on rank 0. What went wrong, or None."""
+        stage, where = self.stage, self.stage.folder.checkpoints
+        if moved := stage.folder.moved():
+            stage.metrics.say(moved)
+        try:
+            root = stage.folder.held / "checkpoints"
+            written = write_checkpoint(root, done, state, trainer)
+            if not self._kept.verifies(written):
+                return f"{where / written.name}: {verify(written)}"
+            best = self._best[1] if self._best else None
+            for line in self._kept.prune(root, stage.cfg.save.keep, best, done):
+                stage.metrics.say(line)
+        except OSError as problem:
+            return f"{where}: {problem.strerror or problem}"
+        except RunFolderError as problem:
+            return f"{problem.problems[0].where}: {problem.problems[0].what}"
+        return None
+
+    def report(self, done: int) -> None:
+        """How long training stood still for its checkpoints, and the share of this run's time so far."""
+        if not self.saves:
+            return
+        run_s = time.perf_counter() - self.started
+        row = {"step": done, "saves": self.saves, "stood_s": round(self.stood_s, 4), "run_s": round(run_s, 3)}
+        self.stage.metrics.note("saves", row)
+        self.stage.metrics.say(
+            f"checkpoints: {self.saves}, for which training stood still {self.stood_s:.2f} s of {run_s:.1f} s "
+            f"({self.stood_s / run_s:.1%})"
+        )
+
+    def finish(self) -> None:
+        """Raises TrainingError, on every rank, when the last checkpoint could not be written."""
+        if self.failed is not None:
+            raise TrainingError(
+                Problem(
+                    "the last checkpoint", f"could not be written: {self.failed}", "make room; the adapter is written"
+                )
+            )

@@ -1,0 +1,101 @@
+"""One optimizer step as a pure function of its number: which packs, which randomness, which learning rate.
+
+Shapes: T tokens of a pack, S supervised positions in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from phi3_dist.config.schema import OptimConfig
+from phi3_dist.data.batch import Order, assemble
+from phi3_dist.data.pack.packs import Packs
+from phi3_dist.training.engines.engine import Engine
+from phi3_dist.training.runtime import Runtime
+
+__all__ = ["StepResult", "learning_rate", "seed_micro_batch", "to_device", "train_step"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did. `nll`, this rank's summed negative log likelihood, and `grad_norm` are still on the device."""
+
+    nll: Tensor
+    supervised_tokens: int
+    tokens: int
+    grad_norm: Tensor
+    lr: float
+    packs: tuple[int, ...]
+
+
+def learning_rate(step: int, total: int, cfg: OptimConfig) -> float:
+    """The learning rate of step `step` (from 0) of `total`. Warm-up is linear and its last step reaches the peak."""
+    warmup = round(cfg.warmup * total) if cfg.warmup < 1 else min(round(cfg.warmup), total)
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
+    if cfg.schedule == "constant":
+        return cfg.lr
+    share = (step - warmup) / max(total - warmup, 1)
+    return cfg.lr * (1 - share if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def seed_micro_batch(seed: int, step: int, slot: int) -> None:
+    """Seed dropout from the global position of the micro batch, so that no rank, world size or resume changes it."""
+    state = np.random.SeedSequence((seed, step, slot)).generate_state(2, np.uint32)
+    torch.manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+
+
+def to_device(packs: Packs, which: Sequence[int], device: torch.device) -> dict[str, Tensor | tuple[int, ...]]:
+    """The arguments of `PackedLoss.forward` for some packs joined into one ragged row."""
+    batch = assemble(packs, which)
+    lengths = tuple(int(n) for n in np.diff(batch.cu_seqlens))
+
+    def move(array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        # from pinned memory the copy waits for nothing; torch keeps that memory until it is done
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+    return {
+        "ids_T": move(batch.ids_T),
+        "positions_T": move(batch.positions_T),
+        "predict_S": move(batch.predict_S),
+        "target_S": move(batch.target_S),
+        "cu_seqlens": move(batch.cu_seqlens),
+        "lengths": lengths,
+    }
+
+
+def train_step(
+    engine: Engine, runtime: Runtime, packs: Packs, order: Order, step: int, *, lr: float, seed: int
+) -> StepResult:
+    """Forward and backward over this rank's micro batches of step `step`, then one update. Collective.
+
+    The loss is divided by the supervised tokens of the whole global batch, known from the layout: no communication.
+    """
+    plan = runtime.plan
+    everyone = order.packs_of_step(step)
+    denominator = int(packs.targets[everyone].sum())
+    nll = torch.zeros((), device=runtime.device)
+    slots = order.slots(step, runtime.rank, runtime.world, plan.micro_batch)
+    for number, which in enumerate(slots):
+        seed_micro_batch(seed, step, number * runtime.world + runtime.rank)
+        engine.start_micro_batch(last=number == len(slots) - 1)
+        loss = engine.model(**to_device(packs, which, runtime.device))
+        # 1, or nan for a loss that is no number, so that such a loss always shows in the gradients of all ranks
+        sound = 1 + (loss.detach() - loss.detach())
+        engine.backward(loss / denominator * sound)
+        nll += loss.detach()
+    return StepResult(
+        nll=nll,
+        supervised_tokens=denominator,
+        tokens=int(sum(packs.rows.lengths[row] for pack in everyone for row in packs.packs[pack])),
+        grad_norm=engine.update(lr),
+        lr=lr,
+        packs=tuple(int(p) for p in everyone),
+    )
