@@ -290,7 +290,7 @@ def test_the_factors_of_longrope_are_part_of_the_run_when_the_longest_row_decide
 
 def test_precision_is_compared_by_what_auto_became() -> None:
     """On another machine `auto` can become another one."""
-    prepared: Any = SimpleNamespace(fingerprint="data", train=SimpleNamespace(packs=[0]), validation=None)
+    prepared: Any = SimpleNamespace(fingerprint="data", train=SimpleNamespace(packs=[0]), held_out=None)
 
     def facts(asked: str, became: str, kernels: str = "torch", dropout: float = 0.1) -> dict[str, Any]:
         overrides = [f"model.precision={asked}", f"lora.dropout={dropout}"]

@@ -233,7 +233,7 @@ def test_facts_of_the_run_stand_in_the_header_of_the_weights(tmp_path: Path) -> 
 
 def test_a_frozen_a_that_another_file_brings_is_part_of_the_runs_identity(tmp_path: Path) -> None:
     """It is in no checkpoint: a resumed run takes it from the adapter's folder again."""
-    prepared: Any = SimpleNamespace(fingerprint="data", train=SimpleNamespace(packs=[0]), validation=None)
+    prepared: Any = SimpleNamespace(fingerprint="data", train=SimpleNamespace(packs=[0]), held_out=None)
     found = []
     for seed in (0, 1):
         model = add_lora(tiny(), LoraConfig(r=2, freeze_a=True), "tiny-random")
