@@ -34,10 +34,11 @@ from phi3_dist.planning.plan import Choice, RunPlan
 from phi3_dist.training.runtime import Runtime, is_fsdp
 from phi3_dist.training.strategy import shard_fsdp2
 
-__all__ = ["adapter_values", "build_model"]
+__all__ = ["adapter_values", "build_model", "load_base"]
 
 
-def _load(cfg: RunConfig, base: Base, runtime: Runtime) -> Any:
+def load_base(cfg: RunConfig, base: Base, runtime: Runtime) -> Any:
+    """The base before LoRA, on its device, sharded or without storage as the strategy wants it. Collective."""
     strategy = runtime.plan.strategy
     if cfg.model.quantization != "none":
         return load_quantized(base, cfg.model.quantization, runtime.dtype, runtime.device, runtime.zero3)
@@ -158,7 +159,7 @@ def build_model(
     compiling has to pay within. Collective under ZeRO-3 and FSDP2.
     """
     values = adapter_values(cfg, base, token_ids) if cfg.model.adapter else None
-    causal_lm = _load(cfg, base, runtime)
+    causal_lm = load_base(cfg, base, runtime)
     use_backend(causal_lm, runtime.plan.attention, runtime.device, deterministic=runtime.plan.deterministic)
     if cfg.model.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
