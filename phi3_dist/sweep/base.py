@@ -7,7 +7,7 @@ import torch
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.modeling.attention import use_backend
-from phi3_dist.modeling.base import Base, load_into_fsdp2
+from phi3_dist.modeling.base import Base, checkpoint_activations, load_into_fsdp2
 from phi3_dist.modeling.fused_layers import install_fused_layers, select_in_last_layer
 from phi3_dist.modeling.passes import BY_HAND, compiled_passes
 from phi3_dist.modeling.rope import pin_longrope
@@ -51,7 +51,7 @@ def load_shared(
             module.p = 0.0
     joint = JointLoss(causal_lm, kernel="liger" if plan.loss == "liger" else "chunked")
     if cfg.model.activation_checkpointing:
-        causal_lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": joint.present.recomputed})
+        checkpoint_activations(causal_lm, context_fn=joint.present.recomputed)
     choices = [joint.loss_choice()]
     if cfg.model.fused_layers:
         compiled = plan.compile_from is not None and tokens >= plan.compile_from

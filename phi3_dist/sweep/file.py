@@ -128,7 +128,11 @@ def _shape_problems(sweep: SweepConfig) -> list[Problem]:
         if not isinstance(name, str) or not _NAME.fullmatch(name) or name == "best":
             what = f"is {messages.shown(name)}: a folder is named after it" if "name" in one else "is missing"
             problems.append(
-                Problem(f"sweep.candidates[{number}].name", what, "letters, digits and ._+=,- alone, and not best")
+                Problem(
+                    f"sweep.candidates[{number}].name",
+                    what,
+                    "letters, digits and ._+=,- alone, and another word than best",
+                )
             )
     keys = {*sweep.axes, *(key for one in sweep.candidates for key in one if key != "name")}
     problems += [problem for key in sorted(keys) if (problem := _key_problem(key))]
@@ -220,16 +224,11 @@ def _refused(one: Candidate) -> Iterator[Problem]:
 def _early_problems(sweep: SweepConfig, candidates: Sequence[Candidate]) -> list[Problem]:
     if sweep.early.rule == "none":
         return []
-    held_out = {one.name: one.cfg.data.validation is not None or one.cfg.data.validation_share for one in candidates}
-    problems = []
-    if missing := [name for name, has in held_out.items() if not has]:
-        what = f"needs a held-out loss, and {missing[0]} has no held-out rows"
-        problems.append(Problem("sweep.early", what, "set data.validation or data.validation_share"))
     every = {one.cfg.train.eval_every for one in candidates}
     if every == {0} or len(every) > 1:
         what = "compares held-out losses after the same steps"
-        problems.append(Problem("sweep.early", what, "set train.eval_every to one number of steps for all"))
-    return problems
+        return [Problem("sweep.early", what, "set train.eval_every to one number of steps for all")]
+    return []
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:

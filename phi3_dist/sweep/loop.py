@@ -21,7 +21,7 @@ from phi3_dist.planning.memory import Term
 from phi3_dist.planning.plan import LaunchFacts, MachineFacts, RunPlan, make_plan
 from phi3_dist.sweep.base import check_strategy, load_shared
 from phi3_dist.sweep.candidate import CandidateRun, Given
-from phi3_dist.sweep.early import decide, rung_step
+from phi3_dist.sweep.early import Decision, decide, rung_step
 from phi3_dist.sweep.file import Candidate, Sweep
 from phi3_dist.sweep.joint import JointLoss, install_updates
 from phi3_dist.sweep.step import joint_step
@@ -228,6 +228,33 @@ def _check_names(sweep: Sweep, revive: Collection[str]) -> None:
         raise ConfigError(*(Problem("--revive", f"{name} is no candidate of this sweep", fix) for name in unknown))
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """What is known before any process joins another."""
+
+    base: Base
+    tokenizer: Any
+    watch: WeightsWatch
+    plans: Mapping[str, RunPlan]
+    prepared: Mapping[str, Prepared]
+    regime: str | None
+    decisions: list[Decision]
+
+
+def _make_ready(
+    sweep: Sweep, machine: MachineFacts, launch: LaunchFacts, cache: Path, clock: StartClock, *, resume: bool
+) -> _Ready:
+    """Model, plans and rows of every candidate. Raises every mistake that can be seen without a process group."""
+    base, tokenizer, _ = find_model(sweep.candidates[0].cfg)
+    watch = WeightsWatch(base.folder)
+    plans = _plans(sweep, base, machine, launch)
+    clock.mark("plan")
+    prepared = _prepare(sweep, tokenizer, cache)
+    clock.mark("data")
+    decisions = decisions_of(Path(sweep.cfg.save.folder)) if resume else []
+    return _Ready(base, tokenizer, watch, plans, prepared, _regime(sweep, base, prepared), decisions)
+
+
 def run_sweep(
     sweep: Sweep,
     machine: MachineFacts,
@@ -249,55 +276,55 @@ def run_sweep(
         clock = StartClock()
         clock.mark("imports")
         folders = {one.name: _folder(one, launch, overwrite=overwrite, resume=resume) for one in sweep.candidates}
-        base, tokenizer, _ = find_model(sweep.candidates[0].cfg)
-        watch = WeightsWatch(base.folder)
-        plans = _plans(sweep, base, machine, launch)
-        prepared = _prepare(sweep, tokenizer, cache)
-        clock.mark("data")
-        decisions = decisions_of(Path(sweep.cfg.save.folder)) if resume else []
-        regime = _regime(sweep, base, prepared)
-        if launch.rank == 0:
-            for folder in folders.values():
-                folder.reopen() if resume else folder.claim(overwrite=overwrite)
+        ready = _make_ready(sweep, machine, launch, cache, clock, resume=resume)
         for folder in folders.values():
+            if launch.rank == 0:
+                folder.reopen() if resume else folder.claim(overwrite=overwrite)
             stack.enter_context(folder.recording_failure(active=launch.rank == 0))
-        plan = next(iter(plans.values()))
-        where = Path(sweep.cfg.save.folder)
+        plan, where = next(iter(ready.plans.values())), Path(sweep.cfg.save.folder)
         runtime = start_runtime(plan, launch.zero_settings, max_grad_norm=1.0, trackers=(), folder=where)
-        facts = _agreed_facts(sweep, base, runtime, prepared, cache)
+        facts = _agreed_facts(sweep, ready.base, runtime, ready.prepared, cache)
         runs = [
-            CandidateRun(one, plans[one.name], prepared[one.name], folders[one.name], facts[one.name])
+            CandidateRun(one, ready.plans[one.name], ready.prepared[one.name], folders[one.name], facts[one.name])
             for one in sweep.candidates
         ]
         if resume:
             runs = [_found(run, runtime) for run in runs]
         board = Board(sweep, runs, active=runtime.is_main)
-        board.decisions = decisions
-        going = _going(runs, decisions, revive)
+        board.decisions = ready.decisions
+        going = _going(runs, ready.decisions, revive)
         clock.mark("processes")
         at_once, why = candidates_at_once(sweep.together, len(going), plan.memory, machine, launch.ranks_per_node)
-        rounds = [going[first : first + at_once] for first in range(0, len(going), at_once)]
-        board.say(f"sweep: {len(going)} candidates in {len(rounds)} rounds of at most {at_once} ({why})")
-        for choice in plan.choices:
-            board.say(f"{choice.name}: {choice.value} ({choice.why})")
-        one = _Sweep(sweep, runs, board, flag)
-        for members in rounds:
-            if stopped := next((run.stopped_by for run in runs if run.stopped_by), 0):
-                break
-            joint = _shared_base(sweep, base, runtime, members)
-            one.round(members, Given(runtime, base, tokenizer, joint, watch, flag, clock, regime, board.say))
-            del joint
-            gc.collect()
+        board.announce(plan, len(going), at_once, why)
+        _rounds(_Sweep(sweep, runs, board, flag), going, at_once, ready, runtime, clock)
         stopped = next((run.stopped_by for run in runs if run.stopped_by), 0)
         best = None if stopped else board.keep_best(where)
         board.write(where)
         board.show()
-        states = {run.name: run.state for run in runs}
-        runtime.accelerator.free_memory()
+        _release(runtime)
+    return SweepResult(where, {run.name: run.state for run in runs}, best.name if best else None, stopped)
+
+
+def _rounds(  # noqa: PLR0917 -- called in one place
+    one: _Sweep, going: Sequence[CandidateRun], at_once: int, ready: _Ready, runtime: Runtime, clock: StartClock
+) -> None:
+    """Candidates that train together, and then the next of them. The base is loaded anew for each round."""
+    for first in range(0, len(going), at_once):
+        if any(run.stopped_by for run in going):
+            return
+        members = going[first : first + at_once]
+        joint = _shared_base(one.sweep, ready.base, runtime, members)
+        shared = (ready.watch, one.flag, clock, ready.regime, one.board.say)
+        one.round(members, Given(runtime, ready.base, ready.tokenizer, joint, *shared))
+        del joint
         gc.collect()
-        runtime.barrier()
-        runtime.accelerator.end_training()
-    return SweepResult(where, states, best.name if best else None, stopped)
+
+
+def _release(runtime: Runtime) -> None:
+    runtime.accelerator.free_memory()
+    gc.collect()
+    runtime.barrier()
+    runtime.accelerator.end_training()
 
 
 def _shared_base(sweep: Sweep, base: Base, runtime: Runtime, members: Sequence[CandidateRun]) -> JointLoss:
@@ -326,7 +353,7 @@ def _found(run: CandidateRun, runtime: Runtime) -> CandidateRun:
     return run
 
 
-def _going(runs: Sequence[CandidateRun], decisions: Sequence[Any], revive: Collection[str]) -> list[CandidateRun]:
+def _going(runs: Sequence[CandidateRun], decisions: Sequence[Decision], revive: Collection[str]) -> list[CandidateRun]:
     """The candidates that still have steps to make; those that ended early stay so unless they are revived."""
     ended = {name: decision for decision in decisions for name in decision.ended if name not in revive}
     for run in runs:

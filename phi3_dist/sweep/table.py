@@ -15,6 +15,7 @@ from rich.table import Table
 
 from phi3_dist.adapters.reading import CONFIG, read_adapter
 from phi3_dist.errors import Problem, RunFolderError
+from phi3_dist.planning.plan import RunPlan
 from phi3_dist.sweep.candidate import CandidateRun
 from phi3_dist.sweep.early import Decision
 from phi3_dist.sweep.file import Sweep
@@ -62,6 +63,14 @@ class Board:
     def say(self, text: str) -> None:
         if self.active:
             self.console.print(text, markup=False)
+
+    def announce(self, plan: RunPlan, count: int, at_once: int, why: str) -> None:
+        """How many candidates train, how many of them at once, and the plan's choices with their reasons."""
+        rounds = -(-count // at_once) if at_once else 0
+        together = "together" if rounds == 1 else f"in {rounds} rounds of at most {at_once}"
+        self.say(f"sweep: {count} candidates train {together} ({why})")
+        for choice in plan.choices:
+            self.say(f"{choice.name}: {choice.value} ({choice.why})")
 
     def step(self) -> None:
         """A line now and then: the steps made, and the three with the lowest held-out losses."""

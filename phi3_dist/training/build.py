@@ -15,6 +15,7 @@ from phi3_dist.errors import ModelError, Problem
 from phi3_dist.modeling.attention import use_backend
 from phi3_dist.modeling.base import (
     Base,
+    checkpoint_activations,
     load_full,
     load_into_fsdp2,
     load_quantized,
@@ -162,7 +163,7 @@ def build_model(
     causal_lm = load_base(cfg, base, runtime)
     use_backend(causal_lm, runtime.plan.attention, runtime.device, deterministic=runtime.plan.deterministic)
     if cfg.model.activation_checkpointing:
-        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(causal_lm)
     start = start_of(causal_lm) if start_of else {}
     kernel: Kernel = "liger" if runtime.plan.loss == "liger" else "chunked"
     model = PackedLoss(_with_lora(cfg, causal_lm, base, runtime, token_ids), kernel=kernel)
