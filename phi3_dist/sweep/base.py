@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.modeling.attention import use_backend
@@ -14,23 +12,28 @@ from phi3_dist.modeling.rope import pin_longrope
 from phi3_dist.planning.plan import Choice, RunPlan
 from phi3_dist.sweep.joint import JointLoss
 from phi3_dist.training.build import load_base
+from phi3_dist.training.proof import prove_frozen
 from phi3_dist.training.runtime import Runtime, is_fsdp
 from phi3_dist.training.strategy import shard_fsdp2
 
 __all__ = ["check_strategy", "load_shared"]
 
-STRATEGIES = ("single", "ddp", "fsdp2")
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 
 def check_strategy(cfg: RunConfig, plan: RunPlan) -> None:
     """Raises PlanError for what no sweep runs under, with the nearest that it does."""
     problems = []
     if plan.strategy not in STRATEGIES:
-        what = f"is {plan.strategy}: its optimizer owns the model's tensors, and a sweep has one optimizer a candidate"
-        problems.append(Problem("strategy", what, "nearest: fsdp2 shards the base alike, ddp keeps it whole"))
+        what = f"is {plan.strategy}: what it keeps on the host is one model's optimizer, and each candidate has its own"
+        nearest = plan.strategy.removesuffix("_offload")
+        problems.append(Problem("strategy", what, f"nearest: {nearest if nearest in STRATEGIES else 'fsdp2'}"))
     if cfg.model.quantization == "int8":
         what = "is int8: its product cannot be shared by candidates"
         problems.append(Problem("model.quantization", what, "nearest: nf4, or none"))
+    if cfg.model.quantization == "nf4" and plan.strategy == "zero3":
+        what = "is nf4: under zero3 a sweep keeps no 4-bit shards"
+        problems.append(Problem("model.quantization", what, "nearest: fsdp2"))
     if cfg.model.fp8:
         problems.append(Problem("model.fp8", "is true: not built for sweeps", "nearest: false, in bf16"))
     if problems:
@@ -64,9 +67,21 @@ def load_shared(
             joint.to_empty(device=runtime.device)
             load_into_fsdp2(causal_lm, base)
             causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(base.config)
+    if plan.strategy == "zero3":
+        _gather_as_needed(joint, runtime)
     pin_longrope(causal_lm, longest_row, cfg.model.longrope)
     causal_lm.model.rotary_emb.to(runtime.device)
     joint.train()
-    assert all(not param.requires_grad for param in joint.parameters())
-    assert all(param.device != torch.device("meta") for param in joint.parameters())
+    prove_frozen(joint, runtime)
     return joint, tuple(choices)
+
+
+def _gather_as_needed(joint: JointLoss, runtime: Runtime) -> None:
+    """DeepSpeed's hooks, which gather a module's shards before its forward and backward and free them after.
+
+    Its optimizer has no part in it: with none, `initialize` makes the hooks alone.
+    """
+    import deepspeed
+
+    assert runtime.ds_config is not None
+    deepspeed.initialize(model=joint, config=dict(runtime.ds_config))

@@ -17,7 +17,7 @@ from phi3_dist.training.runtime import Runtime
 from phi3_dist.training.strategy import DeepSpeedEngine, Engine, trained
 from phi3_dist.training.zero_state import flat_masters
 
-__all__ = ["prove_first_step", "prove_start"]
+__all__ = ["prove_first_step", "prove_frozen", "prove_start"]
 
 SHOWN = 5
 
@@ -64,6 +64,16 @@ def prove_start(engine: Engine, runtime: Runtime) -> None:
     Raises PlanError on each rank that holds another.
     """
     _refuse(_weights(engine, runtime))
+
+
+def prove_frozen(model: nn.Module, runtime: Runtime) -> None:
+    """Nothing of `model` trains, and every weight that is its numbers is in the plan's precision. Raises PlanError."""
+    assert not any(param.requires_grad for param in model.parameters())
+    _refuse(
+        (name, getattr(param, "ds_tensor", param), runtime.dtype)
+        for name, param in model.named_parameters()
+        if _stored_as_numbers(param)
+    )
 
 
 def _of_update(engine: Engine) -> Iterator[tuple[str, Tensor | torch.dtype, torch.dtype]]:

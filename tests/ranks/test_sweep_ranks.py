@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from phi3_dist.bench.load import write_base
+from tests.ranks.launcher import run_ranks
 from tests.ranks.test_strategies import REPO, clean_environment, rows
 from tests.unit.test_sweep import RUN, run, sweep_of
 
@@ -30,7 +32,10 @@ def over_two(config: str, file: Path, folder: Path, *words: str) -> subprocess.C
     )
 
 
-@pytest.mark.parametrize("config", ["fsdp2", pytest.param("cpu_2", marks=pytest.mark.full)])
+FULL = [pytest.param(config, marks=pytest.mark.full) for config in ("cpu_2", "zero2", "zero3")]
+
+
+@pytest.mark.parametrize("config", ["fsdp2", *FULL])
 def test_two_processes_give_one_process_numbers(config: str, tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, SECTION)
     run(sweep)
@@ -83,8 +88,17 @@ def test_a_sweep_of_two_processes_is_cut_and_goes_on_in_one(tmp_path: Path) -> N
 
 
 @pytest.mark.full
-def test_the_strategies_that_no_sweep_runs_under_name_the_nearest(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_each_rank_holds_its_half_of_the_base(strategy: str, tmp_path: Path, deepspeed_ops: Path) -> None:
+    write_base(tmp_path / "base", layers=2, hidden=128, shard="1GB")
+    args = {"strategy": strategy, "folder": str(tmp_path / "base")}
+    for held, whole in run_ranks("tests.ranks.sweep_bodies:held", 2, args=args, deepspeed=strategy == "zero3"):
+        assert held == whole // 2
+
+
+@pytest.mark.full
+def test_what_no_sweep_runs_under_names_the_nearest(tmp_path: Path) -> None:
     sweep_of(tmp_path, SECTION)
-    done = over_two("zero3", tmp_path / "sweep.yaml", tmp_path / "two")
+    done = over_two("fsdp2_offload", tmp_path / "sweep.yaml", tmp_path / "two")
     assert done.returncode != 0
-    assert "nearest: fsdp2 shards the base alike" in done.stderr
+    assert "nearest: fsdp2" in done.stderr
