@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from phi3_dist.adapters.disk import file_sha256
 from phi3_dist.adapters.select import check_tensors
+from phi3_dist.config.json_text import parse_json
 from phi3_dist.errors import AdapterError, Problem
 
 __all__ = ["CHECKSUMS", "CONFIG", "WEIGHTS", "read_adapter", "read_metadata"]
@@ -49,7 +49,7 @@ def read_metadata(folder: str | Path) -> dict[str, str]:
 def _read_config(folder: Path, problems: list[Problem]) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = parse_json(path.read_text("utf-8"))
     except OSError as error:
         problems.append(Problem(str(path), f"cannot be read: {error.strerror}", "give the folder of a saved adapter"))
         return {}
@@ -92,6 +92,6 @@ def _recorded_sha256(folder: Path) -> str | None:
     if not path.exists():
         return None
     try:
-        return str(json.loads(path.read_text("utf-8"))["sha256"][WEIGHTS])
+        return str(parse_json(path.read_text("utf-8"))["sha256"][WEIGHTS])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{CHECKSUMS} is damaged ({error!r})") from error

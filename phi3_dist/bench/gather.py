@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from phi3_dist.machine.print_encoding import print_in_any_encoding
+
 __all__ = ["SIZES", "Cost", "Size", "main"]
 
 MIB = 2**20
@@ -244,6 +246,7 @@ def _say(line: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and print its table; `--json FILE` also writes its figures."""
+    print_in_any_encoding()
     parser = argparse.ArgumentParser(prog="python -m phi3_dist.bench.gather", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="calls of each way (default 5)")
     parser.add_argument("--json", type=Path, help="write the ratios here too")

@@ -26,6 +26,7 @@ from typing import Any
 from phi3_dist.bench.scaling import rows_of_length
 from phi3_dist.bench.sides import MIB, SHAPE, Round, Stand, make_token_packs, matrix_flops_per_s, save_base
 from phi3_dist.bench.throughput import ask, side_process, step_flops
+from phi3_dist.machine.print_encoding import print_in_any_encoding
 from phi3_dist.machine.probe import package_versions
 from phi3_dist.planning.loss import why_not_liger
 
@@ -207,6 +208,7 @@ def run_case(folder: Path, name: str, length: int, rounds: int) -> Case | NotRun
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure every case and print the table. Ends with 1 where there is no CUDA device."""
+    print_in_any_encoding()
     parser = argparse.ArgumentParser(prog="python -m phi3_dist.bench.gpu", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default 5)")
     options = parser.parse_args(arguments)

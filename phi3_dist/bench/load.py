@@ -24,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from phi3_dist.machine.print_encoding import print_in_any_encoding
+
 __all__ = ["Load", "PeakPss", "main", "measured_load", "pss_bytes", "start", "write_base"]
 
 GIB = 2**30
@@ -226,6 +228,7 @@ def _say(line: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and print its table; `--json FILE` also writes its figures."""
+    print_in_any_encoding()
     parser = argparse.ArgumentParser(prog="python -m phi3_dist.bench.load", description=__doc__)
     parser.add_argument("--layers", type=int, default=24, help="decoder layers of the base (default 24)")
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size, a multiple of 64 (default 1024)")

@@ -23,6 +23,7 @@ import yaml
 
 from phi3_dist.bench.sides import Round, Stand, make_token_packs, save_base
 from phi3_dist.bench.throughput import make_rows, side_process
+from phi3_dist.machine.print_encoding import print_in_any_encoding
 from phi3_dist.machine.probe import cpu_count
 
 __all__ = ["lines_of", "main", "settings", "take_turns"]
@@ -64,6 +65,7 @@ def lines_of(pairs: list[list[Round]]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
+    print_in_any_encoding()
     parser = argparse.ArgumentParser(prog="python -m phi3_dist.bench.pairs", description=__doc__)
     parser.add_argument("setting", nargs="+", help="key=value of the section model, for the second model")
     parser.add_argument("--both", action="append", default=[], help="key=value for both models")

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from phi3_dist.data.cache.block_files import workers_for
+from phi3_dist.machine.print_encoding import print_in_any_encoding
 from phi3_dist.machine.probe import cpu_count
 
 __all__ = ["main"]
@@ -33,6 +34,7 @@ TEXT = "the a river stone walks slowly under seven old bridges while children co
 
 def main() -> None:
     """Time both ways in turns, each in a process of its own, and print the ratios."""
+    print_in_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokenizer", default="tiny-random", help="folder or hub id of a tokenizer")
     parser.add_argument("--source", help="rows to prepare; made up where left out")

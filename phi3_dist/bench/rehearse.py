@@ -23,6 +23,7 @@ from typing import Any
 from phi3_dist.config.load import load_run
 from phi3_dist.errors import ConfigError, Phi3DistError, Problem
 from phi3_dist.family.variants import FAMILIES, Family
+from phi3_dist.machine.print_encoding import print_in_any_encoding
 from phi3_dist.planning.support import STRATEGIES
 
 __all__ = ["main", "report_json", "report_lines"]
@@ -159,6 +160,7 @@ def _matrix(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Rehearse and print; the exit code."""
+    print_in_any_encoding()
     parser = argparse.ArgumentParser(prog="python -m phi3_dist.bench.rehearse", description=__doc__)
     parser.add_argument("run_file", nargs="?", help="RUN.yaml")
     parser.add_argument("overrides", nargs="*", help="key.path=value")

@@ -26,6 +26,7 @@ from typing import Any
 
 from phi3_dist.bench.sides import PACK_LENGTH, SHAPE, Round, Stand, make_token_packs, save_base
 from phi3_dist.bench.throughput import make_rows, side_process, step_flops
+from phi3_dist.machine.print_encoding import print_in_any_encoding
 
 __all__ = ["LENGTHS", "SIZES", "Case", "main", "ranks", "rows_of_length", "shape_of", "table", "together"]
 
@@ -176,6 +177,7 @@ def plot(curves: dict[str, list[Case]], file: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print the table, and draw it where `--plot` says."""
+    print_in_any_encoding()
     parser = argparse.ArgumentParser(prog="python -m phi3_dist.bench.scaling", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="rounds that count (default 3)")
     parser.add_argument("--plot", type=Path, help="draw the curves into this PNG")

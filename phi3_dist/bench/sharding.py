@@ -27,6 +27,7 @@ from phi3_dist.bench.gpu import MINI
 from phi3_dist.bench.scaling import SIZES, ranks, rows_of_length, shape_of, together
 from phi3_dist.bench.sides import PACK_LENGTH, Round, Stand, make_token_packs, save_base
 from phi3_dist.bench.throughput import side_process
+from phi3_dist.machine.print_encoding import print_in_any_encoding
 from phi3_dist.planning.render import deepspeed_json
 
 __all__ = ["SETTINGS", "Setting", "main", "prefetch_layers", "table"]
@@ -140,6 +141,7 @@ def table(found: Mapping[str, list[Round]]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print the table."""
+    print_in_any_encoding()
     parser = argparse.ArgumentParser(prog="python -m phi3_dist.bench.sharding", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default 5)")
     parser.add_argument("--size", choices=(*SIZES, "mini"), help="the base (default: mini on GPUs, else 47M)")

@@ -46,6 +46,7 @@ from phi3_dist.bench.sides import (
     train_peft,
     train_trl,
 )
+from phi3_dist.machine.print_encoding import print_in_any_encoding
 from phi3_dist.machine.probe import cpu_count
 
 __all__ = ["ask", "main", "make_rows", "side_process", "step_flops"]
@@ -241,6 +242,7 @@ def _say(line: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and print its table; `--json FILE` also writes its figures."""
+    print_in_any_encoding()
     parser = argparse.ArgumentParser(prog="python -m phi3_dist.bench.throughput", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default 5)")
     parser.add_argument("--rows", type=int, default=36, help="rows of a round (default 36, about 8,000 tokens)")

@@ -29,6 +29,7 @@ from rich.text import Text
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.demo.chats import write_chats
 from phi3_dist.errors import ConfigError, Phi3DistError, Problem, RunFolderError, TrainingError
+from phi3_dist.machine.print_encoding import print_in_any_encoding
 from phi3_dist.machine.probe import cpu_count
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ console = Console(highlight=False, soft_wrap=False)
 
 def main() -> int:
     """Run the demo; returns the exit code of its error, or 0."""
+    print_in_any_encoding()
     try:
         typer.run(demo)
     except Phi3DistError as error:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock
 
+from phi3_dist.config.json_text import parse_json
 from phi3_dist.errors import ModelError, Phi3DistError, Problem
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def is_intact(folder: Path) -> bool:
     if not marker.is_file():
         return False
     try:
-        facts = json.loads(marker.read_text())
+        facts = parse_json(marker.read_text())
     except ValueError:  # cut off in the middle of a write, or not text
         return False
     if facts["format"] != FORMAT or facts["package"] != _package_version():

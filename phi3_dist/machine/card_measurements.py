@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from phi3_dist.config.json_text import parse_json
 from phi3_dist.machine.storage import cache_folder
 
 __all__ = ["card_file", "measured_on", "write_card"]
@@ -39,7 +40,7 @@ def measured_on(device_name: str) -> dict[str, Any]:
     """
     for file in (card_file(device_name), SHIPPED / _file_name(device_name)):
         try:
-            found = json.loads(file.read_text("utf-8"))
+            found = parse_json(file.read_text("utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(found, dict):

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from phi3_dist.config.json_text import parse_json
 from phi3_dist.errors import ModelError, Problem
 
 __all__ = ["TINY_RANDOM", "load_tokenizer", "tiny_tokenizer", "tokenizer_hash"]
@@ -209,7 +210,7 @@ def _config_of(folder: Path, source: str) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(Problem(source, f"its tokenizer_config.json is broken: {error}")) from error
     if not isinstance(config, dict):

@@ -7,7 +7,6 @@ safetensors' (header length, JSON header, data); pickled weights are never read.
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phi3_dist.config.json_text import parse_json
 from phi3_dist.errors import ModelError, Problem
 
 __all__ = ["Weights", "freed_memory_goes_back"]
@@ -52,7 +52,7 @@ class _File:
             if not 0 < length <= min(_LONGEST_HEADER, size - 8):
                 raise self._damaged("its header is cut short")
             try:
-                header: Any = json.loads(file.read(length))
+                header: Any = parse_json(file.read(length))
                 header.pop("__metadata__", None)
                 self.entries: dict[str, Any] = {n: self._entry(n, e, size - 8 - length) for n, e in header.items()}
             except (ValueError, AttributeError, KeyError, TypeError) as error:
@@ -106,7 +106,7 @@ class Weights:
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.is_file():
             try:
-                by_name = {k: folder / v for k, v in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+                by_name = {k: folder / v for k, v in parse_json(index.read_text("utf-8"))["weight_map"].items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ModelError(Problem(f"model.source: {index.name}", f"cannot be read: {error}", "")) from error
         elif single.is_file():

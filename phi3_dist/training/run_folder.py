@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from phi3_dist.config.json_text import parse_json
 from phi3_dist.errors import Phi3DistError, Problem, RunFolderError
 from phi3_dist.machine.cluster import slurm_facts
 from phi3_dist.machine.processes import who
@@ -135,10 +136,14 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the run in here has ended well and left its adapter."""
         try:
-            ended = json.loads((self.path / "exit.json").read_text("utf-8"))
+            ended = parse_json((self.path / "exit.json").read_text("utf-8"))
         except (OSError, ValueError):
             return False
-        return ended.get("state") == "finished" and (self.adapter / "adapter_model.safetensors").is_file()
+        return (
+            isinstance(ended, dict)
+            and ended.get("state") == "finished"
+            and (self.adapter / "adapter_model.safetensors").is_file()
+        )
 
     def _hold(self) -> None:
         """Hold the folder until `recording_failure` ends or this process does, however that comes about.

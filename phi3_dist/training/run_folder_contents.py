@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from phi3_dist.adapters.file_names import ADAPTER_FILE, PARTIAL
+from phi3_dist.config.json_text import parse_json
 from phi3_dist.errors import Problem, RunFolderError
 
 __all__ = [
@@ -78,7 +79,7 @@ def is_run(folder: Path) -> bool:
 
 def _marked(folder: Path) -> bool:
     try:
-        return "phi3_dist_run" in json.loads((folder / MARK).read_text("utf-8"))
+        return "phi3_dist_run" in parse_json((folder / MARK).read_text("utf-8"))
     except (OSError, ValueError, TypeError):
         return False
 

@@ -29,6 +29,7 @@ from phi3_dist.adapters.files import write_adapter
 from phi3_dist.adapters.loralib.layers import KINDS, Kind, Layer, lookup
 from phi3_dist.adapters.loralib.state_dicts import loralib_from_peft, peft_from_loralib
 from phi3_dist.adapters.reading import read_adapter
+from phi3_dist.config.json_text import parse_json
 from phi3_dist.errors import AdapterError, ConfigError, Problem
 from phi3_dist.family.variants import Shape
 
@@ -159,7 +160,7 @@ def _read_config(base_config: str | Path | Mapping[str, Any]) -> Mapping[str, An
     path = Path(base_config)
     path = path / "config.json" if path.is_dir() else path
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = parse_json(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         what = f"cannot be read: {getattr(error, 'strerror', None) or error}"
         raise ConfigError(Problem(str(path), what, "give the base model's config.json, or its folder")) from error
@@ -198,7 +199,7 @@ def _read_loralib(path: Path) -> tuple[dict[str, Tensor], dict[str, Layer]]:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Layer]]:
     with safe_open(path, framework="pt") as file:
-        header = json.loads((file.metadata() or {}).get(_LAYERS, "{}"))
+        header = parse_json((file.metadata() or {}).get(_LAYERS, "{}"))
     return load_file(path), {module: _layer(facts) for module, facts in header.items()}
 
 

@@ -20,6 +20,7 @@ from typing import IO, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from phi3_dist.config.json_text import parse_json
 from phi3_dist.errors import DataError, Problem
 
 __all__ = ["ALWAYS_VERIFIED_BYTES", "ArraysWriter", "open_arrays", "read_whole", "remove_unfinished", "write_whole"]
@@ -139,7 +140,7 @@ def read_whole(path: Path) -> dict[str, Any]:
         digest, text = path.read_text(encoding="ascii").split("\n")[:2]
         if hashlib.sha256(text.encode("ascii")).hexdigest() != digest:
             raise DataError(Problem(str(path), "holds something else than its checksum says"))
-        value: dict[str, Any] = json.loads(text)
+        value: dict[str, Any] = parse_json(text)
     except (OSError, ValueError) as error:
         raise DataError(Problem(str(path), f"can't be read: {error}")) from error
     return value
@@ -166,7 +167,7 @@ def _stamp_of(folder: Path, names: Sequence[str]) -> dict[str, list[int]]:
 
 def _stamped(folder: Path) -> object:
     try:
-        return json.loads((folder / "stamp.json").read_text(encoding="ascii"))
+        return parse_json((folder / "stamp.json").read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
 

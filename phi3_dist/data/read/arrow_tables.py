@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_dist.config.json_text import parse_json
 from phi3_dist.data.read.printable import clipped
 from phi3_dist.data.read.row_formats import BadRow
 from phi3_dist.data.read.turns import MEDIA
@@ -42,7 +42,7 @@ def parquet_rows(path: Path, label: str, wanted: WantedColumns) -> Rows:
 def arrow_files(folder: Path, label: str) -> list[Path]:
     """The tables of a saved data set, in order, as its state.json names them."""
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = parse_json((folder / "state.json").read_text(encoding="utf-8"))
         return [folder / str(part["filename"]) for part in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(Problem(label, f"its state.json can't be read: {clipped(str(error))}")) from error

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from phi3_dist.adapters.disk import file_sha256, sync, write_tensors
+from phi3_dist.config.json_text import parse_json
 from phi3_dist.errors import Problem, TrainingError
 from phi3_dist.machine.storage import as_os_error
 
@@ -95,14 +96,14 @@ def _numbered(root: Path) -> Iterator[tuple[int, Path]]:
 def verify(folder: Path) -> Checkpoint | str:
     """The checkpoint in `folder`, or in one line why it can't be trusted. Raises nothing."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_text("utf-8"))
         for name in (STATE, TRAINER):
             said, path = manifest["files"][name], folder / name
             if path.is_symlink() or path.stat().st_size != said["bytes"]:
                 return f"{name} is not the {said['bytes']} bytes that were written"
             if file_sha256(path) != said["sha256"]:
                 return f"{name} has changed since it was written"
-        trainer = json.loads((folder / TRAINER).read_text("utf-8"))
+        trainer = parse_json((folder / TRAINER).read_text("utf-8"))
         step = int(trainer["step"])
         if folder.name != f"step_{step:06d}":
             return f"it holds step {step}"

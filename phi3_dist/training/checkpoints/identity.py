@@ -13,6 +13,7 @@ from typing import Any
 
 from phi3_dist.adapters.disk import file_sha256
 from phi3_dist.adapters.reading import WEIGHTS
+from phi3_dist.config.json_text import parse_json
 from phi3_dist.config.load import flatten
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batch import Order
@@ -104,7 +105,7 @@ def base_fingerprint(base: Base, cache: Path) -> str:
     digest = hashlib.sha256()
     known_file = cache / "weights.json"
     try:
-        known = json.loads(known_file.read_text("utf-8"))
+        known = parse_json(known_file.read_text("utf-8"))
     except (OSError, ValueError):
         known = {}
     for path in sorted(base.folder.glob("*.safetensors")):
