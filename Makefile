@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-full test-gpu test-oldest test-py312 test-py313 test-slurm torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-gpu card card-rehearsal card-carry bench-prepare rehearse wheel clean
+.PHONY: help setup lint types test test-full test-gpu test-oldest test-py312 test-py313 test-slurm torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-gpu card card-rehearsal card-carry bench-prepare bench-sweep rehearse wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name what; do \
@@ -124,6 +124,9 @@ card-carry: setup ## wheels for a GPU machine without network, into .carry/ (see
 
 bench-prepare: setup ## tokenize and pack a data set: this cache against tokenizers.encode_batch alone
 	@$(BIN)/python -m phi3_dist.bench.prepare
+
+bench-sweep: setup ## eight candidates in one sweep beside eight runs, one after the other
+	@$(BIN)/python -m phi3_dist.bench.sweep
 
 rehearse: setup ## every cell of the support matrix on fake CUDA tensors: what would fail or wait on a GPU
 	@$(BIN)/python -m phi3_dist.bench.rehearse --matrix --jobs 2

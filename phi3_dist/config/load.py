@@ -22,7 +22,7 @@ from phi3_dist.config.unsafe_texts import expanded, text_faults
 from phi3_dist.config.yaml_text import DEEPEST, LARGEST_BYTES, YamlFault, read_yaml
 from phi3_dist.errors import ConfigError, Problem, kind, shown
 
-__all__ = ["load_run", "resolved_yaml", "json_schema", "diff", "flatten"]
+__all__ = ["load_run", "read_section", "resolved_yaml", "json_schema", "diff", "flatten"]
 
 _TOLD_AT_MOST = 50
 """Mistakes in one message. What is wrong with a thousand keys is wrong with the file."""
@@ -117,8 +117,19 @@ def _apply_override(source: _Source, text: str) -> None:
     source.places[path] = place
 
 
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run file, apply `key.path=value` overrides in order, check everything.
+def read_section(path: str | Path, name: str) -> tuple[Any, Callable[[str], str]]:
+    """A top-level section of a YAML file as it stands there (None where it is not), and `where` of its dotted paths.
+
+    Raises ConfigError where the file cannot be read.
+    """
+    source = _read_file(Path(path))
+    if source.problems:
+        raise ConfigError(*_first(source.problems, source.untold))
+    return source.values.get(name), source.where
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = (), *, apart: Sequence[str] = ()) -> RunConfig:
+    """Read a run file without its sections `apart`, apply `key.path=value` overrides in order, check everything.
 
     Values of overrides are read as YAML (`optim.lr=1e-4`, `lora.targets=[qkv_proj,o_proj]`). An empty `name` becomes
     the file's stem, and `{name}` in `save.folder` is filled in.
@@ -126,6 +137,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     file = Path(path)
     source = _read_file(file)
+    for section in apart:
+        source.values.pop(section, None)
     for override in overrides:
         _apply_override(source, override)
     problems = list(source.problems)

@@ -28,6 +28,7 @@ from phi3_dist.modeling.weights import Weights, freed_memory_goes_back
 __all__ = [
     "TINY",
     "Base",
+    "checkpoint_activations",
     "find_base",
     "load_full",
     "load_into_fsdp2",
@@ -212,6 +213,15 @@ def load_full(base: Base, dtype: torch.dtype, device: torch.device) -> Phi3ForCa
     base.weights.close()
     _finish(model, device)
     return model
+
+
+def checkpoint_activations(model: Any, **more: Any) -> None:
+    """Compute each decoder layer again for its backward. `more` goes to `torch.utils.checkpoint.checkpoint`.
+
+    transformers 5.24 has another name for what it called gradient_checkpointing_enable.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **more})
 
 
 def _finish(model: Phi3ForCausalLM, device: torch.device) -> None:

@@ -32,12 +32,16 @@ from phi3_dist.modeling.fp8 import Fp8Linear, Fp8Scale, fp8_grad_input, fp8_prod
 
 __all__ = [
     "FusedReport",
+    "base_grad_input",
+    "base_product",
     "declined",
     "dense",
+    "dropped_positions",
     "install_forwards",
     "install_fused",
     "keep_dequantized",
     "lora_linear",
+    "quant_state_of",
     "remove_fused",
     "takes_rows",
     "why_not_fused",
@@ -74,13 +78,13 @@ def dense(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     return dense_OI
 
 
-def _product(x_TI: Tensor, weight: Tensor, state: Any, bias_O: Tensor | None) -> Tensor:
+def base_product(x_TI: Tensor, weight: Tensor, state: Any, bias_O: Tensor | None) -> Tensor:
     if isinstance(state, Fp8Scale):
         return fp8_product(x_TI, weight, state, bias_O)
     return F.linear(x_TI, dense(weight, state, x_TI.dtype), bias_O)
 
 
-def _grad_input(grad_TO: Tensor, weight: Tensor, state: Any) -> Tensor:
+def base_grad_input(grad_TO: Tensor, weight: Tensor, state: Any) -> Tensor:
     if isinstance(state, Fp8Scale):
         return fp8_grad_input(grad_TO, weight, state)
     return grad_TO @ dense(weight, state, grad_TO.dtype)
@@ -108,7 +112,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         if keep:
             weight, quant_state = dense(weight, quant_state, x_TI.dtype), None
-        out_TO = _product(x_TI, weight, quant_state, bias_O)
+        out_TO = base_product(x_TI, weight, quant_state, bias_O)
         lora_x_TI = x_TI if dropped_TI is None else x_TI.masked_fill(dropped_TI, 0)
         down_TR = lora_x_TI @ a_RI.T
         out_TO.addmm_(down_TR, b_OR.T, alpha=scaling)
@@ -128,7 +132,7 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_b = (grad_TO.T @ down_TR).mul_(ctx.scaling)
         if ctx.needs_input_grad[0]:
-            grad_x = _grad_input(grad_TO, weight, ctx.quant_state)
+            grad_x = base_grad_input(grad_TO, weight, ctx.quant_state)
             if dropped_TI is None:
                 grad_x.addmm_(grad_down_TR, a_RI)
             else:
@@ -136,9 +140,9 @@ class _LoraLinear(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b, None, None, None, None
 
 
-def _dropped(x: Tensor, dropout: float) -> Tensor:
+def dropped_positions(x: Tensor, dropout: float, generator: torch.Generator | None = None) -> Tensor:
     """A byte an element: where zeros go. On a CPU the same as `F.dropout` puts there, which draws just so."""
-    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout)
+    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout, generator=generator)
     return kept.logical_not_()
 
 
@@ -177,7 +181,7 @@ def lora_linear(
         return kernel_lora_linear(x, weight, bias_O, a_RI, b_OR, scaling, dropout, quant_state, keep=keep)
     dropped = None
     if dropout > 0:
-        dropped = _dropped(x, dropout).reshape(-1, x.shape[-1])
+        dropped = dropped_positions(x, dropout).reshape(-1, x.shape[-1])
         # the survivors' scale is applied to R columns instead of I
         scaling = scaling / (1.0 - dropout)
     out_TO: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
@@ -214,7 +218,7 @@ def _why_not_adapter(layer: LoraLayer, name: str) -> str:
     return ""
 
 
-def _quant_state(base: nn.Linear | Fp8Linear) -> Any:
+def quant_state_of(base: nn.Linear | Fp8Linear) -> Any:
     """What turns the stored weight into numbers: bitsandbytes' state, an FP8 scale, or None where it is the numbers."""
     if isinstance(base, Fp8Linear):
         return base.scale
@@ -247,7 +251,7 @@ def _why_not_now(layer: Any, x: Tensor) -> str:
     dtypes = set() if torch.is_autocast_enabled(kind) else {linear.weight.dtype for linear in linears}
     if four_bit:
         dtypes.add(base.compute_dtype or dtype)
-        state = _quant_state(base)
+        state = quant_state_of(base)
         if state is None or getattr(state, "packing_format_for_cpu", False):
             return "4-bit weights packed for inference"
     elif not torch.is_autocast_enabled(kind) and not isinstance(base, Fp8Linear):
@@ -268,7 +272,7 @@ def _fused_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     (name,) = layer.lora_A
     base, lora_a, lora_b, dropout = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     drop = float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    state = _quant_state(base)
+    state = quant_state_of(base)
     keep = _is_nf4(layer) and vars(layer).get(_KEEPS, False)
     weights = (base.weight, base.bias, lora_a.weight, lora_b.weight)
     kernels = vars(layer).get(_KERNELS, False)

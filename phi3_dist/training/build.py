@@ -16,6 +16,7 @@ from phi3_dist.errors import ModelError, Problem
 from phi3_dist.modeling.attention.backend import use_backend
 from phi3_dist.modeling.base import (
     Base,
+    checkpoint_activations,
     load_full,
     load_into_fsdp2,
     load_quantized,
@@ -36,7 +37,7 @@ from phi3_dist.planning.plan import RunPlan
 from phi3_dist.training.engines.fsdp2 import shard_fsdp2
 from phi3_dist.training.runtime import Runtime, is_fsdp
 
-__all__ = ["Built", "adapter_values", "build_model"]
+__all__ = ["Built", "adapter_values", "build_model", "load_base"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Built:
     """The factors that the whole run uses; None for a base without LongRoPE."""
 
 
-def _load(cfg: RunConfig, base: Base, runtime: Runtime) -> Any:
+def load_base(cfg: RunConfig, base: Base, runtime: Runtime) -> Any:
+    """The base before LoRA, on its device, sharded or without storage as the strategy wants it. Collective."""
     strategy = runtime.plan.strategy
     if cfg.model.quantization != "none":
         return load_quantized(base, cfg.model.quantization, runtime.dtype, runtime.device, runtime.zero3)
@@ -173,10 +175,10 @@ def build_model(
     compiling has to pay within. Collective under ZeRO-3 and FSDP2.
     """
     values = adapter_values(cfg, base, token_ids) if cfg.model.adapter else None
-    causal_lm = _load(cfg, base, runtime)
+    causal_lm = load_base(cfg, base, runtime)
     use_backend(causal_lm, runtime.plan.attention, runtime.device, deterministic=runtime.plan.deterministic)
     if cfg.model.activation_checkpointing:
-        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(causal_lm)
     lora_init = lora_init_of(causal_lm) if lora_init_of else {}
     kernel: Kernel = "liger" if runtime.plan.loss == "liger" else "chunked"
     model = PackedLoss(_with_lora(cfg, causal_lm, base, runtime, token_ids), kernel=kernel)

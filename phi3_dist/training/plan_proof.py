@@ -18,7 +18,7 @@ from phi3_dist.training.engines.optimizer import trained
 from phi3_dist.training.engines.zero_state import flat_masters
 from phi3_dist.training.runtime import Runtime
 
-__all__ = ["prove_built_dtypes", "prove_updated_dtypes"]
+__all__ = ["prove_built_dtypes", "prove_frozen", "prove_updated_dtypes"]
 
 SHOWN = 5
 
@@ -65,6 +65,16 @@ def prove_built_dtypes(engine: Engine, runtime: Runtime) -> None:
     Raises PlanError on each rank that holds another.
     """
     _refuse(_weights(engine, runtime))
+
+
+def prove_frozen(model: nn.Module, runtime: Runtime) -> None:
+    """Nothing of `model` trains, and every weight that is its numbers is in the plan's precision. Raises PlanError."""
+    assert not any(param.requires_grad for param in model.parameters())
+    _refuse(
+        (name, getattr(param, "ds_tensor", param), runtime.dtype)
+        for name, param in model.named_parameters()
+        if _stored_as_numbers(param)
+    )
 
 
 def _of_update(engine: Engine) -> Iterator[tuple[str, Tensor | torch.dtype, torch.dtype]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Generator
 
 from phi3_dist.modeling.fused_lora import declined
 from phi3_dist.modeling.weights_watch import WeightsWatch
@@ -14,9 +15,9 @@ from phi3_dist.training.evaluate import HeldOut, held_out_loss
 from phi3_dist.training.monitor.health import Health
 from phi3_dist.training.monitor.readout import EvaluationWatch, StepReadout
 from phi3_dist.training.plan_proof import prove_updated_dtypes
-from phi3_dist.training.train_step import learning_rate, train_step
+from phi3_dist.training.train_step import StepResult, learning_rate, train_step
 
-__all__ = ["run_steps"]
+__all__ = ["Steps", "run_steps", "steps_in_order"]
 
 
 def _evaluate(ctx: RunContext, step: int) -> tuple[HeldOut | None, int]:
@@ -62,13 +63,15 @@ def _evaluation_due(ctx: RunContext, first: int) -> bool:
     return bool(every) and first % every == 0 and not measured(ctx, first)
 
 
-def run_steps(
-    ctx: RunContext, first: int, saver: Saver, health: Health, *, watch: WeightsWatch
-) -> tuple[int, HeldOut | None, int]:
-    """Steps `first` to the end, with log rows, held-out losses and checkpoints.
+Steps = Generator[int, StepResult | None, tuple[int, HeldOut | None, int]]
+"""Yields the step to make (from 0), is sent what came of it, and returns the steps done, the last held-out loss and the
+stop signal or 0. Sent None in place of a result it writes a checkpoint and ends."""
 
-    A new run measures the held-out loss before its first step, too. Returns the steps done, the last held-out loss, and
-    the signal that stopped the run or 0.
+
+def steps_in_order(ctx: RunContext, first: int, saver: Saver, health: Health, *, watch: WeightsWatch) -> Steps:
+    """Steps `first` to the end, with log rows, held-out losses and checkpoints; who drives it makes the steps.
+
+    A new run measures the held-out loss before its first step, too.
     """
     cfg, held_out, readout = ctx.cfg, None, StepReadout(ctx, health)
     if _evaluation_due(ctx, first):
@@ -79,8 +82,10 @@ def run_steps(
     for step in range(first, ctx.total):
         watch.check()
         start_s, done = time.perf_counter(), step + 1
-        lr = learning_rate(step, ctx.total, cfg.optim)
-        result = train_step(ctx.engine, ctx.runtime, ctx.train, ctx.order, step, lr=lr, seed=cfg.train.seed)
+        result = yield step
+        if result is None:
+            saver.save(step, held_out)
+            return step, held_out, 0
         if ctx.profile.step():
             done_as = ctx.profile.failed or f"{ctx.folder.path / 'profile'}/table.txt and trace.json.gz"
             ctx.metrics.say(f"profile: {done_as}")
@@ -103,3 +108,20 @@ def run_steps(
         if stop:
             return done, held_out, stop
     return ctx.total, held_out, 0
+
+
+def run_steps(
+    ctx: RunContext, first: int, saver: Saver, health: Health, *, watch: WeightsWatch
+) -> tuple[int, HeldOut | None, int]:
+    """Make all of a run's steps: see `steps_in_order`."""
+    steps = steps_in_order(ctx, first, saver, health, watch=watch)
+    try:
+        step = next(steps)
+        while True:
+            lr = learning_rate(step, ctx.total, ctx.cfg.optim)
+            seed = ctx.cfg.train.seed
+            result = train_step(ctx.engine, ctx.runtime, ctx.train, ctx.order, step, lr=lr, seed=seed)
+            step = steps.send(result)
+    except StopIteration as end:
+        ended: tuple[int, HeldOut | None, int] = end.value
+        return ended

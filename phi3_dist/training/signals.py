@@ -66,7 +66,7 @@ class Stopped(SystemExit):
 
 def starts_a_run(arguments: Sequence[str]) -> bool:
     """Whether this command line trains, or launches what does."""
-    return bool(arguments) and arguments[0] in ("train", "launch")
+    return bool(arguments) and arguments[0] in ("train", "launch", "sweep")
 
 
 @contextlib.contextmanager

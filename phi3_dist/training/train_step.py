@@ -19,7 +19,7 @@ from phi3_dist.data.pack.packs import Packs
 from phi3_dist.training.engines.engine import Engine
 from phi3_dist.training.runtime import Runtime
 
-__all__ = ["StepResult", "learning_rate", "seed_micro_batch", "to_device", "train_step"]
+__all__ = ["StepResult", "learning_rate", "micro_batch_seed", "seed_micro_batch", "to_device", "train_step"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,15 @@ def learning_rate(step: int, total: int, cfg: OptimConfig) -> float:
     return cfg.lr * (1 - share if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def seed_micro_batch(seed: int, step: int, slot: int) -> None:
-    """Seed dropout from the global position of the micro batch, so that no rank, world size or resume changes it."""
+def micro_batch_seed(seed: int, step: int, slot: int) -> int:
+    """Dropout's seed from the global position of the micro batch: no rank, world size or resume changes it."""
     state = np.random.SeedSequence((seed, step, slot)).generate_state(2, np.uint32)
-    torch.manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+    return int(state[0]) << 31 | int(state[1]) >> 1
+
+
+def seed_micro_batch(seed: int, step: int, slot: int) -> None:
+    """Seed the global generator with `micro_batch_seed`."""
+    torch.manual_seed(micro_batch_seed(seed, step, slot))
 
 
 def to_device(packs: Packs, which: Sequence[int], device: torch.device) -> dict[str, Tensor | tuple[int, ...]]:

@@ -1,0 +1,126 @@
+"""A sweep beside its candidates one after the other: wall time with start-up, tokens a second, peak memory.
+
+    python -m phi3_dist.bench.sweep [--candidates 8] [--lengths 256 1024] [--rounds 3]
+
+In each round the sweep runs as one process, and then each candidate as `phi3-dist train` does alone; all from prepared
+data, on the same random base in float32. Steps, start, held-out losses and saving are what a user waits for. Memory is
+the largest resident set of a process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from phi3_dist.bench.load import write_base
+from phi3_dist.machine.print_encoding import print_in_any_encoding
+
+__all__ = ["main"]
+
+
+def _rows(file: Path, length: int, count: int) -> None:
+    """Chats of text whose tokens nearly fill a pack each, a byte a token."""
+    words = "the quick brown fox jumps over a lazy dog while seven wizards box "
+    with file.open("w", encoding="utf-8") as out:
+        for number in range(count):
+            text = (f"{number} " + words * (length // 8))[: length // 2 - 24]
+            messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]
+            out.write(json.dumps({"messages": messages}) + "\n")
+
+
+def _run(words: list[str], threads: int) -> tuple[float, float]:
+    """Wall seconds and the peak of resident memory in MiB of a command that must succeed."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "phi3_dist", *words], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(said.decode(errors="replace")[-2000:])
+    return time.perf_counter() - start, usage.ru_maxrss / 1024
+
+
+def _files(folder: Path, base: Path, length: int, args: argparse.Namespace) -> tuple[Path, list[Path]]:
+    """The sweep file, and a run file for each candidate."""
+    _rows(folder / "rows.jsonl", length, 4 * args.steps)
+    run: dict[str, Any] = {
+        "model": {"source": str(base), "tokenizer": "tiny-random", "precision": "fp32"},
+        "data": {"train": str(folder / "rows.jsonl"), "pack_length": length, "cache": str(folder / "cache")},
+        "lora": {"r": 16, "alpha": 32, "dropout": 0.0},
+        "train": {"max_steps": args.steps, "global_batch": 1, "micro_batch": 1},
+        "save": {"every": 0, "folder": str(folder / "sweep")},
+        "log": {"trackers": []},
+    }
+    rates = [1e-4 * 1.5**number for number in range(args.candidates)]
+    together = folder / "together.yaml"
+    together.write_text(yaml.safe_dump({**run, "sweep": {"axes": {"optim.lr": rates}}}))
+    alone = []
+    for number, rate in enumerate(rates):
+        file = folder / f"alone_{number}.yaml"
+        save = {"every": 0, "folder": str(folder / f"alone_{number}")}
+        file.write_text(yaml.safe_dump({**run, "save": save, "optim": {"lr": rate}}))
+        alone.append(file)
+    return together, alone
+
+
+def _measure(folder: Path, base: Path, length: int, args: argparse.Namespace) -> dict[str, Any]:
+    together, alone = _files(folder, base, length, args)
+    _run(["prepare", str(alone[0])], args.threads)
+    rounds = []
+    for _ in range(args.rounds):
+        joint_s, joint_mib = _run(["sweep", str(together), "--overwrite"], args.threads)
+        singles = [_run(["train", str(file), "--overwrite"], args.threads) for file in alone]
+        rounds.append((joint_s, joint_mib, sum(s for s, _ in singles), max(mib for _, mib in singles)))
+    joint_s, joint_mib, alone_s, alone_mib = (statistics.median(values) for values in zip(*rounds, strict=True))
+    ratios = [one[0] / one[2] for one in rounds]
+    return {
+        "pack_length": length,
+        "candidates": args.candidates,
+        "steps": args.steps,
+        "together_s": round(joint_s, 1),
+        "one_by_one_s": round(alone_s, 1),
+        "share_of_time": round(statistics.median(ratios), 3),
+        "share_of_time_rounds": [round(ratio, 3) for ratio in ratios],
+        "together_mib": round(joint_mib),
+        "one_run_mib": round(alone_mib),
+        "share_of_memory": round(joint_mib / alone_mib, 3),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print one line of JSON for each pack length."""
+    print_in_any_encoding()
+    parser = argparse.ArgumentParser(prog="python -m phi3_dist.bench.sweep", description=__doc__)
+    parser.add_argument("--candidates", type=int, default=8, help="candidates (default 8)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024], help="tokens of a pack")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each candidate (default 20)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds (default 3)")
+    parser.add_argument("--layers", type=int, default=6, help="decoder layers of the base (default 6)")
+    parser.add_argument("--hidden", type=int, default=576, help="width of the base (default 576)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of a process")
+    args = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="sweep_") as name:
+        base = Path(name) / "base"
+        write_base(base, layers=args.layers, hidden=args.hidden, shard="1GB")
+        for length in args.lengths:
+            folder = Path(name) / str(length)
+            folder.mkdir()
+            sys.stdout.write(json.dumps(_measure(folder, base, length, args)) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The verb that trains many adapters of one base together."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from phi3_dist.cli.app import Overrides, RunFile, app
+from phi3_dist.errors import ConfigError, Problem
+
+
+@app.command()
+def sweep(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the candidates' run folders.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on; candidates that are new start.")] = False,
+    revive: Annotated[
+        list[str] | None, typer.Option(help="A candidate that ended early and shall go on; may be repeated.")
+    ] = None,
+) -> None:
+    """Train every candidate of a sweep file in one pass over the base, and rank them.
+
+    A sweep file is a run file with a section `sweep`. It starts as `train` does, also under `accelerate launch`.
+    """
+    from phi3_dist.sweep.file import load_sweep
+
+    asked = load_sweep(run_file, overrides or ())
+    if overwrite and resume:
+        raise ConfigError(Problem("--overwrite --resume", "exclude each other", "give one of them"))
+    if revive and not resume:
+        raise ConfigError(Problem("--revive", "goes on with a sweep that has run", "add --resume"))
+    from phi3_dist.machine.probe import launch_facts, probe
+    from phi3_dist.sweep.loop import run_sweep
+    from phi3_dist.training.signals import finishing
+
+    result = run_sweep(
+        asked, probe(), launch_facts(os.environ), overwrite=overwrite, resume=resume, revive=revive or ()
+    )
+    finishing()
+    if result.best and os.environ.get("RANK", "0") == "0":
+        typer.echo(f"best: {result.best}, its adapter in {result.folder / 'best'}")
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)

@@ -1,0 +1,88 @@
+"""The base that all candidates of a sweep share: loaded, frozen, sharded as planned, with the joint loss on top."""
+
+from __future__ import annotations
+
+from phi3_dist.config.schema import RunConfig
+from phi3_dist.errors import PlanError, Problem
+from phi3_dist.modeling.attention.backend import use_backend
+from phi3_dist.modeling.base import Base, checkpoint_activations, load_into_fsdp2
+from phi3_dist.modeling.fused_layers import install_fused_layers, select_in_last_layer
+from phi3_dist.modeling.passes import BY_HAND, compiled_passes
+from phi3_dist.modeling.rope import pin_longrope
+from phi3_dist.planning.facts import Choice
+from phi3_dist.planning.plan import RunPlan
+from phi3_dist.sweep.joint import JointLoss
+from phi3_dist.training.build import load_base
+from phi3_dist.training.engines.fsdp2 import shard_fsdp2
+from phi3_dist.training.plan_proof import prove_frozen
+from phi3_dist.training.runtime import Runtime, is_fsdp
+
+__all__ = ["check_strategy", "load_shared"]
+
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+
+
+def check_strategy(cfg: RunConfig, plan: RunPlan) -> None:
+    """Raises PlanError for what no sweep runs under, with the nearest that it does."""
+    problems = []
+    if plan.strategy not in STRATEGIES:
+        what = f"is {plan.strategy}: what it keeps on the host is one model's optimizer, and each candidate has its own"
+        nearest = plan.strategy.removesuffix("_offload")
+        problems.append(Problem("strategy", what, f"nearest: {nearest if nearest in STRATEGIES else 'fsdp2'}"))
+    if cfg.model.quantization == "int8":
+        what = "is int8: its product cannot be shared by candidates"
+        problems.append(Problem("model.quantization", what, "nearest: nf4, or none"))
+    if cfg.model.quantization == "nf4" and plan.strategy == "zero3":
+        what = "is nf4: under zero3 a sweep keeps no 4-bit shards"
+        problems.append(Problem("model.quantization", what, "nearest: fsdp2"))
+    if cfg.model.fp8:
+        problems.append(Problem("model.fp8", "is true: not built for sweeps", "nearest: false, in bf16"))
+    if problems:
+        raise PlanError(*problems)
+
+
+def load_shared(
+    cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: int, tokens: int
+) -> tuple[JointLoss, tuple[Choice, ...]]:
+    """The frozen base in the place where a run has its model, and what was chosen about it. Collective under FSDP2."""
+    plan = runtime.plan
+    causal_lm = load_base(cfg, base, runtime)
+    use_backend(causal_lm, plan.attention, runtime.device, deterministic=plan.deterministic)
+    for param in causal_lm.parameters():
+        param.requires_grad_(False)
+    for name, module in causal_lm.named_modules():
+        if name.endswith((".resid_attn_dropout", ".resid_mlp_dropout")):
+            module.p = 0.0
+    joint = JointLoss(causal_lm, kernel="liger" if plan.loss == "liger" else "chunked")
+    if cfg.model.activation_checkpointing:
+        checkpoint_activations(causal_lm, context_fn=joint.present.recomputed)
+    choices = [joint.loss_choice()]
+    if cfg.model.fused_layers:
+        compiled = plan.compile_from is not None and tokens >= plan.compile_from
+        report = install_fused_layers(joint, compiled_passes() if compiled else BY_HAND)
+        select_in_last_layer(joint)
+        choices.append(Choice("norm, rotary, MLP", "fused, compiled" if compiled else "fused", str(report)))
+    if is_fsdp(plan.strategy):
+        shard_fsdp2(joint, runtime)
+        if cfg.model.quantization == "none":
+            joint.to_empty(device=runtime.device)
+            load_into_fsdp2(causal_lm, base)
+            causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(base.config)
+    if plan.strategy == "zero3":
+        _gather_as_needed(joint, runtime)
+    pin_longrope(causal_lm, longest_row, cfg.model.longrope)
+    causal_lm.model.rotary_emb.to(runtime.device)
+    joint.train()
+    prove_frozen(joint, runtime)
+    return joint, tuple(choices)
+
+
+def _gather_as_needed(joint: JointLoss, runtime: Runtime) -> None:
+    """DeepSpeed's hooks, which gather a module's shards before its forward and backward and free them after.
+
+    Its optimizer has no part in it: with none, `initialize` makes the hooks alone.
+    """
+    import deepspeed
+
+    assert runtime.ds_config is not None
+    deepspeed.initialize(model=joint, config=dict(runtime.ds_config))

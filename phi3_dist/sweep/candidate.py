@@ -1,0 +1,352 @@
+"""What one candidate of a sweep has of its own: adapter, optimizer, run folder, and the steps of an ordinary run."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from phi3_dist.adapters.card import adapter_card
+from phi3_dist.adapters.files import save_adapter
+from phi3_dist.config.json_text import parse_json
+from phi3_dist.config.load import resolved_yaml
+from phi3_dist.config.schema import RunConfig
+from phi3_dist.data.batch import Order
+from phi3_dist.data.prepare import Prepared
+from phi3_dist.modeling.base import Base, meta_model
+from phi3_dist.modeling.lora import add_lora, fill_adapter
+from phi3_dist.modeling.loss import PackedLoss
+from phi3_dist.modeling.weights_watch import WeightsWatch
+from phi3_dist.planning.plan import RunPlan
+from phi3_dist.sweep.file import Candidate
+from phi3_dist.sweep.joint import JointLoss, Part, Update
+from phi3_dist.training.batch_counts import order_of, steps_of, steps_of_an_evaluation
+from phi3_dist.training.build import adapter_values
+from phi3_dist.training.checkpoints.files import Checkpoint, read_state
+from phi3_dist.training.checkpoints.saver import Saver
+from phi3_dist.training.checkpoints.state import import_state
+from phi3_dist.training.context import RunContext
+from phi3_dist.training.engines.engine import TorchEngine
+from phi3_dist.training.engines.optimizer import make_optimizer
+from phi3_dist.training.evaluate import HeldOut
+from phi3_dist.training.final_adapter import card_contents
+from phi3_dist.training.monitor.health import Health
+from phi3_dist.training.monitor.metrics import Metrics
+from phi3_dist.training.monitor.profiling import StepProfile
+from phi3_dist.training.monitor.start_clock import StartClock
+from phi3_dist.training.monitor.time_left import TimeLeft
+from phi3_dist.training.plan_proof import prove_built_dtypes
+from phi3_dist.training.run_folder import RunFolder
+from phi3_dist.training.run_steps import Steps, steps_in_order
+from phi3_dist.training.runtime import Runtime
+from phi3_dist.training.signals import StopFlag, exit_code_of, state_of_stop
+
+__all__ = ["CandidateMetrics", "CandidateRun", "CandidateView", "Given", "build_adapter", "updates_of"]
+
+
+def build_adapter(cfg: RunConfig, base: Base, runtime: Runtime) -> PackedLoss:
+    """The PEFT model of one candidate: its adapter has values and lies on the device, its base has none.
+
+    The adapter is whole on every rank, also where the base is sharded.
+    """
+    values = adapter_values(cfg, base, ()) if cfg.model.adapter else None
+    model = PackedLoss(add_lora(meta_model(base, runtime.dtype), cfg.lora, base.source))
+    for module in model.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            if param.requires_grad or (isinstance(module, nn.Linear) and _in_adapter(model, module)):
+                made = nn.Parameter(torch.empty_like(param, device=runtime.device), requires_grad=param.requires_grad)
+                setattr(module, name, made)
+    fill_adapter(model, cfg.train.seed, values)
+    model.train()
+    return model
+
+
+def _in_adapter(model: nn.Module, module: nn.Module) -> bool:
+    layers = (one for one in model.modules() if isinstance(one, LoraLayer))
+    return any(module is own for layer in layers for own in (*layer.lora_A.values(), *layer.lora_B.values()))
+
+
+def updates_of(adapter: PackedLoss) -> dict[str, Update]:
+    """The LoRA of each linear, by the linear's name in the base."""
+    found = {}
+    for name, layer in adapter.causal_lm.named_modules():
+        if isinstance(layer, LoraLayer):
+            dropout = layer.lora_dropout["default"]
+            drop = float(dropout.p) if isinstance(dropout, nn.Dropout) else 0.0
+            pair = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+            found[name] = Update(*pair, float(layer.scaling["default"]), drop)
+    return found
+
+
+class CandidateView(nn.Module):
+    """A candidate as an ordinary model: its adapter's names, and a forward that runs the shared base for it alone."""
+
+    def __init__(self, number: int, adapter: PackedLoss, joint: JointLoss, runtime: Runtime) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self._number, self._runtime = number, runtime
+        self._joint = (joint,)  # in a tuple: its parameters are no candidate's
+
+    def forward(self, **batch: Any) -> Tensor:
+        """The summed negative log likelihood of a batch, as `PackedLoss` gives it. Without dropout's generator."""
+        (joint,) = self._joint
+        joint.present.set([Part(self._number, batch)], self._runtime.device)
+        with self._runtime.accelerator.autocast():
+            nll: Tensor = joint(**batch)[0]
+        return nll.float()
+
+    def train(self, mode: bool = True) -> CandidateView:
+        super().train(mode)
+        self._joint[0].train(mode)
+        return self
+
+
+class _Engine(TorchEngine):
+    """`TorchEngine` of an adapter that is whole on every rank: its gradients are added up here, once a step."""
+
+    def __init__(self, view: nn.Module, optimizer: torch.optim.Optimizer, runtime: Runtime, max_grad_norm: float):
+        super().__init__(view, optimizer, 1, max_grad_norm)
+        self._runtime = runtime
+
+    def update(self, lr: float) -> Tensor:
+        if self._runtime.world > 1:
+            grads = [param.grad for param in self.params if param.grad is not None]
+            flat = torch.cat([grad.reshape(-1) for grad in grads])
+            self._runtime.sum(flat)
+            sizes = [grad.numel() for grad in grads]
+            for grad, part in zip(grads, torch.split(flat, sizes), strict=True):
+                grad.copy_(part.view_as(grad))
+        return super().update(lr)
+
+
+class CandidateMetrics(Metrics):
+    """metrics.jsonl of one candidate; what a person sees is the sweep's table, and lines with the candidate's name."""
+
+    def __init__(self, path: Path, total: int, name: str, tell: Callable[[str], None], *, active: bool) -> None:
+        super().__init__(path, total, _NoTracker(), active=active)
+        self._progress = None
+        self._name, self._tell_person = name, tell
+        self.loss = math.nan
+        self.held_out: dict[int, float] = {}
+        for row in _rows(path):
+            if row.get("kind") == "eval" and isinstance(row.get("heldout_loss"), int | float):
+                self.held_out[int(row["step"])] = float(row["heldout_loss"])
+
+    def say(self, text: str) -> None:
+        if self.active:
+            self._tell_person(f"{self._name}: {text}")
+
+    def train(self, row: dict[str, Any], left_s: float) -> None:
+        self.loss = float(row["loss"])
+        if self.active:
+            self._write({"kind": "train", **row, "elapsed_s": round(time.perf_counter() - self.started, 3)})
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        self.held_out[int(row["step"])] = float(row["heldout_loss"])
+        if self.active:
+            self._write({"kind": "eval", **row})
+
+    def evaluating(self, share: float, left_s: float) -> None:
+        """Nothing: the table says how far all are."""
+
+
+class _NoTracker:
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        """Nothing."""
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; torn lines are left out."""
+    try:
+        lines = path.read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            row = parse_json(line)
+            if isinstance(row, dict):
+                found.append(row)
+    return found
+
+
+def _last(rows: Iterable[Mapping[str, Any]], kind: str, key: str) -> float:
+    """The newest number of that kind, or nan."""
+    values = [row.get(key) for row in rows if row.get("kind") == kind]
+    last = values[-1] if values else None
+    return float(last) if isinstance(last, int | float) else math.nan
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the sweep gives each of its candidates."""
+
+    runtime: Runtime
+    base: Base
+    tokenizer: Any
+    joint: JointLoss
+    watch: WeightsWatch
+    flag: StopFlag
+    clock: StartClock
+    regime: str | None
+    tell: Callable[[str], None]
+
+
+@dataclass
+class CandidateRun:
+    """A candidate while it runs. `next_step` is the step it waits to make, None once it has ended."""
+
+    candidate: Candidate
+    plan: RunPlan
+    prepared: Prepared
+    folder: RunFolder
+    facts: Mapping[str, Any]
+    start: Checkpoint | None = None
+    state: str = "waiting"
+    why: str = ""
+    next_step: int | None = None
+    done: int = 0
+    held_out: HeldOut | None = None
+    stopped_by: int = 0
+    ctx: Any = None
+    engine: Any = None
+    number: int = -1
+    _steps: Steps | None = None
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def name(self) -> str:
+        return self.candidate.name
+
+    @property
+    def cfg(self) -> RunConfig:
+        return self.candidate.cfg
+
+    @property
+    def order(self) -> Order:
+        return order_of(self.cfg, self.prepared.train)
+
+    @property
+    def total(self) -> int:
+        return steps_of(self.cfg, self.order)
+
+    def losses(self) -> tuple[float, float]:
+        """The newest training loss and the newest held-out loss, nan where there is none."""
+        if self.ctx is None:
+            rows = _rows(self.folder.metrics)
+            return _last(rows, "train", "loss"), _last(rows, "eval", "heldout_loss")
+        known = self.ctx.metrics.held_out
+        return self.ctx.metrics.loss, known[max(known)] if known else math.nan
+
+    def build(self, number: int, given: Given) -> dict[str, Update]:
+        """Adapter and optimizer, at the start or as the checkpoint has them; the updates that the base is to apply."""
+        runtime = replace(given.runtime, plan=self.plan)
+        adapter = build_adapter(self.cfg, given.base, runtime)
+        view = CandidateView(number, adapter, given.joint, runtime)
+        optimizer = make_optimizer(adapter, self.cfg.optim, runtime.device, self.cfg.lora.plus_ratio)
+        self.number, self.engine = number, _Engine(view, optimizer, runtime, self.cfg.optim.max_grad_norm)
+        if self.start is not None:
+            skipped = self.start.trainer.get("health", {}).get("skipped", 0)
+            import_state(self.engine, read_state(self.start), self.start.step - skipped)
+        prove_built_dtypes(self.engine, runtime)
+        return updates_of(adapter)
+
+    def begin(self, given: Given) -> None:
+        """Open the folder's files, measure what is to be measured before the first step, and wait for it."""
+        runtime, where = replace(given.runtime, plan=self.plan), self.folder.held
+        path = where / self.folder.metrics.name
+        metrics = CandidateMetrics(path, self.total, self.name, given.tell, active=runtime.is_main)
+        self._stack.enter_context(metrics)
+        profile = self._stack.enter_context(StepProfile(0, where / "profile", active=False))
+        packs = (self.prepared.train, self.prepared.held_out)
+        time_left = TimeLeft(self.cfg, self.total, evaluation_steps=steps_of_an_evaluation(*packs, self.order))
+        self.ctx = RunContext(
+            self.cfg,
+            runtime,
+            self.engine,
+            *packs,
+            self.order,
+            self.total,
+            metrics,
+            self.folder,
+            self.facts,
+            clock=given.clock,
+            profile=profile,
+            flag=given.flag,
+            time_left=time_left,
+        )
+        first = self.start.step if self.start else 0
+        if runtime.is_main:
+            plan = replace(self.plan, steps=self.total)
+            self.folder.write("config.yaml", resolved_yaml(self.cfg))
+            self.folder.write_json("plan.json", {**plan.to_dict(), "identity": dict(self.facts)})
+            self.folder.record_environment()
+            self.folder.forget_exit()
+            self.folder.heartbeat(first)
+        health = Health(self.ctx, self.start.trainer.get("health", {}) if self.start else {})
+        self._saver = Saver(self.ctx, health, self.start)
+        self._steps = steps_in_order(self.ctx, first, self._saver, health, watch=given.watch)
+        self.state, self.done = "running", first
+        self._advance(next, given)
+
+    def take(self, result: Any, given: Given) -> None:
+        """What came of the step that this candidate waited for; None ends it with a checkpoint."""
+        self._advance(lambda steps: steps.send(result), given)
+
+    def _advance(self, move: Callable[[Any], int], given: Given) -> None:
+        assert self._steps is not None
+        try:
+            self.next_step = move(self._steps)
+            self.done = self.next_step
+        except StopIteration as end:
+            self.next_step = None
+            self.done, held_out, self.stopped_by = end.value
+            self.held_out = held_out or self.held_out
+            self._finish(given)
+
+    def _finish(self, given: Given) -> None:
+        """Save what there is to save, and record how it ended."""
+        self._saver.report(self.done)
+        if self.stopped_by:
+            self.state = state_of_stop(self.stopped_by)
+            self.why = f"stopped by {signal.Signals(self.stopped_by).name} after step {self.done}"
+        elif self.done < self.total:
+            self.state = "ended early"
+        else:
+            self.state = "finished"
+            self._save_adapter(given)
+        self._saver.finish()
+        if given.runtime.is_main:
+            self.folder.record_exit(exit_code_of(self.stopped_by) if self.stopped_by else 0, self.state)
+        self.close()
+
+    def _save_adapter(self, given: Given) -> None:
+        with self.folder.by_name():
+            save_adapter(
+                self.engine.model.adapter,
+                self.folder.held / "adapter",
+                tokenizer=given.tokenizer,
+                card=adapter_card(card_contents(self.ctx, given.base, self.held_out, given.regime)),
+                base_hint={"revision": self.cfg.model.revision} if self.cfg.model.revision else None,
+                metadata={"longrope": given.regime} if given.regime else {},
+            )
+
+    def fail(self, why: str, given: Given) -> None:
+        """An error of this candidate alone: the others go on."""
+        self.state, self.why, self.next_step = "failed", why, None
+        if given.runtime.is_main:
+            self.folder.record_exit(1, "failed")
+        self.close()
+
+    def close(self) -> None:
+        self._stack.close()

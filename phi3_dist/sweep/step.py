@@ -1,0 +1,62 @@
+"""One step of every candidate that waits for one: a joint forward and backward a slot, then an update each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from phi3_dist.sweep.candidate import CandidateRun, Given
+from phi3_dist.sweep.joint import Part, joined
+from phi3_dist.training.train_step import StepResult, learning_rate, micro_batch_seed, to_device
+
+__all__ = ["joint_step"]
+
+
+def joint_step(waiting: Sequence[CandidateRun], given: Given) -> list[StepResult]:
+    """The results of one step of each candidate, in their order. Collective.
+
+    Each candidate's loss is divided by the supervised tokens of its own global batch, as in a run of its own.
+    """
+    runtime, joint = given.runtime, given.joint
+    steps = [int(run.next_step or 0) for run in waiting]
+    everyone = [run.order.packs_of_step(step) for run, step in zip(waiting, steps, strict=True)]
+    supervised = [int(run.prepared.train.targets[packs].sum()) for run, packs in zip(waiting, everyone, strict=True)]
+    slots = [
+        run.order.slots(step, runtime.rank, runtime.world, run.plan.micro_batch)
+        for run, step in zip(waiting, steps, strict=True)
+    ]
+    nlls = [torch.zeros((), device=runtime.device) for _ in waiting]
+    for slot in range(max(map(len, slots))):
+        here = [index for index, own in enumerate(slots) if slot < len(own)]
+        parts = []
+        for index in here:
+            run = waiting[index]
+            seed = micro_batch_seed(run.cfg.train.seed, steps[index], slot * runtime.world + runtime.rank)
+            batch = to_device(run.prepared.train, slots[index][slot], runtime.device)
+            parts.append(Part(run.number, batch, seed))
+        joint.present.set(parts, runtime.device)
+        with runtime.accelerator.autocast():
+            losses = joint(**joined(parts))
+        total = torch.zeros((), device=runtime.device)
+        for index, loss in zip(here, losses, strict=True):
+            loss = loss.float()  # noqa: PLW2901
+            sound = 1 + (loss.detach() - loss.detach())  # nan for a loss that is no number: see training/train_step.py
+            total = total + loss / supervised[index] * sound
+            nlls[index] += loss.detach()
+        total.backward()  # type: ignore[no-untyped-call]
+    results = []
+    for index, run in enumerate(waiting):
+        lr = learning_rate(steps[index], run.total, run.cfg.optim)
+        rows = run.prepared.train.rows.lengths
+        results.append(
+            StepResult(
+                nll=nlls[index],
+                supervised_tokens=supervised[index],
+                tokens=int(sum(rows[row] for pack in everyone[index] for row in run.prepared.train.packs[pack])),
+                grad_norm=run.engine.update(lr),
+                lr=lr,
+                packs=tuple(int(pack) for pack in everyone[index]),
+            )
+        )
+    return results

@@ -1,0 +1,258 @@
+"""Sweeps: each candidate as its own run would be, whatever trains beside it; who ends early; what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from phi3_dist.errors import ConfigError, PlanError
+from phi3_dist.machine.probe import launch_facts, probe
+from phi3_dist.sweep import step as sweep_step
+from phi3_dist.sweep.early import Decision, decide, rung_step
+from phi3_dist.sweep.file import EarlyConfig, Sweep, load_sweep
+from phi3_dist.sweep.loop import SweepResult, candidates_at_once, run_sweep
+from phi3_dist.training.loop import train
+
+REPO = Path(__file__).parents[2]
+RUN: dict[str, Any] = {
+    "model": {"source": "tiny-random", "precision": "fp32"},
+    "data": {"train": str(REPO / "configs/run/debug_chats.jsonl"), "validation_share": 0.1, "pack_length": 320},
+    "lora": {"r": 8, "alpha": 16, "dropout": 0.1},
+    "optim": {"lr": 1e-2},
+    "train": {"max_steps": 4, "global_batch": 4, "micro_batch": 2, "eval_every": 2},
+    "save": {"every": 2},
+    "log": {"trackers": []},
+}
+
+
+def sweep_of(folder: Path, section: dict[str, Any], **changes: Any) -> Sweep:
+    values = {name: {**RUN.get(name, {}), **changes.get(name, {})} for name in {*RUN, *changes}}
+    values["save"]["folder"] = str(folder / "runs")
+    file = folder / "sweep.yaml"
+    file.write_text(yaml.safe_dump({**values, "sweep": section}))
+    return load_sweep(file)
+
+
+def run(sweep: Sweep, **options: Any) -> SweepResult:
+    return run_sweep(sweep, probe(use_cpu=True), launch_facts({}), **options)
+
+
+def rows(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def numbers(folder: Path) -> list[Any]:
+    keys = ("step", "loss", "lr", "grad_norm", "supervised_tokens", "tokens", "heldout_loss")
+    return [[row.get(key) for key in keys] for kind in ("train", "eval") for row in rows(folder, kind)]
+
+
+def same_bits(ours: Path, theirs: Path) -> None:
+    assert numbers(ours) == numbers(theirs)
+    a, b = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (ours, theirs))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def alone(sweep: Sweep, folder: Path) -> None:
+    """Each candidate once more, as a run of its own."""
+    for one in sweep.candidates:
+        save = one.cfg.save.model_copy(update={"folder": str(folder / one.name)})
+        train(one.cfg.model_copy(update={"save": save}), probe(use_cpu=True), launch_facts({}), overwrite=True)
+
+
+MANY = [
+    {"name": "as_it_is"},
+    {"name": "narrow", "lora.targets": ["qkv_proj"], "lora.dropout": 0.0, "train.seed": 3, "optim.lr": 0.02},
+    {"name": "short", "train.max_steps": 3, "optim.schedule": "linear"},
+    {"name": "twice_the_batch", "train.global_batch": 8},
+    {"name": "rs_plus", "lora.rslora": True, "lora.plus_ratio": 4.0, "lora.r": 4},
+    {"name": "frozen_a", "lora.freeze_a": True, "optim.weight_decay": 0.1},
+    {"name": "one_layer", "lora.layers": [1], "data.supervise": "all"},
+    {"name": "pattern", "lora.rank_pattern": {"down_proj": 2}, "optim.max_grad_norm": 0.01},
+]
+
+
+def test_each_candidate_is_its_own_run_to_the_bit(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, {"candidates": MANY})
+    result = run(sweep)
+    assert set(result.states.values()) == {"finished"}
+    alone(sweep, tmp_path / "alone")
+    for one in sweep.candidates:
+        same_bits(Path(one.cfg.save.folder), tmp_path / "alone" / one.name)
+    said = json.loads((tmp_path / "runs" / "sweep.json").read_text())
+    losses = [one["heldout_loss"] for one in said["candidates"]]
+    assert losses == sorted(losses)
+    assert result.best == said["candidates"][0]["name"]
+    best, winner = tmp_path / "runs" / "best", tmp_path / "runs" / result.best / "adapter"
+    assert (best / "adapter_model.safetensors").read_bytes() == (winner / "adapter_model.safetensors").read_bytes()
+
+
+def test_checkpointed_layers_draw_their_masks_again(tmp_path: Path) -> None:
+    section = {"axes": {"lora.r": [8, 4]}}
+    sweep = sweep_of(tmp_path, section, model={"activation_checkpointing": True}, train={"max_steps": 2})
+    run(sweep)
+    alone(sweep, tmp_path / "alone")
+    for one in sweep.candidates:
+        same_bits(Path(one.cfg.save.folder), tmp_path / "alone" / one.name)
+
+
+def test_a_candidate_whose_numbers_go_wrong_touches_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = sweep_of(tmp_path, {"axes": {"optim.lr": [1e-2, 1e-3]}}, train={"max_bad_steps": 2})
+    make: Callable[..., Any] = sweep_step.to_device
+
+    def poisoned(packs: Any, which: Any, device: Any) -> Any:
+        for update in (updates or [None])[:1]:
+            if update is not None:
+                with torch.no_grad():
+                    update.a_RI.fill_(float("nan"))
+        return make(packs, which, device)
+
+    updates: list[Any] = []
+    from phi3_dist.sweep import candidate
+
+    built = candidate.updates_of
+
+    def noted(adapter: Any) -> Any:
+        found = built(adapter)
+        updates.extend(list(found.values())[:1])
+        return found
+
+    monkeypatch.setattr(candidate, "updates_of", noted)
+    monkeypatch.setattr(sweep_step, "to_device", poisoned)
+    result = run(sweep)
+    monkeypatch.undo()
+    first, second = sweep.candidates
+    assert result.states == {first.name: "failed", second.name: "finished"}
+    assert result.exit_code == 1
+    alone(sweep, tmp_path / "alone")
+    same_bits(Path(second.cfg.save.folder), tmp_path / "alone" / second.name)
+
+
+def test_halving_ends_the_worst_and_a_revived_one_goes_on_as_if_it_never_had(tmp_path: Path) -> None:
+    section = {"axes": {"optim.lr": [1e-2, 1e-3, 1e-4]}, "early": "halving"}
+    sweep = sweep_of(tmp_path, section)
+    result = run(sweep)
+    said = json.loads((tmp_path / "runs" / "sweep.json").read_text())
+    assert [decision["step"] for decision in said["early"]] == [2, 4][: len(said["early"])]
+    assert said["early"][0]["ended"] == ["lr=0.0001"]
+    assert result.states["lr=0.0001"] == "ended early"
+    assert "number 3 of 3, and 2 go on" in said["candidates"][-1]["why"]
+    again = run(sweep, resume=True)
+    assert again.states == result.states
+    revived = run(sweep, resume=True, revive=["lr=0.0001"])
+    assert revived.states["lr=0.0001"] == "finished"
+    one = next(c for c in sweep.candidates if c.name == "lr=0.0001")
+    save = one.cfg.save.model_copy(update={"folder": str(tmp_path / "alone")})
+    train(one.cfg.model_copy(update={"save": save}), probe(use_cpu=True), launch_facts({}))
+    assert numbers(Path(one.cfg.save.folder)) == numbers(tmp_path / "alone")
+
+
+def test_a_sweep_goes_on_where_it_was_cut_and_takes_new_candidates(tmp_path: Path) -> None:
+    whole = sweep_of(tmp_path, {"axes": {"optim.lr": [1e-2, 1e-3]}, "together": 1})
+    run(whole)
+    cut = tmp_path / "runs" / "lr=0.001"
+    kept = shutil.copytree(cut, tmp_path / "kept")
+    shutil.rmtree(cut / "checkpoints" / "step_000004")
+    shutil.rmtree(cut / "adapter")
+    (cut / "exit.json").unlink()
+    more = sweep_of(tmp_path, {"axes": {"optim.lr": [1e-2, 1e-3, 1e-4]}})
+    result = run(more, resume=True)
+    assert set(result.states.values()) == {"finished"}
+    same_bits(cut, kept)
+    assert [row["step"] for row in rows(tmp_path / "runs" / "lr=0.0001")] == [1, 2, 3, 4]
+
+
+def test_the_rule_is_a_function_of_the_losses() -> None:
+    early = EarlyConfig(rule="halving", keep=0.5, first=2, floor=2)
+    assert [rung_step(early, 10, rung) for rung in range(3)] == [20, 40, 80]
+    names = ["a", "b", "c", "d", "e"]
+    made = decide(early, 20, {"a": 2.0, "b": float("nan"), "c": 1.0, "d": 1.0, "e": 3.0}, names)
+    assert made.kept == ("a", "c", "d")
+    assert made.ended == ("b", "e")
+    assert "number 5 of 5, and 3 go on" in made.why("b")
+    assert Decision.from_dict(json.loads(json.dumps(made.to_dict()))).kept == made.kept
+    assert decide(early, 40, {"a": 2.0, "c": 1.0}, names).kept == ("a", "c"), "the floor"
+    one = decide(EarlyConfig(rule="halving", keep=0.2), 1, {"b": 1.0, "a": 1.0}, names)
+    assert one.kept == ("a",), "equal losses: the order of the file"
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"axes": {"model.precision": ["bf16"]}}, "model.precision: cannot differ between candidates"),
+        ({"axes": {"data.pack_length": [64]}}, "packs of all candidates are joined"),
+        ({"axes": {"optim.learning_rate": [1]}}, "optim.learning_rate"),
+        ({"axes": {"lora.r": []}}, "sweep.axes.lora.r: has no value"),
+        ({"axes": {"lora.r": [1, 2], "optim.lr": [1]}, "how": "zip"}, "lora.r has 2, optim.lr has 1"),
+        ({"axes": {"lora.r": [8, 4]}, "candidates": [{"name": "x", "lora.r": 4}]}, "are the same run"),
+        ({"candidates": [{"lora.r": 4}]}, "sweep.candidates[0].name: is missing"),
+        ({"candidates": [{"name": "../x"}]}, "a folder is named after it"),
+        ({"candidates": [{"name": "best"}]}, "another word than best"),
+        ({"axes": {"lora.dora": [True]}}, "lora.dora: cannot be in a sweep"),
+        ({"axes": {"lora.r": [0]}}, "sweep candidate r=0"),
+        ({}, "has neither axes nor candidates"),
+        ({"axe": {}}, "sweep.axe"),
+        ({"axes": {"train.seed": list(range(600))}}, "means 600 candidates"),
+    ],
+)
+def test_what_cannot_be_a_sweep_is_one_message(section: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        sweep_of(tmp_path, section)
+    assert said in str(caught.value)
+
+
+def test_early_ends_need_losses_to_compare(tmp_path: Path) -> None:
+    section = {"axes": {"lora.r": [8, 4]}, "early": "halving"}
+    with pytest.raises(ConfigError, match=r"set train\.eval_every"):
+        sweep_of(tmp_path, section, train={"eval_every": 0})
+    with pytest.raises(ConfigError, match=r"there is no data\.held_out to measure on"):
+        sweep_of(tmp_path, section, data={"validation_share": 0.0})
+
+
+def test_the_shipped_sweep_file_is_read() -> None:
+    sweep = load_sweep(REPO / "configs/sweep/lr_and_rank.yaml")
+    assert len(sweep.candidates) == 9
+    assert sweep.differing == ("optim.lr", "lora.r", "lora.targets")
+
+
+def test_a_run_file_without_candidates_is_told_how(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no section `sweep`"):
+        load_sweep(REPO / "configs/run/debug.yaml")
+    sweep = sweep_of(tmp_path, {"axes": {"lora.r": [8]}})
+    with pytest.raises(ConfigError, match="nobody is no candidate"):
+        run(sweep, resume=True, revive=["nobody"])
+
+
+def test_what_no_sweep_runs_under_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, {"axes": {"lora.r": [8]}}, model={"fp8": True, "precision": "bf16"})
+    with pytest.raises(PlanError, match="nearest: false"):
+        run(sweep)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_as_many_train_at_once_as_memory_holds(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, {"axes": {"train.seed": list(range(8))}})
+    from phi3_dist.planning.memory import Term
+
+    terms = (Term("base weights", 4.0, ""), Term("adapter", 0.5, ""), Term("activations (estimate)", 1.5, ""))
+    machine = probe(use_cpu=True)
+    card = type(machine)(**{**vars(machine), "device": "cuda", "device_memory_gib": 12.0})
+    assert candidates_at_once("auto", len(sweep.candidates), terms, card, 1)[0] == 3
+    assert candidates_at_once("auto", 2, terms, card, 1)[0] == 2
+    assert candidates_at_once(5, 8, terms, card, 1) == (5, "as the sweep file says")
+
+
+def test_a_sweep_file_of_hundreds_is_read_at_once(tmp_path: Path) -> None:
+    start = time.process_time()
+    assert len(sweep_of(tmp_path, {"axes": {"train.seed": list(range(100))}}).candidates) == 100
+    assert time.process_time() - start < 20
