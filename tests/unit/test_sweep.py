@@ -215,7 +215,7 @@ def test_early_ends_need_losses_to_compare(tmp_path: Path) -> None:
     section = {"axes": {"lora.r": [8, 4]}, "early": "halving"}
     with pytest.raises(ConfigError, match=r"set train\.eval_every"):
         sweep_of(tmp_path, section, train={"eval_every": 0})
-    with pytest.raises(ConfigError, match=r"there is no data\.held_out to measure on"):
+    with pytest.raises(ConfigError, match=r"there is no data\.validation to measure on"):
         sweep_of(tmp_path, section, data={"validation_share": 0.0})
 
 
