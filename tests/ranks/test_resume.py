@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import warm
 from tests.ranks.test_strategies import RUN, SAME, clean_environment, compare, launch, rows
 
 pytestmark = pytest.mark.ranks
@@ -138,7 +139,7 @@ def test_a_signal_leads_to_a_checkpoint_and_its_exit_code(number: signal.Signals
     folder = tmp_path / "run"
     overrides = [*SAME, "train.max_steps=100000", f"save.folder={folder}", "save.every=0"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "phi3_dist", "train", RUN, *overrides],
+        [warm.python(), "-m", "phi3_dist", "train", RUN, *overrides],
         env=clean_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -207,7 +208,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     reference = tmp_path / "reference"
     assert launch(None, reference, "save.every=1").returncode == 0
     folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "phi3_dist", "train", RUN, *SAME, f"save.folder={folder}", "save.every=1"]
+    command = [warm.python(), "-m", "phi3_dist", "train", RUN, *SAME, f"save.folder={folder}", "save.every=1"]
     for wait_s in (0.0, 0.05, 0.11):
         process = subprocess.Popen(
             [*command, "--resume"], env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

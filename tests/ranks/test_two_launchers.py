@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.ranks.launcher import REPO, free_port
 from tests.ranks.processes import descendants, lives, ranks_below
 from tests.ranks.test_strategies import RUN, SAME, clean_environment, compare, launch
@@ -24,10 +25,12 @@ ENDLESS = "train.max_steps=100000"
 
 
 class Node:
-    """One launcher and its ranks. Output goes to a file; `trainers` are the ranks' own processes."""
+    """One launcher and its ranks. Output goes to a file; `trainers` are the ranks' processes, below a real launcher."""
 
-    def __init__(self, config: str, options: tuple[str, ...], log: Path, *overrides: str) -> None:
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+    def __init__(
+        self, config: str, options: tuple[str, ...], log: Path, *overrides: str, program: str = sys.executable
+    ) -> None:
+        command = [program, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
         command += [f"configs/accelerate/{config}.yaml", *options, "-m", "phi3_dist", "train", RUN, *SAME, *overrides]
         self.log = log
         # CPU ranks with a GPU config: DeepSpeed and FSDP2 find the CPU themselves, DDP asks Accelerate
@@ -56,7 +59,12 @@ class Node:
 
 @contextmanager
 def nodes(
-    config: str, folder: Path, *overrides: str, processes: int = 1, of_second: tuple[str, ...] = ()
+    config: str,
+    folder: Path,
+    *overrides: str,
+    processes: int = 1,
+    of_second: tuple[str, ...] = (),
+    program: str = sys.executable,
 ) -> Iterator[tuple[Node, Node]]:
     """Two launchers with `processes` ranks each; none of their processes outlives the block."""
     folder.mkdir(exist_ok=True)
@@ -68,7 +76,7 @@ def nodes(
         for rank in range(2):
             extra = (f"save.folder={folder / 'run'}", *overrides, *(of_second if rank else ()))
             options = (*common, "--machine_rank", str(rank))
-            started.append(Node(config, options, folder / f"node_{rank}.log", *extra))
+            started.append(Node(config, options, folder / f"node_{rank}.log", *extra, program=program))
         yield started[0], started[1]
     finally:
         for node in started:
@@ -104,7 +112,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_nodes_give_one_process_numbers(
     config: str, processes: int, reference: Path, tmp_path: Path, deepspeed_ops: Path
 ) -> None:
-    with nodes(config, tmp_path / "two", processes=processes) as two:
+    with nodes(config, tmp_path / "two", processes=processes, program=warm.python()) as two:
         for node in two:
             assert node.process.wait(timeout=150) == 0, node.output
         assert f"strategy: {config.removesuffix('_multinode')}" in two[0].output
@@ -112,7 +120,7 @@ def test_two_nodes_give_one_process_numbers(
 
 
 def test_nodes_with_different_configs_are_told_so_before_step_1(tmp_path: Path) -> None:
-    with nodes("ddp_multinode", tmp_path / "two", of_second=("optim.lr=0.002",)) as two:
+    with nodes("ddp_multinode", tmp_path / "two", of_second=("optim.lr=0.002",), program=warm.python()) as two:
         for node in two:
             assert node.process.wait(timeout=END_S) != 0
             assert re.search(r"rank 1:? optim.lr is 0.002, on rank 0 it is 0.001", node.output), node.output
