@@ -9,7 +9,6 @@ import importlib
 import io
 import marshal
 import os
-import pkgutil
 import random
 import runpy
 import selectors
@@ -25,27 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Besides every module of phi3_dist. Not deepspeed: what it is to run on is read when it is imported, and it is quick.
-LIBRARIES = (
-    "torch",
-    "torch._dynamo",
-    "torch._inductor.compile_fx",
-    "torch.distributed.fsdp",
-    "torch.distributed.run",
-    "torch.utils.tensorboard",
-    "transformers.models.phi3.modeling_phi3",
-    "transformers.models.llama.tokenization_llama",
-    "peft",
-    "accelerate.commands.accelerate_cli",
-    "accelerate.commands.launch",
-    "bitsandbytes",
-    "datasets",
-    "matplotlib.pyplot",
-    "matplotlib.backends.backend_agg",
-    "tensorboard",
-)
-# Programs: they do their work when they are imported, or begin with a setting of their own.
-NOT_IMPORTED = ("phi3_dist.__main__", "phi3_dist.bench", "phi3_dist.demo", "phi3_dist.modeling.kernels")
+from tests.warm.imports import names
+
 # A process that wants another value than the server's has to be a real one.
 READ_AT_IMPORT = (
     "OMP_NUM_THREADS",
@@ -72,18 +52,6 @@ class Forked:
     pidfd: int
     client: socket.socket
     words: str
-
-
-def import_all() -> None:
-    """Every library in the list, and every module of the package that is not a program."""
-    for name in LIBRARIES:
-        importlib.import_module(name)
-    package = importlib.import_module("phi3_dist")
-    for module in pkgutil.walk_packages(package.__path__, "phi3_dist."):
-        if not module.name.startswith(
-            ("phi3_dist.bench", "phi3_dist.demo", "phi3_dist.modeling.kernels", *NOT_IMPORTED)
-        ):
-            importlib.import_module(module.name)
 
 
 class Server:
@@ -300,7 +268,9 @@ def leave(body: Callable[[], None]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    import_all()
+    for name in names():
+        with contextlib.suppress(ModuleNotFoundError):  # of another version of a library
+            importlib.import_module(name)
     if others := _threads() - FORK_SAFE:
         raise RuntimeError(f"imports started threads, which a forked process would be without: {others}")
     gc.collect()
