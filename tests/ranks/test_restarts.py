@@ -31,7 +31,7 @@ def address() -> str:
 def started(
     script: str, folder: Path, log: Path, *options: str, more: tuple[str, ...] = (), warmed: bool = False
 ) -> subprocess.Popen[bytes]:
-    """One launch script; with `warmed`, the Python that it finds is `warm.python()`, below which no rank is found."""
+    """One launch script; with `warmed`, the Python that it finds is `warm.python()`."""
     command = ["bash", f"launch/{script}", *options, RUN, *SAME, *LONG, *more, f"save.folder={folder}"]
     env = clean_environment() | {"VIRTUAL_ENV": "active", "ACCELERATE_USE_CPU": "true"}
     if warmed:
@@ -68,7 +68,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_killed_rank_is_restarted_on_one_machine(undisturbed: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    process = started("local.sh", tmp_path / "run", log, "--config", "cpu_2", "--restarts", "2")
+    process = started("local.sh", tmp_path / "run", log, "--config", "cpu_2", "--restarts", "2", warmed=True)
     kill_a_rank(process, log, after="9")
     assert ended(process) == 0, log.read_text()
     assert "restart 1 of 2, from the last checkpoint" in log.read_text()

@@ -25,7 +25,7 @@ ENDLESS = "train.max_steps=100000"
 
 
 class Node:
-    """One launcher and its ranks. Output goes to a file; `trainers` are the ranks' processes, below a real launcher."""
+    """One launcher and its ranks. Output goes to a file; `trainers` are the ranks' own processes."""
 
     def __init__(
         self, config: str, options: tuple[str, ...], log: Path, *overrides: str, program: str = sys.executable
@@ -127,13 +127,16 @@ def test_nodes_with_different_configs_are_told_so_before_step_1(tmp_path: Path) 
             assert "step 1/" not in node.output
 
 
-@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
-def test_a_sharded_rank_that_dies_ends_the_others(config: str, tmp_path: Path, deepspeed_ops: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "real"), [("fsdp2", False), ("zero3", True), pytest.param("fsdp2", True, marks=pytest.mark.full)]
+)
+def test_a_sharded_rank_that_dies_ends_the_others(config: str, real: bool, tmp_path: Path, deepspeed_ops: Path) -> None:
     """On one node: the launcher ends with an error that names the signal, and no rank is left."""
     folder = tmp_path / "one"
     folder.mkdir()
     options = ("--num_processes", "2")
-    node = Node(config, options, folder / "node.log", ENDLESS, f"save.folder={folder / 'run'}")
+    program = sys.executable if real else warm.python()
+    node = Node(config, options, folder / "node.log", ENDLESS, f"save.folder={folder / 'run'}", program=program)
     try:
         node.reached(3)
         trainers = node.trainers
@@ -151,7 +154,7 @@ def test_a_sharded_rank_that_dies_ends_the_others(config: str, tmp_path: Path, d
 
 @pytest.mark.parametrize("config", ["zero3_multinode", pytest.param("ddp_multinode", marks=pytest.mark.full)])
 def test_a_rank_that_dies_ends_the_other_node_too(config: str, tmp_path: Path, deepspeed_ops: Path) -> None:
-    with nodes(config, tmp_path / "two", ENDLESS) as two:
+    with nodes(config, tmp_path / "two", ENDLESS, program=warm.python()) as two:
         two[0].reached(3)
         trainers = [pid for node in two for pid in node.trainers]
         assert len(trainers) == 2

@@ -15,7 +15,6 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 from tests.ranks.launcher import NOT_INHERITED, free_port
-from tests.warm.imports import names
 
 
 def nursery() -> ForkServerContext:
@@ -24,7 +23,7 @@ def nursery() -> ForkServerContext:
         del os.environ[name]
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(names())
+    context.set_forkserver_preload(["tests.warm.preload"])
     return context
 
 

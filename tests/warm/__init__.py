@@ -14,7 +14,8 @@ What differs from a process of its own, so that tests about it start a real one,
 - what an interpreter or a library reads from the environment or its options as it starts (`READ_AT_IMPORT` in the
   server, which refuses a process that wants another value), encodings, closed streams, and what is imported when;
 - the order of sets of strings is the same in all ranks, which share the server's hash seed;
-- the parent of a process, and what is below a launcher: tests that look for ranks there, or kill one;
+- the parent of a process, and its command line (`tests/ranks/processes.py` finds the ranks below a launcher all the
+  same, and a rank that is killed there takes its client with it by the same signal);
 - destructors at the end of an interpreter: exit handlers run, then the process ends.
 
 Each form of launcher keeps such a test: `accelerate launch` with DDP (the last of `test_strategies.py`), with ZeRO-3
@@ -57,6 +58,20 @@ def python() -> str:
             partial.chmod(0o700)
             partial.rename(program)
     return str(program)
+
+
+def forked(client: int) -> int | None:
+    """The process that a living client stands for; None if this is no client."""
+    return next((int(path.name.partition("_")[2]) for path in _living(f"{client}_*")), None)
+
+
+def client(process: int) -> int | None:
+    """The client that stands for a forked process; None if the server has not forked it, or it has ended."""
+    return next((int(path.name.partition("_")[0]) for path in _living(f"*_{process}")), None)
+
+
+def _living(pattern: str) -> list[Path]:
+    return list((Path(python()).parent / "living").glob(pattern)) if python.cache_info().currsize else []
 
 
 def environment(**more: str) -> dict[str, str]:

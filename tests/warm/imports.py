@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import pkgutil
 
 import phi3_dist
@@ -49,3 +51,14 @@ def names() -> list[str]:
     """Every library in the list, and every module of the package that is not a program."""
     modules = (module.name for module in pkgutil.walk_packages(phi3_dist.__path__, "phi3_dist."))
     return [*LIBRARIES, *(m for m in modules if not m.startswith(NOT_IMPORTED) and not m.endswith("__main__"))]
+
+
+def import_all() -> None:
+    """All of them, but for what another version of a library lacks; and what transformers makes for its first model."""
+    for name in names():
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
+    with contextlib.suppress(ImportError):
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("phi3")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
-import importlib
 import io
 import marshal
 import os
@@ -15,6 +14,7 @@ import selectors
 import shutil
 import signal
 import socket
+import struct
 import sys
 import threading
 import types
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.warm.imports import names
+from tests.warm.imports import import_all
 
 # A process that wants another value than the server's has to be a real one.
 READ_AT_IMPORT = (
@@ -52,6 +52,7 @@ class Forked:
     pidfd: int
     client: socket.socket
     words: str
+    known_as: Path  # CLIENT_FORKED, their numbers, among the living
 
 
 class Server:
@@ -67,6 +68,7 @@ class Server:
         self.living: list[Forked] = []
         self.selector.register(self.listener, selectors.EVENT_READ, self._accept)
         self.selector.register(self.owner_fd, selectors.EVENT_READ, self._leave)
+        (folder / "living").mkdir()
         (folder / "socket.partial").rename(folder / "socket")
 
     def serve(self) -> dict[str, Any]:
@@ -91,7 +93,8 @@ class Server:
         for fd in request["received"]:
             os.close(fd)
         words = " ".join(request["arguments"])[:LOGGED]
-        forked = Forked(pid, os.pidfd_open(pid), client, words)
+        forked = Forked(pid, os.pidfd_open(pid), client, words, self.folder / "living" / f"{_number_of(client)}_{pid}")
+        forked.known_as.touch()
         self.living.append(forked)
         self.selector.register(forked.pidfd, selectors.EVENT_READ, lambda: self._ended(forked))
         self.selector.register(client, selectors.EVENT_READ, lambda: self._deserted(forked))
@@ -107,6 +110,7 @@ class Server:
         with contextlib.suppress(OSError):
             forked.client.sendall(os.waitstatus_to_exitcode(status).to_bytes(8, "big", signed=True))
         self.living.remove(forked)
+        forked.known_as.unlink()
         for file in (forked.pidfd, forked.client):
             self.selector.unregister(file)
         os.close(forked.pidfd)
@@ -135,6 +139,13 @@ class Server:
         for other in self.living:
             os.close(other.pidfd)
             other.client.close()
+
+
+def _number_of(client: socket.socket) -> int:
+    """The process at the other end."""
+    size = struct.calcsize("3i")
+    number, _, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return int(number)
 
 
 def _threads() -> set[str]:
@@ -268,9 +279,7 @@ def leave(body: Callable[[], None]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    for name in names():
-        with contextlib.suppress(ModuleNotFoundError):  # of another version of a library
-            importlib.import_module(name)
+    import_all()
     if others := _threads() - FORK_SAFE:
         raise RuntimeError(f"imports started threads, which a forked process would be without: {others}")
     gc.collect()
