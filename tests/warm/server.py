@@ -168,7 +168,7 @@ def _received(client: socket.socket) -> dict[str, Any] | None:
     return {**request, "received": fds}
 
 
-def become(request: dict[str, Any]) -> None:
+def become(request: dict[str, Any], began_with: dict[str, str]) -> None:
     """Take the streams, folder, umask and environment that a process of this request would have begun with."""
     os.setsid()
     for fd in {0, 1, 2} - set(request["streams"]):
@@ -183,9 +183,9 @@ def become(request: dict[str, Any]) -> None:
     os.umask(request["umask"])
     os.chdir(request["folder"])
     asked = {os.fsdecode(k): os.fsdecode(v) for k, v in request["environment"].items()}
-    _refuse_what_was_read_already(asked)
+    _refuse_what_was_read_already(asked, began_with)
     paths = [str(Path(p).absolute()) for p in asked.get("PYTHONPATH", "").split(os.pathsep) if p]
-    own = [str(Path(p).absolute()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    own = [str(Path(p).absolute()) for p in began_with.get("PYTHONPATH", "").split(os.pathsep) if p]
     sys.path[:] = [sys.path[0], *paths, *(p for p in sys.path[1:] if p not in own or p in paths)]
     sys.path[:] = list(dict.fromkeys(sys.path))
     os.environ.clear()
@@ -193,9 +193,9 @@ def become(request: dict[str, Any]) -> None:
     random.seed()
 
 
-def _refuse_what_was_read_already(asked: dict[str, str]) -> None:
-    for key in sorted({*asked, *os.environ}):
-        if key.startswith(READ_AT_IMPORT) and key not in READ_LATER and asked.get(key) != os.environ.get(key):
+def _refuse_what_was_read_already(asked: dict[str, str], began_with: dict[str, str]) -> None:
+    for key in sorted({*asked, *began_with}):
+        if key.startswith(READ_AT_IMPORT) and key not in READ_LATER and asked.get(key) != began_with.get(key):
             print(f"{key}={asked.get(key)} is read at import: start a real process for it", file=sys.stderr, flush=True)
             os._exit(REFUSED)
 
@@ -279,6 +279,7 @@ def leave(body: Callable[[], None]) -> NoReturn:
 
 
 if __name__ == "__main__":
+    began_with = dict(os.environ)  # imports may set more
     import_all()
     if others := _threads() - FORK_SAFE:
         raise RuntimeError(f"imports started threads, which a forked process would be without: {others}")
@@ -286,7 +287,7 @@ if __name__ == "__main__":
     gc.freeze()
     place, owner = Path(sys.argv[1]), int(sys.argv[2])
     asked = Server(place, owner).serve()
-    become(asked)
+    become(asked, began_with)
     words = [os.fsdecode(word) for word in asked["arguments"]]
     unbuffered = words[0] == "-u"
     streams(unbuffered or bool(os.environ.get("PYTHONUNBUFFERED")))
