@@ -36,7 +36,7 @@ READ_AT_IMPORT = (
     "LC_",
     "LANG",
 )
-READ_AT_IMPORT += ("PYTHON", "MKL_", "LD_", "TORCHINDUCTOR_", "TORCH_LOGS", "TRANSFORMERS_")
+READ_AT_IMPORT += ("PYTHON", "MKL_", "LD_", "TORCH_LOGS", "TRANSFORMERS_")
 READ_LATER = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")
 LAUNCHERS = (("accelerate.commands.accelerate_cli", "launch"), ("phi3_dist", "launch"))
 FORK_SAFE = {"jemalloc_bg_thd"}  # pyarrow's allocator starts its thread anew after a fork
