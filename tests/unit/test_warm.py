@@ -87,6 +87,19 @@ def test_a_signal_is_handed_on(number: signal.Signals, code: int) -> None:
     assert warm.forked(process.pid) is None
 
 
+def test_what_is_ignored_stays_ignored() -> None:
+    """As under nohup, and in the background of a script."""
+    text = (
+        "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, signal.getsignal(signal.SIGHUP) == 0)"
+    )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        done = ended("-c", text)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (done.stdout, done.stderr) == ("True True\n", "")
+
+
 def test_what_is_read_at_import_cannot_be_another() -> None:
     done = ended("-c", "print('ran')", env=warm.environment(PYTHONHASHSEED="5"))
     assert (done.returncode, done.stdout) == (96, "")

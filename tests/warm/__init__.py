@@ -36,7 +36,7 @@ import uuid
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
-START_S = 180  # within which the server has to answer, on a machine that is busy
+START_S = 200  # within which the server has to answer, on a machine that is busy
 # What every process that tests start is given, and libraries read as they are imported
 AT_START = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 CLIENT = Path(__file__).with_name("client.py")
@@ -80,7 +80,8 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def _start(folder: Path, owner: int) -> None:
-    """Start the server and wait until it listens."""
+    """Start the server and wait until it listens. One that does not is killed: the next test may try again."""
+    (folder / "socket.partial").unlink(missing_ok=True)
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "tests.warm.server", str(folder), str(owner)],
@@ -92,8 +93,13 @@ def _start(folder: Path, owner: int) -> None:
             start_new_session=True,
         )
     until_s = time.monotonic() + START_S
-    while not (folder / "socket").exists():
-        if server.poll() is not None or time.monotonic() > until_s:
-            raise RuntimeError(f"the warm server did not start:\n{(folder / 'log').read_text()[-4000:]}")
-        time.sleep(0.02)
+    try:
+        while not (folder / "socket").exists():
+            if server.poll() is not None or time.monotonic() > until_s:
+                raise RuntimeError(f"the warm server did not start:\n{(folder / 'log').read_text()[-4000:]}")
+            time.sleep(0.02)
+    except BaseException:
+        server.kill()
+        server.wait()
+        raise
     server.returncode = 0  # it is not waited for: no warning when this handle goes

@@ -32,7 +32,7 @@ def main(path: str) -> None:
         "folder": os.getcwd(),  # noqa: PTH109 - pathlib takes its time to import
         "umask": _umask(),
         "streams": streams,
-        "ignored": [n for n in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(n) is signal.SIG_IGN],
+        "ignored": [int(n) for n in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(n) is signal.SIG_IGN],
     }
     for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGPIPE}:
         if signal.getsignal(number) is not signal.SIG_IGN:

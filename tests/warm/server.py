@@ -68,7 +68,7 @@ class Server:
         self.living: list[Forked] = []
         self.selector.register(self.listener, selectors.EVENT_READ, self._accept)
         self.selector.register(self.owner_fd, selectors.EVENT_READ, self._leave)
-        (folder / "living").mkdir()
+        (folder / "living").mkdir(exist_ok=True)
         (folder / "socket.partial").rename(folder / "socket")
 
     def serve(self) -> dict[str, Any]:
