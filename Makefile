@@ -61,7 +61,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Changed since the last commit, or since another one: make check BASE=main
-check: lint types ## lint, types, and the unit tests nearest to what changed: a minute, before a commit
+check: lint types ## lint, types, and the unit tests nearest to what changed: before a commit
 	@echo "[check] pytest"
 	@$(PYTEST) -m "not full and not gpu and not slurm and not ranks" $$($(BIN)/python -m tests.changed $(BASE))
 
