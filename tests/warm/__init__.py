@@ -18,9 +18,9 @@ What differs from a process of its own, so that tests about it start a real one,
   same, and a rank that is killed there takes its client with it by the same signal);
 - destructors at the end of an interpreter: exit handlers run, then the process ends.
 
-Each form of launcher keeps such a test: `accelerate launch` with DDP (the last of `test_strategies.py`), with ZeRO-3
-and FSDP2 and over two nodes (`test_two_launchers.py`), `launch/local.sh` (`test_restarts.py`), and the commands of the
-README, among them one process (`test_readme.py`).
+Real processes throughout are kept by a test of each form: `accelerate launch` with DDP (the last of
+`test_strategies.py`) and ZeRO-3 (`test_two_launchers.py`; FSDP2 and two nodes there in `make test-full`),
+`launch/local.sh` (`test_restarts.py`), and the commands of the README, among them one process (`test_readme.py`).
 """
 
 from __future__ import annotations
