@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-full test-gpu test-oldest test-py312 test-py313 test-slurm torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-gpu card card-rehearsal card-carry bench-prepare bench-sweep rehearse wheel clean
+.PHONY: help setup lint types check test test-full test-gpu test-oldest test-py312 test-py313 test-slurm torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-gpu card card-rehearsal card-carry bench-prepare bench-sweep rehearse wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name what; do \
@@ -55,13 +55,24 @@ types: setup ## mypy --strict
 	@echo "[types] mypy --strict"
 	@$(BIN)/mypy --no-error-summary
 
+# A file's tests stay with one worker, which makes what they share once. Two workers: tests of ranks start up to four
+# processes each.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Changed since the last commit, or since another one: make check BASE=main
+check: lint types ## lint, types, and the unit tests nearest to what changed: before a commit
+	@echo "[check] pytest"
+	@$(PYTEST) -m "not full and not gpu and not slurm and not ranks" $$($(BIN)/python -m tests.changed $(BASE))
+
 test: lint types ## what every change must pass: lint, types, tests
 	@echo "[test] pytest"
-	@$(BIN)/python -m pytest -q -m "not full and not gpu and not slurm"
+	@$(PYTEST) -m "not full and not gpu and not slurm"
 
 test-full: lint types ## make test and the long tests
 	@echo "[test-full] pytest"
-	@$(BIN)/python -m pytest -q -m "not gpu"
+	@$(PYTEST) -m "not gpu and not slurm"
+	@$(BIN)/python -m pytest -q tests/slurm
 
 test-gpu: setup ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from tests.ranks.launcher import run_ranks
@@ -19,6 +20,7 @@ REPO = Path(__file__).resolve().parent.parent
 # A folder for each Python and torch: torch asks neither which one an operator was compiled for
 EXTENSIONS = REPO / ".cache" / f"torch_extensions_py{sys.version_info[0]}{sys.version_info[1]}_{version('torch')}"
 ORDER = ("unit", "ranks")  # quick ones first; folders not named here come last
+BESIDE_OTHERS = ("ranks", "unit")  # long files first, so that the last ones that workers take are short
 FIRST_BUILD_TIMEOUT_S = 900
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # as machines may be
 settings.load_profile("busy")
@@ -51,27 +53,34 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Unit tests first, then ranks, each in the order they stand in; the first user of `deepspeed_ops` may build."""
+    """Unit tests first, then ranks, each in the order they stand in; workers of xdist begin with what takes long.
+
+    The first user of `deepspeed_ops` in each file may have to build, or to wait for a worker that does.
+    """
+    order = BESIDE_OTHERS if "PYTEST_XDIST_WORKER" in os.environ else ORDER
 
     def place(item: pytest.Item) -> int:
         folder = item.path.relative_to(REPO / "tests").parts[0]
-        return ORDER.index(folder) if folder in ORDER else len(ORDER)
+        return order.index(folder) if folder in order else len(order)
 
     items.sort(key=place)
-    for item in items:
-        if "deepspeed_ops" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.timeout(FIRST_BUILD_TIMEOUT_S))
-            break
+    first = {item.path: item for item in reversed(items) if "deepspeed_ops" in getattr(item, "fixturenames", ())}
+    for item in first.values():
+        item.add_marker(pytest.mark.timeout(FIRST_BUILD_TIMEOUT_S))
 
 
 @pytest.fixture(scope="session")
 def deepspeed_ops(pytestconfig: pytest.Config) -> Path:
     """DeepSpeed's CPU operators, built once into this clone's cache; the folder they lie in.
 
-    The two compile beside each other, one process each, since a first build takes minutes.
+    The two compile beside each other, one process each, since a first build takes minutes. Other workers wait for it.
     """
+    built = EXTENSIONS / f"built_by_deepspeed_{version('deepspeed')}"
     start_s = time.perf_counter()
-    run_ranks("tests.ranks.deepspeed_build:build", 2, deepspeed=True, timeout_s=FIRST_BUILD_TIMEOUT_S - 60)
+    with FileLock(EXTENSIONS / "build.flock"):
+        if not built.exists():
+            run_ranks("tests.ranks.deepspeed_build:build", 2, deepspeed=True, timeout_s=FIRST_BUILD_TIMEOUT_S - 60)
+            built.touch()
     took_s = time.perf_counter() - start_s
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
     if took_s > 30 and capture is not None:

@@ -198,8 +198,8 @@ def _name(row: RunRow, base: Path | None) -> str:
 def _cells(row: RunRow, base: Path | None) -> dict[str, str]:
     return {
         "run": _name(row, base),
-        "state": row.state,
-        "step": f"{row.step}/{row.steps}" if row.steps else str(row.step),
+        "state": _cut(row.state, 11),
+        "step": _cut(f"{row.step}/{row.steps}" if row.steps else str(row.step), 15),
         "loss": "" if row.loss is None else f"{row.loss:.4g}" if abs(row.loss) >= 1e4 else f"{row.loss:.4f}",
         "tokens/s": "" if row.tokens_per_s is None else _short(row.tokens_per_s),
         "saved": str(int(row.checkpoint.removeprefix("step_"))) if row.checkpoint else "",
@@ -207,6 +207,11 @@ def _cells(row: RunRow, base: Path | None) -> dict[str, str]:
         "nodes": row.nodes,
         "seen": "" if row.age_s is None else _ago(row.age_s),
     }
+
+
+def _cut(text: str, most: int) -> str:
+    """What stands in a damaged record in place of a word or a number may be long: the runs' names keep their room."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _short(value: float) -> str:

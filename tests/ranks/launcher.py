@@ -30,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests import warm
+
 REPO = Path(__file__).resolve().parent.parent.parent
 POLL_S = 0.02
 DUMP_WAIT_S = 3.0
@@ -111,6 +113,7 @@ def run_ranks(
     env: Mapping[str, str | None] | None = None,
     timeout_s: float = 120,
     deepspeed: bool = False,
+    real: bool = False,
 ) -> list[Any]:
     """Results of `target(**args)` on `world_size` ranks of this machine, in the order of ranks.
 
@@ -118,15 +121,17 @@ def run_ranks(
     args: keyword arguments, of what JSON can hold; paths are handed over as strings.
     env: more environment variables; None takes one away. GPUs are hidden unless CUDA_VISIBLE_DEVICES is given.
     deepspeed: set DeepSpeed's CPU accelerator up in place of Accelerate's CPU mode; the two exclude each other.
+    real: each rank is an interpreter of its own, and no fork of the warm server (`tests/warm`).
     Raises AssertionError with the first failing rank's own traceback, or with the stacks of ranks that hang.
     """
     environment = _environment(world_size, deepspeed=deepspeed, more=env or {})
     arguments = json.dumps(dict(args or {}), default=os.fspath)
+    program = sys.executable if real else warm.python()
     with tempfile.TemporaryDirectory(prefix="ranks_") as name:
         ranks = [Rank(number, Path(name)) for number in range(world_size)]
         try:
             for rank in ranks:
-                command = [sys.executable, "-m", "tests.ranks.launcher", target, arguments, name]
+                command = [program, "-m", "tests.ranks.launcher", target, arguments, name]
                 rank.start(command, environment | {"RANK": str(rank.number), "LOCAL_RANK": str(rank.number)})
             wait_for(ranks, target, timeout_s)
             return [json.loads(rank.file("result").read_text()) for rank in ranks]

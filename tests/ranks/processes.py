@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests import warm
+
 
 def descendants(pid: int) -> list[int]:
-    """Living children of a process, and theirs."""
+    """Living children of a process, and theirs. In place of a client of `tests/warm`: the process it stands for."""
+    pid = warm.forked(pid) or pid
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return []
-    return [p for child in children for p in (int(child), *descendants(int(child)))]
+    processes = [warm.forked(int(child)) or int(child) for child in children]
+    return [p for process in processes for p in (process, *descendants(process))]
 
 
 def command_of(pid: int) -> bytes:
-    """Its command line, words ended by zeros; empty for a zombie and for one that has gone."""
+    """Its command line, words ended by zeros; empty for a zombie and for one that has gone.
+
+    A forked process has its client's.
+    """
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{warm.client(pid) or pid}/cmdline").read_bytes()
     except OSError:
         return b""
 

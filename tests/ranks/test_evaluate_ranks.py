@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.ranks.test_resume import same_bits
 from tests.ranks.test_strategies import REPO, RUN, SAME, clean_environment, rows
 
@@ -45,7 +45,7 @@ OPTIONS = (
 
 
 def run(script: Path, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launcher = [warm.python(), "-m", "accelerate.commands.accelerate_cli", "launch"]
     command = [*launcher, "--config_file", "configs/accelerate/cpu_2.yaml", str(script), "train", RUN, *OPTIONS]
     return subprocess.run(
         [*command, f"save.folder={folder}", *more],

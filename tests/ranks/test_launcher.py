@@ -149,7 +149,7 @@ def test_a_hanging_rank_is_named_with_its_stack_and_nothing_stays_behind(tmp_pat
 def test_ranks_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     code = (
         "from tests.ranks.launcher import run_ranks\n"
-        f"run_ranks('{HERE}:body_hangs_here', 2, args={{'folder': {str(tmp_path)!r}}}, timeout_s=60)"
+        f"run_ranks('{HERE}:body_hangs_here', 2, args={{'folder': {str(tmp_path)!r}}}, timeout_s=60, real=True)"
     )
     files = [tmp_path / name for name in ("0", "1", "grandchild")]
     with subprocess.Popen([sys.executable, "-c", code], cwd=REPO) as parent:

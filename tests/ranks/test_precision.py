@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import warm
 from tests.ranks.launcher import REPO
 from tests.ranks.test_strategies import FUSED, NOT_FUSED, RUN, SAME, clean_environment, compare, launch, rows
 
@@ -48,7 +48,7 @@ def test_zero_in_bf16_gives_ddps_numbers_and_a_float32_adapter(
 
 def test_zero3_computes_in_fp32_where_the_accelerator_has_no_fp16(tmp_path: Path, deepspeed_ops: Path) -> None:
     """As on a CPU without fp16 kernels: deepspeed 0.19.8 then takes bf16 for a dtype that it is told."""
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+    launcher = [warm.python(), "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
     launcher += ["configs/accelerate/zero3.yaml", *TWO, "-m", "tests.ranks.no_fp16"]
     done = subprocess.run(
         [*launcher, "train", RUN, *SAME, f"save.folder={tmp_path / 'three'}"],

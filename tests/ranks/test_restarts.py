@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.ranks.launcher import REPO, free_port
 from tests.ranks.processes import descendants, lives, ranks_below
 from tests.ranks.test_resume import same_bits
@@ -27,9 +28,14 @@ def address() -> str:
     return found[0]
 
 
-def started(script: str, folder: Path, log: Path, *options: str, more: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+def started(
+    script: str, folder: Path, log: Path, *options: str, more: tuple[str, ...] = (), warmed: bool = False
+) -> subprocess.Popen[bytes]:
+    """One launch script; with `warmed`, the Python that it finds is `warm.python()`."""
     command = ["bash", f"launch/{script}", *options, RUN, *SAME, *LONG, *more, f"save.folder={folder}"]
     env = clean_environment() | {"VIRTUAL_ENV": "active", "ACCELERATE_USE_CPU": "true"}
+    if warmed:
+        env["PATH"] = f"{Path(warm.python()).parent}{os.pathsep}{env['PATH']}"
     with log.open("w") as out:
         return subprocess.Popen(command, cwd=REPO, env=env, stdout=out, stderr=out, start_new_session=True)
 
@@ -55,14 +61,14 @@ def ended(process: subprocess.Popen[bytes]) -> int:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    process = started("local.sh", folder / "run", folder / "log", "--config", "cpu_2")
+    process = started("local.sh", folder / "run", folder / "log", "--config", "cpu_2", warmed=True)
     assert ended(process) == 0, (folder / "log").read_text()
     return folder / "run"
 
 
 def test_a_killed_rank_is_restarted_on_one_machine(undisturbed: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    process = started("local.sh", tmp_path / "run", log, "--config", "cpu_2", "--restarts", "2")
+    process = started("local.sh", tmp_path / "run", log, "--config", "cpu_2", "--restarts", "2", warmed=True)
     kill_a_rank(process, log, after="9")
     assert ended(process) == 0, log.read_text()
     assert "restart 1 of 2, from the last checkpoint" in log.read_text()
@@ -84,8 +90,9 @@ def test_a_mistake_that_ranks_find_has_its_own_exit_code_and_no_traceback(tmp_pa
     """lora.targets are compared with the model, which no launcher opens."""
     log = tmp_path / "log"
     process = started(
-        "local.sh", tmp_path / "run", log, "--config", "cpu_2", "--restarts", "2", more=("lora.targets=[q_proj]",)
-    )
+        "local.sh", tmp_path / "run", log, "--config", "cpu_2", "--restarts", "2",
+        more=("lora.targets=[q_proj]",), warmed=True,
+    )  # fmt: skip
     assert ended(process) == 4
     assert "name qkv_proj" in log.read_text()
     assert "Traceback" not in log.read_text()

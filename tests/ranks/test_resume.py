@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import warm
+from tests.ranks.processes import ranks_below
 from tests.ranks.test_strategies import RUN, SAME, clean_environment, compare, launch, rows
 
 pytestmark = pytest.mark.ranks
@@ -138,7 +139,7 @@ def test_a_signal_leads_to_a_checkpoint_and_its_exit_code(number: signal.Signals
     folder = tmp_path / "run"
     overrides = [*SAME, "train.max_steps=100000", f"save.folder={folder}", "save.every=0"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "phi3_dist", "train", RUN, *overrides],
+        [warm.python(), "-m", "phi3_dist", "train", RUN, *overrides],
         env=clean_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -160,7 +161,7 @@ def test_a_signal_leads_to_a_checkpoint_and_its_exit_code(number: signal.Signals
 
 def test_one_rank_that_gets_the_signal_stops_both_at_the_same_step(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launcher = [warm.python(), "-m", "accelerate.commands.accelerate_cli", "launch"]
     launcher += ["--config_file", "configs/accelerate/cpu_2.yaml", "-m", "phi3_dist", "train", RUN]
     process = subprocess.Popen(
         [*launcher, *SAME, "train.max_steps=100000", f"save.folder={folder}"],
@@ -173,9 +174,7 @@ def test_one_rank_that_gets_the_signal_stops_both_at_the_same_step(tmp_path: Pat
     for line in process.stdout:
         if line.startswith("step 3/"):
             break
-    children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    ranks = [p for p in children if b"phi3_dist" in Path(f"/proc/{p}/cmdline").read_bytes()]
-    os.kill(ranks[1], signal.SIGUSR1)
+    os.kill(ranks_below(process.pid)[1], signal.SIGUSR1)
     output = process.communicate(timeout=60)[0]
     assert "stopped by SIGUSR1 after step" in output
     assert any((folder / "checkpoints").glob("step_*/manifest.json"))
@@ -207,7 +206,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     reference = tmp_path / "reference"
     assert launch(None, reference, "save.every=1").returncode == 0
     folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "phi3_dist", "train", RUN, *SAME, f"save.folder={folder}", "save.every=1"]
+    command = [warm.python(), "-m", "phi3_dist", "train", RUN, *SAME, f"save.folder={folder}", "save.every=1"]
     for wait_s in (0.0, 0.05, 0.11):
         process = subprocess.Popen(
             [*command, "--resume"], env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

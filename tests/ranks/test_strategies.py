@@ -17,6 +17,7 @@ from transformers import Phi3ForCausalLM
 
 from phi3_dist.modeling.base import tiny_config
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
+from tests import warm
 from tests.ranks.launcher import NOT_INHERITED, REPO
 from tests.ranks.processes import lives, ranks_below
 
@@ -43,8 +44,8 @@ def launch(
     more: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """One run through `accelerate launch` with a shipped config, or without a launcher."""
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
-    start = [sys.executable] if config is None else [*launcher, f"configs/accelerate/{config}.yaml", *options]
+    launcher = [warm.python(), "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+    start = [warm.python()] if config is None else [*launcher, f"configs/accelerate/{config}.yaml", *options]
     again = () if "--resume" in overrides else ("--overwrite",)
     command = [*start, "-m", "phi3_dist", "train", RUN, *SAME, f"save.folder={folder}", *again, *overrides]
     return subprocess.run(
@@ -208,7 +209,7 @@ def test_an_adapter_of_another_scale_is_refused(reference: Path, tmp_path: Path)
 
 def test_two_processes_that_came_up_as_one_are_refused_with_both_numbers(tmp_path: Path) -> None:
     """The known silent failure: `--cpu --num_processes 2` starts one process, and says nothing."""
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
+    command = [warm.python(), "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
     done = subprocess.run(
         [*command, "-m", "phi3_dist", "train", RUN, f"save.folder={tmp_path / 'run'}"],
         cwd=REPO,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.ranks.launcher import REPO, free_port
 from tests.ranks.processes import descendants, lives, ranks_below
 from tests.ranks.test_strategies import RUN, SAME, clean_environment, compare, launch
@@ -26,8 +27,10 @@ ENDLESS = "train.max_steps=100000"
 class Node:
     """One launcher and its ranks. Output goes to a file; `trainers` are the ranks' own processes."""
 
-    def __init__(self, config: str, options: tuple[str, ...], log: Path, *overrides: str) -> None:
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+    def __init__(
+        self, config: str, options: tuple[str, ...], log: Path, *overrides: str, program: str = sys.executable
+    ) -> None:
+        command = [program, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
         command += [f"configs/accelerate/{config}.yaml", *options, "-m", "phi3_dist", "train", RUN, *SAME, *overrides]
         self.log = log
         # CPU ranks with a GPU config: DeepSpeed and FSDP2 find the CPU themselves, DDP asks Accelerate
@@ -56,7 +59,12 @@ class Node:
 
 @contextmanager
 def nodes(
-    config: str, folder: Path, *overrides: str, processes: int = 1, of_second: tuple[str, ...] = ()
+    config: str,
+    folder: Path,
+    *overrides: str,
+    processes: int = 1,
+    of_second: tuple[str, ...] = (),
+    program: str = sys.executable,
 ) -> Iterator[tuple[Node, Node]]:
     """Two launchers with `processes` ranks each; none of their processes outlives the block."""
     folder.mkdir(exist_ok=True)
@@ -68,7 +76,7 @@ def nodes(
         for rank in range(2):
             extra = (f"save.folder={folder / 'run'}", *overrides, *(of_second if rank else ()))
             options = (*common, "--machine_rank", str(rank))
-            started.append(Node(config, options, folder / f"node_{rank}.log", *extra))
+            started.append(Node(config, options, folder / f"node_{rank}.log", *extra, program=program))
         yield started[0], started[1]
     finally:
         for node in started:
@@ -104,7 +112,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_nodes_give_one_process_numbers(
     config: str, processes: int, reference: Path, tmp_path: Path, deepspeed_ops: Path
 ) -> None:
-    with nodes(config, tmp_path / "two", processes=processes) as two:
+    program = warm.python() if processes == 1 else sys.executable
+    with nodes(config, tmp_path / "two", processes=processes, program=program) as two:
         for node in two:
             assert node.process.wait(timeout=150) == 0, node.output
         assert f"strategy: {config.removesuffix('_multinode')}" in two[0].output
@@ -112,20 +121,23 @@ def test_two_nodes_give_one_process_numbers(
 
 
 def test_nodes_with_different_configs_are_told_so_before_step_1(tmp_path: Path) -> None:
-    with nodes("ddp_multinode", tmp_path / "two", of_second=("optim.lr=0.002",)) as two:
+    with nodes("ddp_multinode", tmp_path / "two", of_second=("optim.lr=0.002",), program=warm.python()) as two:
         for node in two:
             assert node.process.wait(timeout=END_S) != 0
             assert re.search(r"rank 1:? optim.lr is 0.002, on rank 0 it is 0.001", node.output), node.output
             assert "step 1/" not in node.output
 
 
-@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
-def test_a_sharded_rank_that_dies_ends_the_others(config: str, tmp_path: Path, deepspeed_ops: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "real"), [("fsdp2", False), ("zero3", True), pytest.param("fsdp2", True, marks=pytest.mark.full)]
+)
+def test_a_sharded_rank_that_dies_ends_the_others(config: str, real: bool, tmp_path: Path, deepspeed_ops: Path) -> None:
     """On one node: the launcher ends with an error that names the signal, and no rank is left."""
     folder = tmp_path / "one"
     folder.mkdir()
     options = ("--num_processes", "2")
-    node = Node(config, options, folder / "node.log", ENDLESS, f"save.folder={folder / 'run'}")
+    program = sys.executable if real else warm.python()
+    node = Node(config, options, folder / "node.log", ENDLESS, f"save.folder={folder / 'run'}", program=program)
     try:
         node.reached(3)
         trainers = node.trainers
@@ -143,7 +155,7 @@ def test_a_sharded_rank_that_dies_ends_the_others(config: str, tmp_path: Path, d
 
 @pytest.mark.parametrize("config", ["zero3_multinode", pytest.param("ddp_multinode", marks=pytest.mark.full)])
 def test_a_rank_that_dies_ends_the_other_node_too(config: str, tmp_path: Path, deepspeed_ops: Path) -> None:
-    with nodes(config, tmp_path / "two", ENDLESS) as two:
+    with nodes(config, tmp_path / "two", ENDLESS, program=warm.python()) as two:
         two[0].reached(3)
         trainers = [pid for node in two for pid in node.trainers]
         assert len(trainers) == 2

@@ -16,8 +16,6 @@ from pathlib import Path
 
 from tests.ranks.launcher import NOT_INHERITED, free_port
 
-PRELOAD = ("phi3_dist.cli", "phi3_dist.training.loop", "phi3_dist.report.curves", "phi3_dist.report.page")
-
 
 def nursery() -> ForkServerContext:
     """The context whose server holds the imported modules; started with the first group."""
@@ -25,7 +23,7 @@ def nursery() -> ForkServerContext:
         del os.environ[name]
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
+    context.set_forkserver_preload(["tests.warm.preload"])
     return context
 
 

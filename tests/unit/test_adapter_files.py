@@ -22,6 +22,7 @@ from phi3_dist.adapters.gather import gather_adapter
 from phi3_dist.adapters.publishing import publish
 from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.errors import AdapterError, ConfigError
+from tests import warm
 from tests.ranks.gather_bodies import same, tiny_peft, tiny_phi3
 
 # peft 0.21 asks transformers 5.24 for a name that is on its way out
@@ -82,9 +83,9 @@ torch.save(model(torch.arange(9)[None]).logits.detach(), sys.argv[2])
 
 def test_plain_peft_in_a_fresh_process_gives_the_same_logits(tmp_path: Path) -> None:
     folder = saved(tmp_path / "adapter", "dora")
-    command = [sys.executable, "-c", _LOAD, str(folder), str(tmp_path / "logits.pt")]
+    command = [warm.python(), "-c", _LOAD, str(folder), str(tmp_path / "logits.pt")]
     repo = Path(__file__).resolve().parents[2]
-    subprocess.run(command, check=True, cwd=repo, env=os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"})
+    subprocess.run(command, check=True, cwd=repo, env=warm.environment())
     with torch.no_grad():
         expected = tiny_peft("dora").eval()(torch.arange(9)[None]).logits
         base = tiny_phi3().eval()(torch.arange(9)[None]).logits
@@ -238,8 +239,9 @@ def test_a_writer_that_is_killed_leaves_one_whole_adapter(tmp_path: Path, rename
     """Killed before the first rename the old adapter stands; before the second the new one is complete."""
     folder = saved(tmp_path / "adapter", seed=1)
     repo = Path(__file__).resolve().parents[2]
-    env = os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([sys.executable, "-c", _KILLED, str(folder), str(rename)], cwd=repo, env=env, check=False)
+    ended = subprocess.run(
+        [warm.python(), "-c", _KILLED, str(folder), str(rename)], cwd=repo, env=warm.environment(), check=False
+    )
     assert ended.returncode == -signal.SIGKILL
     assert len(names(tmp_path)) == 2
     recover(folder)

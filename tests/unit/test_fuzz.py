@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
@@ -513,6 +513,7 @@ VICTIM = st.integers(0, len(RECORDS) + len(METRICS) - 1)
 
 @timeout
 @given(victim=VICTIM, change=RECORD_CHANGE, width=st.integers(40, 200))
+@example(victim=1, change=("json", [(0.875, [None, 1.0000000000000002e16])]), width=40)
 @fire(150)
 def test_runs_in_a_list(victim: int, change: Any, width: int, tmp_path: Path) -> None:
     """Whatever one run left, both are listed, in lines that fit and that move no cursor."""

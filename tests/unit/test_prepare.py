@@ -35,6 +35,7 @@ from phi3_dist.data.token_rows import RowsWriter, TokenRows
 from phi3_dist.errors import DataError
 from phi3_dist.machine import file_state
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
+from tests import warm
 
 TOKENIZER = tiny_tokenizer()
 
@@ -151,7 +152,9 @@ prepare(cfg, tiny_tokenizer(), Path(sys.argv[2]))
 def test_a_killed_preparation_goes_on_and_its_lock_is_free(tmp_path: Path) -> None:
     cfg, cache = config(write(tmp_path / "a.jsonl")), tmp_path / "cache"
     with subprocess.Popen(
-        [sys.executable, "-c", KILLED, cfg.model_dump_json(), str(cache)], stdout=subprocess.PIPE
+        [warm.python(), "-c", KILLED, cfg.model_dump_json(), str(cache)],
+        env=warm.environment(),
+        stdout=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None
         for _ in range(3):
@@ -361,8 +364,11 @@ print(json.dumps([len(saved), found.cached, found.fingerprint]))
 
 def test_of_processes_that_need_the_same_data_one_prepares_it(tmp_path: Path) -> None:
     cfg, cache = config(write(tmp_path / "a.jsonl")), tmp_path / "cache"
-    command = [sys.executable, "-c", AT_ONCE, cfg.model_dump_json(), str(cache)]
-    ranks = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    command = [warm.python(), "-c", AT_ONCE, cfg.model_dump_json(), str(cache)]
+    ranks = [
+        subprocess.Popen(command, env=warm.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
     try:
         for rank in ranks:
             assert rank.stdout is not None

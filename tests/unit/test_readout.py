@@ -6,7 +6,6 @@ import json
 import math
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from phi3_dist.training.engines.engine import TorchEngine
+from tests import warm
 from tests.ranks.launcher import REPO
 from tests.ranks.test_bad_numbers import OPTIONS, material  # noqa: F401 -- a fixture
 from tests.ranks.test_strategies import RUN, SAME, clean_environment, rows
@@ -69,7 +69,7 @@ def run(
     folder: Path, *overrides: str, behind: int, fused: bool = False, killed_in: int = 0
 ) -> subprocess.CompletedProcess[str]:
     again = () if "--resume" in overrides else ("--overwrite",)
-    command = [sys.executable, "-c", AS_ON_A_GPU, str(behind), str(int(fused)), str(killed_in), "train", RUN, *SAME]
+    command = [warm.python(), "-c", AS_ON_A_GPU, str(behind), str(int(fused)), str(killed_in), "train", RUN, *SAME]
     command += ["train.max_steps=12", "log.trackers=[]", f"save.folder={folder}", *again, *overrides]
     return subprocess.run(
         command, cwd=REPO, env=clean_environment(), text=True, capture_output=True, timeout=120, check=False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import stat
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from phi3_dist.errors import PlanError, RunFolderError
 from phi3_dist.planning.slurm import parse_env
 from phi3_dist.training.run_folder import RunFolder
+from tests import warm
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "phi3_dist"
@@ -74,9 +74,9 @@ def test_nothing_that_is_read_can_run() -> None:
 # --- secrets --------------------------------------------------------------------------------------------------------
 
 
-def phi3_dist(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    env = os.environ | SECRETS | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd / "cache")}
-    command = [sys.executable, "-m", "phi3_dist", *arguments]
+def phi3_dist(*arguments: str, cwd: Path, program: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    env = warm.environment(**SECRETS, PYTHONPATH=str(REPO), XDG_CACHE_HOME=str(cwd / "cache"))
+    command = [program, "-m", "phi3_dist", *arguments]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, umask=0o027)
 
 
@@ -112,7 +112,7 @@ def test_secrets_are_in_no_error_script_or_diagnosis(tmp_path: Path) -> None:
         (("doctor",), None),
         (("plan", run, *SMALL, "--device", "cpu"), 0),
     ):
-        done = phi3_dist(*arguments, cwd=tmp_path)
+        done = phi3_dist(*arguments, cwd=tmp_path, program=warm.python())
         assert code is None or done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         assert done.stdout + done.stderr
