@@ -40,6 +40,7 @@ from phi3_dist.training.going_on import Beginning, find_beginning
 from phi3_dist.training.health import Health
 from phi3_dist.training.metrics import Metrics
 from phi3_dist.training.outlook import Outlook
+from phi3_dist.training.parts import run_facts
 from phi3_dist.training.profiling import StepProfile
 from phi3_dist.training.proof import prove_start
 from phi3_dist.training.resume import base_fingerprint, identity, order_of, steps_of
@@ -109,7 +110,7 @@ def prepare_rows(
 
 def _record_start(folder: RunFolder, stage: Stage, first: int, of_model: tuple[Choice, ...]) -> None:
     plan = replace(stage.runtime.plan, steps=stage.total, choices=(*stage.runtime.plan.choices, *of_model))
-    folder.write_json("plan.json", {**plan.to_dict(), "identity": dict(stage.facts)})
+    folder.write_json("plan.json", {**plan.to_dict(), "identity": dict(stage.facts), **run_facts(stage)})
     folder.record_environment()
     folder.forget_exit()
     folder.heartbeat(first)

@@ -9,6 +9,7 @@ from phi3_dist.modeling.fused_lora import declined
 from phi3_dist.modeling.watch import WeightsWatch
 from phi3_dist.training.evaluate import HeldOut, held_out_loss
 from phi3_dist.training.health import Health
+from phi3_dist.training.parts import TimedEngine
 from phi3_dist.training.proof import prove_first_step
 from phi3_dist.training.readout import EvaluationWatch, Readout
 from phi3_dist.training.saving import Saver
@@ -79,11 +80,13 @@ def run_steps(
         watch.check()
         begun, done = time.perf_counter(), step + 1
         lr = learning_rate(step, stage.total, cfg.optim)
-        result = train_step(stage.engine, stage.runtime, stage.train, stage.order, step, lr=lr, seed=cfg.train.seed)
+        timed = TimedEngine(stage.engine, stage.runtime.device) if readout.logs(done) else None
+        engine = timed or stage.engine
+        result = train_step(engine, stage.runtime, stage.train, stage.order, step, lr=lr, seed=cfg.train.seed)
         if stage.profile.step():
             done_as = stage.profile.failed or f"{stage.folder.path / 'profile'}/table.txt and trace.json.gz"
             stage.metrics.say(f"profile: {done_as}")
-        readout.add(done, result, begun)
+        readout.add(done, result, begun, timed)
         evaluate = done == stage.total or bool(cfg.train.eval_every and done % cfg.train.eval_every == 0)
         if evaluate or saver.due(done) or readout.stop or step == first:
             readout.read()
