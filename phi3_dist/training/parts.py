@@ -22,7 +22,7 @@ from phi3_dist.training.strategy import Engine
 
 __all__ = ["TimedEngine", "lengths_of", "peak_gib", "run_facts"]
 
-BINS = 24
+BINS = 16
 GIB = 2**30
 
 
@@ -45,13 +45,15 @@ class TimedEngine:
         self._engine.start_micro_batch(last=last)
 
     def _forward(self, **batch: Any) -> Tensor:
-        return self._timed("forward", lambda: self._engine.model(**batch))
+        loss: Tensor = self._timed("forward", lambda: self._engine.model(**batch))
+        return loss
 
     def backward(self, loss: Tensor) -> None:
         self._timed("backward", lambda: self._engine.backward(loss))
 
     def update(self, lr: float) -> Tensor:
-        return self._timed("update", lambda: self._engine.update(lr))
+        norm: Tensor = self._timed("update", lambda: self._engine.update(lr))
+        return norm
 
     def _timed(self, name: str, work: Callable[[], Any]) -> Any:
         begun = self._now()
@@ -62,8 +64,8 @@ class TimedEngine:
     def _now(self) -> Any:
         if not self._on_gpu:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()  # type: ignore[no-untyped-call]
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
         return event
 
     def seconds(self) -> dict[str, float]:
