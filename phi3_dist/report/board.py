@@ -23,7 +23,7 @@ from phi3_dist.report.page import board_page, comparison_page, parts_of_run, run
 from phi3_dist.report.runs import RunRow, list_runs, run_cells
 from phi3_dist.report.view import RunView, differences, drawn, labels, read_view
 
-__all__ = ["Board", "serve_board"]
+__all__ = ["Board", "open_board", "serve_board"]
 
 HOST, EVERY_MS = "127.0.0.1", 2000
 COMPARED_AT_MOST = 24
@@ -180,8 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-def serve_board(folder: Path, port: int, tell: Callable[[str], object]) -> None:
-    """Serve until Ctrl-C; `tell` gets the address. Port 0: one that is free.
+def open_board(folder: Path, port: int) -> ThreadingHTTPServer:
+    """The board's server, listening; `serve_forever` answers. Port 0: one that is free.
 
     Raises RunFolderError for no folder, MachineError for a port that is taken.
     """
@@ -190,11 +190,15 @@ def serve_board(folder: Path, port: int, tell: Callable[[str], object]) -> None:
         server = ThreadingHTTPServer((HOST, port), partial(_Handler, board))
     except OSError as error:
         what = f"cannot be listened on: {error.strerror or error}"
-        raise MachineError(
-            Problem(f"port {port}", what, "--port with another number, or 0 for any that is free")
-        ) from error
+        fix = "--port with another number, or 0 for any that is free"
+        raise MachineError(Problem(f"port {port}", what, fix)) from error
     server.daemon_threads = True
-    with server:
+    return server
+
+
+def serve_board(folder: Path, port: int, tell: Callable[[str], object]) -> None:
+    """Serve until Ctrl-C; `tell` gets the address. Raises as `open_board` does."""
+    with open_board(folder, port) as server:
         found = server.server_address[1]
         tell(f"{folder}: http://{HOST}:{found}/ (Ctrl-C ends it)")
         tell(f"from elsewhere: ssh -N -L {found}:{HOST}:{found} THIS_MACHINE, then the same address there")

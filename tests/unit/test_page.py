@@ -23,6 +23,10 @@ HARDWARE = {"device": "NVIDIA H200", "device_memory_gib": 139.8, "host_memory_gi
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "vocab_size": 320}
 
+CARD = (
+    "# it\n\n## How to load it\n\n```python\nload()\n```\n\n## How to serve it\n\n```bash\nserve <it>\n```\n\n## Data\n"
+)
+
 
 class Reader(HTMLParser):
     """Tables by the heading above them, facts by label, references to elsewhere, scripts, and tags left open."""
@@ -107,7 +111,8 @@ def write_run(folder: Path, *, lr: float = 1e-4, **files: Any) -> Path:
         "choices": [{"name": "precision", "value": "bf16", "why": "tensor cores"}], "hardware": HARDWARE,
         "memory": [{"name": "base weights", "gib": 7.1, "formula": "3.8 B × 2 B", "place": "device"}],
         "parameters": {"total": 1_000_000, "trainable": 10_000},
-        "lengths": {"train": {"rows": 900, "packs": 40, "tokens": 80_000, "supervised_tokens": 20_000, "pack_length": 2048,
+        "lengths": {"train": {"rows": 900, "packs": 40, "tokens": 80_000, "supervised_tokens": 20_000,
+                              "pack_length": 2048,
                               "row_tokens": {"up_to": [100, 200], "count": [600, 300]}}},
         "identity": {f"base config.{key}": value for key, value in SHAPE.items()},
     }  # fmt: skip
@@ -135,9 +140,7 @@ def write_run(folder: Path, *, lr: float = 1e-4, **files: Any) -> Path:
         (folder / name).write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
     (folder / "adapter").mkdir(exist_ok=True)
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(bytes(12345))
-    (folder / "adapter" / "README.md").write_text(
-        "# it\n\n## How to load it\n\n```python\nload()\n```\n\n## How to serve it\n\n```bash\nserve <it>\n```\n\n## Data\n"
-    )
+    (folder / "adapter" / "README.md").write_text(CARD)
     return folder
 
 

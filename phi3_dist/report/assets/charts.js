@@ -97,7 +97,7 @@ class Chart {
       tables.push([line.steps, soft ? smoothed(values, width) : values]);
       const few = line.steps.length <= 40;
       series.push({ ...common, width: line.line.limit ? 1 : 2, points: { show: line.points || (few && !soft && !line.line.limit), size: line.points ? 7 : 5, fill: colour } });
-      this.shown.push({ ...line, at: series.length - 1 });
+      this.shown.push({ ...line, at: series.length - (soft ? 2 : 1) }); // numbers are told as they were logged
     }
     return { data: tables.length ? uPlot.join(tables) : [[]], series };
   }
@@ -125,6 +125,7 @@ class Chart {
     if (zoom) this.plot.setScale("x", { min: zoom.min, max: zoom.max });
     this.makeLegend();
     this.describe();
+    this.fillNumbers();
   }
 
   range(low, high) {
@@ -146,7 +147,7 @@ class Chart {
     if (zoomed) this.plot.redraw();
     this.tell();
     this.describe();
-    if (this.figure.querySelector(".numbers").open) this.fillNumbers();
+    this.fillNumbers();
   }
 
   zoomed() {
