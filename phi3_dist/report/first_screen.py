@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,22 @@ from phi3_dist.report.words import duration, gib, many, shown
 __all__ = ["Fact", "Group", "Way", "first_screen", "headline", "memory_gib", "recipe", "ways_on"]
 
 _STEPS_OF_SPEED = 20
+_WITH_AN_ADAPTER = (
+    ("Talk to it", "phi3-dist chat {run}", "phi3_dist.inference"),
+    ("Judge it beside its base, with an interval", "phi3-dist eval {run} --base", "phi3_dist.evaluation"),
+    (
+        "Know whether a server will load it, and with which flags",
+        "phi3-dist check {run} --for vllm",
+        "phi3_dist.serving",
+    ),
+    ("Make one model of base and adapter", "phi3-dist export {run} {run}-merged --as merged", "phi3_dist.export"),
+    (
+        "Hand the adapter on: a copy without a path of this machine",
+        "phi3-dist publish {run}/adapter {run}-published --base HUB_ID",
+        "",
+    ),
+)
+"""What to do with a trained adapter: in words, the command, and the package, looked for, whose verb it is."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +106,25 @@ def _result(rows: Sequence[Row], evaluation: Mapping[str, Any]) -> Group | None:
             facts.append((label, shown(last.get(key)), note))
     if train:
         facts.append(("training loss", shown(train[-1].get("loss")), f"step {train[-1]['step']:,}"))
-    before, after = evaluation.get("before"), evaluation.get("after")
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key, value in list(after.items())[:6]:
-            if key in before and "perplexity" not in key and "loss" not in key:
-                facts.append((key.replace("_", " "), _score(key, value), f"{_score(key, before[key])} before"))
+    facts += _scores(evaluation)
     return _group("Result", *facts)
+
+
+def _scores(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What the trained model scores; beside it the base, and how sure the difference is."""
+    groups = {key: value for key, value in evaluation.items() if isinstance(value, dict)}
+    ours: dict[str, Any] = next((groups[key] for key in ("after", "adapter") if key in groups), {})
+    name = next((key for key in ("before", "base", "against") if key in groups), "")
+    theirs, low, high = (groups.get(key, {}) for key in (name, "from (95 %)", "to (95 %)"))
+    facts = []
+    for key, value in ours.items():
+        if "loss" in key or "perplexity" in key or "tokens" in key or finite(value) is None:
+            continue
+        note = f"{_score(key, theirs[key])} {name}" if key in theirs else ""
+        if finite(low.get(key)) is not None and finite(high.get(key)) is not None:
+            note += f", difference {low[key]:+.3g} to {high[key]:+.3g} (95 %)"
+        facts.append((key.replace("_", " "), _score(key, value), note))
+    return facts[:6]
 
 
 def _score(key: str, value: object) -> str:
@@ -234,8 +264,11 @@ def ways_on(run_folder: Path, state: str, command: Sequence[str]) -> list[Way]:
     if state in {"failed", "lost", "interrupted", "preempted"}:
         ways.append(Way("See what it printed last", f"phi3-dist logs {folder}"))
     if (run_folder / "adapter" / "adapter_model.safetensors").is_file():
-        copy = f"phi3-dist publish {folder}/adapter {folder}-published --base HUB_ID"
-        ways.append(Way("Hand the adapter on: a copy without a path of this machine", copy))
+        ways += [
+            Way(what, command.format(run=folder))
+            for what, command, room in _WITH_AN_ADAPTER
+            if not room or find_spec(room) is not None
+        ]
     ways.append(Way("Lay it beside another run", f"phi3-dist report {folder} OTHER_RUN"))
     return ways
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 ANSWERS_AT_MOST = 200
+_WANTED = ("wanted", "reference", "target")
 _NOT_SET = object()
 
 
@@ -104,30 +105,30 @@ def scores(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def answers(evaluation: Mapping[str, Any]) -> list[Answer]:
-    """The answers that an evaluation keeps: rows with a prompt, what was wanted, and who said what."""
-    found = []
-    for row in _rows(evaluation.get("samples")) or _rows(evaluation.get("answers")):
-        if "prompt" not in row:
+    """The answers that an evaluation keeps: rows with a prompt, what was wanted, and who said what.
+
+    Who says something is named as the evaluation's own groups are (`before`, `adapter`, …), where a row has those.
+    """
+    rows = _rows(evaluation.get("samples")) or _rows(evaluation.get("answers"))
+    groups = {key for key, value in evaluation.items() if isinstance(value, dict)}
+    return [_answer(row, groups & row.keys()) for row in rows[:ANSWERS_AT_MOST] if "prompt" in row]
+
+
+def _answer(row: Mapping[str, Any], speakers: Collection[str]) -> Answer:
+    wanted = next((row[key] for key in _WANTED if key in row), None)
+    said, more = [], []
+    for key, value in row.items():
+        if key == "prompt" or key in _WANTED:
             continue
-        wanted = next((row[key] for key in ("wanted", "reference", "target") if key in row), None)
-        said, more = [], []
-        for key, value in row.items():
-            if key in {"prompt", "wanted", "reference", "target"}:
-                continue
-            text, score = (
-                (value.get("text", value.get("answer")), value.get("score"))
-                if isinstance(value, dict)
-                else (value, None)
-            )
-            if not isinstance(text, str):
-                more.append((key, shown(value)))
-                continue
-            right = finite(score) if score is not None else None
-            same = isinstance(wanted, str) and text.strip() == wanted.strip()
-            how = "unknown" if wanted is None and right is None else "right" if same or right == 1 else "wrong"
-            said.append((key, text[:4000], how))
-        found.append(Answer(shown(row["prompt"]), shown(wanted), tuple(said), tuple(more)))
-    return found[:ANSWERS_AT_MOST]
+        inner = value if isinstance(value, dict) else {"text": value}
+        text, score = inner.get("text", inner.get("answer")), finite(inner.get("score"))
+        if not isinstance(text, str) or (key not in speakers if speakers else key == "place"):
+            more.append((key.replace("_", " "), shown(value)))
+            continue
+        same = isinstance(wanted, str) and text.strip() == wanted.strip()
+        how = "unknown" if wanted is None and score is None else "right" if same or score == 1 else "wrong"
+        said.append((key, text[:4000], how))
+    return Answer(shown(row["prompt"]), shown(wanted), tuple(said), tuple(more))
 
 
 def other_lists(evaluation: Mapping[str, Any]) -> list[tuple[str, Sequence[str], list[list[str]]]]:
@@ -139,12 +140,7 @@ def other_lists(evaluation: Mapping[str, Any]) -> list[tuple[str, Sequence[str],
             rows = [row if isinstance(row, dict) else {"": row} for row in value[:ANSWERS_AT_MOST]]
             heads = list(dict.fromkeys(head for row in rows for head in row))
             found.append((key, heads, [[shown(row.get(head, "")) for head in heads] for row in rows]))
-        elif (
-            key in {"samples", "answers"}
-            and value is not None
-            and key not in known
-            and not isinstance(value, list | dict)
-        ):
+        elif key == "samples" and isinstance(value, int | float | str):
             found.append((key, [""], [[shown(value)]]))
     return found
 

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
+from phi3_dist.cli import app
 from phi3_dist.errors import RunFolderError
 from phi3_dist.report import page, series
 from phi3_dist.report.page import UPLOT_VERSION, write_comparison, write_page
 from phi3_dist.report.tables import defaults
+from tests.unit.test_readme import verbs
 
 VOID = {"meta", "img", "link", "br", "input", "rect"}
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"&"
@@ -367,3 +370,34 @@ def test_a_page_needs_neither_torch_nor_matplotlib(run_folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_an_evaluation_beside_the_base_shows_its_interval_and_who_said_what(run_folder: Path) -> None:
+    """The form that `phi3-dist eval --base` writes."""
+    numbers = {"heldout_loss": 0.5, "exact_match": 0.9, "chrf": 0.8812}
+    sample = {"prompt": "<|user|>9?", "wanted": "IX", "adapter": "IX", "base": "nine", "exact_match": 1.0}
+    evaluation = {
+        "adapter": numbers,
+        "base": {**numbers, "exact_match": 0.25},
+        "difference": {"exact_match": 0.65},
+        "from (95 %)": {"exact_match": 0.5},
+        "to (95 %)": {"exact_match": 0.75},
+        "answers": 100,
+        "samples": [sample | {"place": "rows.jsonl:7"}],
+    }
+    (run_folder / "evaluation.json").write_text(json.dumps(evaluation))
+    reader = read(write_page(run_folder))
+    assert reader.facts["exact match"] == "90% 25% base, difference +0.5 to +0.75 (95 %)"
+    assert reader.facts["chrf"] == "0.8812 0.8812 base"
+    assert reader.text.count("✓ right") == 2  # on the first screen and among the answers
+    assert reader.text.count("✗ not as wanted") == 2
+    assert "place rows.jsonl:7" in reader.text
+    assert reader.tables["Evaluation"][0][:3] == ["", "adapter", "base"]
+
+
+def test_every_verb_that_a_page_names_is_one(run_folder: Path) -> None:
+    named = set(re.findall(r"phi3-dist (\w+)", read(write_page(run_folder)).text))
+    (run_folder / "heartbeat.json").write_text(json.dumps({"pid": 1, "host": "elsewhere", "time": 4e9}))
+    named |= set(re.findall(r"phi3-dist (\w+)", read(write_page(run_folder)).text))
+    assert named >= {"board", "logs", "publish", "report"}
+    assert {f"phi3-dist {verb}" for verb in named} <= verbs(typer.main.get_command(app))
