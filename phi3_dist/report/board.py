@@ -19,9 +19,9 @@ from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 from phi3_dist.errors import MachineError, Phi3DistError, Problem, RunFolderError, plain, redacted
-from phi3_dist.report.page import board_page, comparison_page, parts_of_run, run_page, runs_part
+from phi3_dist.report.page import board_page, comparison_page, parts_of_comparison, parts_of_run, run_page, runs_part
 from phi3_dist.report.runs import RunRow, list_runs, run_cells
-from phi3_dist.report.view import RunView, differences, drawn, labels, read_view
+from phi3_dist.report.view import RunView, drawn, read_view
 
 __all__ = ["Board", "open_board", "serve_board"]
 
@@ -116,7 +116,8 @@ class Board:
 
     def _compare_news(self, asked: list[str]) -> dict[str, Any]:
         views = self._compared(asked)
-        return drawn(views, labels(views, differences(views)))
+        names, above = parts_of_comparison(views)
+        return {"above": above, **drawn(views, names)}
 
 
 def _changed(path: Path) -> tuple[int, int] | None:

@@ -26,6 +26,7 @@ from phi3_dist.report.words import duration
 from phi3_dist.version import __version__
 
 __all__ = [
+    "parts_of_comparison",
     "UPLOT_VERSION",
     "board_page",
     "comparison_page",
@@ -125,20 +126,27 @@ def _bars(spans: Sequence[series.Span]) -> list[tables.Bar]:
 
 def comparison_page(views: Sequence[RunView], live: Mapping[str, Any] | None = None) -> str:
     """Several runs over one another."""
-    differ = differences(views)
-    names = labels(views, differ)
-    results = [view.result() for view in views]
-    keys = list(dict.fromkeys(key for result in results for key in result))
+    names, above = parts_of_comparison(views)
     return _page(
         "comparison.html",
         {**drawn(views, names), "live": live},
         title=f"{len(views)} runs",
         live=live,
+        above=above,
         names=names,
         folders=[str(view.folder) for view in views],
-        differ=differ,
-        results=[(key, [result.get(key, "") for result in results]) for key in keys],
     )
+
+
+def parts_of_comparison(views: Sequence[RunView]) -> tuple[list[str], Markup]:
+    """A name for each run, and the tables above the charts as HTML."""
+    differ = differences(views)
+    names = labels(views, differ)
+    results = [view.result() for view in views]
+    keys = list(dict.fromkeys(key for result in results for key in result))
+    rows = [(key, [result.get(key, "") for result in results]) for key in keys]
+    template = _TEMPLATES.get_template("compared.html")
+    return names, Markup(template.render(names=names, differ=differ, results=rows))
 
 
 def board_page(rows: Sequence[Mapping[str, Any]], folder: Path, live: Mapping[str, Any]) -> str:

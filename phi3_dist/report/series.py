@@ -197,7 +197,8 @@ def marks(rows: Sequence[Row], run_folder: Path, state: str) -> list[dict[str, A
     steps = [step for row in rows if (step := count(row.get("step"))) is not None]
     if steps and state in {"failed", "lost"}:
         found.append((max(steps), state, f"{state} after step {max(steps)}"))
-    return [{"step": s, "kind": kind, "text": text[:300]} for s, kind, text in sorted(dict.fromkeys(found))][:400]
+    found = sorted(dict.fromkeys(found), key=lambda mark: (mark[0], mark[1] == "resumed"))  # a stop, then its resume
+    return [{"step": step, "kind": kind, "text": text[:300]} for step, kind, text in found][:400]
 
 
 def _stops(run_folder: Path) -> list[tuple[str, int]]:

@@ -57,6 +57,9 @@ def test_the_list_leads_to_every_run_and_to_their_comparison(port: int, runs: Pa
     assert not (runs / "one" / "report.html").exists(), "a board writes nothing"
     _, _, text = get(port, f"/compare?run=one&run={quote('deep/two & <three>')}")
     assert "lr 0.0005" in text
+    news = json.loads(get(port, f"/news/compare?run=one&run={quote('deep/two & <three>')}")[2])
+    assert [run["label"] for run in news["runs"]] == ["lr 0.0001", "lr 0.0005"]
+    assert "What differs" in news["above"]
 
 
 def test_news_come_once(port: int, runs: Path) -> None:

@@ -328,7 +328,7 @@ def test_interruptions_and_resumes_are_marks(run_folder: Path) -> None:
     (run_folder / "logs" / "terminal" / "rank_000.log").write_text(said)
     path = write_page(run_folder)
     marks = drawn(path)["runs"][0]["marks"]
-    assert [(mark["step"], mark["kind"]) for mark in marks] == [(7, "resumed"), (7, "stopped"), (14, "failed")]
+    assert [(mark["step"], mark["kind"]) for mark in marks] == [(7, "stopped"), (7, "resumed"), (14, "failed")]
     reader = read(path)
     assert "stopped by SIGTERM after step 7" in reader.text
     assert reader.facts["training"] == "14 s"  # 7 s of the first start and 7 s of the second

@@ -75,7 +75,7 @@
 
   // What stands in `place` now; what its reader has opened or chosen stays so.
   function exchange(place, html) {
-    if (!place || place.lastHtml === html) return;
+    if (!place || html === undefined || place.lastHtml === html) return;
     const open = [...place.querySelectorAll("details[open]")].map(details => details.id);
     const chosen = [...place.querySelectorAll("input:checked")].map(input => input.value);
     const focus = place.contains(document.activeElement) ? document.activeElement.id : "";
