@@ -16,6 +16,8 @@ __all__ = ["Row", "of_kind", "read_config", "read_json", "read_metrics", "run_na
 Row = dict[str, Any]
 
 SHOWN_AT_MOST, NAME_AT_MOST = 20, 200
+DEEPEST = 30
+"""Levels of a JSON file that a page shows."""
 _RESTORE = "restore the file that the run wrote"
 
 
@@ -105,6 +107,23 @@ def run_name(run_folder: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file, empty where there is no file. Raises RunFolderError for what is none."""
     content, wrong = read_object(path)
+    if not wrong and _nests_deeper(content, DEEPEST):
+        wrong = f"nests more than {DEEPEST} levels"
     if wrong:
         raise RunFolderError(Problem(str(path), wrong, _RESTORE))
     return content
+
+
+def _nests_deeper(value: object, levels: int) -> bool:
+    """Whether mappings and lists lie in one another more than so many levels deep; without recursion."""
+    layer: list[object] = [value]
+    for _ in range(levels + 1):
+        layer = [inner for outer in layer for inner in _inside(outer)]
+        if not layer:
+            return False
+    return True
+
+
+def _inside(value: object) -> list[object]:
+    found = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [inner for inner in found if isinstance(inner, dict | list)]

@@ -13,6 +13,7 @@ from phi3_dist.errors import ModelError
 from phi3_dist.machine.cards import measured_on
 from phi3_dist.report.reading import count, finite
 from phi3_dist.report.run_files import Row, of_kind
+from phi3_dist.report.words import shown
 
 __all__ = ["CHARTS", "Span", "columns", "marks", "matrix_rate", "step_parts", "thinned", "time_spans", "total_s"]
 
@@ -190,9 +191,9 @@ def marks(rows: Sequence[Row], run_folder: Path, state: str) -> list[dict[str, A
         if kind == "start" and step > 1:
             found.append((step - 1, "resumed", f"resumed after step {step - 1}"))
         elif kind == "skipped":
-            found.append((step, "skipped", f"step {step} skipped: a number was none, in rows {row.get('rows')}"))
+            found.append((step, "skipped", f"step {step} skipped: a number was none, in rows {shown(row.get('rows'))[:200]}"))
         elif kind == "spike":
-            found.append((step, "spike", f"the loss jumped at step {step}, in rows {row.get('rows')}"))
+            found.append((step, "spike", f"the loss jumped at step {step}, in rows {shown(row.get('rows'))[:200]}"))
     found += [(step, "stopped", f"stopped by {name} after step {step}") for name, step in _stops(run_folder)]
     steps = [step for row in rows if (step := count(row.get("step"))) is not None]
     if steps and state in {"failed", "lost"}:

@@ -280,6 +280,14 @@ def test_a_broken_file_is_named(run_folder: Path, content: str) -> None:
         write_page(run_folder)
 
 
+@pytest.mark.parametrize("name", ["environment", "evaluation", "plan"])
+def test_a_file_that_nests_for_ever_is_named(run_folder: Path, name: str) -> None:
+    deep = '{"a": ' * 400 + "1" + "}" * 400
+    (run_folder / f"{name}.json").write_text(f'{{"samples": [{{"prompt": {deep}}}]}}')
+    with pytest.raises(RunFolderError, match=rf"{name}\.json: nests more than 30 levels"):
+        write_page(run_folder)
+
+
 def test_a_folder_without_metrics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"no metrics\.jsonl"):
         write_page(tmp_path)
