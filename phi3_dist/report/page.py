@@ -11,6 +11,7 @@ import base64
 import functools
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,7 @@ def _page(template: str, data: Mapping[str, Any], **context: Any) -> str:
         uplot=UPLOT_VERSION,
         uplot_kb=round(len(uplot.encode()) / 1000),
         version=__version__,
+        now=time.strftime("%Y-%m-%d %H:%M"),
         size=_SIZE,
         **context,
     )

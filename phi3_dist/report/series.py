@@ -21,6 +21,7 @@ ROWS_AT_MOST = 2400
 """Rows that one part of a page holds; beyond, the first, the smallest and the largest loss of each stretch."""
 _DIGITS = 6
 _STOPPED = re.compile(rb"stopped by (SIG[A-Z]+) after step (\d{1,12})")
+_EVENTS = {"skipped": "skipped, for a number was none", "spike": "the loss jumped"}
 _LOG_BYTES = 4 * 2**20
 _GAP_S = 1e-6
 
@@ -171,7 +172,7 @@ def matrix_rate(plan: Mapping[str, Any], lora_parameters: float) -> tuple[float,
     }
     try:
         shape = Shape.of(keys)
-        weights = shape.layers * sum(i * o for i, o in shape.linear_sizes.values())
+        weights = float(shape.layers * sum(i * o for i, o in shape.linear_sizes.values()))
     except (ModelError, TypeError, ZeroDivisionError, OverflowError):
         return 0.0, 0.0
     device = hardware.get("device") if isinstance(hardware, dict) and plan.get("device") == "cuda" else None
@@ -190,10 +191,8 @@ def marks(rows: Sequence[Row], run_folder: Path, state: str) -> list[dict[str, A
             continue
         if kind == "start" and step > 1:
             found.append((step - 1, "resumed", f"resumed after step {step - 1}"))
-        elif kind == "skipped":
-            found.append((step, "skipped", f"step {step} skipped: a number was none, in rows {shown(row.get('rows'))[:200]}"))
-        elif kind == "spike":
-            found.append((step, "spike", f"the loss jumped at step {step}, in rows {shown(row.get('rows'))[:200]}"))
+        elif isinstance(kind, str) and kind in _EVENTS:
+            found.append((step, kind, f"step {step}: {_EVENTS[kind]}, in rows {shown(row.get('rows'))[:200]}"))
     found += [(step, "stopped", f"stopped by {name} after step {step}") for name, step in _stops(run_folder)]
     steps = [step for row in rows if (step := count(row.get("step"))) is not None]
     if steps and state in {"failed", "lost"}:

@@ -9,6 +9,7 @@ from phi3_dist.report.reading import finite, number
 __all__ = ["bytes_of", "duration", "gib", "many", "shown"]
 
 _LONGEST = 4000
+_A_MILLENNIUM_S = 3.2e10
 
 
 def shown(item: object) -> str:
@@ -46,6 +47,8 @@ def _mapping(item: Mapping[object, object]) -> str:
 def duration(seconds: float) -> str:
     if abs(seconds) < 1:
         return f"{seconds * 1000:.3g} ms"
+    if not abs(seconds) < _A_MILLENNIUM_S:
+        return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

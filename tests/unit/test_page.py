@@ -21,6 +21,8 @@ from phi3_dist.report.tables import defaults
 from tests.unit.test_readme import verbs
 
 VOID = {"meta", "img", "link", "br", "input", "rect"}
+HUGE = {f"base config.{key}": 10**300 for key in ("num_hidden_layers", "hidden_size", "intermediate_size")}
+HUGE |= {"base config.num_attention_heads": 1, "base config.vocab_size": 1}
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"&"
 HARDWARE = {"device": "NVIDIA H200", "device_memory_gib": 139.8, "host_memory_gib": 256.0, "cores": 48}
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
@@ -305,7 +307,7 @@ def test_odd_values_are_shown_or_left_out(run_folder: Path) -> None:
     samples = [None, 1, "text", {"prompt": "half \ud800 of it"}, ["a", {"role": "user", "content": None}]]
     (run_folder / "evaluation.json").write_text(json.dumps({"samples": samples, "before": None, "rows": None}))
     odd = {"choices": [None, "x", {"name": "precision"}], "lengths": [], "hardware": 5, "memory": [None, {"gib": "x"}]}
-    (run_folder / "plan.json").write_text(json.dumps(odd | {"parameters": [], "identity": {"base config.x": 1}}))
+    (run_folder / "plan.json").write_text(json.dumps(odd | {"parameters": [], "identity": dict(HUGE)}))
     (run_folder / "config.yaml").write_text("name: 'a[/]b \u2615 $x^2$'\n", encoding="utf-8")
     reader = read(write_page(run_folder))
     assert "a[/]b \u2615 $x^2$" in reader.text
