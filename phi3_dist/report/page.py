@@ -78,14 +78,15 @@ def _write(path: Path, text: str) -> Path:
 def run_page(view: RunView, live: Mapping[str, Any] | None = None) -> str:
     """The page of one run. `live` says where to ask for news (`url`) and how often (`every_ms`)."""
     data = {**drawn([view], [view.name]), "live": live}
-    parts = parts_of_run(view)
+    parts = parts_of_run(view, live=live is not None)
     return _page("run.html", data, title=view.name, view=view, live=live, **parts)
 
 
-def parts_of_run(view: RunView) -> dict[str, Markup]:
-    """The page's text above and below the charts, as HTML: what a page that refreshes exchanges."""
+def parts_of_run(view: RunView, *, live: bool = True) -> dict[str, Markup]:
+    """The page's text above and below the charts, as HTML: what a page that refreshes (`live`) exchanges."""
     above = _TEMPLATES.get_template("above.html").render(
         view=view,
+        as_of="" if live or view.row.state != "running" else time.strftime("%H:%M"),
         headline=first_screen.headline(view.row, view.rows),
         groups=first_screen.first_screen(view.rows, view.config, view.plan, view.evaluation),
         ways=first_screen.ways_on(view.folder, view.row.state, view.command),

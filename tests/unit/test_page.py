@@ -328,6 +328,19 @@ def test_a_config_that_bombs_is_read_in_bounded_time(run_folder: Path) -> None:
         write_page(run_folder)
 
 
+def test_a_run_that_trains_is_marked_as_one(run_folder: Path) -> None:
+    assert "does not refresh" not in read(write_page(run_folder)).text
+    beat = {"pid": 1, "host": "elsewhere", "time": 4e9, "step": 20}
+    (run_folder / "heartbeat.json").write_text(json.dumps(beat))
+    (run_folder / "plan.json").write_text('{"steps": 80}')
+    path = write_page(run_folder)
+    assert "<title>running: roman</title>" in path.read_text(encoding="utf-8")
+    text = read(path).text
+    assert "step 20 of 80, about 1 min 00 s left (as of " in text
+    assert f"phi3-dist board {run_folder}" in text
+    assert "phi3-dist publish" not in text
+
+
 def test_interruptions_and_resumes_are_marks(run_folder: Path) -> None:
     rows = [{"kind": "train", "step": n, "loss": 1.0, "elapsed_s": float(n if n < 8 else n - 7)} for n in range(1, 15)]
     starts = [{"kind": "start", "step": step, "imports_s": 2.0} for step in (1, 8)]
