@@ -14,7 +14,7 @@ from phi3_dist.config.load import flatten
 from phi3_dist.report.reading import count, finite, printable
 from phi3_dist.report.run_files import Row, of_kind
 from phi3_dist.report.runs import RunRow
-from phi3_dist.report.series import total_s
+from phi3_dist.report.series import matrix_rate, total_s
 from phi3_dist.report.words import duration, gib, many, shown
 
 __all__ = ["Fact", "Group", "Way", "first_screen", "headline", "memory_gib", "recipe", "ways_on"]
@@ -78,7 +78,7 @@ def first_screen(
         _lora(flat, plan),
         _hardware(plan),
         _memory(rows, plan),
-        _time(rows),
+        _time(rows, plan),
     )
     return [group for group in groups if group is not None]
 
@@ -235,18 +235,24 @@ def _memory(rows: Sequence[Row], plan: Mapping[str, Any]) -> Group | None:
     )
 
 
-def _time(rows: Sequence[Row]) -> Group | None:
+def _time(rows: Sequence[Row], plan: Mapping[str, Any]) -> Group | None:
     train = of_kind(rows, "train")
-    speeds = {}
+    medians: list[float | None] = []
     for key in ("tokens_per_s", "supervised_tokens_per_s"):
         values = sorted(value for row in train if (value := finite(row.get(key))) is not None)
-        speeds[key] = many(values[len(values) // 2]) if values else ""
-    seconds = total_s(rows)
-    supervised = speeds["supervised_tokens_per_s"]
+        medians.append(values[len(values) // 2] if values else None)
+    seconds, (every, supervised) = total_s(rows), medians
+    flops, rate = matrix_rate(plan, finite(_of(plan, "parameters", "trainable")) or 0.0)
+    share = note = ""
+    if every is not None and flops and rate:
+        share, note = f"{every * flops / rate:.0%}", "of the matrix rate measured on such a card, at least"
+    elif every is not None and plan.get("device") == "cuda":
+        share, note = "unknown", "make card measures this card's matrix rate"
     return _group(
         "Time",
         ("training", duration(seconds) if seconds else ""),
-        ("tokens/s, median", speeds["tokens_per_s"] or supervised, f"{supervised} supervised" if supervised else ""),
+        ("tokens/s, median", many(every), f"{many(supervised)} supervised" if supervised is not None else ""),
+        ("share of the limit", share, note),
     )
 
 

@@ -169,6 +169,8 @@ def test_the_first_screen_says_what_was_trained_on_what_and_how_well(run_folder:
     assert facts["planned"] == "7.1 GiB of each rank's device"
     assert facts["measured, most"] == "11.5 GiB torch's tensors"
     assert facts["training"] == "1 h 02 min"
+    assert facts["tokens/s, median"] == "4,000 1,234 supervised"
+    assert facts["share of the limit"] == "0% of the matrix rate measured on such a card, at least"  # a tiny base
 
 
 def test_every_file_of_the_run_has_its_part(run_folder: Path) -> None:
@@ -205,6 +207,12 @@ def test_the_charts_get_the_rows_as_they_are(run_folder: Path) -> None:
     # the shipped figures of this card: 754.8 TFLOP/s each; 2 layers of 64·(64+2·32) + 64·64 + 3·64·128 weights
     flops = 4 * 2 * (64 * 128 + 64 * 64 + 3 * 64 * 128) + 6 * 10_000
     assert run["train"]["share"][0] == pytest.approx(100 * 4000.0 * flops / (2 * 754.8e12), rel=1e-4)
+    plan = json.loads((run_folder / "plan.json").read_text())
+    plan["hardware"]["device"] = "a card that nobody has measured"
+    (run_folder / "plan.json").write_text(json.dumps(plan))
+    path = write_page(run_folder)
+    assert "share" not in drawn(path)["runs"][0]["train"]
+    assert read(path).facts["share of the limit"].startswith("unknown make card")
     assert [chart["id"] for chart in data["charts"]] == [
         "loss", "lr", "grad_norm", "speed", "share", "parts", "memory",
     ]  # fmt: skip
