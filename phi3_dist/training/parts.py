@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from phi3_dist.data.batches import Packs
 from phi3_dist.machine.probe import probe
@@ -34,12 +34,9 @@ class TimedEngine:
 
     def __init__(self, engine: Engine, device: torch.device) -> None:
         self.optimizer, self._engine = engine.optimizer, engine
+        self.model: Any = self._forward  # train_step calls it, and no more
         self._on_gpu = device.type == "cuda"
         self._spans: list[tuple[str, Any, Any]] = []
-
-    @property
-    def model(self) -> nn.Module:
-        return self._forward  # type: ignore[return-value]  # train_step calls it, and no more
 
     def start_micro_batch(self, *, last: bool) -> None:
         self._engine.start_micro_batch(last=last)
