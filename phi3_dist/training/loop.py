@@ -51,6 +51,7 @@ from phi3_dist.training.monitor.start_clock import StartClock, compile_notice
 from phi3_dist.training.monitor.time_left import TimeLeft
 from phi3_dist.training.monitor.trackers import finish_trackers, start_trackers
 from phi3_dist.training.monitor.transcript import Transcript
+from phi3_dist.training.parts import run_facts
 from phi3_dist.training.plan_proof import prove_built_dtypes
 from phi3_dist.training.run_folder import RunFolder, versions
 from phi3_dist.training.run_steps import run_steps
@@ -106,7 +107,7 @@ def prepare_rows(
 
 def _record_start(folder: RunFolder, stage: Stage, first: int, of_model: tuple[Choice, ...]) -> None:
     plan = replace(stage.runtime.plan, steps=stage.total, choices=(*stage.runtime.plan.choices, *of_model))
-    folder.write_json("plan.json", {**plan.to_dict(), "identity": dict(stage.facts)})
+    folder.write_json("plan.json", {**plan.to_dict(), "identity": dict(stage.facts), **run_facts(stage)})
     folder.record_environment()
     folder.forget_exit()
     folder.heartbeat(first)

@@ -13,6 +13,7 @@ from phi3_dist.training.context import Stage
 from phi3_dist.training.evaluate import HeldOut, held_out_loss
 from phi3_dist.training.monitor.health import Health
 from phi3_dist.training.monitor.readout import EvaluationWatch, StepReadout
+from phi3_dist.training.parts import TimedEngine
 from phi3_dist.training.plan_proof import prove_updated_dtypes
 from phi3_dist.training.train_step import learning_rate, train_step
 
@@ -80,11 +81,13 @@ def run_steps(
         watch.check()
         begun, done = time.perf_counter(), step + 1
         lr = learning_rate(step, stage.total, cfg.optim)
-        result = train_step(stage.engine, stage.runtime, stage.train, stage.order, step, lr=lr, seed=cfg.train.seed)
+        timed = TimedEngine(stage.engine, stage.runtime.device) if readout.logs(done) else None
+        engine = timed or stage.engine
+        result = train_step(engine, stage.runtime, stage.train, stage.order, step, lr=lr, seed=cfg.train.seed)
         if stage.profile.step():
             done_as = stage.profile.failed or f"{stage.folder.path / 'profile'}/table.txt and trace.json.gz"
             stage.metrics.say(f"profile: {done_as}")
-        readout.add(done, result, begun)
+        readout.add(done, result, begun, timed)
         evaluate = done == stage.total or bool(cfg.train.eval_every and done % cfg.train.eval_every == 0)
         if evaluate or saver.due(done) or readout.stop or step == first:
             readout.read()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from phi3_dist.training.context import Stage
 from phi3_dist.training.monitor.health import Health
+from phi3_dist.training.parts import TimedEngine, peak_gib
 from phi3_dist.training.train_step import StepResult
 
 __all__ = ["STEPS_BEHIND", "EvaluationWatch", "StepReadout"]
@@ -37,6 +38,7 @@ class _Step:
     facts: Tensor
     ready: Any
     begun: float
+    timed: TimedEngine | None
 
 
 class EvaluationWatch:
@@ -67,7 +69,11 @@ class StepReadout:
         self._under_way: deque[_Step] = deque()
         self._read_at = self._beaten = 0.0
 
-    def add(self, done: int, result: StepResult, begun: float) -> None:
+    def logs(self, done: int) -> bool:
+        """Whether step `done` has a row, if it is made."""
+        return done % self.stage.cfg.log.every == 0 or done in {1, self.stage.total}
+
+    def add(self, done: int, result: StepResult, begun: float, timed: TimedEngine | None = None) -> None:
         """Take step `done`, begun at `begun` (perf_counter), and read what is due. Collective."""
         runtime, device = self.stage.runtime, self.stage.runtime.device
         # a fill and no copy from the host, which would wait for the device
@@ -83,7 +89,7 @@ class StepReadout:
             facts = host.copy_(facts, non_blocking=True)
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
-        self._under_way.append(_Step(done, result, facts, ready, begun))
+        self._under_way.append(_Step(done, result, facts, ready, begun, timed))
         self.read(self._behind)
 
     def read(self, behind: int = 0) -> None:
@@ -104,7 +110,7 @@ class StepReadout:
         step_s = now - max(step.begun, self._read_at)
         self._read_at = now
         self.stage.time_left.step(step_s)
-        logged = made and (step.done % self.stage.cfg.log.every == 0 or step.done in {1, self.stage.total})
+        logged = made and self.logs(step.done)
         if logged:
             self._log(step, loss, grad_norm, step_s)
         if self.stage.runtime.is_main and (logged or now - self._beaten > BEAT_S):
@@ -125,6 +131,8 @@ class StepReadout:
                 "tokens": result.tokens,
                 "supervised_tokens_per_s": round(result.supervised_tokens / step_s, 1),
                 "tokens_per_s": round(result.tokens / step_s, 1),
+                **(step.timed.seconds() if step.timed else {}),
+                "peak_gib": peak_gib(stage.runtime.device),
             },
             stage.time_left.left_s(step.done),
         )
