@@ -160,16 +160,6 @@ def prepare_run(
 
 
 @app.command()
-def report(run_folder: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]) -> None:
-    """Draw the curves and the page of a run, also of one that is still running."""
-    from phi3_dist.report.curves import draw_curves
-    from phi3_dist.report.page import write_page
-
-    typer.echo(f"curves: {draw_curves(run_folder)}")
-    typer.echo(f"page: {write_page(run_folder)}")
-
-
-@app.command()
 def runs(
     folder: Annotated[Path, typer.Argument(help="Folder that holds run folders.")] = Path("runs"),
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,

@@ -64,6 +64,7 @@ def demo(
     """Train a LoRA on a real base with two CPU processes, and show what it learned."""
     start_s = time.perf_counter()
     _quiet()
+    _refuse_others(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,7 +75,7 @@ def demo(
     with _stage(1, "base model: SmolLM2-135M-Instruct as Phi3ForCausalLM"):
         base = build_base(folder / "base", lambda line: console.print(f"  {line}"))
     with _stage(2, "chats: spoken café orders and the till's tickets"):
-        paths = write_chats(folder / "chats")
+        paths = write_chats(folder / "chats", keep_others=True)
         chats = _read(paths["validation"])
         _show_chats(paths, chats)
     with _stage(3, f"the base answers {len(chats)} held-out prompts"):
@@ -96,9 +97,20 @@ def demo(
         with console.status("answering"):
             after = _score(base, adapter, chats)
         console.print(f"  perplexity {after.perplexity:.2f}, exact match {after.exact_match:.0%}")
+    page = _page(run, chats, before, after)
     _result(before, after, chats, time.perf_counter() - start_s)
-    console.print(f"adapter  {adapter}\ncurves   {curves}", soft_wrap=True)
+    console.print(f"adapter  {adapter}\ncurves   {curves}\npage     {page}  (open it in a browser)", soft_wrap=True)
     _check(before, after, _trainers_perplexity(run), curves)
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raises RunFolderError where a run stands that is not the demo's, which a new one would replace."""
+    from phi3_dist.report.run_files import run_name
+
+    run = folder / "run"
+    if (run / "config.yaml").exists() and (name := run_name(run)) != RUN_FILE.stem:
+        what = f"holds the run {name!r}, and not the demo's: nothing is replaced"
+        raise RunFolderError(Problem(str(run), what, "another --folder, or move it elsewhere"))
 
 
 def _quiet() -> None:
@@ -186,6 +198,31 @@ def _result(before: Score, after: Score, chats: Sequence[Chat], seconds: float) 
     console.print()
     console.print(side_by_side(before, after))
     console.print(f"\nall of it in {seconds:.0f} s")
+
+
+def _page(run: Path, chats: Sequence[Chat], before: Score, after: Score) -> Path:
+    """Write what the answers were worth beside the run, and its page anew with them in it."""
+    from phi3_dist.demo.score import wanted
+    from phi3_dist.report.page import write_page
+    from phi3_dist.report.run_files import written
+
+    samples = [
+        {
+            "prompt": [{"role": m.role, "content": m.content} for m in chat.messages[:-1]],
+            "wanted": right,
+            "before": was,
+            "after": now,
+        }
+        for chat, right, was, now in zip(chats, wanted(chats), before.answers, after.answers, strict=True)
+    ]
+    samples.sort(key=lambda row: row["after"] == row["wanted"])  # people read the worst first
+    scores = {
+        name: {"perplexity": score.perplexity, "exact_match": score.exact_match}
+        for name, score in (("before", before), ("after", after))
+    }
+    with written(run / "evaluation.json") as partial:
+        partial.write_text(json.dumps({"rows": len(chats), **scores, "samples": samples}, indent=1), encoding="utf-8")
+    return write_page(run)
 
 
 def _trainers_perplexity(run: Path) -> float:

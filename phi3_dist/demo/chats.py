@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from phi3_dist.errors import Problem, RunFolderError
+
 __all__ = ["HELD_OUT_ROWS", "TRAIN_ROWS", "Chat", "debug_rows", "make_rows", "write_chats", "write_rows"]
 
 TRAIN_ROWS = 900
@@ -220,23 +222,42 @@ def make_rows(count: int, seed: str, names: Sequence[str] = NAMES, unlike: Seque
 
 def write_rows(path: Path, rows: Sequence[Chat]) -> Path:
     """Write one JSON object a line, the same bytes on every platform."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    path.write_text(_lines(rows), encoding="utf-8", newline="\n")
     return path
 
 
-def write_chats(folder: Path, seed: int = 0) -> dict[str, Path]:
+def _lines(rows: Sequence[Chat]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_chats(folder: Path, seed: int = 0, *, keep_others: bool = False) -> dict[str, Path]:
     """Write `train.jsonl` and `validation.jsonl` into `folder`; returns their paths under `train`, `validation`.
 
-    The two share no prompt, no name and no drinks of a ticket. The same seed gives the same bytes.
+    The two share no prompt, no name and no drinks of a ticket. The same seed gives the same bytes. With
+    `keep_others`, raises RunFolderError where a file of either name holds anything else.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     train = make_rows(TRAIN_ROWS, f"train {seed}")
-    validation = make_rows(HELD_OUT_ROWS, f"validation {seed}", HELD_OUT_NAMES, unlike=train)
-    return {
-        "train": write_rows(folder / "train.jsonl", train),
-        "validation": write_rows(folder / "validation.jsonl", validation),
-    }
+    rows = {"train": train, "validation": make_rows(HELD_OUT_ROWS, f"validation {seed}", HELD_OUT_NAMES, unlike=train)}
+    paths = {name: folder / f"{name}.jsonl" for name in rows}
+    others = [path for name, path in paths.items() if keep_others and _is_another(path, rows[name])]
+    if others:
+        what, fix = (
+            "is there already and holds other rows: nothing is replaced",
+            "another --folder, or move it elsewhere",
+        )
+        raise RunFolderError(*(Problem(str(path), what, fix) for path in others))
+    folder.mkdir(parents=True, exist_ok=True)
+    return {name: write_rows(paths[name], rows[name]) for name in rows}
+
+
+def _is_another(path: Path, rows: Sequence[Chat]) -> bool:
+    """Whether something stands at `path` that is not the file of these rows, nor what a kill has left of it."""
+    try:
+        return not _lines(rows).encode().startswith(path.read_bytes())
+    except FileNotFoundError:
+        return False
+    except OSError:  # a folder, or what may not be read
+        return True
 
 
 def debug_rows() -> list[Chat]:

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
-from phi3_dist.errors import Problem, RunFolderError
-from phi3_dist.report.reading import count, finite, parse, printable
+from phi3_dist.report.reading import finite
+from phi3_dist.report.run_files import Row, of_kind, read_metrics, run_name, written
 
 __all__ = ["draw_curves", "read_metrics", "run_name", "written"]
-
-Row = dict[str, Any]
 
 BLUE, ORANGE, GREY, INK = "#2463a8", "#d9601a", "#8a919c", "#22262b"
 FEW_POINTS = 40  # up to here each point gets a marker
 SMOOTH_FROM = 60  # from here on the loss also gets a running mean
 SIZE_IN = (11.0, 7.0)
 DPI = 120
-SHOWN_AT_MOST, NAME_AT_MOST = 20, 200
 LARGEST = 1e30  # beyond it no axis can be drawn
 
 
@@ -38,7 +32,7 @@ def draw_curves(run_folder: Path) -> Path:
     Raises RunFolderError as `read_metrics` does.
     """
     rows = read_metrics(run_folder)
-    train, held_out = _of_kind(rows, "train"), _of_kind(rows, "eval")
+    train, held_out = of_kind(rows, "train"), of_kind(rows, "eval")
 
     spacing = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
     figure = Figure(figsize=SIZE_IN, dpi=DPI, layout=spacing, facecolor="white")
@@ -62,77 +56,6 @@ def draw_curves(run_folder: Path) -> Path:
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a name in letters that the font lacks
         figure.savefig(partial, format="png")
     return picture
-
-
-@contextlib.contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """Where to write `path` until it is whole. Nothing stays of one that isn't. Raises RunFolderError (a full disk)."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        what = f"cannot be written: {error.strerror or error}"
-        raise RunFolderError(Problem(str(path), what, "make room, or make the folder writable")) from error
-
-
-def read_metrics(run_folder: Path) -> list[Row]:
-    """Rows of `metrics.jsonl` in the order of the file, at least one.
-
-    A last line without an end is what a killed run leaves behind: it is passed over.
-    Raises RunFolderError when the folder or the file is missing, the file holds no row, or a line before the last
-    is not a JSON object.
-    """
-    path = run_folder / "metrics.jsonl"
-    if not path.is_file():
-        what = "no metrics.jsonl in it" if run_folder.is_dir() else "no such folder"
-        raise RunFolderError(Problem(str(run_folder), what, "name the folder of a run that has made a step"))
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise RunFolderError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
-    rows: list[Row] = []
-    problems: list[Problem] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = parse(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        elif number < len(lines):
-            problems.append(Problem(f"{path}:{number}", "not a JSON object", "remove the line"))
-    if len(problems) > SHOWN_AT_MOST:
-        problems[SHOWN_AT_MOST:] = [Problem(str(path), f"and {len(problems) - SHOWN_AT_MOST:,} more lines")]
-    if problems:
-        raise RunFolderError(*problems)
-    if not rows:
-        raise RunFolderError(Problem(str(path), "no row in it yet", "wait for the run's first step"))
-    return rows
-
-
-def run_name(run_folder: Path) -> str:
-    """The run's name from its config.yaml, or the name of its folder where that says none.
-
-    Raises RunFolderError when config.yaml is not YAML.
-    """
-    path = run_folder / "config.yaml"
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
-        what = f"not YAML: {error}"[:1000]
-        raise RunFolderError(Problem(str(path), what, "restore the file that the run wrote")) from error
-    name = config.get("name") if isinstance(config, dict) else None
-    found = str(name) if isinstance(name, str | int) and name else run_folder.resolve().name
-    return printable(found)[:NAME_AT_MOST]
-
-
-def _of_kind(rows: Sequence[Row], kind: str) -> list[Row]:
-    """Rows of one kind by step. A step that a resumed run made again counts once, as made last."""
-    by_step = {row["step"]: row for row in rows if row.get("kind") == kind and count(row.get("step")) is not None}
-    return [by_step[step] for step in sorted(by_step)]
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:

@@ -12,10 +12,12 @@ __all__ = ["draw_report"]
 def draw_report(run_folder: Path) -> str:
     """Draw curves and page; the lines to tell of it. What can't be drawn now is said, with how to draw it later."""
     try:
-        from phi3_dist.report.curves import draw_curves  # matplotlib, which looks for a place of its own to write to
         from phi3_dist.report.page import write_page
 
-        return f"curves: {draw_curves(run_folder)}\npage: {write_page(run_folder)}"
+        page = f"page: {write_page(run_folder)}"
+        from phi3_dist.report.curves import draw_curves  # matplotlib, which looks for a place of its own to write to
+
+        return f"curves: {draw_curves(run_folder)}\n{page}"
     except RunFolderError as error:
         why = f"{error.problems[0].where} {error.problems[0].what}"
     except ModuleNotFoundError as missing:

@@ -1,204 +1,212 @@
-"""A run as one self-contained page: `report.html`, with the picture inside and nothing loaded from elsewhere."""
+"""A run, or several beside one another, as one self-contained page: `report.html` and `comparison.html`.
+
+Nothing is loaded from elsewhere: charts are drawn by uPlot, whose file, licence and version lie in `assets/`. What a
+run holds is text to the page: Jinja escapes it, the data for the script is JSON without `<`, and a content security
+policy lets no script run but the page's own, by their hashes.
+"""
 
 from __future__ import annotations
 
 import base64
-import math
+import functools
+import hashlib
+import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-from phi3_dist.config.load import flatten
 from phi3_dist.errors import Problem, RunFolderError
-from phi3_dist.report.curves import Row, draw_curves, read_metrics, run_name, written
-from phi3_dist.report.reading import count, finite, read_object
+from phi3_dist.report import first_screen, series, tables
+from phi3_dist.report.run_files import written
+from phi3_dist.report.view import RunView, differences, drawn, labels, read_view
+from phi3_dist.report.words import duration
+from phi3_dist.version import __version__
 
-__all__ = ["write_page"]
+__all__ = [
+    "parts_of_comparison",
+    "UPLOT_VERSION",
+    "board_page",
+    "comparison_page",
+    "parts_of_run",
+    "run_page",
+    "write_comparison",
+    "write_page",
+]
+
+ASSETS = Path(__file__).parent / "assets"
+UPLOT_VERSION = "1.6.32"
+MARK = "<!-- phi3_dist's page -->"
+"""By it a page is known again before it is replaced."""
+_SIZE = "\u2063size\u2063"
 
 
 def write_page(run_folder: Path) -> Path:
-    """Write `report.html`: results, curves, samples, the plan's choices with their reasons, config and versions.
+    """Write `report.html` into the run folder: all that its files tell, with charts to hover over and zoom into.
 
-    Draws `curves.png` anew. Parts whose file a run has not written are left out: evaluation.json (a mapping; numbers
-    become a table, mappings of numbers stand side by side, its `samples` one row each), plan.json, config.yaml,
-    environment.json, adapter/. Returns the page's path.
-    Raises RunFolderError without metrics, as `draw_curves` does, or for a file that is not JSON.
+    Parts whose file a run has not written are left out. Returns the page's path. Raises RunFolderError without
+    metrics, and for a file that is not what a run writes.
     """
-    picture = draw_curves(run_folder)
-    evaluation = _json(run_folder / "evaluation.json")
-    config = run_folder / "config.yaml"
-    text = _ENVIRONMENT.from_string(_PAGE).render(
-        name=run_name(run_folder),
-        picture=base64.b64encode(picture.read_bytes()).decode("ascii"),
-        results=_results(read_metrics(run_folder)),
-        scores=_side_by_side(evaluation),
-        samples=_columns(_mappings(evaluation.get("samples"))),
-        choices=_columns(_mappings(_json(run_folder / "plan.json").get("choices")), ("name", "value", "why"))[1],
-        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
-        environment=_leaves(_json(run_folder / "environment.json")),
-        adapter=_files(run_folder / "adapter"),
-    )
-    page = run_folder / "report.html"
-    with written(page) as partial:
+    return _write(run_folder / "report.html", run_page(read_view(run_folder)))
+
+
+def write_comparison(run_folders: Sequence[Path], output: Path) -> Path:
+    """Write a page that lays runs over one another, with what differs as the legend. Returns its path.
+
+    Raises RunFolderError for a damaged run, and where `output` is something else than such a page.
+    """
+    try:
+        ours = not output.exists() or MARK in output.read_text(encoding="utf-8", errors="replace")[:400]
+    except OSError as error:
+        raise RunFolderError(Problem(str(output), f"cannot be read: {error.strerror or error}", "--output")) from error
+    if not ours:
+        what = "is there already, and is no page of this toolkit: nothing is replaced"
+        raise RunFolderError(Problem(str(output), what, "name another file with --output"))
+    return _write(output, comparison_page([read_view(folder) for folder in run_folders]))
+
+
+def _write(path: Path, text: str) -> Path:
+    with written(path) as partial:
         # what JSON may hold and UTF-8 may not, such as half of a pair of code units
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    return page
+    return path
 
 
-def _json(path: Path) -> dict[str, Any]:
-    content, wrong = read_object(path)
-    if wrong:
-        raise RunFolderError(Problem(str(path), wrong, "restore the file that the run wrote"))
-    return content
+def run_page(view: RunView, live: Mapping[str, Any] | None = None) -> str:
+    """The page of one run. `live` says where to ask for news (`url`) and how often (`every_ms`)."""
+    data = {**drawn([view], [view.name]), "live": live}
+    parts = parts_of_run(view, live=live is not None)
+    return _page("run.html", data, title=view.name, view=view, live=live, **parts)
 
 
-def _mappings(value: object) -> list[Mapping[str, Any]]:
-    """The rows of a table; what is no mapping becomes one of one cell."""
-    rows = value if isinstance(value, list) else [] if value is None else [value]
-    return [row if isinstance(row, dict) else {"": row} for row in rows]
+def parts_of_run(view: RunView, *, live: bool = True) -> dict[str, Markup]:
+    """The page's text above and below the charts, as HTML: what a page that refreshes (`live`) exchanges."""
+    above = _TEMPLATES.get_template("above.html").render(
+        view=view,
+        as_of="" if live or view.row.state != "running" else time.strftime("%H:%M"),
+        headline=first_screen.headline(view.row, view.rows),
+        groups=first_screen.first_screen(view.rows, view.config, view.plan, view.evaluation),
+        ways=first_screen.ways_on(view.folder, view.row.state, view.command),
+        answers=tables.answers(view.evaluation)[:2],
+    )
+    spans, parts = series.time_spans(view.rows), series.step_parts(view.rows)
+    evaluation = {key: value for key, value in view.evaluation.items() if not isinstance(value, list)}
+    below = _TEMPLATES.get_template("below.html").render(
+        spans=_bars(spans),
+        parts=_bars(parts),
+        marks=series.marks(view.rows, view.folder, view.row.state),
+        memory=tables.memory_terms(view.plan),
+        planned=first_screen.memory_gib(view.plan)[0],
+        lengths=tables.bars_of_lengths(view.plan),
+        scores=tables.scores(evaluation),
+        answers=tables.answers(view.evaluation),
+        lists=tables.other_lists(view.evaluation),
+        choices=tables.choices(view.plan),
+        recipe=first_screen.recipe(view.folder),
+        adapter=tables.adapter_files(view.folder / "adapter"),
+        config=tables.config_lines(view.folder, view.command),
+        environment=tables.leaves(view.environment),
+    )
+    return {"above": Markup(above), "below": Markup(below)}
 
 
-def _results(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """The few numbers that a reader looks for first."""
-    sound = [row for row in rows if count(row.get("step")) is not None]
-    train = [row for row in sound if row.get("kind") == "train"]
-    held_out = [row for row in sound if row.get("kind") == "eval"]
-    found: list[tuple[str, str]] = []
-    if train:
-        last = train[-1]
-        found.append(("steps", _show(last.get("step"))))
-        found.append(("training loss, last row", _show(last.get("loss"))))
-    if held_out:
-        first, last = held_out[0], held_out[-1]
-        for label, key in (("held-out loss", "heldout_loss"), ("held-out perplexity", "heldout_perplexity")):
-            value = _show(last.get(key))
-            if len(held_out) > 1:
-                when = f"after step {first['step']}" if first["step"] else "before the first step"
-                value += f" ({_show(first.get(key))} {when})"
-            found.append((label, value))
-    if train and (elapsed_s := finite(train[-1].get("elapsed_s"))) is not None:
-        found.append(("time", _duration(elapsed_s)))
-    if speeds := sorted(filter(None, (finite(row.get("supervised_tokens_per_s")) for row in train))):
-        found.append(("supervised tokens/s, median", _show(speeds[len(speeds) // 2])))
-    return found
+def _bars(spans: Sequence[series.Span]) -> list[tables.Bar]:
+    longest, whole = max((s.seconds for s in spans), default=0.0) or 1.0, sum(s.seconds for s in spans) or 1.0
+    return [
+        tables.Bar(
+            s.name,
+            duration(s.seconds),
+            s.seconds / longest,
+            f"{s.seconds / whole:.0%}" + (f", {s.note}" if s.note else ""),
+        )
+        for s in spans
+    ]
 
 
-def _side_by_side(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of a table: mappings such as `before` and `after` become columns, single numbers rows of one."""
-    groups = {key: value for key, value in evaluation.items() if isinstance(value, dict)}
-    single = {key: value for key, value in evaluation.items() if isinstance(value, int | float | str)}
-    measures = dict.fromkeys(measure for group in groups.values() for measure in group)
-    rows = [[measure, *(_show(group.get(measure, "")) for group in groups.values())] for measure in measures]
-    rows += [[key, _show(value), *[""] * (len(groups) - 1)] for key, value in single.items()]
-    return ["", *(groups or [""])], rows
+def comparison_page(views: Sequence[RunView], live: Mapping[str, Any] | None = None) -> str:
+    """Several runs over one another."""
+    names, above = parts_of_comparison(views)
+    return _page(
+        "comparison.html",
+        {**drawn(views, names), "live": live},
+        title=f"{len(views)} runs",
+        live=live,
+        above=above,
+        names=names,
+        folders=[str(view.folder) for view in views],
+    )
 
 
-def _columns(samples: Sequence[Mapping[str, Any]], heads: Sequence[str] = ()) -> tuple[Sequence[str], list[list[str]]]:
-    """A column for each of `heads`, by default for each key."""
-    heads = heads or list(dict.fromkeys(key for sample in samples for key in sample))
-    return heads, [[_show(sample.get(key, "")) for key in heads] for sample in samples]
+def parts_of_comparison(views: Sequence[RunView]) -> tuple[list[str], Markup]:
+    """A name for each run, and the tables above the charts as HTML."""
+    differ = differences(views)
+    names = labels(views, differ)
+    results = [view.result() for view in views]
+    keys = list(dict.fromkeys(key for result in results for key in result))
+    rows = [(key, [result.get(key, "") for result in results]) for key in keys]
+    template = _TEMPLATES.get_template("compared.html")
+    return names, Markup(template.render(names=names, differ=differ, results=rows))
 
 
-def _leaves(tree: Mapping[str, Any]) -> list[tuple[str, str]]:
-    leaves = flatten(tree).items()
-    return [(path, " ".join(map(str, value)) if isinstance(value, list) else _show(value)) for path, value in leaves]
+def board_page(rows: Sequence[Mapping[str, Any]], folder: Path, live: Mapping[str, Any]) -> str:
+    """The list of runs that `phi3-dist board` shows."""
+    table = _TEMPLATES.get_template("runs.html").render(rows=rows)
+    data = {"charts": [], "runs": [], "live": live}
+    return _page("board.html", data, title=f"Runs in {folder}", live=live, table=Markup(table))
 
 
-def _files(folder: Path) -> list[tuple[str, str]]:
-    if not folder.is_dir():
-        return []
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [(path.relative_to(folder).as_posix(), f"{path.stat().st_size:,} bytes") for path in files]
+def runs_part(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The board's table, as a page that refreshes exchanges it."""
+    return _TEMPLATES.get_template("runs.html").render(rows=rows)
 
 
-def _show(value: object) -> str:
-    """A value for people: four significant digits of a fraction, thousands apart, lists of chat turns as lines."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "–"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        if math.isfinite(value) and abs(value) >= 1000:
-            return f"{value:,.0f}"
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return "\n".join(_turn(item) for item in value)
-    return str(value)
+@functools.cache
+def _asset(name: str) -> str:
+    return (ASSETS / name).read_text(encoding="utf-8")
 
 
-def _turn(item: object) -> str:
-    if isinstance(item, dict) and {"role", "content"} <= item.keys():
-        return f"{item['role']}: {item['content']}"
-    return str(item)
+def _hash(script: str) -> str:
+    return "'sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii") + "'"
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.3g} s"
+def data_json(data: Mapping[str, Any]) -> str:
+    """JSON that holds no character by which HTML could take it for markup."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ name }}</title>
-<style>
-  body { margin: 2rem auto; max-width: 68rem; padding: 0 1.2rem; color: #22262b; background: #fff;
-         font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-  h1 { font-size: 1.6rem; margin: 0 0 1rem; }
-  h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
-  img { width: 100%; height: auto; border: 1px solid #e6e8eb; border-radius: 6px; }
-  dl { display: flex; flex-wrap: wrap; gap: .8rem 2.4rem; margin: 0 0 1.4rem; }
-  dt { color: #6b727c; font-size: .85rem; }
-  dd { margin: 0; font-size: 1.1rem; font-variant-numeric: tabular-nums; }
-  .scroll { overflow-x: auto; }
-  table { border-collapse: collapse; width: 100%; }
-  th { text-align: left; color: #6b727c; font-weight: 600; font-size: .85rem; }
-  th, td { padding: .35rem 1rem .35rem 0; border-bottom: 1px solid #e6e8eb; vertical-align: top; }
-  td { white-space: pre-wrap; overflow-wrap: anywhere; }
-  td:first-child { min-width: 9rem; }
-  pre { background: #f6f7f8; padding: .9rem 1.1rem; border-radius: 6px; overflow-x: auto; font-size: .85rem; }
-</style>
-</head>
-<body>
-{%- macro table(heads, rows) %}
-<div class="scroll"><table>
-{%- if heads %}
-<tr>{% for head in heads %}<th>{{ head }}</th>{% endfor %}</tr>
-{%- endif %}
-{%- for row in rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{%- endfor %}
-</table></div>
-{%- endmacro %}
-<h1>{{ name }}</h1>
-<dl>
-{%- for label, value in results %}
-<div><dt>{{ label }}</dt><dd>{{ value }}</dd></div>
-{%- endfor %}
-</dl>
-<img alt="Loss, learning rate, gradient norm and throughput over the steps" src="data:image/png;base64,{{ picture }}">
-{% if scores[1] %}<h2>Evaluation</h2>{{ table(scores[0], scores[1]) }}{% endif %}
-{% if samples[1] %}<h2>Samples</h2>{{ table(samples[0], samples[1]) }}{% endif %}
-{% if choices %}<h2>Choices and their reasons</h2>
-<div class="scroll"><table>
-<tr><th>choice</th><th>value</th><th>why</th></tr>
-{%- for choice in choices %}
-<tr>{% for cell in choice %}<td>{{ cell }}</td>{% endfor %}</tr>
-{%- endfor %}
-</table></div>{% endif %}
-{% if adapter %}<h2>Adapter</h2>{{ table([], adapter) }}{% endif %}
-{% if config %}<h2>Resolved run file</h2><pre>{{ config }}</pre>{% endif %}
-{% if environment %}<h2>Environment</h2>{{ table([], environment) }}{% endif %}
-</body>
-</html>
-"""
+def _page(template: str, data: Mapping[str, Any], **context: Any) -> str:
+    uplot = _asset("uPlot.iife.min.js")
+    scripts = [*([uplot] if template != "board.html" else []), _asset("charts.js"), _asset("page.js")]
+    live = bool(context.get("live"))
+    policy = (
+        f"default-src 'none'; script-src {' '.join(map(_hash, scripts))}; style-src 'unsafe-inline'; "
+        f"img-src data:; connect-src {chr(39)}{'self' if live else 'none'}{chr(39)}; "
+        f"base-uri 'none'; form-action {chr(39)}{'self' if live else 'none'}{chr(39)}"
+    )
+    text = _TEMPLATES.get_template(template).render(
+        mark=Markup(MARK),
+        policy=policy,
+        styles=[Markup(_asset(name)) for name in ("uPlot.min.css", "page.css")],
+        scripts=[Markup(script) for script in scripts],
+        data=Markup(data_json(data)),
+        charts=data["charts"],
+        uplot=UPLOT_VERSION,
+        uplot_kb=round(len(uplot.encode()) / 1000),
+        version=__version__,
+        now=time.strftime("%Y-%m-%d %H:%M"),
+        size=_SIZE,
+        **context,
+    )
+    size = len(text.encode("utf-8", "backslashreplace"))
+    return text.replace(_SIZE, f"{size / 1000:,.0f} kB")
 
-_ENVIRONMENT = Environment(autoescape=True, undefined=StrictUndefined)
+
+_TEMPLATES = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+_TEMPLATES.globals |= {
+    "rows_of": lambda table: [[key, *values] for key, values in table],
+    "pairs": lambda one, other: list(zip(one, other, strict=True)),
+}

@@ -24,7 +24,7 @@ from phi3_dist.errors import Problem, RunFolderError
 from phi3_dist.machine.processes import lives
 from phi3_dist.report.reading import count, finite, number, parse, printable, read_object
 
-__all__ = ["RunRow", "list_runs", "read_run", "runs_table", "watch_runs"]
+__all__ = ["RunRow", "list_runs", "read_run", "run_cells", "runs_table", "watch_runs"]
 
 STALE_S = 900
 """Age from which a heartbeat from elsewhere counts as dead."""
@@ -160,7 +160,7 @@ def _last_row(path: Path) -> dict[str, Any]:
 
 def runs_table(rows: Sequence[RunRow], *, base: Path | None = None, width: int | None = None) -> Group:
     """A table of runs in `width` columns (None: as many as it needs); names are given from `base` on."""
-    cells = [_cells(row, base) for row in rows]
+    cells = [run_cells(row, base) for row in rows]
     heads = ["run", "state", "step", "loss", "tokens/s", "saved", "job", "nodes", "seen"]
     heads = [head for head in heads if head in {"run", "state", "step", "seen"} or any(cell[head] for cell in cells)]
     if width is not None:
@@ -195,7 +195,8 @@ def _name(row: RunRow, base: Path | None) -> str:
     return printable(row.folder.relative_to(base) if inside and base is not None else row.folder)
 
 
-def _cells(row: RunRow, base: Path | None) -> dict[str, str]:
+def run_cells(row: RunRow, base: Path | None) -> dict[str, str]:
+    """What a table shows of a run, by column."""
     return {
         "run": _name(row, base),
         "state": _cut(row.state, 11),

@@ -56,6 +56,7 @@ from phi3_dist.training.monitor.health import Health
 from phi3_dist.training.monitor.metrics import Metrics
 from phi3_dist.training.monitor.profiling import StepProfile
 from phi3_dist.training.monitor.start_clock import StartClock, compile_notice
+from phi3_dist.training.monitor.step_parts import run_facts
 from phi3_dist.training.monitor.time_left import TimeLeft
 from phi3_dist.training.monitor.trackers import finish_trackers, start_trackers
 from phi3_dist.training.monitor.transcript import Transcript
@@ -277,7 +278,7 @@ def _run(
 
 def _record_start(ctx: RunContext, built: Built, first: int) -> None:
     plan = replace(ctx.runtime.plan, steps=ctx.total, choices=(*ctx.runtime.plan.choices, *built.choices))
-    ctx.folder.write_json("plan.json", {**plan.to_dict(), "identity": dict(ctx.identity)})
+    ctx.folder.write_json("plan.json", {**plan.to_dict(), "identity": dict(ctx.identity), **run_facts(ctx)})
     ctx.folder.record_environment()
     ctx.folder.forget_exit()
     ctx.folder.heartbeat(first)

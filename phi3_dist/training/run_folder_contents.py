@@ -42,7 +42,7 @@ _OURS = re.compile(
         (
             re.escape(LOCK),
             rf"{re.escape(MARK)}|\.{re.escape(MARK)}\.tmp",
-            r"\.?(config\.yaml|(plan|environment|heartbeat|exit)\.json)(\.tmp)?",
+            r"\.?(config\.yaml|(plan|environment|evaluation|heartbeat|exit)\.json)(\.tmp)?",
             r"metrics\.(jsonl|tmp)",
             r"(curves\.png|report\.html)",
             r"start\.safetensors|\.start\.safetensors\.\d+\.tmp",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Generator
+from dataclasses import replace
 
 from phi3_dist.modeling.fused_lora import declined
 from phi3_dist.modeling.weights_watch import WeightsWatch
@@ -13,7 +14,8 @@ from phi3_dist.training.checkpoints.saver import Saver
 from phi3_dist.training.context import RunContext
 from phi3_dist.training.evaluate import HeldOut, held_out_loss
 from phi3_dist.training.monitor.health import Health
-from phi3_dist.training.monitor.readout import EvaluationWatch, StepReadout
+from phi3_dist.training.monitor.readout import EvaluationWatch, StepReadout, has_row
+from phi3_dist.training.monitor.step_parts import TimedEngine
 from phi3_dist.training.plan_proof import prove_updated_dtypes
 from phi3_dist.training.train_step import StepResult, learning_rate, train_step
 
@@ -110,6 +112,13 @@ def steps_in_order(ctx: RunContext, first: int, saver: Saver, health: Health, *,
     return ctx.total, held_out, 0
 
 
+def _make_step(ctx: RunContext, step: int, lr: float) -> StepResult:
+    """Step `step`, its parts timed where it gets a row."""
+    seed, timed = ctx.cfg.train.seed, TimedEngine(ctx.engine, ctx.runtime.device) if has_row(ctx, step + 1) else None
+    result = train_step(timed or ctx.engine, ctx.runtime, ctx.train, ctx.order, step, lr=lr, seed=seed)
+    return replace(result, seconds=timed.seconds) if timed else result
+
+
 def run_steps(
     ctx: RunContext, first: int, saver: Saver, health: Health, *, watch: WeightsWatch
 ) -> tuple[int, HeldOut | None, int]:
@@ -119,9 +128,7 @@ def run_steps(
         step = next(steps)
         while True:
             lr = learning_rate(step, ctx.total, ctx.cfg.optim)
-            seed = ctx.cfg.train.seed
-            result = train_step(ctx.engine, ctx.runtime, ctx.train, ctx.order, step, lr=lr, seed=seed)
-            step = steps.send(result)
+            step = steps.send(_make_step(ctx, step, lr))
     except StopIteration as end:
         ended: tuple[int, HeldOut | None, int] = end.value
         return ended

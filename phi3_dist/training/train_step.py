@@ -6,7 +6,7 @@ Shapes: T tokens of a pack, S supervised positions in it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,8 @@ class StepResult:
     grad_norm: Tensor
     lr: float
     packs: tuple[int, ...]
+    seconds: Callable[[], Mapping[str, float]] | None = None
+    """Gives the seconds of the step's parts once it has been read, where they were timed."""
 
 
 def learning_rate(step: int, total: int, cfg: OptimConfig) -> float:

@@ -22,4 +22,7 @@ def test_the_demo_learns_the_tickets(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "exact match" in done.stdout
     assert (tmp_path / "demo" / "run" / "curves.png").is_file()
+    page = (tmp_path / "demo" / "run" / "report.html").read_text(encoding="utf-8")
+    assert "✓ right" in page
+    assert str(tmp_path / "demo" / "run" / "report.html") in done.stdout.replace("\n", "")
     assert "Traceback" not in done.stderr

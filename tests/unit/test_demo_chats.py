@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.blocks import read_chats
-from phi3_dist.demo.__main__ import PROCESSES, _check
+from phi3_dist.data.read import sources
+from phi3_dist.demo.__main__ import PROCESSES, _check, _page, _refuse_others
 from phi3_dist.demo.chats import (
     DRINKS,
     HELD_OUT_NAMES,
@@ -26,7 +28,7 @@ from phi3_dist.demo.chats import (
     write_rows,
 )
 from phi3_dist.demo.score import Score
-from phi3_dist.errors import TrainingError
+from phi3_dist.errors import RunFolderError, TrainingError
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -130,3 +132,42 @@ def test_the_demo_is_a_check(tmp_path: Path) -> None:
     _check(before, good, 50.0, curves)
     with pytest.raises(TrainingError, match="halve"):
         _check(before, replace(good, perplexity=float("nan")), 50.0, curves)
+
+
+def test_the_demo_replaces_no_rows_and_no_run_but_its_own(tmp_path: Path) -> None:
+    paths = write_chats(tmp_path, keep_others=True)
+    wanted = paths["train"].read_bytes()
+    write_chats(tmp_path, keep_others=True)  # its own
+    paths["train"].write_bytes(wanted[:1000])  # what a kill has left
+    write_chats(tmp_path, keep_others=True)
+    assert paths["train"].read_bytes() == wanted
+    paths["train"].write_text("mine\n")
+    paths["validation"].unlink()
+    with pytest.raises(RunFolderError, match=r"train\.jsonl: is there already and holds other rows(.|\n)*--folder"):
+        write_chats(tmp_path, keep_others=True)
+    assert paths["train"].read_text() == "mine\n"
+    assert not paths["validation"].exists()
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("name: demo\n")
+    _refuse_others(tmp_path)
+    (run / "config.yaml").write_text("name: thesis\n")
+    with pytest.raises(RunFolderError, match="holds the run 'thesis', and not the demo's"):
+        _refuse_others(tmp_path)
+
+
+def test_the_demo_ends_with_a_page_of_its_answers(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    chats = [
+        sources.Chat((sources.Message("user", f"{n} lattes"), sources.Message("assistant", f"{n}x LATTE")), f"row {n}")
+        for n in (2, 3)
+    ]
+    before = Score(100.0, 0.0, ("Sure!", "<b>Hm</b>"))
+    after = Score(1.5, 0.5, ("2x LATTE", "4x LATTE"))
+    page = _page(tmp_path, chats, before, after)
+    text = html.unescape(page.read_text(encoding="utf-8"))
+    assert page.name == "report.html"
+    for wanted in ("user: 3 lattes", "<b>Hm</b>", "4x LATTE", "3x LATTE", "Sure!", "50%", "0% before"):
+        assert wanted in text
+    assert text.index("3 lattes") < text.index("2 lattes"), "what went wrong stands first"

@@ -21,6 +21,7 @@ from phi3_dist.training.run_folder_contents import drop_replaced, move_aside, pu
 from tests.ranks.launcher import REPO
 
 LEFT = """.phi3_dist_run config.yaml plan.json environment.json heartbeat.json exit.json metrics.jsonl curves.png
+evaluation.json
 report.html start.safetensors profile/table.txt profile/trace.json.gz logs/phi3_dist/events.out.tfevents.1.host.2.0
 logs/phi3_dist/1.5/hparams.yml logs/terminal/rank_000.log logs/wandb/run-1/files/output.log
 adapter/adapter_model.safetensors adapter/adapter_config.json

@@ -27,6 +27,7 @@ from phi3_dist.training.run_folder_contents import foreign_entries
 from phi3_dist.training.signals import Stopped
 from tests.ranks.launcher import REPO
 from tests.unit.test_folder import claimed, contents
+from tests.unit.test_page import read as read_page
 
 SMALL = (
     f"data.train={REPO / 'configs/run/debug_chats.jsonl'}",
@@ -57,6 +58,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "runs" / "run"))
+
+
+def test_a_runs_page_has_a_chart_of_each_measure_and_its_lengths(trained: Path) -> None:
+    reader = read_page(trained / "report.html")
+    charts = [chart["id"] for chart in json.loads(reader.data)["charts"]]
+    assert charts == ["loss", "lr", "grad_norm", "speed", "parts", "memory"]  # of a CPU no limit is measured
+    assert [row[0] for row in reader.tables["Time"]][-4:] == ["forward", "backward", "update", "the rest"]
+    for part in ("Memory, as planned for each rank", "Lengths, in tokens", "How to load and serve it", "Adapter"):
+        assert part in reader.text
+    assert reader.facts["processes"] == "1 process"
+    assert reader.facts["measured, most"].endswith("the whole process, libraries too")
 
 
 def test_a_run_knows_all_that_it_leaves(trained: Path) -> None:

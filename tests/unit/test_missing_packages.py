@@ -74,6 +74,7 @@ def test_a_module_that_an_installed_package_lacks_is_no_missing_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That is a bug, or another version: it keeps its traceback."""
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 1, "loss": 1.0}) + "\n")
     monkeypatch.delitem(sys.modules, "phi3_dist.report.curves", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)  # type: ignore[arg-type]
     monkeypatch.setattr(sys, "argv", ["phi3-dist", "report", str(tmp_path)])

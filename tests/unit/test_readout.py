@@ -77,10 +77,10 @@ def run(
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl in their order, without the clock's."""
+    """The rows of metrics.jsonl in their order, without the clock's and the memory's."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in row.items() if not k.endswith("_s")}
+        {k: v for k, v in row.items() if not k.endswith(("_s", "_gib"))}
         for row in found
         if row["kind"] in {"train", "eval", "skipped", "save"}
     ]

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from phi3_dist.training.context import RunContext
 from phi3_dist.training.monitor.health import Health
+from phi3_dist.training.monitor.step_parts import peak_gib
 from phi3_dist.training.train_step import StepResult
 
-__all__ = ["STEPS_BEHIND", "EvaluationWatch", "StepReadout"]
+__all__ = ["STEPS_BEHIND", "EvaluationWatch", "StepReadout", "has_row"]
 
 STEPS_BEHIND = {"cpu": 0, "cuda": 1}
 """Steps that may be under way while one is read. A CPU computes before it returns: there is nothing to wait for."""
@@ -38,6 +39,11 @@ class _Step:
     ready: Any
     start_s: float
     """When it began, by time.perf_counter."""
+
+
+def has_row(ctx: RunContext, done: int) -> bool:
+    """Whether step `done` has a row in metrics.jsonl, if it is made."""
+    return done % ctx.cfg.log.every == 0 or done in {1, ctx.total}
 
 
 class EvaluationWatch:
@@ -105,7 +111,7 @@ class StepReadout:
         step_s = now - max(step.start_s, self._read_at)
         self._read_at = now
         self.ctx.time_left.step(step_s)
-        logged = made and (step.done % self.ctx.cfg.log.every == 0 or step.done in {1, self.ctx.total})
+        logged = made and has_row(self.ctx, step.done)
         if logged:
             self._log(step, loss, grad_norm, step_s)
         if self.ctx.runtime.is_main and (logged or now - self._beaten > BEAT_S):
@@ -126,6 +132,8 @@ class StepReadout:
                 "tokens": result.tokens,
                 "supervised_tokens_per_s": round(result.supervised_tokens / step_s, 1),
                 "tokens_per_s": round(result.tokens / step_s, 1),
+                **(result.seconds() if result.seconds else {}),
+                "peak_gib": peak_gib(ctx.runtime.device),
             },
             ctx.time_left.left_s(step.done),
         )
