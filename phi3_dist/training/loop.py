@@ -20,7 +20,7 @@ from phi3_dist.adapters.files import AdapterReceipt, save_adapter
 from phi3_dist.adapters.loading import rows_fact
 from phi3_dist.config.load import flatten, resolved_yaml
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.data.batches import Prepared, prepare
+from phi3_dist.data.batches import Order, Prepared, prepare
 from phi3_dist.data.prepare import Progress
 from phi3_dist.errors import DataError, Problem, RunFolderError
 from phi3_dist.modeling.base import Base, find_base, meta_model
@@ -40,11 +40,13 @@ from phi3_dist.training.going_on import Beginning, find_beginning
 from phi3_dist.training.health import Health
 from phi3_dist.training.metrics import Metrics
 from phi3_dist.training.outlook import Outlook
+from phi3_dist.training.patience import Patience
 from phi3_dist.training.profiling import StepProfile
 from phi3_dist.training.proof import prove_start
 from phi3_dist.training.resume import base_fingerprint, identity, order_of, steps_of
 from phi3_dist.training.run_steps import run_steps
 from phi3_dist.training.runtime import Runtime, start_runtime
+from phi3_dist.training.sample_answers import sample_answers
 from phi3_dist.training.saving import Saver
 from phi3_dist.training.signals import EXIT_STOPPED, StopFlag, exit_code_of, state_of_stop
 from phi3_dist.training.stage import (
@@ -107,6 +109,17 @@ def prepare_rows(
     return prepared
 
 
+def _tell_start(stage: Stage, prepared: Prepared, model: Any, start: Checkpoint | None) -> None:
+    """To the folder and to the person."""
+    first = start.step if start else 0
+    if stage.runtime.is_main:
+        _record_start(stage.folder, stage, first, model.choices)
+    counts = count_parameters(model)
+    announce(stage.metrics, stage.runtime.plan, prepared, counts, stage.total, of_model=model.choices)
+    if start is not None:
+        stage.metrics.say(f"resumed after step {first} of {stage.total}, from {start.folder.name}")
+
+
 def _record_start(folder: RunFolder, stage: Stage, first: int, of_model: tuple[Choice, ...]) -> None:
     plan = replace(stage.runtime.plan, steps=stage.total, choices=(*stage.runtime.plan.choices, *of_model))
     folder.write_json("plan.json", {**plan.to_dict(), "identity": dict(stage.facts)})
@@ -123,6 +136,7 @@ def _save(
     *,
     begun: Mapping[str, Tensor],
     regime: str | None,
+    steps: int,
 ) -> AdapterReceipt | None:
     """Write the adapter; one of PiSSA, which `begun` was taken out of the base for, as one for the plain base."""
     if moved := stage.folder.moved():
@@ -132,7 +146,7 @@ def _save(
             stage.engine.model,
             stage.folder.held / "adapter",
             tokenizer=tokenizer,
-            card=adapter_card(card_facts(stage, base, held_out, regime)),
+            card=adapter_card(card_facts(stage, base, held_out, regime, steps)),
             base_hint={"revision": stage.cfg.model.revision} if stage.cfg.model.revision else None,
             taken_out=begun if stage.cfg.lora.init.startswith("pissa") else None,
             unrounded=unrounded_adapter(stage.engine, keep=stage.runtime.is_main),
@@ -185,14 +199,11 @@ def _run(
         Metrics(where / folder.metrics.name, total, runtime.accelerator, active=runtime.is_main, keep=keep) as metrics,
         StepProfile(cfg.train.profile, where / "profile", active=runtime.is_main) as profile,
     ):
-        packs = (prepared.train, prepared.validation)
-        outlook = Outlook(cfg, total, evaluation_steps=steps_of_an_evaluation(*packs, order))
-        stage = Stage(cfg, runtime, engine, *packs, order, total, metrics, folder, facts, clock, profile, flag, outlook)
-        if runtime.is_main:
-            _record_start(folder, stage, first, model.choices)
-        announce(metrics, runtime.plan, prepared, count_parameters(model), total, of_model=model.choices)
-        if start is not None:
-            metrics.say(f"resumed after step {first} of {total}, from {start.folder.name}")
+        how = (order, total, metrics, folder, facts, clock, profile, flag)
+        stage = _stage(
+            cfg, model, engine, runtime, prepared=prepared, tokenizer=tokenizer, base=base, start=start, how=how
+        )
+        _tell_start(stage, prepared, model, start)
         health = Health(stage, health_then)
         saver = Saver(stage, health, start)
         done, held_out, stopped = run_steps(stage, first, saver, health, watch=watch)
@@ -201,9 +212,32 @@ def _run(
             saver.finish()
             metrics.say(f"stopped by {signal.Signals(stopped).name} after step {done}; go on with --resume")
             return TrainResult(folder.path, done, held_out, None, stopped)
-        receipt = _save(stage, base, tokenizer, held_out, begun=begun, regime=regime)
+        steps, held_out = saver.settle_on_final(done, held_out)
+        receipt = _save(stage, base, tokenizer, held_out, begun=begun, regime=regime, steps=steps)
         saver.finish()
-    return TrainResult(folder.path, total, held_out, receipt)
+    return TrainResult(folder.path, done, held_out, receipt)
+
+
+def _stage(
+    cfg: RunConfig,
+    model: Any,
+    engine: Any,
+    runtime: Runtime,
+    *,
+    prepared: Prepared,
+    tokenizer: Any,
+    base: Base,
+    start: Checkpoint | None,
+    how: tuple[Order, int, Metrics, RunFolder, Mapping[str, Any], StartClock, StepProfile, StopFlag],
+) -> Stage:
+    """What the steps share, with what they judge the run by."""
+    order, total = how[:2]
+    held_out = prepared.validation
+    outlook = Outlook(cfg, total, evaluation_steps=steps_of_an_evaluation(prepared.train, held_out, order))
+    patience = Patience(cfg.train, start.trainer.get("patience") if start else None)
+    asking = sample_answers(cfg, model.causal_lm, tokenizer, base.folder, held_out)
+    rest = (*how, outlook, patience, asking)
+    return Stage(cfg, runtime, engine, prepared.train, held_out, *rest)
 
 
 def _start(cfg: RunConfig, plan: RunPlan, launch: LaunchFacts, folder: RunFolder) -> Runtime:

@@ -18,8 +18,10 @@ from phi3_dist.training.evaluate import HeldOut
 from phi3_dist.training.folder import RunFolder, versions
 from phi3_dist.training.metrics import Metrics
 from phi3_dist.training.outlook import Outlook
+from phi3_dist.training.patience import Patience
 from phi3_dist.training.profiling import StepProfile
 from phi3_dist.training.runtime import Runtime
+from phi3_dist.training.sample_answers import SampleAnswers
 from phi3_dist.training.signals import StopFlag
 from phi3_dist.training.startup import StartClock
 from phi3_dist.training.strategy import Engine
@@ -53,6 +55,9 @@ class Stage:
     profile: StepProfile
     flag: StopFlag
     outlook: Outlook
+    patience: Patience
+    answers: SampleAnswers | None = None
+    """What `eval.generate` asks at each evaluation."""
 
 
 def longest_row(prepared: Prepared) -> int:
@@ -113,7 +118,7 @@ def announce(
     )
 
 
-def card_facts(stage: Stage, base: Base, held_out: HeldOut | None, regime: str | None) -> Mapping[str, Any]:
+def card_facts(stage: Stage, base: Base, held_out: HeldOut | None, regime: str | None, steps: int) -> Mapping[str, Any]:
     """What the adapter's card tells: see adapters/card.py."""
     return {
         "name": stage.cfg.name,
@@ -121,7 +126,7 @@ def card_facts(stage: Stage, base: Base, held_out: HeldOut | None, regime: str |
         "base_is_local": base.folder is not None and Path(base.source).is_dir(),
         "lora": stage.cfg.lora.model_dump(),
         "optim": stage.cfg.optim.model_dump(),
-        "steps": stage.total,
+        "steps": steps,
         "global_batch": stage.order.global_batch,
         "pack_length": stage.cfg.data.pack_length,
         "rows": len(stage.train.rows.lengths),
