@@ -44,7 +44,7 @@ def test_a_notebook_runs(
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}
     for number, cell in enumerate(cells(path), start=1):
-        exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), names)  # noqa: S102
+        exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), names)
     said = capsys.readouterr().out
     loss = re.search(r"heldout_loss\s+([\d.]+) -> ([\d.]+)", said)
     assert loss is not None
