@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +30,14 @@ def test_a_notebook_is_whole_and_was_run(path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.demo_base
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 def test_a_notebook_runs(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from phi3_dist.demo.base import build_base
-
-    (tmp_path / "demo").mkdir()
-    (tmp_path / "demo" / "base").symlink_to(build_base(REPO / ".cache" / "demo-base"))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}
     for number, cell in enumerate(cells(path), start=1):
         exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), names)
-    said = capsys.readouterr().out
-    loss = re.search(r"heldout_loss\s+([\d.]+) -> ([\d.]+)", said)
-    assert loss is not None
-    assert float(loss[2]) < 0.8 * float(loss[1])
     assert names["result"].state == "finished"
+    assert names["judged"].numbers["exact_match"] == 1
+    assert capsys.readouterr().out.endswith("latte: 3.20\nscone: 2.40\n")
