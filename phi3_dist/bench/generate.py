@@ -1,11 +1,11 @@
 """Answers per second: this project's batches beside `transformers.generate` on the same prompts, taking turns.
 
-    python -m phi3_dist.bench.generate [--target RUN_OR_BASE] [--rows 48] [--batch 16] [--rounds 3]
+    python -m phi3_dist.bench.generate [--target demo/run] [--rows 48] [--batch 16] [--rounds 3]
 
 Both answer the same prompts greedily with the same model in one process. transformers gets them in batches of
 neighbours in length, padded on the left, and goes on until the last row of a batch has ended; here rows leave and
 others join. Counted are the tokens of the answers alone, whose ends the model finds by itself. Whether the answers are
-equal is said, too. By default the demo's base answers the demo's prompts.
+equal is said, too. By default the demo's base answers the demo's prompts: `make demo` makes both, and a run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.console import Console
 
 from phi3_dist.inference.engine import answers
 from phi3_dist.inference.opening import Opened, open_model
-from phi3_dist.inference.prompts import Prompt, prompt_ids
+from phi3_dist.inference.prompts import prompt_ids, read_prompts
 from phi3_dist.modeling.generate import stop_ids
 
 __all__ = ["main", "of_transformers", "ours"]
@@ -66,32 +66,19 @@ def of_transformers(opened: Opened, prompts: Sequence[list[int]], stops: list[in
     return made
 
 
-def _demo_prompts(folder: Path, count: int) -> tuple[Path, list[Prompt]]:
-    from phi3_dist.demo.base import build_base
-    from phi3_dist.demo.chats import write_chats
-    from phi3_dist.inference.prompts import read_prompts
-
-    base = build_base(folder / "base", console.print)
-    return base, read_prompts(write_chats(folder / "chats")["train"])[:count]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print each side's tokens per second, and the ratio of the rounds; 1 where the answers differ."""
     parser = argparse.ArgumentParser(prog="python -m phi3_dist.bench.generate")
-    parser.add_argument("--target", help="a run, an adapter or a base; by default the demo's base")
+    parser.add_argument("--target", default="demo/base", help="a run, an adapter or a base; make demo builds demo/base")
+    parser.add_argument("--prompts", default="demo/chats/train.jsonl", help="a file of rows; make demo writes this one")
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     words = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if words.target:
-        target: str | Path = words.target
-        texts = [f"Tell me {'very ' * (i * 7 % 23)}shortly about the number {i}." for i in range(words.rows)]
-        prompts = [Prompt.of(text) for text in texts]
-    else:
-        target, prompts = _demo_prompts(Path("demo"), words.rows)
-    opened = open_model(target)
+    prompts = read_prompts(Path(words.prompts))[: words.rows]
+    opened = open_model(words.target)
     ids, stops = prompt_ids(opened.tokenizer, prompts), stop_ids(opened.model, opened.tokenizer)
     sides: dict[str, Callable[..., Made]] = {"phi3_dist": ours, "transformers": of_transformers}
     rates: dict[str, list[float]] = {name: [] for name in sides}
