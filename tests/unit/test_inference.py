@@ -224,6 +224,40 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made(base, tmp_path_factory.mktemp("run") / "mine", "data.validation_share=0.3")
 
 
+@pytest.mark.full
+@pytest.mark.demo_base
+@pytest.mark.timeout(900)
+def test_greedy_answers_of_a_real_base_are_transformers_own(tmp_path: Path) -> None:
+    """The demo's base under an adapter that changes its answers, in batches of three that rows leave and join."""
+    from phi3_dist.config.schema import LoraConfig
+    from phi3_dist.demo.base import build_base
+    from phi3_dist.modeling.base import find_base, load_full
+    from phi3_dist.modeling.lora import add_lora
+
+    folder = build_base(REPO / ".cache" / "demo-base")
+    fresh = load_full(find_base(str(folder)), torch.float32, torch.device("cpu"))
+    model, tokenizer = add_lora(fresh, LoraConfig(dropout=0.1), str(folder)), load_tokenizer(str(folder))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_B." in name:
+                weight.normal_(std=0.01)
+    model.save_pretrained(tmp_path / "adapter")
+    with quiet_peft():
+        plain = PeftModel.from_pretrained(Phi3ForCausalLM.from_pretrained(folder), tmp_path / "adapter").eval()
+    opened, stops = open_model(tmp_path / "adapter"), stop_ids(plain, tokenizer)
+    texts = (
+        "Hi!",
+        "What is the capital of France?",
+        "Count from one to ten, please.",
+        "Say yes.",
+        "Why is the sky blue?",
+    )
+    prompts = prompt_ids(tokenizer, [Prompt.of(text) for text in texts])
+    found = dict(answers(opened.model, prompts, stops, max_new_tokens=24, batch_size=3))
+    assert [found[i].ids for i in range(5)] == [of_transformers(plain, prompt, stops, 24) for prompt in prompts]
+
+
 def logits(model: Any) -> torch.Tensor:
     ids = torch.arange(1, 40)[None]
     with torch.no_grad():
