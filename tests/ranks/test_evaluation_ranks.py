@@ -55,6 +55,7 @@ def test_the_verb_runs_under_a_launcher(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("config", ["cpu_2", "zero3", "fsdp2"])
 def test_answers_during_training_are_one_process_s(config: str, tmp_path: Path, deepspeed_ops: Path) -> None:
     more = ("eval.generate=3", "eval.max_new_tokens=5", "train.max_steps=2", "data.validation_share=0.3")
