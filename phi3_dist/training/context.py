@@ -23,8 +23,10 @@ from phi3_dist.training.monitor.metrics import Metrics
 from phi3_dist.training.monitor.profiling import StepProfile
 from phi3_dist.training.monitor.start_clock import StartClock
 from phi3_dist.training.monitor.time_left import TimeLeft
+from phi3_dist.training.patience import Patience
 from phi3_dist.training.run_folder import RunFolder, versions
 from phi3_dist.training.runtime import Runtime
+from phi3_dist.training.sample_answers import SampleAnswers
 from phi3_dist.training.signals import StopFlag
 
 __all__ = [
@@ -56,6 +58,9 @@ class Stage:
     profile: StepProfile
     flag: StopFlag
     time_left: TimeLeft
+    patience: Patience
+    answers: SampleAnswers | None = None
+    """What `eval.generate` asks at each evaluation."""
 
 
 def longest_row(prepared: Prepared) -> int:
@@ -116,7 +121,9 @@ def announce(
     )
 
 
-def card_contents(stage: Stage, base: Base, held_out: HeldOut | None, regime: str | None) -> Mapping[str, Any]:
+def card_contents(
+    stage: Stage, base: Base, held_out: HeldOut | None, regime: str | None, steps: int
+) -> Mapping[str, Any]:
     """What the adapter's card tells: see adapters/card.py."""
     return {
         "name": stage.cfg.name,
@@ -124,7 +131,7 @@ def card_contents(stage: Stage, base: Base, held_out: HeldOut | None, regime: st
         "base_is_local": base.folder is not None and Path(base.source).is_dir(),
         "lora": stage.cfg.lora.model_dump(),
         "optim": stage.cfg.optim.model_dump(),
-        "steps": stage.total,
+        "steps": steps,
         "global_batch": stage.order.global_batch,
         "pack_length": stage.cfg.data.pack_length,
         "rows": len(stage.train.rows.lengths),

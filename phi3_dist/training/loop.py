@@ -20,6 +20,7 @@ from phi3_dist.adapters.files import AdapterReceipt, save_adapter
 from phi3_dist.adapters.loading import rows_fact
 from phi3_dist.config.load import flatten, resolved_yaml
 from phi3_dist.config.schema import RunConfig
+from phi3_dist.data.batch import Order
 from phi3_dist.data.prepare import Prepared, Progress, prepare
 from phi3_dist.errors import DataError, Problem, RunFolderError
 from phi3_dist.machine.storage import cache_folder
@@ -51,11 +52,13 @@ from phi3_dist.training.monitor.start_clock import StartClock, compile_notice
 from phi3_dist.training.monitor.time_left import TimeLeft
 from phi3_dist.training.monitor.trackers import finish_trackers, start_trackers
 from phi3_dist.training.monitor.transcript import Transcript
+from phi3_dist.training.patience import Patience
 from phi3_dist.training.plan_proof import prove_built_dtypes
 from phi3_dist.training.run_folder import RunFolder, versions
 from phi3_dist.training.run_steps import run_steps
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.same_on_all_ranks import check_same_on_all_ranks
+from phi3_dist.training.sample_answers import sample_answers
 from phi3_dist.training.shared_init import computed_lora_init
 from phi3_dist.training.signals import EXIT_STOPPED, StopFlag, exit_code_of, state_of_stop
 
@@ -104,6 +107,17 @@ def prepare_rows(
     return prepared
 
 
+def _tell_start(stage: Stage, prepared: Prepared, model: Any, start: Checkpoint | None) -> None:
+    """To the folder and to the person."""
+    first = start.step if start else 0
+    if stage.runtime.is_main:
+        _record_start(stage.folder, stage, first, model.choices)
+    counts = count_parameters(model)
+    announce(stage.metrics, stage.runtime.plan, prepared, counts, stage.total, of_model=model.choices)
+    if start is not None:
+        stage.metrics.say(f"resumed after step {first} of {stage.total}, from {start.folder.name}")
+
+
 def _record_start(folder: RunFolder, stage: Stage, first: int, of_model: tuple[Choice, ...]) -> None:
     plan = replace(stage.runtime.plan, steps=stage.total, choices=(*stage.runtime.plan.choices, *of_model))
     folder.write_json("plan.json", {**plan.to_dict(), "identity": dict(stage.facts)})
@@ -120,6 +134,7 @@ def _save(
     *,
     begun: Mapping[str, Tensor],
     regime: str | None,
+    steps: int,
 ) -> AdapterReceipt | None:
     """Write the adapter; one of PiSSA, which `begun` was taken out of the base for, as one for the plain base."""
     if moved := stage.folder.moved():
@@ -129,7 +144,7 @@ def _save(
             stage.engine.model,
             stage.folder.held / "adapter",
             tokenizer=tokenizer,
-            card=adapter_card(card_contents(stage, base, held_out, regime)),
+            card=adapter_card(card_contents(stage, base, held_out, regime, steps)),
             base_hint={"revision": stage.cfg.model.revision} if stage.cfg.model.revision else None,
             taken_out=begun if stage.cfg.lora.init.startswith("pissa") else None,
             unrounded=unrounded_adapter(stage.engine, keep=stage.runtime.is_main),
@@ -182,16 +197,11 @@ def _run(
         Metrics(where / folder.metrics.name, total, runtime.accelerator, active=runtime.is_main, keep=keep) as metrics,
         StepProfile(cfg.train.profile, where / "profile", active=runtime.is_main) as profile,
     ):
-        packs = (prepared.train, prepared.held_out)
-        time_left = TimeLeft(cfg, total, evaluation_steps=steps_of_an_evaluation(*packs, order))
-        stage = Stage(
-            cfg, runtime, engine, *packs, order, total, metrics, folder, facts, clock, profile, flag, time_left
+        how = (order, total, metrics, folder, facts, clock, profile, flag)
+        stage = _stage(
+            cfg, model, engine, runtime, prepared=prepared, tokenizer=tokenizer, base=base, start=start, how=how
         )
-        if runtime.is_main:
-            _record_start(folder, stage, first, model.choices)
-        announce(metrics, runtime.plan, prepared, count_parameters(model), total, of_model=model.choices)
-        if start is not None:
-            metrics.say(f"resumed after step {first} of {total}, from {start.folder.name}")
+        _tell_start(stage, prepared, model, start)
         health = Health(stage, health_then)
         saver = Saver(stage, health, start)
         done, held_out, stopped = run_steps(stage, first, saver, health, watch=watch)
@@ -200,9 +210,32 @@ def _run(
             saver.finish()
             metrics.say(f"stopped by {signal.Signals(stopped).name} after step {done}; go on with --resume")
             return TrainResult(folder.path, done, held_out, None, stopped)
-        receipt = _save(stage, base, tokenizer, held_out, begun=begun, regime=regime)
+        steps, held_out = saver.settle_on_final(done, held_out)
+        receipt = _save(stage, base, tokenizer, held_out, begun=begun, regime=regime, steps=steps)
         saver.finish()
-    return TrainResult(folder.path, total, held_out, receipt)
+    return TrainResult(folder.path, done, held_out, receipt)
+
+
+def _stage(
+    cfg: RunConfig,
+    model: Any,
+    engine: Any,
+    runtime: Runtime,
+    *,
+    prepared: Prepared,
+    tokenizer: Any,
+    base: Base,
+    start: Checkpoint | None,
+    how: tuple[Order, int, Metrics, RunFolder, Mapping[str, Any], StartClock, StepProfile, StopFlag],
+) -> Stage:
+    """What the steps share, with what they judge the run by."""
+    order, total = how[:2]
+    held_out = prepared.held_out
+    time_left = TimeLeft(cfg, total, evaluation_steps=steps_of_an_evaluation(prepared.train, held_out, order))
+    patience = Patience(cfg.train, start.trainer.get("patience") if start else None)
+    asking = sample_answers(cfg, model.causal_lm, tokenizer, base.folder, held_out)
+    rest = (*how, time_left, patience, asking)
+    return Stage(cfg, runtime, engine, prepared.train, held_out, *rest)
 
 
 def _start(cfg: RunConfig, plan: RunPlan, launch: LaunchFacts, folder: RunFolder) -> Runtime:

@@ -28,7 +28,15 @@ def _evaluate(stage: Stage, step: int) -> tuple[HeldOut | None, int]:
     if found is None:
         stage.metrics.say(f"the held-out loss after step {step} was broken off by {signal.Signals(stop).name}")
         return None, stop
-    stage.time_left.evaluation_s = found.seconds
+    answered: dict[str, float | int] = {}
+    if stage.answers is not None:
+        scores, stop = stage.answers.scores(stage.engine, stage.runtime, stage.flag)
+        if scores is None:
+            stage.metrics.say(f"the answers after step {step} were broken off by {signal.Signals(stop).name}")
+            return None, stop
+        answered = scores
+    stage.time_left.evaluation_s = found.seconds + float(answered.get("answers_s", 0))
+    stage.patience.saw(step, found.loss)
     stage.metrics.evaluation(
         {
             "step": step,
@@ -36,6 +44,7 @@ def _evaluate(stage: Stage, step: int) -> tuple[HeldOut | None, int]:
             "heldout_perplexity": found.perplexity,
             "supervised_tokens": found.supervised_tokens,
             "eval_s": round(found.seconds, 3),
+            **answered,
         }
     )
     return found, 0
@@ -67,8 +76,8 @@ def run_steps(
 ) -> tuple[int, HeldOut | None, int]:
     """Steps `first` to the end, with log rows, held-out losses and checkpoints.
 
-    A new run measures the held-out loss before its first step, too. Returns the steps done, the last held-out loss, and
-    the signal that stopped the run or 0.
+    A new run measures the held-out loss before its first step, too. Returns the steps done, fewer than all where
+    `train.patience` ended it, the last held-out loss, and the signal that stopped the run or 0.
     """
     cfg, held_out, readout = stage.cfg, None, StepReadout(stage, health)
     if _evaluation_due(stage, first):
@@ -76,6 +85,9 @@ def run_steps(
         stage.clock.mark("held out")
         if stop or first == stage.total:
             return first, held_out, stop
+    if stage.patience.exhausted():
+        stage.metrics.say(stage.patience.line(first))
+        return first, held_out, 0
     for step in range(first, stage.total):
         watch.check()
         begun, done = time.perf_counter(), step + 1
@@ -90,16 +102,21 @@ def run_steps(
             readout.read()
         if step == first:
             _say_first_step(stage, done)
-        stop = readout.stop
+        stop, found = readout.stop, None
         if evaluate and not stop:
             found, stop = _evaluate(stage, done)
             held_out = found or held_out
+        early = stage.patience.exhausted() and done < stage.total
         # nothing is left to stop after the last step but the evaluation that it was to end with
         stop = stop if done < stage.total or stage.held_out else 0
-        if saver.due(done) or stop:
+        if saver.due(done, found, early=early) or stop:
             watch.check()
-            saver.save(done, held_out)
+            saver.save(done, found)
             stage.time_left.save_s = saver.stood_s / max(saver.saves, 1)
         if stop:
             return done, held_out, stop
+        if early:
+            stage.metrics.note("early_stop", {"step": done})
+            stage.metrics.say(stage.patience.line(done))
+            return done, held_out, 0
     return stage.total, held_out, 0
