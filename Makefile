@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types check test test-full test-gpu test-oldest test-py312 test-py313 test-slurm torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-gpu card card-rehearsal card-carry bench-prepare bench-sweep rehearse wheel clean
+.PHONY: help setup lint types check test test-full test-gpu test-oldest test-py312 test-py313 test-slurm torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-gpu card card-rehearsal card-carry bench-generate bench-prepare bench-sweep rehearse wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name what; do \
@@ -120,6 +120,9 @@ bench-scaling: setup ## the cost of a token by pack length, model size and proce
 
 bench-sharding: setup ## what ZeRO-3's and FSDP2's prefetch settings are worth: steps under each, in turns
 	@$(BIN)/python -m phi3_dist.bench.sharding
+
+bench-generate: setup ## answers per second, beside transformers.generate on the same prompts (after make demo)
+	@$(BIN)/python -m phi3_dist.bench.generate
 
 bench-gpu: setup ## Phi-3-mini's real shape on one GPU: LoRA, QLoRA, FP8
 	@$(BIN)/python -m phi3_dist.bench.gpu

@@ -1,7 +1,8 @@
 """Accelerated and distributed LoRA and QLoRA fine-tuning of Microsoft's Phi-3 family.
 
-Public: `load_tokenizer`, `gather_adapter`, `save_adapter`, and loralib's two functions for PEFT models under every
-strategy, `mark_only_lora_as_trainable` and `lora_state_dict`. They import torch only when they are asked for.
+Public: the verbs as functions, `load_run`, `plan`, `train`, `evaluate`, `generate` (api.py); `load_tokenizer`,
+`gather_adapter`, `save_adapter`, and loralib's two functions for PEFT models under every strategy,
+`mark_only_lora_as_trainable` and `lora_state_dict`. They import torch only when they are asked for.
 """
 
 from __future__ import annotations
@@ -14,18 +15,25 @@ if TYPE_CHECKING:
     from phi3_dist.adapters.files import save_adapter
     from phi3_dist.adapters.gather import gather_adapter
     from phi3_dist.adapters.loralib.state_dicts import lora_state_dict, mark_only_lora_as_trainable
+    from phi3_dist.api import evaluate, generate, load_run, plan, train
     from phi3_dist.modeling.tokenizer import load_tokenizer
 
 __all__ = [
     "__version__",
+    "evaluate",
     "gather_adapter",
+    "generate",
+    "load_run",
     "load_tokenizer",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
+    "plan",
     "save_adapter",
+    "train",
 ]
 
 _HOME = {
+    **dict.fromkeys(("evaluate", "generate", "load_run", "plan", "train"), "phi3_dist.api"),
     "gather_adapter": "phi3_dist.adapters.gather",
     "load_tokenizer": "phi3_dist.modeling.tokenizer",
     "lora_state_dict": "phi3_dist.adapters.loralib.state_dicts",

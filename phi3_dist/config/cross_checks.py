@@ -119,6 +119,25 @@ def _train_pairs(cfg: RunConfig) -> Iterator[Cross]:
         what = f"is {train.eval_every}, but data.validation_share is 0 and there is no data.validation to measure on"
         fix = "set train.eval_every to 0, or give held-out rows"
         yield Cross(("train.eval_every", "data.validation_share", "data.validation"), what, fix)
+    yield from _needs_held_out(cfg)
+
+
+def _needs_held_out(cfg: RunConfig) -> Iterator[Cross]:
+    nothing = cfg.data.validation is None and cfg.data.validation_share == 0
+    best = cfg.save.final == "best"
+    for key, asked in (("train.patience", cfg.train.patience), ("save.final", best and "best")):
+        if asked and not cfg.train.eval_every:
+            what = f"is {asked}, and train.eval_every is 0: the held-out loss is measured at the end alone"
+            yield Cross((key, "train.eval_every"), what, "set train.eval_every to a number of steps")
+    if cfg.train.min_improvement and not cfg.train.patience:
+        what = f"is {cfg.train.min_improvement:g}, and train.patience is 0: no run ends early"
+        yield Cross(("train.min_improvement", "train.patience"), what, "set train.patience, or leave it out")
+    if best and not cfg.save.every:
+        what = "is best, and save.every is 0: there are no checkpoints to take it from"
+        yield Cross(("save.final", "save.every"), what, "set save.every to a number of steps")
+    if cfg.eval.generate and nothing:
+        what = f"is {cfg.eval.generate}, and no rows are held out that could be asked"
+        yield Cross(("eval.generate", "data.validation_share", "data.validation"), what, "give held-out rows")
 
 
 def _save_pairs(cfg: RunConfig) -> Iterator[Cross]:

@@ -221,6 +221,10 @@ class TrainConfig(Section):
     """Packs in one forward pass of one rank, joined into one ragged row."""
     eval_every: Annotated[StrictInt, Field(ge=0, le=2**40)] = 0
     """Steps between two measurements of the held-out loss. 0: only at the end."""
+    patience: Annotated[StrictInt, Field(ge=0, le=2**40)] = 0
+    """Evaluations in a row without an improvement of the held-out loss after which the run ends early. 0: never."""
+    min_improvement: Annotated[Real, Field(ge=0)] = 0.0
+    """The least improvement that counts for `patience`, in nats per supervised token."""
     max_bad_steps: Count = 3
     """A step whose loss or gradient is no finite number is skipped; the run stops at this many in a row."""
     profile: Annotated[StrictInt, Field(ge=0, le=2**40)] = 0
@@ -243,6 +247,17 @@ class SaveConfig(Section):
     """Steps between two checkpoints; one more at the end. 0: none. A checkpoint costs what the adapter costs."""
     keep: Count = 2
     """Newest checkpoints that verify and are kept, beside the best by held-out loss and the one a run goes on from."""
+    final: Literal["last", "best"] = "last"
+    """Which state becomes the adapter: that of the last step, or that with the lowest held-out loss, for which every
+    evaluation that is the best so far leaves a checkpoint."""
+
+
+class EvalConfig(Section):
+    generate: Annotated[StrictInt, Field(ge=0, le=2**40)] = 0
+    """Held-out rows whose answers are generated and scored at each evaluation. 0: none. Each new token takes a forward
+    pass over the rows that are still being answered: keep it to a few."""
+    max_new_tokens: Count = 64
+    """Tokens of such an answer at most."""
 
 
 class LogConfig(Section):
@@ -264,5 +279,6 @@ class RunConfig(Section):
     lora: LoraConfig = LoraConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()

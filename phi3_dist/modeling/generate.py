@@ -5,7 +5,9 @@ Shapes: B conversations of a batch, T tokens of the longest prompt, N new tokens
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +17,7 @@ from phi3_dist.data.render.template_probe import ChatFormat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["answer", "stop_ids"]
+__all__ = ["answer", "published_stops", "stop_ids"]
 
 Prompt = Sequence[Mapping[str, str]]
 """Messages of role and content; the last one is the user's."""
@@ -30,6 +32,18 @@ def stop_ids(model: Any, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     listed = config.eos_token_id if config is not None else None
     found.update(listed if isinstance(listed, Sequence) else [listed])
     return sorted(token for token in found if token is not None)
+
+
+def published_stops(folder: Path | None) -> list[int]:
+    """The end ids in the generation_config.json of a base's folder; none where it has no such file, or a broken one."""
+    if folder is None:
+        return []
+    try:
+        said = json.loads((folder / "generation_config.json").read_text("utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        return []
+    listed = said if isinstance(said, list) else [said]
+    return [token for token in listed if isinstance(token, int) and not isinstance(token, bool)]
 
 
 @torch.no_grad()

@@ -173,8 +173,11 @@ class HeadLoss(nn.Module):
         self.chunk_rows = chunk_rows
         self.kernel = kernel
 
-    def forward(self, hidden_SH: Tensor, target_S: Tensor, head: nn.Module) -> Tensor:
-        """The summed negative log likelihood of `target_S`, a float32 scalar."""
+    def forward(self, hidden_SH: Tensor, target_S: Tensor | None, head: nn.Module) -> Tensor:
+        """The summed negative log likelihood of `target_S`, a float32 scalar; for None the likeliest tokens (S,)."""
+        if target_S is None:
+            likeliest_S: Tensor = head(hidden_SH).argmax(-1)
+            return likeliest_S
         linear, _ = plain_head(head)
         if linear is not None and _is_whole(linear):
             if self.kernel == "liger" and len(target_S):
@@ -216,11 +219,11 @@ class PackedLoss(nn.Module):
         ids_T: Tensor,
         positions_T: Tensor,
         predict_S: Tensor,
-        target_S: Tensor,
+        target_S: Tensor | None,
         cu_seqlens: Tensor,
         lengths: Sequence[int],
     ) -> Tensor:
-        """The summed negative log likelihood of `target_S`, a float32 scalar.
+        """The summed negative log likelihood of `target_S`, a float32 scalar; for None the likeliest tokens (S,).
 
         `predict_S` indexes the positions whose next token is supervised; `positions_T` restart with each document;
         `lengths` are the documents' lengths and `cu_seqlens` their running sum, from 0.

@@ -45,6 +45,7 @@ from phi3_dist.training.monitor.metrics import Metrics
 from phi3_dist.training.monitor.profiling import StepProfile
 from phi3_dist.training.monitor.start_clock import StartClock
 from phi3_dist.training.monitor.time_left import TimeLeft
+from phi3_dist.training.patience import Patience
 from phi3_dist.training.plan_proof import prove_built_dtypes
 from phi3_dist.training.run_folder import RunFolder
 from phi3_dist.training.run_steps import Steps, steps_in_order
@@ -222,6 +223,7 @@ class CandidateRun:
     engine: Any = None
     number: int = -1
     _steps: Steps | None = None
+    _ended_early: bool = False
     _stack: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -284,6 +286,7 @@ class CandidateRun:
             profile=profile,
             flag=given.flag,
             time_left=time_left,
+            patience=Patience(self.cfg.train, self.start.trainer.get("patience") if self.start else None),
         )
         first = self.start.step if self.start else 0
         if runtime.is_main:
@@ -301,6 +304,7 @@ class CandidateRun:
 
     def take(self, result: Any, given: Given) -> None:
         """What came of the step that this candidate waited for; None ends it with a checkpoint."""
+        self._ended_early = result is None
         self._advance(lambda steps: steps.send(result), given)
 
     def _advance(self, move: Callable[[Any], int], given: Given) -> None:
@@ -320,23 +324,24 @@ class CandidateRun:
         if self.stopped_by:
             self.state = state_of_stop(self.stopped_by)
             self.why = f"stopped by {signal.Signals(self.stopped_by).name} after step {self.done}"
-        elif self.done < self.total:
+        elif self._ended_early:
             self.state = "ended early"
         else:
             self.state = "finished"
-            self._save_adapter(given)
+            steps, self.held_out = self._saver.settle_on_final(self.done, self.held_out)
+            self._save_adapter(given, steps)
         self._saver.finish()
         if given.runtime.is_main:
             self.folder.record_exit(exit_code_of(self.stopped_by) if self.stopped_by else 0, self.state)
         self.close()
 
-    def _save_adapter(self, given: Given) -> None:
+    def _save_adapter(self, given: Given, steps: int) -> None:
         with self.folder.by_name():
             save_adapter(
                 self.engine.model.adapter,
                 self.folder.held / "adapter",
                 tokenizer=given.tokenizer,
-                card=adapter_card(card_contents(self.ctx, given.base, self.held_out, given.regime)),
+                card=adapter_card(card_contents(self.ctx, given.base, self.held_out, given.regime, steps)),
                 base_hint={"revision": self.cfg.model.revision} if self.cfg.model.revision else None,
                 metadata={"longrope": given.regime} if given.regime else {},
             )

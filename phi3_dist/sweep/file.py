@@ -214,6 +214,7 @@ def _refused(one: Candidate) -> Iterator[Problem]:
         ("lora.modules_to_save", bool(cfg.lora.modules_to_save), "a whole module would be another for each candidate"),
         ("lora.init", cfg.lora.init != "default", "is computed from the base, and PiSSA changes it"),
         ("lora.targets", bool({"lm_head", "embed_tokens"} & set(cfg.lora.targets)), "head and embedding are shared"),
+        ("eval.generate", bool(cfg.eval.generate), "answers are made by one model at a time"),
         ("train.profile", bool(cfg.train.profile), "a trace is one of all candidates together"),
     ):
         if wrong:

@@ -16,8 +16,10 @@ from phi3_dist.training.monitor.profiling import StepProfile
 from phi3_dist.training.monitor.start_clock import StartClock
 from phi3_dist.training.monitor.time_left import TimeLeft
 from phi3_dist.training.monitor.transcript import Transcript
+from phi3_dist.training.patience import Patience
 from phi3_dist.training.run_folder import RunFolder
 from phi3_dist.training.runtime import Runtime
+from phi3_dist.training.sample_answers import SampleAnswers
 from phi3_dist.training.signals import StopFlag
 
 __all__ = ["RunContext", "Session"]
@@ -53,3 +55,6 @@ class RunContext:
     profile: StepProfile
     flag: StopFlag
     time_left: TimeLeft
+    patience: Patience
+    answers: SampleAnswers | None = None
+    """What `eval.generate` asks at each evaluation."""

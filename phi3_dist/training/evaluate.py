@@ -36,6 +36,11 @@ class HeldOut:
     supervised_tokens: int
     seconds: float
 
+    @classmethod
+    def of_checkpoint(cls, loss: float) -> HeldOut:
+        """A loss that was measured before this start."""
+        return cls(loss, 0, 0.0)
+
     @property
     def perplexity(self) -> float:
         return float(torch.tensor(self.loss, dtype=torch.float64).exp())

@@ -21,7 +21,7 @@ __all__ = ["card_contents", "save_final_adapter"]
 
 
 def save_final_adapter(
-    ctx: RunContext, inputs: RunInputs, built: Built, held_out: HeldOut | None
+    ctx: RunContext, inputs: RunInputs, built: Built, held_out: HeldOut | None, steps: int
 ) -> AdapterReceipt | None:
     """Write the adapter; one of PiSSA, whose start was taken out of the base, as one for the plain base. Collective."""
     if moved := ctx.folder.moved():
@@ -32,7 +32,7 @@ def save_final_adapter(
             ctx.engine.model,
             ctx.folder.held / "adapter",
             tokenizer=inputs.tokenizer,
-            card=adapter_card(card_contents(ctx, inputs.base, held_out, regime)),
+            card=adapter_card(card_contents(ctx, inputs.base, held_out, regime, steps)),
             base_hint={"revision": cfg.model.revision} if cfg.model.revision else None,
             taken_out=built.lora_init if cfg.lora.init.startswith("pissa") else None,
             unrounded=unrounded_adapter(ctx.engine, keep=ctx.runtime.is_main),
@@ -44,7 +44,9 @@ def save_final_adapter(
     return receipt
 
 
-def card_contents(ctx: RunContext, base: Base, held_out: HeldOut | None, regime: str | None) -> Mapping[str, Any]:
+def card_contents(
+    ctx: RunContext, base: Base, held_out: HeldOut | None, regime: str | None, steps: int
+) -> Mapping[str, Any]:
     """What the adapter's card tells: see adapters/card.py."""
     return {
         "name": ctx.cfg.name,
@@ -52,7 +54,7 @@ def card_contents(ctx: RunContext, base: Base, held_out: HeldOut | None, regime:
         "base_is_local": base.folder is not None and Path(base.source).is_dir(),
         "lora": ctx.cfg.lora.model_dump(),
         "optim": ctx.cfg.optim.model_dump(),
-        "steps": ctx.total,
+        "steps": steps,
         "global_batch": ctx.order.global_batch,
         "pack_length": ctx.cfg.data.pack_length,
         "rows": len(ctx.train.rows.lengths),

@@ -60,11 +60,13 @@ from phi3_dist.training.monitor.step_parts import run_facts
 from phi3_dist.training.monitor.time_left import TimeLeft
 from phi3_dist.training.monitor.trackers import finish_trackers, start_trackers
 from phi3_dist.training.monitor.transcript import Transcript
+from phi3_dist.training.patience import Patience
 from phi3_dist.training.plan_proof import prove_built_dtypes
 from phi3_dist.training.run_folder import RunFolder, versions
 from phi3_dist.training.run_steps import run_steps
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.same_on_all_ranks import check_same_on_all_ranks
+from phi3_dist.training.sample_answers import sample_answers
 from phi3_dist.training.shared_init import computed_lora_init
 from phi3_dist.training.signals import StopFlag, exit_code_of, state_of_stop
 
@@ -257,12 +259,10 @@ def _run(
             profile=profile,
             flag=session.flag,
             time_left=TimeLeft(cfg, total, evaluation_steps=steps_of_an_evaluation(*packs, order)),
+            patience=Patience(cfg.train, checkpoint.trainer.get("patience") if checkpoint else None),
+            answers=sample_answers(cfg, built.model.causal_lm, inputs.tokenizer, inputs.base.folder, prepared.held_out),
         )
-        if runtime.is_main:
-            _record_start(ctx, built, first)
-        announce(metrics, runtime.plan, prepared, count_parameters(built.model), total, of_model=built.choices)
-        if checkpoint is not None:
-            metrics.say(f"resumed after step {first} of {total}, from {checkpoint.folder.name}")
+        _tell_start(ctx, inputs, built, first)
         health = Health(ctx, health_then)
         saver = Saver(ctx, health, checkpoint)
         done, held_out, stopped = run_steps(ctx, first, saver, health, watch=session.weights)
@@ -271,9 +271,20 @@ def _run(
             saver.finish()
             metrics.say(f"stopped by {signal.Signals(stopped).name} after step {done}; go on with --resume")
             return TrainResult(folder.path, done, held_out, None, stopped)
-        receipt = save_final_adapter(ctx, inputs, built, held_out)
+        steps, held_out = saver.settle_on_final(done, held_out)
+        receipt = save_final_adapter(ctx, inputs, built, held_out, steps)
         saver.finish()
-    return TrainResult(folder.path, total, held_out, receipt)
+    return TrainResult(folder.path, done, held_out, receipt)
+
+
+def _tell_start(ctx: RunContext, inputs: RunInputs, built: Built, first: int) -> None:
+    """To the folder and to the person."""
+    if ctx.runtime.is_main:
+        _record_start(ctx, built, first)
+    counts = count_parameters(built.model)
+    announce(ctx.metrics, ctx.runtime.plan, inputs.prepared, counts, ctx.total, of_model=built.choices)
+    if first:
+        ctx.metrics.say(f"resumed after step {first} of {ctx.total}, from step_{first:06d}")
 
 
 def _record_start(ctx: RunContext, built: Built, first: int) -> None:

@@ -45,6 +45,7 @@ _OURS = re.compile(
             r"\.?(config\.yaml|(plan|environment|evaluation|heartbeat|exit)\.json)(\.tmp)?",
             r"metrics\.(jsonl|tmp)",
             r"(curves\.png|report\.html)",
+            r"\.?(evaluation\.json|evaluation_rows\.jsonl)(\.\d+\.tmp)?",
             r"start\.safetensors|\.start\.safetensors\.\d+\.tmp",
             r"profile/(trace\.json\.gz|table\.txt)",
             r"logs/terminal/rank_\d+\.log",

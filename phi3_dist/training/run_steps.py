@@ -31,7 +31,15 @@ def _evaluate(ctx: RunContext, step: int) -> tuple[HeldOut | None, int]:
     if found is None:
         ctx.metrics.say(f"the held-out loss after step {step} was broken off by {signal.Signals(stop).name}")
         return None, stop
-    ctx.time_left.evaluation_s = found.seconds
+    answered: dict[str, float | int] = {}
+    if ctx.answers is not None:
+        scores, stop = ctx.answers.scores(ctx.engine, ctx.runtime, ctx.flag)
+        if scores is None:
+            ctx.metrics.say(f"the answers after step {step} were broken off by {signal.Signals(stop).name}")
+            return None, stop
+        answered = scores
+    ctx.time_left.evaluation_s = found.seconds + float(answered.get("answers_s", 0))
+    ctx.patience.saw(step, found.loss)
     ctx.metrics.evaluation(
         {
             "step": step,
@@ -39,6 +47,7 @@ def _evaluate(ctx: RunContext, step: int) -> tuple[HeldOut | None, int]:
             "heldout_perplexity": found.perplexity,
             "supervised_tokens": found.supervised_tokens,
             "eval_s": round(found.seconds, 3),
+            **answered,
         }
     )
     return found, 0
@@ -81,12 +90,16 @@ def steps_in_order(ctx: RunContext, first: int, saver: Saver, health: Health, *,
         ctx.clock.mark("held out")
         if stop or first == ctx.total:
             return first, held_out, stop
+    if ctx.patience.exhausted():
+        ctx.metrics.say(ctx.patience.line(first))
+        return first, held_out, 0
+    found = held_out
     for step in range(first, ctx.total):
         watch.check()
         start_s, done = time.perf_counter(), step + 1
         result = yield step
         if result is None:
-            saver.save(step, held_out)
+            saver.save(step, found)
             return step, held_out, 0
         if ctx.profile.step():
             done_as = ctx.profile.failed or f"{ctx.folder.path / 'profile'}/table.txt and trace.json.gz"
@@ -97,18 +110,23 @@ def steps_in_order(ctx: RunContext, first: int, saver: Saver, health: Health, *,
             readout.read()
         if step == first:
             _say_first_step(ctx, done)
-        stop = readout.stop
+        stop, found = readout.stop, None
         if evaluate and not stop:
             found, stop = _evaluate(ctx, done)
             held_out = found or held_out
+        early = ctx.patience.exhausted() and done < ctx.total
         # nothing is left to stop after the last step but the evaluation that it was to end with
         stop = stop if done < ctx.total or ctx.held_out else 0
-        if saver.due(done) or stop:
+        if saver.due(done, found, early=early) or stop:
             watch.check()
-            saver.save(done, held_out)
+            saver.save(done, found)
             ctx.time_left.save_s = saver.stood_s / max(saver.saves, 1)
         if stop:
             return done, held_out, stop
+        if early:
+            ctx.metrics.note("early_stop", {"step": done})
+            ctx.metrics.say(ctx.patience.line(done))
+            return done, held_out, 0
     return ctx.total, held_out, 0
 
 

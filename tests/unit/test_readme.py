@@ -42,6 +42,14 @@ RUN_ELSEWHERE = {
         ),
         "tests/slurm/test_slurm_readme.py::test_the_commands_of_the_readme",
     ),
+    **dict.fromkeys(
+        (
+            'phi3-dist generate runs/debug --prompt "Two lattes to go, please" --max-new-tokens 32',
+            "phi3-dist generate runs/debug questions.jsonl --output answers.jsonl",
+            "phi3-dist chat runs/debug",
+        ),
+        "tests/unit/test_answers.py::test_the_verbs",
+    ),
     "make demo": "tests/ranks/test_demo.py::test_the_demo_learns_the_tickets",  # minutes
     ".venv/bin/pre-commit install": "tests/unit/test_house.py::test_hooks_run_the_tools_of_the_virtual_environment",
 }

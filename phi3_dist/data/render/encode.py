@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Encoded",
     "EncodedBlock",
+    "control_tokens",
     "encode_blocks",
     "encode_chats",
     "document_end",
@@ -116,7 +117,7 @@ def encode_stream(
 
     While one block is tokenized, on all cores and outside the interpreter's lock, the next one is read and rendered.
     """
-    control, ending, renderer = _control_tokens(tokenizer), document_end(tokenizer), Renderer(tokenizer)
+    control, ending, renderer = control_tokens(tokenizer), document_end(tokenizer), Renderer(tokenizer)
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # lengths are judged against data.pack_length, not against the tokenizer's own idea
     backend.no_padding()
@@ -277,7 +278,7 @@ def _refused(chat: Chat, fmt: ChatFormat, control: re.Pattern[str]) -> str:
     return ""
 
 
-def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
+def control_tokens(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
     """All tokens that stand outside the vocabulary of text, but for those that are being taught (model.new_tokens).
 
     Longest first, so that the message names the whole one.

@@ -79,7 +79,7 @@ def find_resume_point(
         recover(folder.held / folder.adapter.name)
     if checkpoint is not None and HELD_OUT in changed:
         # a loss over other rows: no later one can be compared with it
-        checkpoint = replace(checkpoint, trainer={**checkpoint.trainer, "best": None})
+        checkpoint = replace(checkpoint, trainer={**checkpoint.trainer, "best": None, "patience": None})
     return ResumePoint(checkpoint)
 
 

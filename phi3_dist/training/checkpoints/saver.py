@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from phi3_dist.errors import Problem, RunFolderError, TrainingError
-from phi3_dist.training.checkpoints.files import Checkpoint, Kept, verify, write_checkpoint
-from phi3_dist.training.checkpoints.state import export_state
+from phi3_dist.training.checkpoints.files import Checkpoint, Kept, read_state, verify, write_checkpoint
+from phi3_dist.training.checkpoints.state import export_state, import_state
 from phi3_dist.training.context import RunContext
 from phi3_dist.training.evaluate import HeldOut
 from phi3_dist.training.monitor.health import Health
@@ -34,18 +34,37 @@ class Saver:
         self._kept = Kept(checkpoint.folder if checkpoint else None)
         self._best: tuple[float, int] | None = (float(best[0]), int(best[1])) if best else None
 
-    def due(self, done: int) -> bool:
+    def due(self, done: int, held_out: HeldOut | None = None, *, early: bool = False) -> bool:
+        """Whether a checkpoint of `done` steps is wanted; `held_out` is the loss after them, if it was measured.
+
+        With `save.final: best` every best loss so far is kept; the last step is, `early` or not.
+        """
         every = self.ctx.cfg.save.every
-        return bool(every) and (done % every == 0 or done == self.ctx.total)
+        if not every:
+            return False
+        best = self.ctx.cfg.save.final == "best" and held_out is not None and self._improves(held_out.loss)
+        return done % every == 0 or done == self.ctx.total or best or early
+
+    def _improves(self, loss: float) -> bool:
+        return math.isfinite(loss) and (self._best is None or loss < self._best[0])
+
+    @property
+    def best(self) -> tuple[float, int] | None:
+        """The lowest held-out loss of all checkpoints so far, and its step."""
+        return self._best
 
     def save(self, done: int, held_out: HeldOut | None) -> None:
-        """Write the checkpoint of `done` steps. Collective; only rank 0 holds the state and writes."""
+        """Write the checkpoint of `done` steps. Collective; only rank 0 holds the state and writes.
+
+        `held_out` is the loss after just these steps, None where none was measured: an older one says nothing of them.
+        """
         ctx, start_s = self.ctx, time.perf_counter()
         if self.health.skipped == done:
             ctx.metrics.say(f"no checkpoint of step {done}: every step was skipped, so there is nothing to keep")
             return
-        if held_out is not None and math.isfinite(held_out.loss):
-            self._best = min(self._best or (math.inf, 0), (held_out.loss, done))
+        before = self._best
+        if held_out is not None and self._improves(held_out.loss):
+            self._best = (held_out.loss, done)
         state = export_state(ctx.engine, keep=ctx.runtime.is_main)
         error: list[str | None] = [None]
         if ctx.runtime.is_main:
@@ -53,7 +72,8 @@ class Saver:
                 "identity": dict(ctx.identity),
                 "world_size": ctx.runtime.world,
                 "strategy": ctx.runtime.plan.strategy,
-                "heldout_loss": held_out.loss if held_out else None,
+                "heldout_loss": held_out.loss if held_out and math.isfinite(held_out.loss) else None,
+                "patience": ctx.patience.facts(),
                 "best": self._best,
                 "health": self.health.state(),
             }
@@ -68,6 +88,7 @@ class Saver:
             size = sum(t.nbytes for t in state.values())
             ctx.metrics.save({"step": done, "save_s": round(took, 4), "save_bytes": size})
         else:
+            self._best = before
             ctx.metrics.say(f"checkpoint of step {done} not written: {self.failed}; trying again at the next one")
 
     def _write(self, done: int, state: Mapping[str, Tensor], trainer: Mapping[str, Any]) -> str | None:
@@ -100,6 +121,29 @@ class Saver:
             f"checkpoints: {self.saves}, for which training stood still {self.stood_s:.2f} s of {run_s:.1f} s "
             f"({self.stood_s / run_s:.1%})"
         )
+
+    def settle_on_final(self, done: int, held_out: HeldOut | None) -> tuple[int, HeldOut | None]:
+        """Set the model to the state that becomes the adapter: its step, and its held-out loss where one is known.
+
+        Raises TrainingError where the best checkpoint has been damaged. Collective.
+        """
+        ctx = self.ctx
+        if ctx.cfg.save.final == "best" and self._best is not None and self._best[1] != done:
+            loss, step = self._best
+            where = ctx.folder.held / "checkpoints" / f"step_{step:06d}"
+            found = verify(where)
+            if not isinstance(found, Checkpoint):
+                what = f"was the best by held-out loss ({loss:.4f}), and can't be used: {found}"
+                raise TrainingError(Problem(where.name, what, "--resume with save.final=last takes the last step's"))
+            skipped = int(found.trainer.get("health", {}).get("skipped", 0))
+            import_state(ctx.engine, read_state(found), step - skipped)
+            ctx.metrics.say(f"adapter: that of step {step} of {done}, whose held-out loss is the lowest, {loss:.4f}")
+            return step, HeldOut.of_checkpoint(loss)
+        if ctx.cfg.save.final == "best" and self._best is None:
+            ctx.metrics.say(f"adapter: that of the last step, {done}: no checkpoint has a held-out loss")
+        if held_out is None and self._best is not None and self._best[1] == done:
+            held_out = HeldOut.of_checkpoint(self._best[0])
+        return done, held_out
 
     def finish(self) -> None:
         """Raises TrainingError, on every rank, when the last checkpoint could not be written."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +29,11 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _in_json(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with null in the place of numbers that are none: JSON has no word for them."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 class Tracker(Protocol):
@@ -106,7 +112,7 @@ class Metrics:
         kind = row["kind"]
         values = {f"{kind}/{k}": v for k, v in row.items() if k not in {"kind", "step"} and isinstance(v, (int, float))}
         try:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(json.dumps(_in_json(row), allow_nan=False) + "\n")
             self._file.flush()
             self.tracker.log(values, step=row["step"])
         except OSError as error:
@@ -161,3 +167,6 @@ class Metrics:
             f"held-out loss {row['heldout_loss']:.4f} (perplexity {row['heldout_perplexity']:.2f}) "
             f"{when}, {row['supervised_tokens']:,} supervised tokens, {row['eval_s']:.1f} s"
         )
+        if "answers" in row:
+            scores = ", ".join(f"{k.removeprefix('answers_')} {row[k]:.2f}" for k in row if k.startswith("answers_e"))
+            self.say(f"answers to {row['answers']} held-out rows: {scores}, {row['answers_s']:.1f} s")
