@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from phi3_dist.cli.app import app
-from phi3_dist.errors import ConfigError, Problem
+from phi3_dist.errors import AdapterError, ConfigError, Problem
 
 Source = Annotated[
     Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder, or an adapter's.", show_default=False)
@@ -85,3 +85,76 @@ def _numbers(text: str | None) -> list[float]:
         return [float(part) for part in text.split(",")] if text else []
     except ValueError as error:
         raise ConfigError(Problem("--weights", f"{text!r} is no list of numbers", "--weights 0.7,0.3")) from error
+
+
+@app.command()
+def check(
+    source: Source,
+    server: Annotated[str, typer.Option("--for", help="vllm, llama.cpp, transformers or peft.")],
+    base: Base = None,
+    run: Annotated[bool, typer.Option("--run", help="Start the server, and compare its answers.")] = False,
+    server_python: Annotated[
+        str | None, typer.Option(help="Python of the server's environment; else this one.")
+    ] = None,
+    server_base: Annotated[str | None, typer.Option(help="The base for the server: for llama.cpp a GGUF file.")] = None,
+    data: Annotated[str | None, typer.Option(help="Rows to ask; by default the run's held-out ones.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
+) -> None:
+    """Say whether a server will load an adapter, be right with it, and with which flags. Exits with 6 if not."""
+    import sys
+
+    from phi3_dist.export import checking
+    from phi3_dist.serving.rules import SERVERS
+
+    if server not in SERVERS:
+        raise ConfigError(Problem("--for", f"{server!r} is no server that is known", f"one of {', '.join(SERVERS)}"))
+    opened, verdict = checking.check(source, server, base=base)
+    trial = None
+    if run:
+        python = server_python or sys.executable
+        checking.require(server, python)
+        trial = checking.try_server(opened, server, python, server_base=server_base, data=data)
+    typer.echo(checking.as_json(verdict, trial) if as_json else "\n".join(checking.report_lines(verdict)))
+    if trial is not None and not as_json:
+        typer.echo(f"\nasked: {trial}")
+    if not verdict.right or (trial is not None and not trial.right):
+        raise typer.Exit(AdapterError.exit_code)
+
+
+@app.command()
+def push(
+    source: Source,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="Hub id of the base, where the adapter names a folder.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the base on the hub.")] = None,
+    license: Annotated[str | None, typer.Option(help="For the card, such as mit; none is guessed.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="For the card, such as en; may be repeated.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="For the card, a hub id; may be repeated.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="A repository that everybody can read.")] = False,
+    upload: Annotated[bool, typer.Option("--upload", help="Do it; else only shown.")] = False,
+) -> None:
+    """Show what of an adapter would go to the hub, and with --upload upload it, into a private repository."""
+    from phi3_dist.export.pushing import push as run_push
+
+    done = run_push(
+        source,
+        repo,
+        base=base,
+        revision=revision,
+        license=license,
+        languages=language or (),
+        datasets=dataset or (),
+        public=public,
+        upload=upload,
+    )
+    for name, size in done.files:
+        typer.echo(f"  {size:>12,}  {name}")
+    for name in done.left_out:
+        typer.echo(f"  {'left out':>12}  {name}")
+    for note in done.notes:
+        typer.echo(f"note: {note}")
+    kind = "private" if done.private else "public"
+    if done.url:
+        typer.echo(f"uploaded: {done.url} ({kind})")
+    else:
+        typer.echo(f"nothing was uploaded: --upload sends these {len(done.files)} files to {repo} ({kind})")

@@ -25,6 +25,7 @@ from phi3_dist.modeling.lora import add_lora, start_value
 from phi3_dist.modeling.tokenizer import load_tokenizer
 from phi3_dist.modeling.tokens import enlarged, new_token_ids
 from phi3_dist.training.checkpoint import Checkpoint, find_checkpoint, read_state, verify
+from phi3_dist.training.stage import of_base_and_data
 from phi3_dist.training.start import START_FILE
 
 __all__ = ["adapter_of_checkpoint", "choose_checkpoint"]
@@ -138,6 +139,7 @@ def _card_facts(cfg: RunConfig, base: Base, checkpoint: Checkpoint, said: Mappin
         "base": base.source,
         "base_is_local": base.folder is not None and Path(base.source).is_dir(),
         "revision": cfg.model.revision,
+        **of_base_and_data(cfg, base),
         "lora": cfg.lora.model_dump(),
         "optim": cfg.optim.model_dump(),
         "steps": checkpoint.step,
