@@ -94,7 +94,7 @@ def adapter_card(facts: Mapping[str, Any]) -> str:
     lora, versions = facts.get("lora") or {}, facts.get("versions") or _installed()
     training = {**{key: facts.get(key) for key in _RUN}, **(facts.get("optim") or {})}
     parts = [
-        with_front("", front_matter(facts, base if base and not local else None)),
+        with_front("", front_matter(facts, base if "/" in base and not local else None)),
         f"# {facts.get('name') or 'LoRA adapter'}\n",
         _introduction(base, local, facts.get("revision")),
         _section("LoRA", {k: v for k, v in lora.items() if k in _LORA}, _LORA),

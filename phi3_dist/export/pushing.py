@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
@@ -155,7 +155,7 @@ def _refuse_secrets(folder: Path, files: Sequence[Path]) -> None:
     """Raises AdapterError with the places of what looks like a password, a token, a key, or a path of this machine."""
     problems = []
     for name, text in _texts(folder, files):
-        vocabulary = name in {"tokenizer.json", "vocab.json", "merges.txt"}  # holds words of all kinds, /home/ too
+        vocabulary = name in {"tokenizer.json", "vocab.json", "merges.txt"}  # holds words of all kinds, folders' too
         for number, line in enumerate(text.splitlines(), start=1):
             what = ""
             if _SECRET.search(line) or redacted(line) != line:
@@ -174,10 +174,10 @@ def _upload(plan: Pushed, copy: Path, api: HfApi) -> Pushed:
         if plan.private and not api.model_info(plan.repo).private:
             what = "is there already, and is public"
             raise ConfigError(Problem(plan.repo, what, "--public if everybody may have it, or another name"))
-        api.upload_folder(
-            repo_id=plan.repo,
-            folder_path=copy,
-            allow_patterns=[name for name, _ in plan.files],
+        # one commit: either all files are there or none
+        api.create_commit(
+            plan.repo,
+            [CommitOperationAdd(name, copy / name) for name, _ in plan.files],
             commit_message="Upload a LoRA adapter with its card",
         )
     except LocalTokenNotFoundError as error:
@@ -188,8 +188,10 @@ def _upload(plan: Pushed, copy: Path, api: HfApi) -> Pushed:
     except HfHubHTTPError as error:
         raise MachineError(_refusal(plan.repo, error)) from error
     except Exception as error:
-        # huggingface_hub speaks through httpx, whose errors are no OSErrors
-        if not (isinstance(error, OSError) or type(error).__module__.partition(".")[0] in {"httpx", "requests"}):
+        # huggingface_hub speaks through httpx (or a package of another such name), whose errors are no OSErrors
+        upload_broke = isinstance(error, RuntimeError) and "while uploading" in str(error)
+        spoke = type(error).__module__.startswith(("httpx", "requests"))
+        if not (isinstance(error, OSError) or spoke or upload_broke):
             raise
         what = f"the hub at {redacted(api.endpoint)} can't be reached: {type(error).__name__}"
         raise MachineError(

@@ -18,22 +18,34 @@ from tests.unit.test_folder_runs import train
 
 KINDS = {
     "default": ("lora.rslora=true", "train.eval_every=1", "save.keep=9"),
-    "pissa": ("lora.init=pissa", "model.new_tokens=[<|a|>]"),
+    "pissa": ("lora.init=pissa", "model.new_tokens=[<|a|>]", "data.validation_share=0"),
     "frozen_a": ("lora.freeze_a=true", "lora.init=eva", "data.validation_share=0"),
     "dora": ("lora.dora=true", "lora.modules_to_save=[lm_head]"),
 }
 
 
+class Runs(dict[str, Path]):
+    """Trained when they are first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, name: str) -> Path:
+        train(self.folder / name, *KINDS[name])
+        self[name] = self.folder / name
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("runs")
-    for name, overrides in KINDS.items():
-        train(folder / name, *overrides)
-    return {name: folder / name for name in KINDS}
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_last_checkpoints_adapter_is_the_runs_own(kind: str, runs: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", ["default", "pissa", *(pytest.param(k, marks=pytest.mark.full) for k in ("frozen_a", "dora"))]
+)
+def test_the_last_checkpoints_adapter_is_the_runs_own(kind: str, runs: Runs, tmp_path: Path) -> None:
     receipt, checkpoint = adapter_of_checkpoint(runs[kind], tmp_path / "adapter")
     assert checkpoint.step == 4
     ours, config = read_adapter(tmp_path / "adapter")
@@ -47,7 +59,7 @@ def test_the_last_checkpoints_adapter_is_the_runs_own(kind: str, runs: dict[str,
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {p.name for p in (runs[kind] / "adapter").iterdir()}
 
 
-def test_a_step_and_the_best_are_chosen_by_the_command_line(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_step_and_the_best_are_chosen_by_the_command_line(runs: Runs, tmp_path: Path) -> None:
     run = runs["default"]
     done = CliRunner().invoke(app, ["adapter", str(run), str(tmp_path / "two"), "--step", "2"])
     assert done.exit_code == 0, done.output
@@ -59,13 +71,13 @@ def test_a_step_and_the_best_are_chosen_by_the_command_line(runs: dict[str, Path
     assert choose_checkpoint(run, best=True).step == min(losses, key=losses.__getitem__)
 
 
-def test_what_is_not_there_is_told_with_what_is(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_what_is_not_there_is_told_with_what_is(runs: Runs, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(RunFolderError, match=r"step 7 can't be used: manifest\.json is missing") as refused:
         adapter_of_checkpoint(runs["default"], out, step=7)
     assert refused.value.problems[0].fix == "--step N: those of step 1, 2, 3, 4 are there"
     with pytest.raises(RunFolderError, match="no held-out loss"):
-        adapter_of_checkpoint(runs["frozen_a"], out, best=True)
+        adapter_of_checkpoint(runs["pissa"], out, best=True)
     with pytest.raises(RunFolderError, match="is not a run's folder"):
         adapter_of_checkpoint(tmp_path, out)
     run = Path(shutil.copytree(runs["pissa"], tmp_path / "run"))

@@ -267,7 +267,12 @@ def test_data_that_can_not_be_read_is_told_and_rows_of_ones_own_are_taken(lora: 
 
 # --- other forms of the adapter -------------------------------------------------------------------------------------
 
-FORMS = [(name, form) for name in CASES for form in ("split", "one-rank")]
+SHORT = (("patterns", "split"), ("rslora", "one-rank"), ("some_layers", "one-rank"))
+FORMS = [
+    pytest.param(name, form, marks=() if (name, form) in SHORT else pytest.mark.full)
+    for name in CASES
+    for form in ("split", "one-rank")
+]
 
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
@@ -305,7 +310,9 @@ def as_llama(base: Path) -> LlamaForCausalLM:
     return model
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "patterns", "embedding"])
+@pytest.mark.parametrize(
+    "name", ["dora", *(pytest.param(n, marks=pytest.mark.full) for n in ("lora", "patterns", "embedding"))]
+)
 def test_a_split_adapter_is_right_on_the_base_with_llamas_names(name: str, base: Path, tmp_path: Path) -> None:
     adapter = small_adapter(tmp_path / "adapter", base, **CASES[name])
     export(adapter, tmp_path / "split", "split")
@@ -313,7 +320,10 @@ def test_a_split_adapter_is_right_on_the_base_with_llamas_names(name: str, base:
     assert off(live(base, adapter), logits(split)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["lora", "rslora", "patterns", "some_layers", "embedding"])
+@pytest.mark.parametrize(
+    "name",
+    ["rslora", "embedding", *(pytest.param(n, marks=pytest.mark.full) for n in ("lora", "patterns", "some_layers"))],
+)
 def test_a_gguf_adapter_says_the_same_update(name: str, base: Path, tmp_path: Path) -> None:
     adapter = small_adapter(tmp_path / "adapter", base, **CASES[name])
     done = export(adapter, tmp_path / "gguf", "gguf")
