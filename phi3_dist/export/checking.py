@@ -57,8 +57,6 @@ class Trial:
 def served_of(opened: Opened) -> Served:
     """The facts of an adapter that the rules ask for. A local base is named by its path: it is served here."""
     base: dict[str, Any] = opened.base.config.to_dict()
-    if opened.base.folder is not None:
-        base["_folder"] = str(opened.base.folder)
     config = {**opened.config, "base_model_name_or_path": opened.base.source}
     header = {**opened.facts, "quantization": opened.trained_on, "start": opened.start}
     return served_of_folder(opened.folder, config, header, base)

@@ -16,7 +16,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from phi3_dist.adapters.files import CARD
 from phi3_dist.adapters.front_matter import evaluation_of, model_index, said_of_hub, with_front
@@ -121,7 +121,8 @@ def _complete_card(
         changes |= {"model-index": index} if index else {}
     try:
         card = with_front(card, changes)
-        said = ModelCard(card, ignore_metadata_errors=False).data.to_dict()
+        read: Any = ModelCard(card, ignore_metadata_errors=False).data
+        said = read.to_dict()
     except (ValueError, TypeError, KeyError) as error:
         what = f"its head is none that the hub reads: {' '.join(str(error).split())}"
         raise AdapterError(Problem(CARD, what, "mend or remove the YAML at its top")) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +36,6 @@ class Served:
     trained_on: str = "none"
     start: str = ""
     targets: tuple[str, ...] = ()
-    tied: bool = False
-    tokenizer_class: str | None = None
-    """Of the base, as its tokenizer_config.json names it; None where nobody knows."""
     has_tokenizer: bool = True
     """Whether the adapter's folder has one, with its chat template."""
 
@@ -73,17 +69,8 @@ def served_of_folder(
         trained_on=header.get("quantization", "none"),
         start=header.get("start", ""),
         targets=tuple(targets) if not isinstance(targets, str) else (targets,),
-        tied=bool(base.get("tie_word_embeddings")),
-        tokenizer_class=_tokenizer_class(base.get("_folder")),
         has_tokenizer=(folder / "tokenizer.json").is_file(),
     )
-
-
-def _tokenizer_class(folder: Any) -> str | None:
-    try:
-        return str(json.loads((Path(folder) / "tokenizer_config.json").read_text("utf-8"))["tokenizer_class"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def served_of_card(facts: Mapping[str, Any], base: str) -> Served:

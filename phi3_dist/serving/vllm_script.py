@@ -39,6 +39,9 @@ def _answers(llm: Any, request: dict[str, Any], number: int) -> list[dict[str, A
 
     folder = request["adapters"][number]
     adapter = LoRARequest(f"adapter{number}", number + 1, folder) if folder else None
+    if adapter is not None:
+        # by itself first: one that is refused within a request leaves that in the scheduler, for ever
+        llm.llm_engine.add_lora(adapter)
     sampling = SamplingParams(
         temperature=0, max_tokens=request["new_tokens"], ignore_eos=True, logprobs=1, detokenize=False
     )

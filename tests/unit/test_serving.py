@@ -76,7 +76,7 @@ def test_the_exact_flags(server: Server, changes: dict[str, object], flags: str)
 def test_every_rule_has_its_words_and_what_refuses_has_a_way_out() -> None:
     everything = Served(
         "adapter", "base", "v1", (2048, 4), True, True, True, "all", True, ("lm_head",), 3, 400, "short", 4096, 2047,
-        "nf4", "loftq", ("q_proj",), True, "LlamaTokenizer",
+        "nf4", "loftq", ("q_proj",),
     )  # fmt: skip
     for server in SERVERS:
         for finding in judge(everything, server).findings:
