@@ -24,7 +24,9 @@ _PLAIN = {
     "layers_to_transform": None,
     "layers_pattern": None,
     "init_lora_weights": True,
+    "bias": "none",
 }
+"""What the other forms say besides rank and alpha. Phi-3 has no biases: none can have trained."""
 
 
 def _tensors(parts: Parts, rank: int) -> dict[str, Tensor]:

@@ -83,6 +83,11 @@ _ADAPTER_CPP = "llama.cpp, src/llama-adapter.cpp"
 
 RULES: tuple[Rule, ...] = (
     Rule(_VLLM, "refused", lambda s: s.dora, "vLLM does not load DoRA", _MERGE, source=_HELPER),
+    Rule(
+        _VLLM, "refused", lambda s: s.bias != "none",
+        "vLLM refuses a configuration with bias: {bias}, though Phi-3 has no bias that could have trained",
+        "phi3-dist export {folder} OUT --as one-rank", source=_HELPER,
+    ),
     Rule(_VLLM, "refused", lambda s: s.lora_bias, "vLLM does not load a bias of B", _MERGE, source=_HELPER),
     Rule(
         _VLLM, "refused", lambda s: bool(s.whole),

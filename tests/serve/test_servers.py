@@ -27,7 +27,7 @@ PYTHON = os.environ.get("SERVE_PYTHON", str(REPO / ".venv-serve" / "bin" / "pyth
 HEAD_32 = {"hidden_size": 128, "intermediate_size": 256}  # vLLM's attention on a CPU has no heads of 16
 PROMPTS = [[3, 4, 5, 60, 61], [100, 20, 30], list(range(40, 60))]
 ROWS = Rows((), (), "made ids")
-KINDS: dict[str, dict[str, Any]] = {**CASES, "tokens": {"new_tokens": ("<|a|>",)}}
+KINDS: dict[str, dict[str, Any]] = {**CASES, "tokens": {"new_tokens": ("<|a|>",)}, "bias": {"bias": "all"}}
 FACTORS = {
     **LONGROPE,
     "short_factor": [1.0 + 0.05 * i for i in range(16)],
@@ -53,7 +53,9 @@ def adapters(base: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def long_base(base: Path) -> Path:
-    return small_base(base.parent / "long", rope_parameters={**FACTORS}, **HEAD_32)
+    return small_base(
+        base.parent / "long", rope_parameters={**FACTORS}, max_position_embeddings=4 * ORIGINAL, **HEAD_32
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def long_adapters(long_base: Path) -> dict[str, Path]:
 def from_vllm(base: Path, adapters: dict[str, Path]) -> dict[str, Any]:
     skip_without("vllm")
     folders = dict(adapters)
-    for name in ("rslora", "patterns"):
+    for name in ("rslora", "patterns", "bias"):
         export(adapters[name], base.parent / f"{name}_one", "one-rank")
         folders[f"{name}_one"] = base.parent / f"{name}_one"
     export(adapters["lora"], base.parent / "split", "split")
@@ -89,7 +91,7 @@ def test_vllm_does_what_check_says(name: str, adapters: dict[str, Path], from_vl
     assert trial.right is verdict.right, trial
 
 
-@pytest.mark.parametrize("name", ["rslora", "patterns"])
+@pytest.mark.parametrize("name", ["rslora", "patterns", "bias"])
 def test_vllm_serves_the_form_of_one_rank(name: str, adapters: dict[str, Path], from_vllm: dict[str, Any]) -> None:
     trial = compared(from_vllm[f"{name}_one"], open_adapter(adapters[name]), PROMPTS, ROWS)
     assert trial.right, trial

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Phi3ForCausalLM
 from typer.testing import CliRunner
 
 from phi3_dist.adapters.reading import read_adapter, read_metadata
 from phi3_dist.cli import app
 from phi3_dist.errors import AdapterError, RunFolderError
 from phi3_dist.export.from_checkpoint import adapter_of_checkpoint, choose_checkpoint
+from phi3_dist.modeling.tokenizer import load_tokenizer
 from tests.unit.test_folder_runs import train
 
 KINDS = {
@@ -92,3 +94,14 @@ def test_what_is_not_there_is_told_with_what_is(runs: Runs, tmp_path: Path) -> N
     (out / "mine").touch()
     with pytest.raises(AdapterError, match="out: exists"):
         adapter_of_checkpoint(runs["default"], out)
+
+
+def test_a_runs_adapter_is_merged_and_compared_on_its_held_out_rows(runs: Runs, tmp_path: Path) -> None:
+    """The base is `tiny-random`, which lies in no folder."""
+    words = ["export", str(runs["default"]), str(tmp_path / "merged"), "--as", "merged"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "held-out rows of the run" in done.output
+    assert "trained on the base as it is" in done.output
+    assert Phi3ForCausalLM.from_pretrained(tmp_path / "merged").config.vocab_size == 320
+    assert load_tokenizer(str(tmp_path / "merged")).chat_template

@@ -338,6 +338,13 @@ def test_a_gguf_adapter_says_the_same_update(name: str, base: Path, tmp_path: Pa
     assert lines.index("FROM ./base.gguf") < lines.index("ADAPTER ./adapter.gguf")
 
 
+def test_the_modelfile_holds_the_context_of_the_short_factors(tmp_path: Path) -> None:
+    base = small_base(tmp_path / "base", rope_parameters=LONGROPE)
+    adapter = small_adapter(tmp_path / "adapter", base, facts={"longrope": "short"})
+    export(adapter, tmp_path / "gguf", "gguf")
+    assert "\nPARAMETER num_ctx 4096\n" in (tmp_path / "gguf" / "Modelfile").read_text()
+
+
 @pytest.mark.parametrize(
     ("name", "said"), [("dora", "of DoRA"), ("whole_head", "trained in full"), ("tokens", "has taught tokens")]
 )

@@ -39,6 +39,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"taught": 2}, (False, False), (False, False)),
         ({"ranks": (1024,)}, (False, True), (False, True)),
         ({"targets": ("q_proj",)}, (False, True), (False, True)),
+        ({"bias": "all"}, (False, True), (False, True)),
         ({"lora_bias": True}, (False, True), (False, True)),
         ({"start": "loftq", "trained_on": "nf4"}, (True, True), (True, False)),
     ],
