@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 FULL_PRECISION = 0  # ggml's F32, for keys and values
+PLAIN_ATTENTION = 0  # its flash attention computes in 16 bits
 
 
 def _context(ffi: Any, lib: Any, request: dict[str, Any], path: str | None) -> tuple[Any, Any]:
@@ -30,6 +31,7 @@ def _context(ffi: Any, lib: Any, request: dict[str, Any], path: str | None) -> t
     context.n_batch = context.n_ubatch = max(512, *(len(ids) for ids in request["prompts"]))
     context.n_threads = context.n_threads_batch = request.get("threads", 1)
     context.type_k = context.type_v = FULL_PRECISION
+    context.flash_attn_type = PLAIN_ATTENTION
     made = lib.llama_init_from_model(model, context)
     if made == ffi.NULL:
         raise RuntimeError("llama.cpp makes no context")
