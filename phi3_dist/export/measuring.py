@@ -101,7 +101,8 @@ def rows_for(opened: Opened, tokenizer: Any, data: str | None = None) -> Rows:
     why = ""
     if opened.run_config is not None:
         try:
-            found = read_chats(opened.run_config.data.model_copy(update={"max_rows": _READ}))
+            most = min(opened.run_config.data.max_rows or _READ, _READ)
+            found = read_chats(opened.run_config.data.model_copy(update={"max_rows": most}))
             if found.validation:
                 return _encoded(tokenizer, found.validation, "held-out rows of the run")
             return _encoded(tokenizer, found.train, "rows that the run has trained on")
@@ -118,8 +119,12 @@ def _encoded(tokenizer: Any, chats: Sequence[Chat], origin: str) -> Rows:
     encoded = [row for row in encode_chats(tokenizer, list(chats[:_ROWS]), "all") if any(row.supervised)]
     if not encoded:
         raise DataError(Problem(origin, "no row supervises a token", "give rows with answers: --data FILE"))
-    ids = tuple(tuple(int(i) for i in row.ids[:_TOKENS]) for row in encoded)
-    return Rows(ids, tuple(tuple(bool(s) for s in row.supervised[:_TOKENS]) for row in encoded), f"{len(ids)} {origin}")
+    ids, supervised = [], []
+    for row in encoded:  # of a long one a part that has the end of its first prompt and the beginning of its answer
+        start = max(0, list(row.supervised).index(True) - _TOKENS // 2)
+        ids.append(tuple(int(i) for i in row.ids[start : start + _TOKENS]))
+        supervised.append(tuple(bool(s) for s in row.supervised[start : start + _TOKENS]))
+    return Rows(tuple(ids), tuple(supervised), f"{len(ids)} {origin}")
 
 
 def compute_dtype(base: Base) -> torch.dtype:

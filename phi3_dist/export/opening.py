@@ -102,9 +102,14 @@ def open_adapter(where: str | Path, base: str | None = None) -> Opened:
     problems = [Problem(str(folder), p.what, p.fix) for p in not_to_go_on_from(folder, config)]
     if problems:
         raise AdapterError(*problems)
+    rows = facts.get("base_rows", "0")
+    if not rows.isdecimal():
+        raise AdapterError(
+            Problem(str(folder), f"says base_rows {rows!r}, which is no number", "save the adapter again")
+        )
     parts = parts_of(tensors, config)
     found = _base_of(folder, config, settings, base)
-    problems = parts.unfit(found, int(facts.get("base_rows", 0) or 0), str(folder))
+    problems = parts.unfit(found, int(rows), str(folder))
     if not problems and not facts.get("base_rows"):
         problems = too_few_rows(folder, int(found.config.vocab_size))
     if problems:

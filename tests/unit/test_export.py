@@ -19,6 +19,7 @@ from phi3_dist.errors import AdapterError, RunFolderError
 from phi3_dist.export import exporting, merged
 from phi3_dist.export.exporting import export
 from phi3_dist.export.gguf_file import read_gguf_adapter
+from phi3_dist.export.measuring import rows_for, tokenizer_of
 from phi3_dist.export.opening import open_adapter
 from phi3_dist.export.updates import Update
 from phi3_dist.modeling.lora import quiet_peft
@@ -263,6 +264,11 @@ def test_data_that_can_not_be_read_is_told_and_rows_of_ones_own_are_taken(lora: 
     rows = tmp_path / "mine.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
     assert export(lora, tmp_path / "out", "one-rank", data=str(rows)).drift.origin == "1 rows of mine.jsonl"
+    rows.write_text(json.dumps({"prompt": "a" * 1000, "completion": "b" * 1000}) + "\n")
+    opened = open_adapter(lora)
+    found = rows_for(opened, tokenizer_of(opened), str(rows))
+    assert len(found.ids[0]) == 256
+    assert 0 < found.supervised[0].index(True) < 200, "of a long row its answer's beginning, too"
 
 
 # --- other forms of the adapter -------------------------------------------------------------------------------------
