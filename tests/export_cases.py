@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dora": {"dora": True},
     "patterns": {"rank_pattern": {"o_proj": 3, "layers.1.mlp.down_proj": 5}, "alpha_pattern": {"qkv_proj": 4.0}},
     "some_layers": {"layers": (1,), "targets": ("qkv_proj",)},
+    "bias": {"bias": "all"},
     "whole_head": {"modules_to_save": ("lm_head",)},
     "embedding": {"targets": ("embed_tokens", "qkv_proj", "lm_head")},
 }

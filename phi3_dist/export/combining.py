@@ -11,7 +11,7 @@ from torch import Tensor
 from phi3_dist.adapters.gather import gather_adapter
 from phi3_dist.adapters.loading import load_adapter
 from phi3_dist.errors import AdapterError, Problem
-from phi3_dist.export.measuring import Rows, compute_dtype, logits_of, plain_model
+from phi3_dist.export.measuring import Rows, compute_dtype, logits_of, plain_model, without_adapter
 from phi3_dist.export.opening import Opened
 from phi3_dist.modeling.lora import quiet_peft
 
@@ -49,7 +49,7 @@ def combine(
         ) from error
     model.set_adapter("combined")
     live = logits_of(model, rows)
-    with model.disable_adapter():
+    with without_adapter(model):
         plain = logits_of(model, rows)
     tensors = gather_adapter(model, adapter_name="combined")
     config = dict(model.peft_config["combined"].to_dict())

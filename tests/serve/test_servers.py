@@ -27,7 +27,7 @@ PYTHON = os.environ.get("SERVE_PYTHON", str(REPO / ".venv-serve" / "bin" / "pyth
 HEAD_32 = {"hidden_size": 128, "intermediate_size": 256}  # vLLM's attention on a CPU has no heads of 16
 PROMPTS = [[3, 4, 5, 60, 61], [100, 20, 30], list(range(40, 60))]
 ROWS = Rows((), (), "made ids")
-KINDS: dict[str, dict[str, Any]] = {**CASES, "tokens": {"new_tokens": ("<|a|>",)}, "bias": {"bias": "all"}}
+KINDS: dict[str, dict[str, Any]] = {**CASES, "tokens": {"new_tokens": ("<|a|>",)}}
 FACTORS = {
     **LONGROPE,
     "short_factor": [1.0 + 0.05 * i for i in range(16)],
