@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phi3_dist.adapters.front_matter import said_of_hub
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batch import Order
 from phi3_dist.data.pack.packs import Packs
@@ -33,6 +34,7 @@ __all__ = [
     "card_contents",
     "longest_row",
     "measured",
+    "of_base_and_data",
     "steps_of_an_evaluation",
     "tokens_of_rank",
 ]
@@ -116,12 +118,26 @@ def announce(
     )
 
 
+def of_base_and_data(cfg: RunConfig, base: Base) -> dict[str, Any]:
+    """What a card tells of the base's context and of data sets on the hub."""
+    rope, sources = base.config.rope_parameters, cfg.data.train
+    names = [sources] if isinstance(sources, str) else [s if isinstance(s, str) else s.path for s in sources]
+    return {
+        "datasets": [name for name in names if said_of_hub(name)],
+        "original_context": rope.get("original_max_position_embeddings", base.config.max_position_embeddings),
+        "window": base.config.sliding_window,
+        "taught_tokens": len(cfg.model.new_tokens),
+    }
+
+
 def card_contents(stage: Stage, base: Base, held_out: HeldOut | None, regime: str | None) -> Mapping[str, Any]:
     """What the adapter's card tells: see adapters/card.py."""
     return {
         "name": stage.cfg.name,
         "base": base.source,
         "base_is_local": base.folder is not None and Path(base.source).is_dir(),
+        "revision": stage.cfg.model.revision,
+        **of_base_and_data(stage.cfg, base),
         "lora": stage.cfg.lora.model_dump(),
         "optim": stage.cfg.optim.model_dump(),
         "steps": stage.total,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.files import AdapterReceipt, save_adapter
-from phi3_dist.adapters.loading import rows_fact
+from phi3_dist.adapters.loading import rows_fact, trained_fact
 from phi3_dist.config.load import flatten, resolved_yaml
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.prepare import Prepared, Progress, prepare
@@ -133,7 +133,7 @@ def _save(
             base_hint={"revision": stage.cfg.model.revision} if stage.cfg.model.revision else None,
             taken_out=begun if stage.cfg.lora.init.startswith("pissa") else None,
             unrounded=unrounded_adapter(stage.engine, keep=stage.runtime.is_main),
-            metadata={**({"longrope": regime} if regime else {}), **rows_fact(base)},
+            metadata={**({"longrope": regime} if regime else {}), **rows_fact(base), **trained_fact(stage.cfg)},
         )
     if receipt is not None:
         size = f"{receipt.bytes / 2**20:.1f} MiB, {receipt.tensors} tensors"
