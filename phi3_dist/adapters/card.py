@@ -11,8 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from phi3_dist.adapters.front_matter import divided, front_matter, with_front
+from phi3_dist.serving.facts import served_of_card
+from phi3_dist.serving.rules import judge
 from phi3_dist.version import __version__
 
 __all__ = ["adapter_card", "with_hub_base"]
@@ -62,47 +63,47 @@ _RUN = {
     "precision": "precision",
     "strategy": "strategy",
     "world_size": "processes",
-    "optim": "optimizer",
+}
+_OPTIM = {
+    "name": "optimizer",
+    "lr": "learning rate",
+    "schedule": "schedule",
+    "warmup": "warm-up (below 1 a share of the steps)",
+    "weight_decay": "weight decay",
+    "max_grad_norm": "gradients clipped to norm",
 }
 _RESULT = {
     "loss": "training loss, last step (nats a token)",
     "heldout_loss": "held-out loss (nats a token)",
     "heldout_perplexity": "held-out perplexity",
 }
-_OWN_PLACE = {"name", "base", "base_is_local", "revision", "license", "lora", "versions"}
 
 
 def adapter_card(facts: Mapping[str, Any]) -> str:
-    """The model card in Markdown, with YAML front matter as the Hugging Face hub reads it.
+    """The model card in Markdown, with YAML front matter as the Hugging Face hub reads it (adapters/front_matter.py).
 
-    facts, all of them optional: `name`, `base` (hub id or folder), `base_is_local`, `revision`, `license`, `lora` (the
-    run file's section or PEFT's configuration), `versions` (package → version; by default those installed),
-    `data_fingerprint`, `rows`, `supervised_tokens`, `pack_length`, `steps`, `global_batch`, `base_rows` (how many its
-    tables must have, where the base has fewer), `longrope` (`short`, `long`), `quantization` (`nf4`, `int8`),
-    `precision`, `strategy`, `world_size`, `optim`, `loss`, `heldout_loss`, `heldout_perplexity`. Any other fact is
-    listed under its own name.
+    facts, all of them optional: `name`, `base` (hub id or folder), `base_is_local`, `revision`, `license`, `language`,
+    `datasets` (hub ids), `lora` (the run file's section or PEFT's configuration), `versions` (package → version; by
+    default those installed), `data_fingerprint`, `rows`, `supervised_tokens`, `pack_length`, `steps`, `global_batch`,
+    `base_rows` (how many its tables must have, where the base has fewer), `taught_tokens`, `longrope` (`short`,
+    `long`), `original_context` and `window` (tokens), `quantization` (`nf4`, `int8`), `precision`, `strategy`,
+    `world_size`, `optim`, `loss`, `heldout_loss`, `heldout_perplexity`. Any other fact is for machines: no card has it.
     A local base, and any other absolute path, is shown by the name of its folder alone.
     """
     base, local = _base(facts)
-    front: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
-    if base and not local:
-        front["base_model"] = base
-    if facts.get("license"):
-        front["license"] = str(facts["license"])
-    front["tags"] = ["lora", "peft", "phi3", "base_model:adapter:" + base if base and not local else "adapter"]
-    known = {**_DATA, **_RUN, **_RESULT}
-    other = {k: k.replace("_", " ") for k in facts if k not in known and k not in _OWN_PLACE}
     lora, versions = facts.get("lora") or {}, facts.get("versions") or _installed()
+    training = {**{key: facts.get(key) for key in _RUN}, **(facts.get("optim") or {})}
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        with_front("", front_matter(facts, base if "/" in base and not local else None)),
         f"# {facts.get('name') or 'LoRA adapter'}\n",
         _introduction(base, local, facts.get("revision")),
         _section("LoRA", {k: v for k, v in lora.items() if k in _LORA}, _LORA),
         _section("Data", facts, _DATA),
-        _section("Training", facts, _RUN),
+        _section("Training", training, {**_RUN, **_OPTIM}),
         _section("Results", facts, _RESULT),
-        _section("More", {key: facts[key] for key in other}, other),
         _loading(base, local, facts),
+        _serving(base, local, facts),
+        _merging(facts),
         _section("Versions", versions, {key: key for key in versions}),
     ]
     return "\n".join(part for part in parts if part)
@@ -186,6 +187,33 @@ from transformers import {classes}
 """
 
 
+def _serving(base: str, local: bool, facts: Mapping[str, Any]) -> str:
+    """Of each server what its rules say: phi3_dist/serving/rules.py."""
+    served = served_of_card(facts, "path/to/" + base if local else base)
+    parts = ["## How to serve it\n"]
+    for server, title in (("vllm", "vLLM"), ("llama.cpp", "llama.cpp, Ollama")):
+        verdict = judge(served, server)  # type: ignore[arg-type]
+        why = [f"- {finding.what}." for finding in verdict.findings if finding.effect != "flag" or not verdict.loads]
+        line = (
+            f"```bash\n{verdict.command}\n```"
+            if verdict.right
+            else "Merge it (below): as an adapter it is not right there."
+        )
+        parts += [f"**{title}**\n", line, *(["", *why] if why else []), ""]
+    parts.append("`phi3-dist check path/to/this/folder --for vllm --run` compares a server's answers with PEFT's.\n")
+    return "\n".join(parts)
+
+
+def _merging(facts: Mapping[str, Any]) -> str:
+    into = " --into nf4" if (facts.get("lora") or {}).get("init") == "loftq" else ""
+    return f"""## How to merge it
+
+```bash
+phi3-dist export path/to/this/folder merged --as merged{into}
+```
+"""
+
+
 def _of_longrope(kept: str) -> str:
     return f"""
 It was trained with LongRoPE's {kept} factors. transformers takes the short ones for a prompt within the base's original
@@ -225,14 +253,11 @@ def with_hub_base(card: str, before: str, base: str, revision: str | None) -> st
         (before if Path(before).is_absolute() else "", base),
     ):
         card = card.replace(old, new) if name and old else card
-    front: dict[str, Any] = {}
-    body = card
-    if card.startswith("---\n") and "\n---\n" in card:
-        head, _, body = card.removeprefix("---\n").partition("\n---\n")
-        try:
-            front = yaml.safe_load(head) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"the front matter of {name or 'the card'} is no YAML") from error
+    card = card.replace(f"path/to/{name}", base) if name else card
+    try:
+        front, _ = divided(card)
+    except ValueError as error:
+        raise ValueError(f"the front matter of {name or 'the card'} is no YAML") from error
     tags = [tag for tag in front.get("tags") or ["lora", "peft", "phi3"] if not str(tag).startswith("base_model:")]
-    front |= {"base_model": base, "tags": [*(tag for tag in tags if tag != "adapter"), f"base_model:adapter:{base}"]}
-    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n{body}"
+    tags = [*(tag for tag in tags if tag != "adapter"), f"base_model:adapter:{base}"]
+    return with_front(card, {"base_model": base, "tags": tags})

@@ -13,12 +13,13 @@ from typing import Any
 
 from phi3_dist.adapters.reading import read_metadata
 from phi3_dist.adapters.residual import MOVED_BASE
+from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import AdapterError, Problem
 from phi3_dist.modeling.base import Base
 from phi3_dist.modeling.lora import quiet_peft
 from phi3_dist.modeling.rope import pin_longrope
 
-__all__ = ["load_adapter", "not_to_go_on_from", "rows_fact", "too_few_rows"]
+__all__ = ["load_adapter", "not_to_go_on_from", "rows_fact", "too_few_rows", "trained_fact"]
 
 _ROWS, _FACTORS = "base_rows", "longrope"
 _OTHER_FORWARD = (
@@ -40,6 +41,13 @@ _OTHER_FORWARD = (
 def rows_fact(base: Base) -> dict[str, str]:
     """What the header of an adapter says of a base that was enlarged; nothing of another."""
     return {_ROWS: str(base.enlarged_rows)} if base.enlarged_rows else {}
+
+
+def trained_fact(cfg: RunConfig) -> dict[str, str]:
+    """What the header says of a base that was quantised while it trained, and of a start that means that base."""
+    if cfg.model.quantization == "none":
+        return {}
+    return {"quantization": cfg.model.quantization, "start": cfg.lora.init}
 
 
 def _needed(folder: Path) -> int:

@@ -66,8 +66,13 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield full_name, tensor
 
 
-def choose(model: nn.Module, bias: Bias | None = None, adapter_name: str = "default") -> list[Chosen]:
-    """The tensors of the adapter in a fixed order. Raises AdapterError; see `gather_adapter` for the rules."""
+def choose(
+    model: nn.Module, bias: Bias | None = None, adapter_name: str = "default", *, names_only: bool = False
+) -> list[Chosen]:
+    """The tensors of the adapter in a fixed order. Raises AdapterError; see `gather_adapter` for the rules.
+
+    names_only: they may be without storage.
+    """
     if bias is not None and bias not in _BIAS_MODES:
         raise AdapterError(Problem("bias", f"{bias!r} is not a mode", f"one of {', '.join(_BIAS_MODES)}"))
     for module in model.modules():
@@ -84,7 +89,7 @@ def choose(model: nn.Module, bias: Bias | None = None, adapter_name: str = "defa
     params = [c for c in chosen if isinstance(c.tensor, nn.Parameter)]
     surprising = [f"{c.key} ({c.dtype})" for c in params if c.dtype not in FLOATS]
     problems += _named("is not of a floating dtype", surprising, "a quantised module cannot train or be saved")
-    meta = [c.key for c in chosen if c.tensor.is_meta]
+    meta = [c.key for c in chosen if c.tensor.is_meta and not names_only]
     problems += _named("is on the meta device", meta, "load the weights before gathering")
     if problems:
         raise AdapterError(*problems)

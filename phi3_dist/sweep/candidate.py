@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.files import save_adapter
+from phi3_dist.adapters.loading import trained_fact
 from phi3_dist.config.json_text import parse_json
 from phi3_dist.config.load import resolved_yaml
 from phi3_dist.config.schema import RunConfig
@@ -343,7 +344,7 @@ class CandidateRun:
                 tokenizer=given.tokenizer,
                 card=adapter_card(card_contents(self.ctx, given.base, self.held_out, given.regime, steps)),
                 base_hint={"revision": self.cfg.model.revision} if self.cfg.model.revision else None,
-                metadata={"longrope": given.regime} if given.regime else {},
+                metadata={**({"longrope": given.regime} if given.regime else {}), **trained_fact(self.cfg)},
             )
 
     def fail(self, why: str, given: Given) -> None:

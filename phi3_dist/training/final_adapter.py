@@ -8,7 +8,9 @@ from typing import Any
 
 from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.files import AdapterReceipt, save_adapter
-from phi3_dist.adapters.loading import rows_fact
+from phi3_dist.adapters.front_matter import said_of_hub
+from phi3_dist.adapters.loading import rows_fact, trained_fact
+from phi3_dist.config.schema import RunConfig
 from phi3_dist.modeling.base import Base
 from phi3_dist.training.build import Built
 from phi3_dist.training.checkpoints.state import unrounded_adapter
@@ -17,7 +19,7 @@ from phi3_dist.training.evaluate import HeldOut
 from phi3_dist.training.inputs import RunInputs
 from phi3_dist.training.run_folder import versions
 
-__all__ = ["card_contents", "save_final_adapter"]
+__all__ = ["card_contents", "of_base_and_data", "save_final_adapter"]
 
 
 def save_final_adapter(
@@ -36,12 +38,24 @@ def save_final_adapter(
             base_hint={"revision": cfg.model.revision} if cfg.model.revision else None,
             taken_out=built.lora_init if cfg.lora.init.startswith("pissa") else None,
             unrounded=unrounded_adapter(ctx.engine, keep=ctx.runtime.is_main),
-            metadata={**({"longrope": regime} if regime else {}), **rows_fact(inputs.base)},
+            metadata={**({"longrope": regime} if regime else {}), **rows_fact(inputs.base), **trained_fact(cfg)},
         )
     if receipt is not None:
         size = f"{receipt.bytes / 2**20:.1f} MiB, {receipt.tensors} tensors"
         ctx.metrics.say(f"adapter: {ctx.folder.adapter} ({size})")
     return receipt
+
+
+def of_base_and_data(cfg: RunConfig, base: Base) -> dict[str, Any]:
+    """What a card tells of the base's context and of data sets on the hub."""
+    rope, sources = base.config.rope_parameters, cfg.data.train
+    names = [sources] if isinstance(sources, str) else [s if isinstance(s, str) else s.path for s in sources]
+    return {
+        "datasets": [name for name in names if said_of_hub(name)],
+        "original_context": rope.get("original_max_position_embeddings", base.config.max_position_embeddings),
+        "window": base.config.sliding_window,
+        "taught_tokens": len(cfg.model.new_tokens),
+    }
 
 
 def card_contents(
@@ -52,6 +66,8 @@ def card_contents(
         "name": ctx.cfg.name,
         "base": base.source,
         "base_is_local": base.folder is not None and Path(base.source).is_dir(),
+        "revision": ctx.cfg.model.revision,
+        **of_base_and_data(ctx.cfg, base),
         "lora": ctx.cfg.lora.model_dump(),
         "optim": ctx.cfg.optim.model_dump(),
         "steps": steps,

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from phi3_dist.adapters.card import adapter_card
+from phi3_dist.adapters.front_matter import evaluation_of, model_index, with_front
 
 FACTS: dict[str, Any] = {
     "name": "my run",
@@ -57,25 +59,23 @@ def test_a_local_base_is_shown_by_its_folder_name_alone() -> None:
     assert 'from_pretrained("path/to/my-phi3"' in card
 
 
-def test_absolute_paths_in_other_facts_are_cut() -> None:
+def test_facts_for_machines_stand_in_no_card() -> None:
     card = adapter_card({**FACTS, "config": "/data/someone/run.yaml", "odd": "a|b\nc"})
     assert "/home" not in card
-    assert "| config | run.yaml |" in card
-    assert "| odd | a\\|b c |" in card
+    assert "run.yaml" not in card
+    assert "## More" not in card
 
 
-def test_a_fact_stands_in_the_card_once() -> None:
-    """What is known has its table; `More` is for the rest, and is not there without one."""
-    assert "## More" not in adapter_card(FACTS)
-    card = adapter_card(
-        {**FACTS, "base": "bases/phi3", "base_is_local": True, "schedule": {"lr": 1e-4}, "odd": "~/rows.jsonl"}
-    )
-    more = card.split("## More\n")[1].split("\n## ")[0]
-    assert [line for line in more.splitlines() if line.startswith("| ") and line != "| | |"] == [
-        "| schedule | lr 0.0001 |",
-        "| odd | rows.jsonl |",
-    ]
-    assert "bases/phi3" not in card
+def test_a_fact_stands_in_the_card_once_and_under_a_name_for_people() -> None:
+    optim = {"name": "adamw", "lr": 1e-4, "betas": (0.9, 0.999), "schedule": "cosine"}
+    lora = {**FACTS["lora"], "layers": None, "modules_to_save": (), "rank_pattern": {}}
+    card = adapter_card({**FACTS, "base": "bases/phi3", "base_is_local": True, "optim": optim, "lora": lora})
+    titles = [line for line in card.splitlines() if line.startswith("## ")]
+    assert len(titles) == len(set(titles))
+    assert "| learning rate | 0.0001 |" in card
+    assert "| optimizer | adamw |" in card
+    for raw in ("None", "betas", "rank_pattern", "max_grad_norm", "bases/phi3"):
+        assert raw not in card, raw
     assert card.count("0123abcd") == 1
 
 
@@ -122,3 +122,72 @@ def test_a_quantised_base_is_told_and_loaded(kind: str, init: str, said: str) ->
     assert ('bnb_4bit_compute_dtype="bfloat16"' in code) == (kind == "nf4")
     assert ", quantization_config=quantized)\nbase.resize_token_embeddings(9," in code
     assert "BitsAndBytes" not in adapter_card(FACTS)
+
+
+# --- the hub's conventions ------------------------------------------------------------------------------------------
+
+
+def hub_card(facts: dict[str, Any]) -> ModelCard:
+    """As huggingface_hub reads it; errors in the metadata are raised."""
+    return ModelCard(adapter_card(facts), ignore_metadata_errors=False)
+
+
+def test_the_head_is_what_the_hub_reads() -> None:
+    card = hub_card({**FACTS, "license": "mit", "language": "en", "datasets": ["a/chats"], "heldout_perplexity": 4.5})
+    data = card.data
+    assert data.base_model == "microsoft/Phi-3-mini-4k-instruct"
+    assert (data.license, data.language, data.datasets) == ("mit", ["en"], ["a/chats"])
+    assert (data.library_name, data.pipeline_tag) == ("peft", "text-generation")
+    assert "base_model:adapter:microsoft/Phi-3-mini-4k-instruct" in data.tags
+    assert {(r.metric_type, r.metric_value, r.dataset_type) for r in data.eval_results} == {
+        ("loss", 1.5, "a/chats"),
+        ("perplexity", 4.5, "a/chats"),
+    }
+
+
+def test_nothing_is_guessed_for_the_hub() -> None:
+    data = hub_card({**FACTS, "base": "/data/me/phi3", "base_is_local": True, "heldout_loss": None}).data.to_dict()
+    assert not {"license", "language", "datasets", "base_model", "model-index"} & set(data)
+
+
+def test_an_evaluation_is_the_adapters_and_not_the_bases() -> None:
+    said = {
+        "base": {"heldout_loss": 2.0},
+        "adapter": {"heldout_loss": 1.0, "exact_match": 0.5, "supervised_tokens": 9, "odd": float("nan")},
+        "difference": {"heldout_loss": -1.0},
+        "data": "/data/me/rows.jsonl",
+        "samples": [{"prompt": "a"}],
+    }
+    rows, measures = evaluation_of(said)
+    assert rows == "rows.jsonl"
+    card = with_front(adapter_card(FACTS), {"model-index": model_index("mine", rows, measures)})
+    results = ModelCard(card, ignore_metadata_errors=False).data.eval_results
+    assert {(r.metric_type, r.metric_value, r.dataset_name) for r in results} == {
+        ("loss", 1.0, "rows.jsonl"),
+        ("exact_match", 0.5, "rows.jsonl"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted", "unwanted"),
+    [
+        (
+            {},
+            ("--max-lora-rank 16", "vllm serve microsoft/Phi-3-mini-4k-instruct", "--lora OUT/adapter.gguf"),
+            "Merge it",
+        ),
+        ({"longrope": "short"}, ("--max-model-len 4096", "-c 4096"), "-c 8192"),
+        ({"longrope": "long"}, ("--max-model-len 8192", "-c 8192"), "-c 4096"),
+        ({"lora": {"dora": True}}, ("vLLM does not load DoRA", "llama.cpp computes no DoRA", "Merge it"), "vllm serve"),
+        (
+            {"lora": {"init": "loftq"}, "quantization": "nf4"},
+            ("--quantization bitsandbytes", "--into nf4"),
+            "llama-server",
+        ),
+    ],
+)
+def test_how_to_serve_it_comes_from_the_rules(more: dict[str, Any], wanted: tuple[str, ...], unwanted: str) -> None:
+    section = adapter_card({**FACTS, **more}).split("## How to serve it\n")[1].split("## Versions")[0]
+    for text in wanted:
+        assert text in section
+    assert unwanted not in section

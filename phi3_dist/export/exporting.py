@@ -1,0 +1,195 @@
+"""`phi3-dist export`: make it aside, hold it against the live model, and then give it its name."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from phi3_dist.adapters.files import write_adapter
+from phi3_dist.adapters.loading import load_adapter
+from phi3_dist.adapters.reading import read_adapter
+from phi3_dist.errors import AdapterError, Problem
+from phi3_dist.export.cards import export_card, merged_card
+from phi3_dist.export.combining import combine
+from phi3_dist.export.gguf_file import ADAPTER, MODELFILE, read_gguf_adapter, refuse_for_gguf, write_gguf_adapter
+from phi3_dist.export.measuring import (
+    Drift,
+    Rows,
+    compare,
+    compute_dtype,
+    live_logits,
+    logits_of,
+    plain_model,
+    refuse_drift,
+    rows_for,
+    tokenizer_of,
+)
+from phi3_dist.export.merged import Into, settle_into, write_merged
+from phi3_dist.export.opening import Opened, open_adapter
+from phi3_dist.export.reshaped import joined, one_rank, split_names
+from phi3_dist.export.target import new_folder, seal
+from phi3_dist.export.updates import Parts, parts_of
+from phi3_dist.modeling.base import find_base
+from phi3_dist.modeling.rope import pin_longrope
+
+__all__ = ["EXACT", "KINDS", "Exported", "Kind", "export"]
+
+Kind = Literal["merged", "split", "one-rank", "gguf", "combine"]
+KINDS: tuple[Kind, ...] = ("merged", "split", "one-rank", "gguf", "combine")
+EXACT = 1e-4
+"""Most that the logits of the same update in another form may be off, over their spread, computed in float32."""
+ROUNDED = 0.05
+"""The same where the weights are rounded to 16 bits: a bf16 Phi-3 is about 0.01 off its float32 self (README)."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, in words, and how far it is from the live model."""
+
+    folder: Path
+    kind: Kind
+    what: str
+    drift: Drift
+
+
+def export(
+    where: str | Path,
+    out: str | Path,
+    kind: Kind,
+    *,
+    base: str | None = None,
+    into: Into | None = None,
+    data: str | None = None,
+    others: Sequence[str | Path] = (),
+    weights: Sequence[float] = (),
+    method: str = "cat",
+    density: float | None = None,
+) -> Exported:
+    """Write the adapter of a run, or of a folder, to the new folder `out` in another form.
+
+    kind: `merged`, a whole model; `split`, an adapter with Llama's module names; `one-rank`, an adapter without
+    patterns and rsLoRA; `gguf`, llama.cpp's adapter and an Ollama Modelfile; `combine`, several adapters (`others`,
+    `weights`, PEFT's `method`) as one. base: in place of the one that the adapter names. into: the weights that
+    `merged` starts from. data: rows to compare on; by default the run's held-out ones.
+    Raises AdapterError (an adapter that is damaged, of another base or can't be said in that form; an export that is
+    not the live model), RunFolderError (an unfinished run), ModelError, DataError. Nothing is left of `out` then.
+    """
+    if kind not in KINDS:
+        raise AdapterError(Problem("--as", f"{kind!r} is no form", f"one of {', '.join(KINDS)}"))
+    opened, out = open_adapter(where, base), Path(out)
+    tokenizer = tokenizer_of(opened)
+    if kind == "gguf":
+        refuse_for_gguf(opened)
+    settled = settle_into(opened, into) if kind == "merged" else "base"
+    both = [opened, *(open_adapter(other, base) for other in others)]
+    rows = rows_for(opened, tokenizer, data)
+    with new_folder(out) as folder:
+        work = _Work(opened, folder, out, tokenizer, rows)
+        if kind == "merged":
+            return _merged(work, settled)
+        if kind == "combine":
+            return _combined(work, both, list(weights) or [1 / len(both)] * len(both), method, density)
+        return _reshaped(work, kind)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is exported, the folder that is being filled, and the name that it will take."""
+
+    opened: Opened
+    folder: Path
+    out: Path
+    tokenizer: Any
+    rows: Rows
+
+    def write(self, tensors: dict[str, Tensor], config: dict[str, Any], card: str) -> None:
+        facts = self.opened.facts_to_keep
+        write_adapter(self.folder / "adapter", tensors, config, card=card, tokenizer=self.tokenizer, metadata=facts)
+
+    def lift(self) -> None:
+        """The adapter's files up into the folder that will take the name."""
+        for path in sorted((self.folder / "adapter").iterdir()):
+            path.rename(self.folder / path.name)
+        (self.folder / "adapter").rmdir()
+
+    def logits(self, adapter: Path) -> list[Tensor]:
+        """What PEFT computes with the adapter that lies in a folder."""
+        base = self.opened.base
+        model = plain_model(base, compute_dtype(base), self.opened.trained_on)
+        return logits_of(load_adapter(model, adapter), self.rows)
+
+    def logits_of_parts(self, parts: Parts) -> list[Tensor]:
+        """What PEFT computes with an update that was read back. Its files lie in the folder meanwhile."""
+        again = self.folder / "compared"
+        write_adapter(again, *one_rank(self.opened, parts), card="", metadata=self.opened.facts_to_keep)
+        try:
+            return self.logits(again)
+        finally:
+            shutil.rmtree(again)
+
+
+def _merged(work: _Work, into: Into) -> Exported:
+    opened, folder, rows = work.opened, work.folder, work.rows
+    shards = write_merged(opened, folder, into, work.tokenizer)
+    live, plain = live_logits(opened, rows)
+    written = find_base(str(folder))
+    stored = str(written.weights.rows("model.embed_tokens.weight", 0, 0).dtype).removeprefix("torch.")
+    model = plain_model(written, compute_dtype(written))
+    _pin(model, opened)
+    drift = compare(live, plain, logits_of(model, rows), rows)
+    del model
+    if opened.trained_on in {"none", into}:
+        refuse_drift(drift, EXACT if stored == "float32" else ROUNDED, work.out)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
+    trained = {"none": "the base as it is", "nf4": "the base in NF4", "int8": "the base in int8"}[opened.trained_on]
+    weights = "the dequantised NF4 weights" if into == "nf4" else "the base's own weights"
+    files = "1 file" if shards == 1 else f"{shards} files"
+    what = f"{files}, {size:.2f} GiB, {stored}; trained on {trained}, merged into {weights}"
+    (folder / "README.md").write_text(merged_card(opened, what, drift), encoding="utf-8")
+    seal(folder)
+    return Exported(work.out, "merged", what, drift)
+
+
+def _pin(model: Any, opened: Opened) -> None:
+    factors = opened.facts.get("longrope")
+    if factors is not None:
+        pin_longrope(model, 0, "short" if factors == "short" else "long")
+
+
+def _reshaped(work: _Work, kind: Kind) -> Exported:
+    """An adapter in another form, read back and put into PEFT's own again for the comparison."""
+    opened, folder = work.opened, work.folder
+    live, plain = live_logits(opened, work.rows)
+    if kind == "gguf":
+        write_gguf_adapter(opened, folder)
+        (folder / "README.md").write_text(export_card(opened, kind), encoding="utf-8")
+        back = read_gguf_adapter(folder / ADAPTER)
+        what = f"{ADAPTER}, {len(back.updates)} modules, each scale in B; {MODELFILE} for Ollama"
+    else:
+        tensors, config = one_rank(opened, split_names(opened) if kind == "split" else None)
+        work.write(tensors, config, export_card(opened, kind))
+        read = parts_of(*read_adapter(folder / "adapter"))
+        back = joined(read) if kind == "split" else read
+        what = f"rank {config['r']} and alpha {config['lora_alpha']} for all of {len(read.updates)} modules"
+        work.lift()
+    drift = compare(live, plain, work.logits_of_parts(back), work.rows)
+    refuse_drift(drift, EXACT, work.out)
+    return Exported(work.out, kind, what, drift)
+
+
+def _combined(
+    work: _Work, both: Sequence[Opened], weights: Sequence[float], method: str, density: float | None
+) -> Exported:
+    tensors, config, live, plain = combine(both, weights, method, density=density, rows=work.rows)
+    names = [one.run.name if one.run else one.folder.name for one in both]
+    said = ", ".join(f"{weight:g} of {name}" for weight, name in zip(weights, names, strict=True))
+    work.write(tensors, config, export_card(work.opened, "combine", f"{method}: {said}"))
+    drift = compare(live, plain, work.logits(work.folder / "adapter"), work.rows)
+    work.lift()
+    refuse_drift(drift, EXACT, work.out)
+    return Exported(work.out, "combine", f"{method} of {said}; rank {config['r']}", drift)

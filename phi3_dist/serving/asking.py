@@ -1,0 +1,88 @@
+"""A server of another environment is asked: a request goes to its Python as JSON, the answers come back so."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from phi3_dist.errors import MachineError, Problem
+
+__all__ = ["ASKABLE", "Answer", "ask", "is_here"]
+
+Askable = Literal["vllm", "llama.cpp"]
+ASKABLE: tuple[Askable, ...] = ("vllm", "llama.cpp")
+_SCRIPT = {"vllm": "vllm_script.py", "llama.cpp": "llama_cpp_script.py"}
+_LOADS = {
+    "vllm": "import vllm",
+    "llama.cpp": "from llama_cpp_py_sync import _cffi_bindings; _cffi_bindings.get_lib()",
+}
+_PACKAGE = {"vllm": "vllm", "llama.cpp": "llama-cpp-py-sync"}
+_LAST_LINES = 3
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Ids that a server has added to a prompt, and the logarithm of each one's probability."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+def is_here(server: Askable, python: str) -> bool:
+    """Whether that Python can load the server."""
+    try:
+        return (
+            subprocess.run([python, "-c", _LOADS[server]], capture_output=True, check=False, timeout=300).returncode
+            == 0
+        )
+    except OSError:
+        return False
+
+
+def ask(
+    server: Askable, python: str, request: Mapping[str, Any], *, timeout_s: int = 1800
+) -> list[Sequence[Answer] | str]:
+    """Of each adapter the answers, or in one line what the server refuses.
+
+    request: `base`, `adapters` (None: the base alone), `prompts` (ids), `new_tokens`, `context` (tokens), for
+    vLLM `max_lora_rank`. Raises MachineError where the server can't be started.
+    """
+    script = Path(__file__).with_name(_SCRIPT[server])
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
+        asked.write_text(json.dumps(dict(request)), encoding="utf-8")
+        # -P: this package's folder must not come before the server's own modules
+        environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "VIRTUAL_ENV"}}
+        try:
+            done = subprocess.run(
+                [python, "-P", str(script), str(asked), str(answered)],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+                timeout=timeout_s,
+                env=environment,
+            )
+        except OSError as error:
+            what = f"cannot be started: {error.strerror}"
+            raise MachineError(Problem(python, what, "--server-python PATH, of the server's environment")) from error
+        except subprocess.TimeoutExpired as error:
+            raise MachineError(Problem(server, f"had not answered after {timeout_s} s", "fewer rows")) from error
+        if not answered.is_file():
+            tail = " | ".join(line.strip() for line in done.stderr.splitlines()[-_LAST_LINES:])
+            what = f"ended with {done.returncode} before it answered: {tail}"
+            fix = f"--server-python PATH, a Python that has {_PACKAGE[server]}"
+            raise MachineError(Problem(server, what, fix))
+        said = json.loads(answered.read_text("utf-8"))
+    return [
+        " ".join(str(one["error"]).split())
+        if "error" in one
+        else [Answer(tuple(answer["ids"]), tuple(answer["logprobs"])) for answer in one["answers"]]
+        for one in said
+    ]
