@@ -171,7 +171,8 @@ def start_runtime(
             kwargs.append(InitProcessGroupKwargs(backend="gloo"))
         ds_config = deepspeed_config(plan, zero, max_grad_norm)
         # the launcher hands its own copy of the settings through the environment; this plan is the only source
-        for key in [k for k in os.environ if k.startswith("ACCELERATE_DEEPSPEED_")]:
+        # and the list of the Accelerate config's own fields, over which its plugin would raise
+        for key in [k for k in os.environ if k.startswith(("ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_FIELDS"))]:
             del os.environ[key]
         options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=ds_config, zero3_init_flag=False)
     else:
