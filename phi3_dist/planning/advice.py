@@ -58,7 +58,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Option:
-    """One strategy and quantisation. Memory in GiB of the worst rank, `host_gib` of a node; one rank's traffic in a step."""
+    """One strategy and quantisation. Memory in GiB of the worst rank, `host_gib` of a node; traffic of a step."""
 
     strategy: str
     quantization: str

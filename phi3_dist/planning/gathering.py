@@ -1,9 +1,9 @@
 """Weights that are whole on a rank while each rank holds a part of them: ZeRO-3's and FSDP2's, moment by moment.
 
 Both were read off their real engines on fake CUDA tensors (`python -m phi3_dist.bench.memory`). DeepSpeed 0.19 gathers
-the next parameters ahead as long as fewer than `stage3_max_live_parameters` are whole; several that are gathered together
-come in one buffer and are copied out of it. FSDP2 gathers a layer into one buffer, copies its parameters out of it, and keeps
-the buffer until the next one's is copied; the root group (embedding and head) is whole all along.
+the next parameters ahead as long as fewer than `stage3_max_live_parameters` are whole; those gathered together come in
+one buffer and are copied out of it. FSDP2 gathers a layer into one buffer, copies its parameters out of it, and keeps
+that until the next one's is copied; the root group (embedding and head) is whole all along.
 """
 
 from __future__ import annotations

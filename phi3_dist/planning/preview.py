@@ -80,23 +80,30 @@ def _strategy(config: Path, kind: str, values: Mapping[str, Any]) -> tuple[str, 
             )
         )
     inline = _section(values, "deepspeed_config")
-    settings = _inline_zero(inline) if "deepspeed_config_file" not in inline else None
-    file = inline.get("deepspeed_config_file")
-    # accelerate looks from the folder it is run in; the shipped files lie beside each other, and are known by name
-    found = next((p for p in (Path(str(file)), config.parent.parent.parent / str(file)) if p.is_file()), None)
-    if settings is None and found is None and str(file) in SHIPPED:
-        settings = json.loads(SHIPPED[str(file)])
-    if settings is None and found is None:
-        raise PlanError(Problem(f"{config}: deepspeed_config_file", f"{file} is not there", "configs/deepspeed/"))
-    if settings is None and found is not None:
-        settings = _json_of(found)
-    found = found or config
+    where, settings = (
+        _zero_of_file(config, inline["deepspeed_config_file"])
+        if ("deepspeed_config_file" in inline)
+        else (config, _inline_zero(inline))
+    )
     zero = _section(settings, "zero_optimization") if isinstance(settings, dict) else {}
     if zero.get("stage") not in (1, 2, 3):
         what = f"its zero_optimization.stage is {str(zero.get('stage'))[:60]}"
-        raise PlanError(Problem(str(found), what, "1, 2 or 3; compare configs/deepspeed/zero3.json"))
+        raise PlanError(Problem(str(where), what, "1, 2 or 3; compare configs/deepspeed/zero3.json"))
     offload = any(_section(zero, f"offload_{k}").get("device", "none") != "none" for k in ("optimizer", "param"))
     return f"zero{zero['stage']}" + ("_offload" if offload else ""), settings
+
+
+def _zero_of_file(config: Path, file: object) -> tuple[Path, Any]:
+    """The DeepSpeed file that the config names, and what stands in it. A shipped one is known by its name anywhere.
+
+    accelerate looks from the folder it is run in; the shipped files lie beside each other.
+    """
+    found = next((p for p in (Path(str(file)), config.parent.parent.parent / str(file)) if p.is_file()), None)
+    if found is not None:
+        return found, _json_of(found)
+    if str(file) in SHIPPED:
+        return Path(str(file)), json.loads(SHIPPED[str(file)])
+    raise PlanError(Problem(f"{config}: deepspeed_config_file", f"{file} is not there", "configs/deepspeed/"))
 
 
 def _inline_zero(section: Mapping[str, Any]) -> Mapping[str, Any]:

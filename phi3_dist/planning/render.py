@@ -21,8 +21,8 @@ _BUCKET = 10_000_000
 adapter of Phi-3-mini goes in three; DeepSpeed's default would take 0.93 GiB."""
 ZERO3_LIVE = 300_000_000
 """Parameters under ZeRO-3 up to which the next ones are gathered ahead: two layers and a half of Phi-3-mini, the
-largest linear of Phi-4 beside the one before it. DeepSpeed's default of 1e9 keeps 1.86 GiB in bf16, and with its reuse distance
-of 1e9 all of a small model from forward to backward, whose memory is what ZeRO-3 is chosen for."""
+largest linear of Phi-4 beside the one before it. DeepSpeed's default of 1e9 keeps 1.86 GiB in bf16, and with its reuse
+distance of 1e9 all of a small model from forward to backward, whose memory is what ZeRO-3 is chosen for."""
 
 
 def deepspeed_json(strategy: str) -> str:

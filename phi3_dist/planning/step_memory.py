@@ -261,6 +261,9 @@ def step_moments(shape: Shape, step: Step, *, selects: bool) -> tuple[Moment, ..
     out_rows = s if selects else t
     # the last layer's output, its norm, the loss's gradient of it
     end = out_rows * (2 * h * w + 4) + (0 if selects else s * h * w) + s * h * w
+    before: float
+    after_last: float
+    after_two: float
     if step.checkpointing:
         before, after_last, after_two = n * t * h * w, (n - 1) * t * h * w, max(n - 2, 0) * t * h * w
     else:  # the first one's input needs no gradient
