@@ -15,16 +15,22 @@ from typing import Any
 
 from phi3_dist.config.families import Shape
 
-__all__ = ["LAST_FORWARD", "LOSS", "fsdp2_gathered", "zero3_gathered"]
+__all__ = ["fsdp2_gathered", "zero3_gathered"]
 
-LAST_FORWARD, LOSS, BACKWARD, BEFORE = range(4)
-"""Moments: the last layer's forward, the loss, the last layer's backward, and that of the layer before it."""
+ByMoment = tuple[float, float, float, float, float]
+"""At the first layer's forward, the last one's, the loss, the last layer's backward, and that of the one before it."""
 
 
-def fsdp2_gathered(shape: Shape, layer_bytes: float, width: int) -> tuple[float, float, float, float]:
+def fsdp2_gathered(shape: Shape, layer_bytes: float, width: int) -> ByMoment:
     """Bytes of whole weights at each moment. `layer_bytes`: one layer with its adapter, as it is gathered."""
     root = shape.vocab * shape.hidden * width * (1 if shape.tied else 2)
-    return root + 3 * layer_bytes, root + layer_bytes, root + 2 * layer_bytes, root + 2 * layer_bytes
+    return (
+        2 * root + 2 * layer_bytes,
+        root + 3 * layer_bytes,
+        root + layer_bytes,
+        root + 2 * layer_bytes,
+        root + 2 * layer_bytes,
+    )
 
 
 @dataclass
@@ -87,7 +93,7 @@ def _trace(shape: Shape, adapters: Mapping[str, int], packed: int) -> tuple[list
 
 def zero3_gathered(
     shape: Shape, adapters: Mapping[str, int], settings: Mapping[str, Any], *, recompute: bool, packed: int = 1
-) -> tuple[float, float, float, float]:
+) -> ByMoment:
     """Parameters that are whole at each moment; `adapters`: trained parameters at each linear; `settings`: ZeRO's.
 
     `packed`: linear weights that are stored in one element.
@@ -115,7 +121,11 @@ def zero3_gathered(
             live.release(step, names)
     end = len(modules)
     per = 12 if recompute else 6
+    if recompute:  # buffers of both passes over a layer stay: all that may live, and the largest on top
+        most = float(min(live.most + max(sizes.values()), sum(sizes.values())))
+        return (float(max(counts[:7])), float(max(counts[end - 8 : end - 2])), most, most, most)
     return (
+        float(max(counts[:7])),
         float(max(counts[end - 8 : end - 2])),
         float(max(counts[end - 2 : end + 2])),
         float(max(counts[end + 2 : end + 2 + per])),

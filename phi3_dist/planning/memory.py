@@ -163,9 +163,9 @@ def saved_bytes(shape: Shape, trainable: int, load: Workload) -> float:
     return shape.layers * saved_by_layer(shape, _step_of(shape, trainable, load)).total
 
 
-def _gathered(shape: Shape, trainable: int, load: Workload) -> tuple[float, float, float, float]:
+def _gathered(shape: Shape, trainable: int, load: Workload) -> tuple[float, ...]:
     if not _is_sharded(load.strategy) or load.world_size == 1:
-        return 0.0, 0.0, 0.0, 0.0
+        return (0.0,) * 5
     width = _width(load.precision)
     if load.strategy.startswith("fsdp2"):
         stored = 0.5 if load.quantization == "nf4" else width
@@ -174,8 +174,7 @@ def _gathered(shape: Shape, trainable: int, load: Workload) -> tuple[float, floa
     adapters = {name: load.rank * (ins + outs) for name, (ins, outs) in shape.linear_sizes.items()}
     packed = 2 * width if load.quantization == "nf4" else 1
     counts = zero3_gathered(shape, adapters, load.zero, recompute=load.activation_checkpointing, packed=packed)
-    at_forward, at_loss, backward, before = (count * width for count in counts)
-    return at_forward, at_loss, backward, before
+    return tuple(count * width for count in counts)
 
 
 def memory_terms(shape: Shape, trainable: int, load: Workload, frozen: int = 0) -> tuple[Term, ...]:
@@ -190,12 +189,10 @@ def memory_terms(shape: Shape, trainable: int, load: Workload, frozen: int = 0) 
     # of one micro batch, autograd's gradients come while activations go
     late = load.accumulation == 1 and not load.strategy.startswith("zero")
     gradients = sum(term.gib for term in held if term.name == "gradients") * GIB if late else 0.0
-    numbers = {"the last layer's forward": 0, "the loss": 1, "the last layer's backward": 2}
     highest = (gradients, Moment("the update", {"activations": 0.0}), 0.0, 0.0, 1.0)
-    for moment in moments:
-        number = numbers.get(moment.name, 3)
-        there = bucket if number > 1 else 0.0
-        share = 0.0 if late and number < 3 else 1 / shape.layers if late else 1.0
+    for number, moment in enumerate(moments):  # in the order of gathering.ByMoment
+        there = bucket if number > 2 else 0.0
+        share = 0.0 if late and number < 4 else 1 / shape.layers if late else 1.0
         total = moment.total + gathered[number] + there + gradients * share
         highest = max(highest, (total, moment, gathered[number], there, share), key=lambda one: one[0])
     _, moment, whole, there, share = highest

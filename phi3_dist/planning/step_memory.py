@@ -273,6 +273,7 @@ def step_moments(shape: Shape, step: Step, *, selects: bool) -> tuple[Moment, ..
     ahead = before - (0 if step.checkpointing else last.total)
     kept = 0.0 if step.checkpointing else _kept_weights(shape, step, n)
     moments = [
+        Moment("the first layer's forward", {"activations": 2.0 * t * h * w + tables, "one dequantised": largest}),
         Moment(
             "the last layer's forward",
             {"activations": ahead + 2 * t * h * w + tables, "kept weights": kept, "one dequantised": largest},

@@ -203,7 +203,7 @@ def test_what_is_written_is_that_launch(name: str, nodes: int, run_file: Path, t
     here = cluster(nodes, 8)
     option = find_option(advise(run(), here, MINI, PACKAGES), name)
     files = write_run(tmp_path / "written here", option, here, run_file, ("train.global_batch=16",))
-    assert [file.name for file in files][0] == "accelerate.yaml"
+    assert files[0].name == "accelerate.yaml"
     launch = launch_of_config(files[0], None)
     assert (launch.strategy, launch.world_size, launch.nodes) == (option.strategy, here.world, nodes)
     values = yaml.safe_load(files[0].read_text())
@@ -230,10 +230,10 @@ def test_the_answer_in_full_and_as_json(run_file: Path, tmp_path: Path, capsys: 
     found = json.loads(told[-1])
     assert found["options"][0]["strategy"] == "ddp"
     assert found["options"][0]["cost"] > 0
-    with pytest.raises(PlanError, match="every strategy needs more than 4.0 GiB"):
+    with pytest.raises(PlanError, match=r"every strategy needs more than 4\.0 GiB"):
         answer(cfg, replace(asked, memory_gib=4.0, write=None), PACKAGES, {}, told.append)
     unknown = cfg.model_copy(update={"model": cfg.model.model_copy(update={"source": "some/model"})})
-    with pytest.raises(PlanError, match="model.source"):
+    with pytest.raises(PlanError, match=r"model\.source"):
         answer(unknown, asked, PACKAGES, {}, told.append)
 
 

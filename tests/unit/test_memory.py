@@ -125,22 +125,23 @@ def test_shipped_settings_are_those_of_the_account() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "layers", "dropout", "by", "checkpointing", "measured_mib"),
+    ("tokens", "layers", "step", "measured_mib"),
     [
-        (4096, 3, 0.05, "torch", False, 1240.2),
-        (4096, 5, 0.05, "torch", False, 2149.3),
-        (1024, 5, 0.0, "torch", False, 465.0),
-        (2048, 4, 0.05, "triton", False, 722.4),
-        (4096, 5, 0.05, "torch", True, 712.4),
+        (4096, 3, {}, 1240.2),
+        (4096, 5, {}, 2149.3),
+        (1024, 5, {"dropout": 0.0}, 465.0),
+        (2048, 4, {"by": "triton"}, 722.4),
+        (4096, 5, {"checkpointing": True}, 712.4),
     ],
 )
 def test_a_step_holds_what_was_measured_on_fake_cuda_tensors(
-    tokens: int, layers: int, dropout: float, by: str, checkpointing: bool, measured_mib: float
+    tokens: int, layers: int, step: dict[str, Any], measured_mib: float
 ) -> None:
     """Mini's widths, half of the tokens supervised; what lived at the peak, logits aside, in MiB."""
     shape = Shape(layers, 3072, 8192, 32, 32, 96, 32064)
-    step = Step(tokens, 0.5, "bf16", dropout, "cuda", by, 16, checkpointing, copies=True, adapter_per_layer=786_432)
-    highest = max(step_moments(shape, step, selects=True), key=lambda moment: moment.total)
+    plain = Step(tokens, 0.5, "bf16", 0.05, "cuda", "torch", 16, copies=True, adapter_per_layer=786_432)
+    step_of = replace(plain, **step)
+    highest = max(step_moments(shape, step_of, selects=True), key=lambda moment: moment.total)
     found = highest.total - highest.parts.get("logits", 0.0)
     assert found / 2**20 == pytest.approx(measured_mib, rel=0.005)
 
