@@ -168,7 +168,7 @@ def measure_on_cpu(cell: MemoryCell, rank: int = 0, port: int = 0) -> dict[str, 
     """The cell's second step, really run. Of two processes each calls this, with the same free port."""
     import torch
 
-    from phi3_dist.bench.counting import Watch
+    from phi3_dist.bench.counting import RealWatch
     from phi3_dist.bench.rehearsal import _packs, _Phases
     from phi3_dist.data.batches import Order
     from phi3_dist.planning.plan import make_plan
@@ -184,7 +184,7 @@ def measure_on_cpu(cell: MemoryCell, rank: int = 0, port: int = 0) -> dict[str, 
     config = config_of(cell)
     host = MachineFacts("cpu", "this one", 0, 0.0, 64.0, 2, False, "", packages={"torch": torch.__version__})
     launch = LaunchFacts(cell.world, 1, cell.strategy)
-    cfg, watch = cell.run(), Watch(resizes=cell.strategy.startswith("fsdp2"))
+    cfg, watch = cell.run(), RealWatch(resizes=cell.strategy.startswith("fsdp2"))
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         base = _real_base(config, scratch)

@@ -53,12 +53,8 @@ def plan(
     if config is not None or processes is not None or machines is not None or device == "cpu":
         _one_launch(cfg, config, processes or gpus, machines or nodes, device, memory_gib or 80.0)
         return
-    from phi3_dist.machine.cards import measured_on
-    from phi3_dist.machine.own_cards import own_cards
-    from phi3_dist.machine.probe import package_versions
-    from phi3_dist.planning.ask import Asked, answer, cluster_of
-
-    asked = Asked(
+    _every_way(
+        cfg,
         run_file=run_file,
         overrides=tuple(overrides or ()),
         nodes=nodes,
@@ -72,8 +68,17 @@ def plan(
         why=why,
         write=write,
         as_json=as_json,
-        own_cards=own_cards() if gpu is None and memory_gib is None else (),
     )
+
+
+def _every_way(cfg: Any, **options: Any) -> None:
+    from phi3_dist.machine.cards import measured_on
+    from phi3_dist.machine.own_cards import own_cards
+    from phi3_dist.machine.probe import package_versions
+    from phi3_dist.planning.ask import Asked, answer, cluster_of
+
+    named = options["gpu"] is not None or options["memory_gib"] is not None
+    asked = Asked(**options, own_cards=() if named else own_cards())
     card = cluster_of(asked)[0].gpu
     answer(cfg, asked, package_versions(), measured_on(card.driver_name) if card else {}, typer.echo)
 

@@ -100,8 +100,9 @@ def answer(
         chosen = advice.best if asked.why is None else find_option(advice, asked.why)
         for file in write_run(asked.write, chosen, cluster, asked.run_file, asked.overrides):
             tell(f"wrote {file}")
-    if advice.best is None:
-        raise PlanError(_nothing_fits(advice, cluster))
+    asked_for = cfg.model.quantization
+    if not any(one.state == "fits" and one.quantization == asked_for for one in advice.options):
+        raise PlanError(_nothing_fits(advice, cluster, asked_for))
 
 
 def _print(advice: Advice, cluster: Cluster, words: str, asked: Asked) -> None:
@@ -123,12 +124,18 @@ def _print(advice: Advice, cluster: Cluster, words: str, asked: Asked) -> None:
     console.print("step times are estimates; memory is every token supervised, --why STRATEGY lists its terms")
 
 
-def _nothing_fits(advice: Advice, cluster: Cluster) -> Problem:
-    large: list[Option] = [one for one in advice.options if one.state == "too large"]
+def _nothing_fits(advice: Advice, cluster: Cluster, quantization: str) -> Problem:
+    """Nothing fits as the run file has it; another quantisation may, and is recommended above."""
+    large: list[Option] = [
+        one for one in advice.options if one.state == "too large" and one.quantization == quantization
+    ]
     if not large:
         return Problem("plan", f"nothing runs there: {advice.options[0].why}")
     least = min(large, key=lambda one: one.peak_gib)
-    what = f"every strategy needs more than {cluster.memory_gib:.1f} GiB a device with a tenth kept free"
+    what = (
+        f"with model.quantization={quantization} every strategy needs more than {cluster.memory_gib:.1f} GiB a device"
+    )
+    what += ", of which a tenth is kept free"
     what += f"; the smallest, {least.name}, {total_gib(least.terms):.1f} GiB"
     fix = next((one.why for one in large if one.why.startswith("fits with")), least.why)
     return Problem("memory", what, fix)

@@ -287,7 +287,7 @@ def _moment_terms(shape: Shape, load: Workload, moment: Moment, whole: float, bu
     if bucket:
         out.append(Term("reduce buckets", bucket / GIB, "reduce_bucket_size values, in backward", place))
     dense = parts.get("kept weights", 0.0) + parts.get("one dequantised", 0.0)
-    if load.quantization == "nf4":
+    if dense:
         kept = min(load.kept_layers, 1) if load.activation_checkpointing else load.kept_layers
         layer = layer_gib(shape, load.precision)
         words = f"{kept} layers × {layer:.2f} GiB" if kept else "one linear's at a time"

@@ -230,7 +230,7 @@ def test_the_answer_in_full_and_as_json(run_file: Path, tmp_path: Path, capsys: 
     found = json.loads(told[-1])
     assert found["options"][0]["strategy"] == "ddp"
     assert found["options"][0]["cost"] > 0
-    with pytest.raises(PlanError, match=r"every strategy needs more than 4\.0 GiB"):
+    with pytest.raises(PlanError, match=r"every strategy needs more than 4\.0 GiB a device"):
         answer(cfg, replace(asked, memory_gib=4.0, write=None), PACKAGES, {}, told.append)
     unknown = cfg.model_copy(update={"model": cfg.model.model_copy(update={"source": "some/model"})})
     with pytest.raises(PlanError, match=r"model\.source"):

@@ -87,7 +87,8 @@ def test_the_verb_plan_refuses_and_says_what_to_do(tmp_path: Path) -> None:
     done = phi3_dist("plan", str(RUN), rows, source, "--memory-gib", "9", folder=tmp_path)
     assert done.returncode == 5
     assert "fits with" in done.stderr
-    assert "may not fit" in done.stdout
+    assert "too large: fits with" in done.stdout
+    assert "recommended: single nf4" in done.stdout
     done = phi3_dist("plan", str(RUN), rows, source, folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 

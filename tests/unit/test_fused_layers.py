@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3MLP, Phi3RMSNorm, apply_rotary_pos_emb
 
-from phi3_dist.bench.counting import Watch
+from phi3_dist.bench.counting import RealWatch
 from phi3_dist.config.schema import LoraConfig
 from phi3_dist.modeling.attention import use_backend
 from phi3_dist.modeling.fused_layers import (
@@ -234,7 +234,7 @@ def test_a_layer_with_another_forward_is_recomputed_too(joined: bool) -> None:
     """transformers 5.24 recomputes in the class's forward, which ours stands in for."""
     held = []
     for checkpointing in (False, True):
-        watch = Watch()
+        watch = RealWatch()
         with watch:
             model = _model()
             install_fused(model)
