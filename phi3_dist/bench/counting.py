@@ -275,7 +275,7 @@ class Watch(TorchDispatchMode):
         return True
 
 
-class RealWatch(Watch):
+class RealWatch(Watch):  # type: ignore[no-untyped-call]
     """What lives while real tensors compute: nothing is counted, and numbers that are read are the real ones."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
