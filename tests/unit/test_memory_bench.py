@@ -7,7 +7,10 @@ import pytest
 from phi3_dist.bench.memory import markdown
 from phi3_dist.bench.memory_cells import CPU, REHEARSED, SHORT, MemoryCell, measure_on_cpu
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning"),
+]
 
 
 @pytest.mark.parametrize("cell", SHORT, ids=str)
