@@ -121,7 +121,9 @@ def zero3_gathered(
             live.release(step, names)
     end = len(modules)
     per = 12 if recompute else 6
-    if recompute:  # buffers of both passes over a layer stay: all that may live, and the largest on top
+    if (
+        recompute
+    ):  # an upper bound: all that may live, and the largest on top; the real one lies between it and the walk
         most = float(min(live.most + max(sizes.values()), sum(sizes.values())))
         return (float(max(counts[:7])), float(max(counts[end - 8 : end - 2])), most, most, most)
     return (
