@@ -16,7 +16,7 @@ from phi3_dist.config.families import Shape
 from phi3_dist.planning.gpus import Gpu
 from phi3_dist.planning.traffic import Traffic
 
-__all__ = ["Rates", "StepTime", "rates_of_gpu", "rates_of_machine", "step_flops", "step_time"]
+__all__ = ["Rates", "StepTime", "rates_of_gpu", "step_flops", "step_time"]
 
 OF_TFLOPS, OF_MEMORY, OF_NETWORK = 0.78, 0.8, 0.75
 LAYER_HOST_S = {"triton": 4.5e-3, "torch": 6.3e-3, "library": 9.0e-3}
@@ -73,25 +73,13 @@ def rates_of_gpu(gpu: Gpu, *, network_gbit: float | None = None) -> Rates:
     )
 
 
-def rates_of_machine(measured: Mapping[str, Any], *, ranks_per_node: int = 1) -> Rates:
-    """From `phi3-dist doctor --bandwidth`; a CPU's ranks share its cores and memory."""
-    return Rates(
-        flops=float(measured["flops"]) / ranks_per_node,
-        memory=float(measured["memory_bytes_s"]) / ranks_per_node,
-        network=float(measured.get("network_bytes_s") or measured["memory_bytes_s"]) / ranks_per_node,
-        between=float(measured.get("network_bytes_s") or 1e9),
-        host_layer_s=measured.get("host_layer_s") or LAYER_HOST_S,
-        source=f"measured here on {measured.get('day', 'an earlier day')} (phi3-dist doctor --bandwidth)",
-    )
-
-
 def step_flops(shape: Shape, trainable: int, *, tokens: int, length: int, supervised: float, recompute: bool) -> float:
     """Operations of one micro batch of `tokens` in packs of `length`: forward, and the gradients of inputs and adapter.
 
     Attention is counted over packs of one document, causally.
     """
     linear = 2 * shape.linear_parameters * (3 if recompute else 2)
-    attention = 2 * shape.layers * shape.q_out * length * (1 + 2.5 + (1 if recompute else 0)) / 1
+    attention = 2 * shape.layers * shape.q_out * length * (1 + 2.5 + (1 if recompute else 0))
     head = 2 * 2 * shape.vocab * shape.hidden * supervised
     return tokens * (linear + attention + head + 6 * trainable + (2 * trainable if recompute else 0))
 
