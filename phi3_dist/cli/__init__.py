@@ -19,7 +19,7 @@ import typer
 from phi3_dist.cli import training  # noqa: F401 -- each adds its verbs to the app, in the order of the help
 
 # isort: split
-from phi3_dist.cli import cache, convert, show, slurm  # noqa: F401
+from phi3_dist.cli import cache, convert, planning, show, slurm  # noqa: F401
 from phi3_dist.cli.app import app
 from phi3_dist.errors import ConfigError, MachineError, Phi3DistError, Problem, plain, redacted
 from phi3_dist.machine.print_encoding import print_in_any_encoding
