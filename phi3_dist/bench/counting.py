@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from phi3_dist.bench.live import Live
 
-__all__ = ["Fault", "Tally", "Wait", "Watch"]
+__all__ = ["Fault", "RealWatch", "Tally", "Wait", "Watch"]
 
 _ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted", "resize_"}
 _NO_KERNEL = _ALLOCATES | {"_unsafe_view", "_reshape_alias", "lift_fresh", "detach", "alias", "set_", "record_stream"}
@@ -273,6 +273,18 @@ class Watch(TorchDispatchMode):
             memory = "pinned memory, blocking" if self._is_pinned(on_host) else "memory that is not pinned"
             self.wait(f"a copy {way}, {memory}: {_size(source)}")
         return True
+
+
+class RealWatch(Watch):  # type: ignore[no-untyped-call]
+    """What lives while real tensors compute: nothing is counted, and numbers that are read are the real ones."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(getattr(kind, "__name__", "") == "DTensor" for kind in types):
+            return NotImplemented  # its local tensors come by again
+        call = _Call(func._schema.name.split("::")[-1], func, args, kwargs or {})
+        out = func(*args, **call.options)
+        self._remember(call, _tensors(out))
+        return out
 
 
 def _size(tensor: Tensor) -> str:

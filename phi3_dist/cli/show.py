@@ -57,13 +57,12 @@ def data_show(
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine is and what is wrong with it."""
-    from phi3_dist.machine.doctor import diagnose
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="The findings, as JSON.")] = False) -> None:
+    """Say what this machine is and what is wrong with it. Ends with 8 where training could not start."""
+    from phi3_dist.machine.doctor import as_text, diagnose
 
     findings = diagnose()
-    for finding in findings:
-        typer.echo(f"{finding.level:<5} {finding.what}" + (f"\n      fix: {finding.fix}" if finding.fix else ""))
+    typer.echo(as_text(findings, as_json=as_json))
     if any(finding.level == "bad" for finding in findings):
         raise typer.Exit(MachineError.exit_code)
 

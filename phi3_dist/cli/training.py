@@ -83,42 +83,6 @@ def launch(context: typer.Context) -> None:
         raise typer.Exit(ended.code)
 
 
-@app.command()
-def plan(
-    run_file: RunFile,
-    overrides: Overrides = None,
-    config: Annotated[Path | None, typer.Option("--config_file", help="Accelerate config of the launch.")] = None,
-    processes: Annotated[int | None, typer.Option("--num_processes", min=1, help="Processes over all nodes.")] = None,
-    nodes: Annotated[int | None, typer.Option("--num_machines", min=1, help="Nodes.")] = None,
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    memory_gib: Annotated[float, typer.Option("--memory-gib", min=0.1, help="Memory of one device, GiB.")] = 80.0,
-) -> None:
-    """Print what would run and whether it fits, before a GPU is held. Imports no torch."""
-    from rich.console import Console
-
-    from phi3_dist.config.load import load_run
-    from phi3_dist.machine.probe import package_versions
-    from phi3_dist.planning.plan import make_plan
-    from phi3_dist.planning.preview import (
-        assumed_machine,
-        check_fit,
-        check_rows,
-        launch_of_config,
-        plan_table,
-        shape_of_source,
-    )
-
-    cfg = load_run(run_file, overrides or ())
-    check_rows(cfg)
-    launch = launch_of_config(config, processes, nodes)
-    kind = "cpu" if launch.use_cpu else device
-    machine = assumed_machine(kind, launch.world_size // launch.nodes, memory_gib, package_versions())
-    shape = shape_of_source(cfg)
-    planned = make_plan(cfg, machine, launch, family_or_shape=shape)
-    Console(highlight=False).print(plan_table(planned))
-    check_fit(cfg, machine, launch, planned, shape)
-
-
 @app.command("prepare")
 def prepare_run(
     run_file: RunFile,

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 import sysconfig
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +27,7 @@ from phi3_dist.machine.storage import CACHE_FIX, cache_folder, shared_memory_byt
 from phi3_dist.planning.attention import backends, choose_backend
 from phi3_dist.planning.facts import MachineFacts
 
-__all__ = ["Finding", "diagnose", "extensions_root", "stale_extension_locks"]
+__all__ = ["Finding", "as_text", "diagnose", "extensions_root", "stale_extension_locks"]
 
 COMPILERS = ("ninja", "nvcc", "cicc", "ptxas", "c++", "g++", "gcc", "cc1plus", "clang", "clang++", "as", "ld")
 _ROOMY_SHM_BYTES = 2**29
@@ -59,6 +60,15 @@ def diagnose() -> list[Finding]:
         *_tokenizer(machine.packages),
         *_hub(os.environ),
     ]
+
+
+def as_text(findings: Sequence[Finding], *, as_json: bool = False) -> str:
+    """The findings line by line, or as a JSON list of state, check and fix."""
+    if as_json:
+        rows = [{"state": one.level, "check": one.what, "fix": one.fix} for one in findings]
+        return json.dumps(rows, indent=2)
+    fixes = (f"\n      fix: {one.fix}" if one.fix else "" for one in findings)
+    return "\n".join(f"{one.level:<5} {one.what}{fix}" for one, fix in zip(findings, fixes, strict=True))
 
 
 def _python() -> Iterator[Finding]:

@@ -27,6 +27,7 @@ from phi3_dist.machine.incomplete_launch import refuse_half_a_launch, whole_numb
 from phi3_dist.machine.launch_request import LaunchRequest
 from phi3_dist.planning.attention import PACKAGES as ATTENTION_PACKAGES
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
+from phi3_dist.planning.render import SHIPPED
 
 __all__ = ["cpu_count", "launch_facts", "no_compiler", "package_versions", "probe", "varlen_arguments"]
 
@@ -222,7 +223,7 @@ def _zero_settings(environ: Mapping[str, str], problems: list[Problem]) -> dict[
     file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file != "none":
         try:
-            settings = json.loads(Path(file).read_text(encoding="utf-8"))
+            settings = json.loads(_zero_text(file))
         except (OSError, UnicodeDecodeError) as error:
             what = f"cannot be read: {getattr(error, 'strerror', None) or error}"
             problems.append(Problem(file, what, "the path counts from the folder where the command is run"))
@@ -245,6 +246,13 @@ def _zero_settings(environ: Mapping[str, str], problems: list[Problem]) -> dict[
     if zero["stage"] == 3:
         zero["stage3_param_persistence_threshold"] = 0
     return {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
+
+
+def _zero_text(file: str) -> str:
+    """The file's text. A shipped one is known by its name in any folder."""
+    path = Path(file)
+    shipped = SHIPPED.get("/".join(path.parts[-3:]))
+    return shipped if shipped is not None and not path.is_file() else path.read_text(encoding="utf-8")
 
 
 def _zero_strategy(settings: Mapping[str, Any], problems: list[Problem]) -> str:

@@ -15,11 +15,13 @@ Shapes: T tokens, H hidden, I inner, N query heads, K key/value heads, D head si
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLayer, Phi3MLP, Phi3RMSNorm
 
 from phi3_dist.modeling.attention.backend import attend, kernel_name
@@ -236,12 +238,29 @@ def _attention_forward(
     return attention.o_proj(out_TND.reshape(1, out_TND.shape[0], -1)), None
 
 
+def _recomputes(layer: Any) -> bool:
+    """Whether a layer's forward is to be recomputed in backward, and it is the forward itself that has to see to it.
+
+    transformers 5.24 does so in the class's forward, in whose place ours stands; 5.17 did around the call.
+    """
+    asked: bool = layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()
+    return asked and "__call__" not in vars(GradientCheckpointingLayer)
+
+
 def _last_layer_forward(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     """Only the rows `predict_S` go on after attention: nothing looks at the others any more. Gives (1, S, H)."""
-    rows_S = kwargs.pop("predict_S", None)
-    if rows_S is None:
+    if kwargs.get("predict_S") is None:
+        kwargs.pop("predict_S", None)
         every_row: Tensor = type(layer).forward(layer, hidden_states, **kwargs)
         return every_row
+    if _recomputes(layer):
+        recomputed: Tensor = layer._gradient_checkpointing_func(partial(_chosen_rows, layer, **kwargs), hidden_states)
+        return recomputed
+    return _chosen_rows(layer, hidden_states, **kwargs)
+
+
+def _chosen_rows(layer: Any, hidden_states: Tensor, *, predict_S: Tensor, **kwargs: Any) -> Tensor:
+    rows_S = predict_S
     attended, _ = layer.self_attn(layer.input_layernorm(hidden_states), rows_S=rows_S, **kwargs)
     hidden_1SH = hidden_states.index_select(1, rows_S) + layer.resid_attn_dropout(attended)
     out_1SH: Tensor = hidden_1SH + layer.resid_mlp_dropout(layer.mlp(layer.post_attention_layernorm(hidden_1SH)))
@@ -253,6 +272,13 @@ def _joined_forward(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
 
     In the last layer only the rows `predict_S` go on after attention, as in `_last_layer_forward`.
     """
+    if _recomputes(layer):
+        recomputed: Tensor = layer._gradient_checkpointing_func(partial(_joined, layer, **kwargs), hidden_states)
+        return recomputed
+    return _joined(layer, hidden_states, **kwargs)
+
+
+def _joined(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     rows_S = kwargs.pop("predict_S", None) if vars(layer).get(_SELECTS, False) else None
     eight = _fp8_scale(layer.self_attn.qkv_proj) is not None
     normed, hidden = layer.input_layernorm(hidden_states, sum_too=True, eight=eight)

@@ -175,6 +175,8 @@ def lora_linear(
             a_RI, b_OR = a_RI.to(dtype), b_OR.to(dtype)
         weight = weight if quant_state is not None else weight.to(dtype)
         bias_O = None if bias_O is None else bias_O.to(dtype)
+    elif not by_kernels and a_RI.dtype != x.dtype:  # a float32 adapter over 16 bits: as under autocast
+        a_RI, b_OR = a_RI.to(x.dtype), b_OR.to(x.dtype)
     if by_kernels:
         from phi3_dist.modeling.kernels.linear import kernel_lora_linear
 
@@ -248,7 +250,9 @@ def _why_not_now(layer: Any, x: Tensor) -> str:
         return "this rank holds only a shard of a weight"
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    dtypes = set() if torch.is_autocast_enabled(kind) else {linear.weight.dtype for linear in linears}
+    # a float32 adapter is rounded as autocast rounds it: ZeRO-3 keeps it so beside a bf16 base
+    wide = {torch.float32} if dtype in {torch.bfloat16, torch.float16} else set()
+    dtypes = set() if torch.is_autocast_enabled(kind) else {linear.weight.dtype for linear in linears} - wide
     if four_bit:
         dtypes.add(base.compute_dtype or dtype)
         state = quant_state_of(base)

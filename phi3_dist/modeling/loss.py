@@ -75,6 +75,7 @@ class _ChunkedNll(torch.autograd.Function):
                 grad_weight_VH += grad_CV.T @ hidden_CH
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(0, dtype=torch.float32)
+            del logits_CV, grad_CV  # else they live beside the next chunk's
         ctx.save_for_backward(grad_hidden_SH, grad_weight_VH, grad_bias_V)
         ctx.weight_dtype = weight_VH.dtype
         return nll

@@ -26,7 +26,7 @@ def choose_kept_layers(
     `terms` is the account without them and `memory_gib` what one rank has of the memory that its base lies in. `fused`:
     whether LoRA linears are this toolkit's, since bitsandbytes' own keep nothing. With activation checkpointing a layer
     is recomputed right before its backward, so that all may keep theirs and one is there at a time. Without it, `auto`
-    fills a GPU as far as `RESERVE` lets it, and no host, where it gains nothing.
+    keeps none: whoever picks NF4 wants the memory, and kept weights would make QLoRA larger than LoRA.
     """
     if not fused:
         return 0, "model.fused_lora is false, and PEFT's layers dequantise twice"
@@ -43,7 +43,8 @@ def choose_kept_layers(
         ), f"one layer's at a time, since it is recomputed before its backward; {words}"
     if place == "host":
         return 0, "on a CPU dequantising twice takes no longer than the memory to keep them"
-    return min(fit, shape.layers), f"{words}; not yet timed on a GPU"
+    why = f"kept, they would take back what NF4 saves; {min(fit, shape.layers)} would fit (model.dequantized_layers=N)"
+    return 0, f"{why}; {words}"
 
 
 def stored_as(quantization: str, precision: str, kernels: str, *, fp8: bool) -> str:

@@ -1,18 +1,20 @@
 """Bytes per rank, term by term, before a device is held.
 
-Parameters are counted exactly; what the strategy shards is divided by the world size. The activations are an
-estimate, whose coefficients were read off the tensors that autograd saves for a PEFT Phi-3 (torch 2.13, CPU, sdpa);
-a test compares them again.
+What the strategy holds all the time is counted exactly; what a step adds is walked through moment by moment
+(planning/step_memory.py, planning/gathering.py), and the account is that of the highest moment. Each engine's own
+buffers were read off its real steps on fake CUDA tensors: `python -m phi3_dist.bench.memory` says how far off it is.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from phi3_dist.family.variants import Shape
+from phi3_dist.planning.gathering import fsdp2_gathered, zero3_gathered
+from phi3_dist.planning.step_memory import Moment, Step, loss_rows, saved_by_layer, step_moments
 
 __all__ = [
     "Term",
@@ -21,18 +23,21 @@ __all__ = [
     "memory_terms",
     "fits",
     "layer_gib",
+    "saved_bytes",
+    "stored_bytes",
     "total_gib",
-    "activation_bytes",
 ]
 
 GIB = 1024**3
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""NF4 with double quantisation: 4 bits a weight, one byte of scale for 64, one float32 for 256 of those (QLoRA, §3)."""
-LOSS_BYTES = {"fp32": 12, "bf16": 16}
-"""Bytes a logit costs: the logit, its float32 copy (bf16), the log-softmax, and the gradients of each."""
-
-CHUNK_ROWS = 512
-"""Rows of logits that exist at a time, as modeling/loss.py has it; fewer on a CPU."""
+NF4_CONSTANTS = 1 / 64 + 4 / (64 * 256)
+"""Bytes a weight of double quantisation: a byte of scale for 64, one float32 for 256 of those (QLoRA, section 3)."""
+SHIPPED_ZERO: Mapping[str, Any] = {
+    "reduce_bucket_size": 10_000_000,
+    "stage3_max_live_parameters": 300_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_max_reuse_distance": 0,
+}
+"""What decides memory in the shipped DeepSpeed files (planning/render.py)."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,17 @@ class Workload:
     """Whether the loss is computed in chunks of rows: wherever the head has no adapter."""
     kept_layers: int = 0
     """Layers of an NF4 base that keep their dequantised weights from forward to backward."""
+    kernels: str = "torch"
+    rank: int = 16
+    """The adapter's rank; the largest, where they differ."""
+    accumulation: int = 2
+    """Micro batches of a step; from the second on there are gradients beside the activations."""
+    supervised: float = 1.0
+    """Share of tokens that are learned. All, where the data is not counted: an upper bound."""
+    fp8: bool = False
+    """Whether 8 bits are FP8's, whose products need no copies of their inputs."""
+    zero: Mapping[str, Any] = field(default_factory=lambda: SHIPPED_ZERO)
+    """ZeRO's settings; DeepSpeed's own defaults for what is missing."""
 
 
 def adapter_parameters(
@@ -100,94 +116,156 @@ def adapter_parameters(
     return total
 
 
-def activation_bytes(
-    shape: Shape, tokens: int, precision: str, *, checkpointing: bool, dropout: float, device: str, fused: bool = False
-) -> float:
-    """Bytes that autograd keeps from forward to backward for `tokens` tokens on one rank.
-
-    Without checkpointing a layer keeps, for each token, 20·hidden + 12·(queries + keys) + 16·intermediate bytes in
-    fp32 and 16·hidden + 10·queries + 6·keys + 10·intermediate in bf16 with a float32 adapter; dropout adds its mask on
-    the input of each adapted linear (float32 on a CPU, one byte on CUDA). The fused layers keep, of values w bytes
-    wide, w·(4·hidden + 3·queries + 2·keys + 3·intermediate), and one byte for a dropout. With checkpointing each layer
-    keeps its input, and one layer at a time the rest.
-    """
-    h, q, k, i = shape.hidden, shape.q_out, shape.kv_out, shape.intermediate
-    per_token = 20 * h + 12 * q + 12 * k + 16 * i if precision == "fp32" else 16 * h + 10 * q + 6 * k + 10 * i
-    if fused:
-        per_token = _width(precision) * (4 * h + 3 * q + 2 * k + 3 * i)
-    if dropout > 0:
-        per_token += (4 if device == "cpu" and not fused else 1) * (2 * h + q + i)
-    if not checkpointing:
-        return float(tokens * shape.layers * per_token)
-    return float(tokens * (shape.layers * h * _width(precision) + per_token))
-
-
 def _width(precision: str) -> int:
     return 4 if precision == "fp32" else 2
 
 
-def _base_bytes(shape: Shape, load: Workload) -> tuple[float, str]:
+def _is_sharded(strategy: str) -> bool:
+    return strategy.startswith(("zero3", "fsdp2"))
+
+
+def stored_bytes(shape: Shape, load: Workload) -> tuple[float, float]:
+    """Bytes of the whole base as it is stored, and of its quantisation constants, which every rank has whole."""
     width = _width(load.precision)
+    rest = (shape.parameters - shape.linear_parameters) * width
     if load.quantization == "none":
-        return float(shape.parameters * width), f"{shape.parameters:,} parameters × {width} B"
-    per_weight = NF4_BYTES if load.quantization == "nf4" else 1.0
-    rest = shape.parameters - shape.linear_parameters
-    scales = 0.0
-    if load.quantization == "int8":  # one float32 for each output row
-        scales = 4.0 * shape.layers * sum(rows for _, rows in shape.linear_sizes.values())
-    words = f"{shape.linear_parameters:,} linear parameters × {per_weight:.3f} B + {rest:,} others × {width} B"
-    return shape.linear_parameters * per_weight + scales + rest * width, words
+        return float(shape.parameters * width), 0.0
+    if load.quantization == "nf4":
+        return shape.linear_parameters * 0.5 + rest, shape.linear_parameters * NF4_CONSTANTS
+    scales = 4.0 * shape.layers * sum(rows for _, rows in shape.linear_sizes.values())
+    return float(shape.linear_parameters + rest), scales  # one float32 for each output row
+
+
+def _step_of(shape: Shape, trainable: int, load: Workload) -> Step:
+    deepspeed = load.strategy.startswith("zero")
+    by = "library" if not load.fused else "triton" if load.kernels == "triton" else "torch"
+    return Step(
+        tokens=load.micro_batch * load.pack_length,
+        supervised=load.supervised,
+        precision=load.precision,
+        dropout=load.dropout,
+        device=load.device,
+        by=by,
+        ranks=load.rank,
+        checkpointing=load.activation_checkpointing,
+        chunked=load.chunked,
+        whole_attention=load.device == "cpu" or load.precision == "fp32",
+        dense=load.quantization == "nf4",
+        kept_layers=load.kept_layers,
+        copies=load.precision == "bf16" and not deepspeed and not load.strategy.startswith("fsdp2"),
+        adapter_per_layer=trainable // shape.layers,
+        inputs_again=0 if load.quantization != "int8" or load.fp8 else 2 if load.dropout else 1,
+    )
+
+
+def saved_bytes(shape: Shape, trainable: int, load: Workload) -> float:
+    """What autograd keeps of a micro batch without recomputing: what the passes between products move."""
+    return shape.layers * saved_by_layer(shape, _step_of(shape, trainable, load)).total
+
+
+def _gathered(shape: Shape, trainable: int, load: Workload) -> tuple[float, ...]:
+    if not _is_sharded(load.strategy) or load.world_size == 1:
+        return (0.0,) * 5
+    width = _width(load.precision)
+    if load.strategy.startswith("fsdp2"):
+        stored = 0.5 if load.quantization == "nf4" else width
+        layer = shape.linear_parameters / shape.layers * stored + trainable / shape.layers * width
+        return fsdp2_gathered(shape, layer, width)
+    adapters = {name: load.rank * (ins + outs) for name, (ins, outs) in shape.linear_sizes.items()}
+    packed = 2 * width if load.quantization == "nf4" else 1
+    counts = zero3_gathered(shape, adapters, load.zero, recompute=load.activation_checkpointing, packed=packed)
+    return tuple(count * width for count in counts)
 
 
 def memory_terms(shape: Shape, trainable: int, load: Workload, frozen: int = 0) -> tuple[Term, ...]:
     """The account of one rank. `trainable`: parameters of the adapter (see `adapter_parameters`); `frozen`: its others.
 
-    Outside DeepSpeed the adapter is float32 (PEFT's `autocast_adapter_dtype`); DeepSpeed keeps it in bf16 beside a
-    float32 master. Offload moves a term to host memory; on a CPU every term is there.
+    Outside DeepSpeed the adapter is float32 (PEFT's `autocast_adapter_dtype`); ZeRO-1 and ZeRO-2 keep it in bf16 beside
+    a float32 master. Offload moves a term to host memory; on a CPU every term is there.
     """
-    zero, world = load.strategy.startswith("zero"), load.world_size
-    sharded = load.strategy.startswith(("zero3", "fsdp2"))
-    offload = load.strategy.endswith("_offload")
-    base, base_words = _base_bytes(shape, load)
-    masters = zero and load.precision == "bf16"
-    width = 2 if masters else 4
-    parts = world if sharded else 1
-    gradient_parts = world if sharded or load.strategy.startswith("zero2") else 1
+    held = _held_terms(shape, trainable, load, frozen)
+    moments = step_moments(shape, _step_of(shape, trainable, load), selects=load.fused)
+    bucket, gathered = _backward_bucket(load), _gathered(shape, trainable, load)
+    # of one micro batch, autograd's gradients come while activations go
+    late = load.accumulation == 1 and not load.strategy.startswith("zero")
+    gradients = sum(term.gib for term in held if term.name == "gradients") * GIB if late else 0.0
+    highest = (gradients, Moment("the update", {"activations": 0.0}), 0.0, 0.0, 1.0)
+    for number, moment in enumerate(moments):  # in the order of gathering.ByMoment
+        there = bucket if number > 2 else 0.0
+        share = 0.0 if late and number < 4 else 1 / shape.layers if late else 1.0
+        total = moment.total + gathered[number] + there + gradients * share
+        highest = max(highest, (total, moment, gathered[number], there, share), key=lambda one: one[0])
+    _, moment, whole, there, share = highest
+    if share < 1:
+        held = [replace(term, gib=term.gib * share) if term.name == "gradients" else term for term in held]
+    return (*held, *_moment_terms(shape, load, moment, whole, there))
+
+
+def _held_terms(shape: Shape, trainable: int, load: Workload, frozen: int) -> list[Term]:
+    """What lives from step to step."""
+    zero, world, bf16 = load.strategy.startswith("zero"), load.world_size, load.precision == "bf16"
+    sharded, offload = _is_sharded(load.strategy), load.strategy.endswith("_offload")
+    rounded = zero and bf16 and not sharded
+    masters = zero and bf16
+    width = 2 if rounded else 4
+    everywhere = offload and sharded
     state_parts = world if zero or sharded else 1
-    moments = 2 if "8bit" in load.optimizer else 8
-    state = moments + (4 if masters else 0)
-    params_on_host = offload and sharded
+    state = (2 if "8bit" in load.optimizer else 8) + (4 if masters else 0)
 
     def term(name: str, size: float, words: str, parts: int = 1, on_host: bool = False) -> Term:
         share = f" / {parts} ranks" if parts > 1 else ""
         host = on_host or load.device == "cpu"
         return Term(name, size / parts / GIB, words + share, "host" if host else "device")
 
-    out = [
-        term("base weights", base, base_words, parts, params_on_host),
-        term(
-            "adapter",
-            (trainable + frozen) * width,
-            f"{trainable + frozen:,} parameters × {width} B",
-            parts,
-            params_on_host,
-        ),
-        term("gradients", trainable * width, f"{trainable:,} parameters × {width} B", gradient_parts, offload),
-        term(
-            "optimizer",
-            trainable * state,
-            f"{trainable:,} parameters × {state} B (two moments{' and a float32 master' if masters else ''})",
-            state_parts,
-            offload,
-        ),
-    ]
-    if sharded:
-        layer = max(2 * shape.linear_parameters // shape.layers, shape.vocab * shape.hidden)
-        words = f"{layer:,} parameters at a time (two layers, or the vocabulary) × {_width(load.precision)} B"
-        out.append(term("gathered weights", layer * _width(load.precision), words))
-    if load.quantization == "nf4":
-        out.append(_dequantized_term(shape, load))
-    return (*out, *_pass_terms(shape, load))
+    def of(each: float, count: int = trainable) -> str:
+        return f"{count:,} parameters × {each:g} B"
+
+    base, constants = stored_bytes(shape, load)
+    parts = world if sharded else 1
+    out = [term("base weights", base, _base_words(shape, load), parts, everywhere)]
+    if constants:
+        out.append(term("quantisation constants", constants, f"of {shape.linear_parameters:,} weights, on every rank"))
+    out.append(term("adapter", (trainable + frozen) * width, of(width, trainable + frozen), parts, everywhere))
+    gradients, words, gradient_parts = _gradients(load, trainable)
+    out.append(term("gradients", gradients, words, gradient_parts, offload))
+    kinds = "two moments" + (" and a float32 master" if masters else "")
+    out.append(term("optimizer", trainable * state, f"{of(state)} ({kinds})", state_parts, offload))
+    if load.strategy == "ddp":
+        out.append(term("reduce buckets", trainable * 4, f"DDP's copy of the gradients, {of(4)}"))
+    if load.strategy.startswith("zero3"):
+        bucket = int(load.zero.get("reduce_bucket_size", 500_000_000)) * 4
+        out.append(term("reduce buckets", bucket, "stage 3 holds reduce_bucket_size float32 values all along"))
+    return out
+
+
+def _gradients(load: Workload, trainable: int) -> tuple[float, str, int]:
+    """Bytes, words, and among how many ranks they are shared."""
+    several, world = load.accumulation > 1, load.world_size
+    parameters = f"{trainable:,} parameters ×"
+    if load.strategy == "zero1" and load.precision == "bf16":
+        return trainable * 6.0, f"{parameters} 6 B (bf16, and DeepSpeed's float32 sum of all)", 1
+    if load.strategy.startswith("zero"):
+        return trainable * 4.0, f"{parameters} 4 B", world if not load.strategy.startswith("zero1") else 1
+    if load.strategy.startswith("fsdp2") and several:
+        return trainable * 4.0, f"{parameters} 4 B, whole until the last micro batch of a step", 1
+    parts = world if load.strategy.startswith("fsdp2") else 1
+    return trainable * 4.0, f"{parameters} 4 B", parts
+
+
+def _backward_bucket(load: Workload) -> float:
+    """ZeRO-2's contiguous gradients: a bucket that lives in backward."""
+    if not load.strategy.startswith("zero2"):
+        return 0.0
+    return float(int(load.zero.get("reduce_bucket_size", 500_000_000)) * _width(load.precision))
+
+
+def _base_words(shape: Shape, load: Workload) -> str:
+    width = _width(load.precision)
+    if load.quantization == "none":
+        return f"{shape.parameters:,} parameters × {width} B"
+    per_weight = 0.5 if load.quantization == "nf4" else 1
+    rest = shape.parameters - shape.linear_parameters
+    return f"{shape.linear_parameters:,} linear parameters × {per_weight} B + {rest:,} others × {width} B"
 
 
 def layer_gib(shape: Shape, precision: str) -> float:
@@ -195,38 +273,36 @@ def layer_gib(shape: Shape, precision: str) -> float:
     return shape.linear_parameters / shape.layers * _width(precision) / GIB
 
 
-def _dequantized_term(shape: Shape, load: Workload) -> Term:
-    """Weights as numbers beside the 4 bits: of the layers that keep them, and of one linear at a time elsewhere."""
-    kept = min(load.kept_layers, 1) if load.activation_checkpointing else load.kept_layers
-    layer = layer_gib(shape, load.precision)
-    largest = max(columns * rows for columns, rows in shape.linear_sizes.values()) * _width(load.precision) / GIB
-    one = "" if kept == shape.layers else "one linear"
-    words = " and ".join(part for part in (f"{kept} layers × {layer:.2f} GiB" if kept else "", one) if part)
-    size = kept * layer + (largest if one else 0)
-    return Term("dequantised weights", size, words, "host" if load.device == "cpu" else "device")
-
-
-def _pass_terms(shape: Shape, load: Workload) -> tuple[Term, Term]:
-    """Activations and logits of one micro batch of full packs, every token supervised: an upper bound."""
+def _moment_terms(shape: Shape, load: Workload, moment: Moment, whole: float, bucket: float) -> list[Term]:
+    """What a step adds at its highest moment. Full packs; all tokens supervised unless it is known better."""
     tokens = load.micro_batch * load.pack_length
-    kept = activation_bytes(
-        shape,
-        tokens,
-        load.precision,
-        checkpointing=load.activation_checkpointing,
-        dropout=load.dropout,
-        device=load.device,
-        fused=load.fused,
-    )
     place: Literal["device", "host"] = "host" if load.device == "cpu" else "device"
     how = "each layer's input and one layer's insides" if load.activation_checkpointing else "every layer's insides"
-    each = LOSS_BYTES[load.precision]
-    rows = min(tokens, CHUNK_ROWS) if load.chunked else tokens
-    words = f"at most {rows:,} supervised tokens {'at a time ' if load.chunked else ''}× {shape.vocab:,} × {each} B"
-    return (
-        Term("activations (estimate)", kept / GIB, f"{tokens:,} tokens × {shape.layers} layers, {how}", place, True),
-        Term("logits (upper bound)", rows * shape.vocab * each / GIB, words, place, True),
-    )
+    at = f"; at its highest in {moment.name}"
+    parts = moment.parts
+    out = []
+    if whole:
+        words = f"whole while they are used or fetched ahead{at}"
+        out.append(Term("gathered weights", whole / GIB, words, place))
+    if bucket:
+        out.append(Term("reduce buckets", bucket / GIB, "reduce_bucket_size values, in backward", place))
+    dense = parts.get("kept weights", 0.0) + parts.get("one dequantised", 0.0)
+    if dense:
+        kept = min(load.kept_layers, 1) if load.activation_checkpointing else load.kept_layers
+        layer = layer_gib(shape, load.precision)
+        words = f"{kept} layers × {layer:.2f} GiB" if kept else "one linear's at a time"
+        out.append(Term("dequantised weights", dense / GIB, words, place))
+    kept_words = f"{tokens:,} tokens × {shape.layers} layers, {how}{at}"
+    out.append(Term("activations (estimate)", parts["activations"] / GIB, kept_words, place, True))
+    if "logits" in parts:
+        rows = loss_rows(_step_of(shape, shape.layers, load))
+        at_a_time = "at a time " if load.chunked else ""
+        words = f"at most {rows:,} supervised tokens {at_a_time}× {shape.vocab:,}"
+        out.append(Term("logits (upper bound)", parts["logits"] / GIB, words, place, True))
+    own = parts.get("backward's own", 0.0)
+    if own:
+        out.append(Term("backward's own (estimate)", own / GIB, "gradients of activations, and copies", place, True))
+    return out
 
 
 def total_gib(terms: Iterable[Term], place: str = "device") -> float:

@@ -6,20 +6,20 @@ No process group, no device and no environment is looked at here; `machine.probe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.family.variants import Family, Shape
 from phi3_dist.planning.attention import backends, choose_backend, choose_deterministic
-from phi3_dist.planning.dequantized_layers import choose_kept_layers, stored_as
 from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
 from phi3_dist.planning.launch_rules import CPU_LAUNCH, launch_problems, zero_file_problems
 from phi3_dist.planning.layer_passes import choose_compile, choose_kernels, why_not_triton
 from phi3_dist.planning.loss import choose_loss, why_not_liger
-from phi3_dist.planning.memory import Term, Workload, adapter_parameters, fits, memory_terms, total_gib
+from phi3_dist.planning.memory import Term, fits, total_gib
 from phi3_dist.planning.support import No, Yes, support, support_adapter, support_fp8, support_optimizer
+from phi3_dist.planning.workload import account
 
 __all__ = [
     "RunPlan",
@@ -90,9 +90,9 @@ def make_plan(
     memory, kept_layers = None, 0
     if family_or_shape is not None:
         shape = _shape(family_or_shape)
-        memory, kept = _memory(cfg, machine, launch, precision.value, shape, kernels=kernels.value)
-        if kept is not None:
-            kept_layers, why = kept
+        load, memory, why = account(cfg, machine, launch, shape, precision=precision.value, kernels=kernels.value)
+        kept_layers = load.kept_layers
+        if why:
             choices.append(Choice("weights for backward", f"{kept_layers} of {shape.layers} layers keep theirs", why))
         choices.append(_memory_choice(memory, machine, launch, problems))
     if problems:
@@ -267,49 +267,6 @@ def _accumulation(cfg: RunConfig, world: int, problems: list[Problem]) -> int:
         what = f"is {batch}, which is no multiple of micro_batch × ranks = {micro} × {world} = {at_once}"
         problems.append(Problem("train.global_batch", what, f"nearest: train.global_batch={near}{other}"))
     return batch // at_once
-
-
-def _memory(
-    cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, precision: str, shape: Shape, *, kernels: str
-) -> tuple[tuple[Term, ...], tuple[int, str] | None]:
-    """The account of one rank; and for NF4 how many layers keep their weights, with the reason."""
-    lora = cfg.lora
-    trainable, everything = (
-        adapter_parameters(
-            shape,
-            lora.r,
-            lora.targets,
-            dora=lora.dora,
-            modules_to_save=lora.modules_to_save,
-            rank_pattern=lora.rank_pattern,
-            layers=lora.layers,
-            freeze_a=freeze_a,
-            new_tokens=len(cfg.model.new_tokens),
-        )
-        for freeze_a in (lora.freeze_a, False)
-    )
-    load = Workload(
-        strategy=launch.strategy,
-        world_size=launch.world_size,
-        precision=precision,
-        quantization=stored_as(cfg.model.quantization, precision, kernels, fp8=cfg.model.fp8),
-        pack_length=cfg.data.pack_length,
-        micro_batch=cfg.train.micro_batch,
-        activation_checkpointing=cfg.model.activation_checkpointing,
-        dropout=lora.dropout,
-        optimizer=cfg.optim.name,
-        device=machine.device,
-        fused=cfg.model.fused_lora and cfg.model.fused_layers and not lora.dora,
-        chunked="lm_head" not in lora.targets,
-    )
-    terms = memory_terms(shape, trainable, load, everything - trainable)
-    if load.quantization != "nf4":
-        return terms, None
-    host_gib = machine.host_memory_gib / launch.ranks_per_node
-    have = host_gib if machine.device == "cpu" else machine.device_memory_gib
-    fused = cfg.model.fused_lora and not lora.dora
-    kept = choose_kept_layers(cfg.model.dequantized_layers, shape, load, terms, have, fused=fused)
-    return memory_terms(shape, trainable, replace(load, kept_layers=kept[0]), everything - trainable), kept
 
 
 def _memory_choice(

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from phi3_dist.family.variants import FAMILIES, Family
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.memory import fits, total_gib
 from phi3_dist.planning.plan import RunPlan, make_plan
+from phi3_dist.planning.render import SHIPPED
+from phi3_dist.planning.smaller import smaller
 
 __all__ = ["assumed_machine", "check_fit", "check_rows", "launch_of_config", "plan_table", "shape_of_source"]
 
@@ -79,18 +80,43 @@ def _strategy(config: Path, kind: str, values: Mapping[str, Any]) -> tuple[str, 
                 f"{config}: distributed_type", f"{kind} starts no run of this toolkit", "one of configs/accelerate/"
             )
         )
-    file = _section(values, "deepspeed_config").get("deepspeed_config_file")
-    # accelerate looks from the folder it is run in; the shipped files lie beside each other
-    found = next((p for p in (Path(str(file)), config.parent.parent.parent / str(file)) if p.is_file()), None)
-    if found is None:
-        raise PlanError(Problem(f"{config}: deepspeed_config_file", f"{file} is not there", "configs/deepspeed/"))
-    settings = _json_of(found)
+    inline = _section(values, "deepspeed_config")
+    where, settings = (
+        _zero_of_file(config, inline["deepspeed_config_file"])
+        if ("deepspeed_config_file" in inline)
+        else (config, _inline_zero(inline))
+    )
     zero = _section(settings, "zero_optimization") if isinstance(settings, dict) else {}
     if zero.get("stage") not in (1, 2, 3):
         what = f"its zero_optimization.stage is {str(zero.get('stage'))[:60]}"
-        raise PlanError(Problem(str(found), what, "1, 2 or 3; compare configs/deepspeed/zero3.json"))
+        raise PlanError(Problem(str(where), what, "1, 2 or 3; compare configs/deepspeed/zero3.json"))
     offload = any(_section(zero, f"offload_{k}").get("device", "none") != "none" for k in ("optimizer", "param"))
     return f"zero{zero['stage']}" + ("_offload" if offload else ""), settings
+
+
+def _zero_of_file(config: Path, file: object) -> tuple[Path, Any]:
+    """The DeepSpeed file that the config names, and what stands in it. A shipped one is known by its name anywhere.
+
+    accelerate looks from the folder it is run in; the shipped files lie beside each other.
+    """
+    found = next((p for p in (Path(str(file)), config.parent.parent.parent / str(file)) if p.is_file()), None)
+    if found is not None:
+        return found, _json_of(found)
+    if str(file) in SHIPPED:
+        return Path(str(file)), json.loads(SHIPPED[str(file)])
+    raise PlanError(Problem(f"{config}: deepspeed_config_file", f"{file} is not there", "configs/deepspeed/"))
+
+
+def _inline_zero(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """ZeRO's settings from the fields that `accelerate config` asks for, as the launch itself reads them."""
+    zero: dict[str, Any] = {"stage": section.get("zero_stage", 2)}
+    for key in ("offload_optimizer", "offload_param"):
+        device = section.get(f"{key}_device", "none")
+        if device != "none":
+            zero[key] = {"device": device}
+    if zero["stage"] == 3:
+        zero["stage3_param_persistence_threshold"] = 0
+    return {"zero_optimization": zero}
 
 
 def assumed_machine(device: str, devices: int, memory_gib: float, packages: Mapping[str, str]) -> MachineFacts:
@@ -181,7 +207,7 @@ def check_fit(
     terms = plan.memory or ()
     need = ranks * (total_gib(terms, "host") if machine.device == "cpu" else total_gib(terms))
     found = []
-    for name, changed, other in _smaller(cfg, launch):
+    for name, changed, other in smaller(cfg, launch):
         try:
             if _fits(make_plan(changed, machine, other, family_or_shape=shape), machine, other):
                 found.append(name)
@@ -196,28 +222,6 @@ def _fits(plan: RunPlan, machine: MachineFacts, launch: LaunchFacts) -> bool:
     if machine.device == "cpu":
         return launch.ranks_per_node * total_gib(plan.memory or (), "host") <= machine.host_memory_gib
     return fits(plan.memory or (), machine.device_memory_gib)
-
-
-def _smaller(cfg: RunConfig, launch: LaunchFacts) -> Iterator[tuple[str, RunConfig, LaunchFacts]]:
-    """Changes that take less memory, as they are written on the command line, the cheapest first."""
-
-    def changed(**sections: Mapping[str, Any]) -> RunConfig:
-        new = {name: getattr(cfg, name).model_copy(update=dict(keys)) for name, keys in sections.items()}
-        return cfg.model_copy(update=new)
-
-    if cfg.train.micro_batch > 1:
-        yield "train.micro_batch=1", changed(train={"micro_batch": 1}), launch
-    if not cfg.model.activation_checkpointing:
-        yield "model.activation_checkpointing=true", changed(model={"activation_checkpointing": True}), launch
-    if cfg.model.quantization == "none" and not cfg.model.fp8:
-        yield "model.quantization=nf4", changed(model={"quantization": "nf4"}), launch
-        both = {"quantization": "nf4", "activation_checkpointing": True}
-        yield "model.quantization=nf4 model.activation_checkpointing=true", changed(model=both), launch
-    for length in (2048, 1024, 512):
-        if length < cfg.data.pack_length:
-            yield f"data.pack_length={length}", changed(data={"pack_length": length}), launch
-    if launch.strategy == "ddp":
-        yield "configs/accelerate/zero3.yaml", cfg, replace(launch, strategy="zero3")
 
 
 def plan_table(plan: RunPlan) -> Table:

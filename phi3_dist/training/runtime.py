@@ -20,7 +20,7 @@ from phi3_dist.machine.doctor import stale_extension_locks
 from phi3_dist.machine.storage import shared_memory_bytes, shared_memory_problem
 from phi3_dist.planning.plan import RunPlan, check_reality
 
-__all__ = ["Runtime", "deepspeed_config", "is_deepspeed", "is_fsdp", "start_runtime"]
+__all__ = ["Runtime", "deepspeed_config", "forget_launchers_settings", "is_deepspeed", "is_fsdp", "start_runtime"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -145,6 +145,16 @@ def _start_both_backends() -> None:
         torch.distributed.init_process_group("cuda:nccl,cpu:gloo", device_id=device)
 
 
+def forget_launchers_settings() -> None:
+    """Take the launcher's copy of the settings out of the environment: the plan is the only source.
+
+    With them goes the list of the Accelerate config's own fields (`accelerate config` writes ZeRO's and
+    `mixed_precision` there), over which Accelerate's plugin would raise.
+    """
+    for key in [k for k in os.environ if k.startswith(("ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_FIELDS"))]:
+        del os.environ[key]
+
+
 def start_runtime(
     plan: RunPlan, zero: Mapping[str, Any], *, max_grad_norm: float, trackers: tuple[str, ...], folder: Path
 ) -> Runtime:
@@ -170,9 +180,7 @@ def start_runtime(
             os.environ["DS_ACCELERATOR"] = "cpu"
             kwargs.append(InitProcessGroupKwargs(backend="gloo"))
         ds_config = deepspeed_config(plan, zero, max_grad_norm)
-        # the launcher hands its own copy of the settings through the environment; this plan is the only source
-        for key in [k for k in os.environ if k.startswith("ACCELERATE_DEEPSPEED_")]:
-            del os.environ[key]
+        forget_launchers_settings()
         options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=ds_config, zero3_init_flag=False)
     else:
         os.environ.pop("ACCELERATE_USE_FSDP", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from packaging.requirements import Requirement
 import phi3_dist
 from phi3_dist.adapters import card
 from phi3_dist.machine import doctor
-from phi3_dist.machine.doctor import diagnose, extensions_root, stale_extension_locks
+from phi3_dist.machine.doctor import Finding, as_text, diagnose, extensions_root, stale_extension_locks
 from phi3_dist.planning.facts import MachineFacts
 from phi3_dist.training import run_folder as folder
 
@@ -134,3 +135,12 @@ def test_a_checkout_on_the_path_will_do(monkeypatch: pytest.MonkeyPatch) -> None
     assert not [finding for finding in doctor._packages({}) if "phi3-dist itself" in finding.what]
     monkeypatch.setattr(doctor.tomllib, "loads", lambda text: {"project": {"dependencies": ["pydantic>=99"]}})
     assert [finding.fix for finding in doctor._packages({}) if finding.level == "bad"] == ["pip install 'pydantic>=99'"]
+
+
+def test_findings_as_text_and_as_json() -> None:
+    findings = [Finding("ok", "a compiler"), Finding("bad", "no room", "make room")]
+    assert as_text(findings) == "ok    a compiler\nbad   no room\n      fix: make room"
+    assert json.loads(as_text(findings, as_json=True)) == [
+        {"state": "ok", "check": "a compiler", "fix": ""},
+        {"state": "bad", "check": "no room", "fix": "make room"},
+    ]

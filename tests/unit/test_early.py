@@ -85,12 +85,14 @@ def test_the_verb_plan_refuses_and_says_what_to_do(tmp_path: Path) -> None:
     assert "gone.jsonl is not there" in done.stderr
     rows = f"data.train={RUN}"
     source = f"model.source={MINI.hub_ids[0]}"
-    done = phi3_dist("plan", str(RUN), rows, source, "--memory-gib", "9", folder=tmp_path)
+    done = phi3_dist("plan", str(RUN), rows, source, "--memory-gib", "1", folder=tmp_path)
     assert done.returncode == 5
-    assert "fits with" in done.stderr
-    assert "may not fit" in done.stdout
-    done = phi3_dist("plan", str(RUN), rows, source, folder=tmp_path)
+    assert "every strategy needs more than 1.0 GiB a device" in done.stderr
+    assert "too large" in done.stdout
+    done = phi3_dist("plan", str(RUN), rows, source, "--memory-gib", "9", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+    assert "too large: fits with " in done.stdout
+    assert "recommended: " in done.stdout
 
 
 def test_targets_and_trackers() -> None:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3MLP, Phi3RMSNorm, apply_rotary_pos_emb
 
+from phi3_dist.bench.counting import RealWatch
 from phi3_dist.config.schema import LoraConfig
 from phi3_dist.modeling.attention.backend import use_backend
 from phi3_dist.modeling.fused_layers import (
@@ -225,6 +226,29 @@ def test_a_layer_that_adds_the_residual_in_its_norm_learns_the_same(twice: bool)
     assert set(joined_grads) == set(grads)
     for name, grad in grads.items():
         _same(joined_grads[name], grad, 2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_layer_with_another_forward_is_recomputed_too(joined: bool) -> None:
+    """transformers 5.24 recomputes in the class's forward, which ours stands in for."""
+    held = []
+    for checkpointing in (False, True):
+        watch = RealWatch()
+        with watch:
+            model = _model()
+            install_fused(model)
+            install_fused_layers(model, replace(BY_HAND, with_residual=joined))
+            select_in_last_layer(model)
+            if checkpointing:
+                model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            watch.phase = "forward"
+            before = watch.live.now["cpu"].total()
+            loss = model(**_batch())
+            held.append(watch.live.now["cpu"].total() - before)
+            loss.backward()
+    # each layer's input, and what the loss keeps; without the last layer's insides
+    assert held[1] < held[0] / 5
 
 
 def test_a_layer_with_dropout_before_its_residual_keeps_its_own_forward() -> None:

@@ -268,11 +268,26 @@ def test_a_recomputed_layer_holds_its_weights_for_its_backward_alone() -> None:
     assert held(torch.randn(3, I, requires_grad=True), recompute=True) == []
 
 
+def test_a_float32_adapter_over_a_16_bit_base_is_fused_as_under_autocast() -> None:
+    """As ZeRO-3 has it, whose engine keeps the adapter in float32 and switches no autocast on."""
+    _, fused = _pair()
+    install_fused(fused)
+    fused.base_model.model.up.base_layer.to(torch.bfloat16)
+    x = torch.randn(3, I)
+    out = fused.base_model.model.up(x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        want = fused.base_model.model.up(x)
+    assert torch.equal(out, want)
+    assert declined(fused) == {}
+
+
 def test_a_call_that_is_not_plain_goes_to_pefts_forward_and_is_told() -> None:
     plain, fused = _pair()
     install_fused(fused)
     for model in (plain, fused):
         model.base_model.model.up.base_layer.to(torch.bfloat16)
+        for part in (model.base_model.model.up.lora_A, model.base_model.model.up.lora_B):
+            part.to(torch.float16)
     x = torch.randn(3, I).bfloat16()
     assert torch.equal(plain.base_model.model.up(x), fused.base_model.model.up(x))
     assert declined(fused) == {"weights of another dtype than the input's bfloat16": 1}

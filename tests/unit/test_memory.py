@@ -1,7 +1,9 @@
-"""Bytes per rank: exact counts, what each strategy shards, and the activation estimate against autograd itself."""
+"""Bytes per rank: exact counts, what each strategy shards, and a step's walk against autograd and real steps."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,14 +17,16 @@ from phi3_dist.modeling.fused_layers import install_fused_layers
 from phi3_dist.modeling.fused_lora import install_fused
 from phi3_dist.planning.memory import (
     GIB,
+    SHIPPED_ZERO,
     Term,
     Workload,
-    activation_bytes,
     adapter_parameters,
     fits,
     memory_terms,
     total_gib,
 )
+from phi3_dist.planning.render import deepspeed_json
+from phi3_dist.planning.step_memory import Step, saved_by_layer, step_moments
 
 # peft 0.21 asks transformers 5.24 for a property under its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -33,7 +37,11 @@ R16 = 25_165_824
 
 
 def gib(load: Workload, place: str = "device") -> dict[str, float]:
-    return {term.name: term.gib for term in memory_terms(MINI, R16, load) if term.place == place}
+    found: dict[str, float] = {}
+    for term in memory_terms(MINI, R16, load):
+        if term.place == place:
+            found[term.name] = found.get(term.name, 0.0) + term.gib
+    return found
 
 
 @pytest.mark.parametrize(
@@ -65,7 +73,10 @@ def test_terms_of_one_device() -> None:
     assert terms["base weights"] == pytest.approx(3_821_079_552 * 2 / GIB)
     assert terms["adapter"] == terms["gradients"] == pytest.approx(R16 * 4 / GIB)
     assert terms["optimizer"] == pytest.approx(R16 * 8 / GIB)
-    assert terms["logits (upper bound)"] == pytest.approx(512 * 32064 * 16 / GIB)
+    assert terms["logits (upper bound)"] == pytest.approx(512 * 32064 * 6 / GIB)  # bf16, and its float32 copy
+    on_cpu = Step(2048, 1.0, "fp32", 0.0, "cpu", "torch", 16)
+    (at_loss,) = (one for one in step_moments(MINI, on_cpu, selects=True) if one.name == "the loss")
+    assert at_loss.parts["logits"] == 128 * 32064 * 4
     whole = gib(Workload("zero2", 2, "bf16", chunked=False))
     assert whole["logits (upper bound)"] == pytest.approx(2048 * 32064 * 16 / GIB)
     assert "gathered weights" not in terms
@@ -82,9 +93,58 @@ def test_terms_of_one_device() -> None:
     ],
 )
 def test_what_each_strategy_shards(strategy: str, sharded: set[str]) -> None:
-    alone, four = (gib(Workload(strategy, world, "fp32")) for world in (1, 4))
-    for name, size in alone.items():
-        assert four[name] == pytest.approx(size / 4 if name in sharded else size), name
+    alone, four = (gib(Workload(strategy, world, "fp32", accumulation=2)) for world in (1, 4))
+    if strategy == "fsdp2":  # whole until the last micro batch of a step
+        assert four.pop("gradients") == alone.pop("gradients")
+        sharded = sharded - {"gradients"}
+        alone["gradients"] = four["gradients"] = 0.0
+    for name in ("base weights", "adapter", "gradients", "optimizer"):
+        assert four[name] == pytest.approx(alone[name] / 4 if name in sharded else alone[name]), name
+
+
+def test_what_is_whole_for_a_while_where_weights_are_shared_out() -> None:
+    """Measured on fake CUDA tensors for four layers of Phi-3-mini (`python -m phi3_dist.bench.memory`)."""
+    layers = Shape(4, 3072, 8192, 32, 32, 96, 32064)
+
+    def whole(shape: Shape, load: Workload) -> float:
+        terms = memory_terms(shape, 786_432 * shape.layers, load)
+        return next(term.gib for term in terms if term.name == "gathered weights")
+
+    zero3 = Workload("zero3", 8, "bf16", supervised=0.5, dropout=0.05)
+    assert whole(layers, zero3) * 1024 == pytest.approx(808, rel=0.02)
+    keeps_all = replace(zero3, zero={"stage3_max_live_parameters": 10**9, "stage3_max_reuse_distance": 10**9})
+    assert whole(MINI, keeps_all) > 2 * whole(MINI, zero3)
+    tables = 2 * 32064 * 3072 * 2 / GIB
+    assert whole(MINI, Workload("fsdp2", 8, "bf16")) > tables + 2 * 113_246_208 * 2 / GIB
+
+
+def test_shipped_settings_are_those_of_the_account() -> None:
+    zero = json.loads(deepspeed_json("zero3"))["zero_optimization"]
+    held = {name: value for name, value in SHIPPED_ZERO.items() if name != "stage3_prefetch_bucket_size"}
+    assert {name: zero[name] for name in held} == held
+    assert json.loads(deepspeed_json("zero2"))["zero_optimization"]["reduce_bucket_size"] == 10_000_000
+
+
+@pytest.mark.parametrize(
+    ("tokens", "layers", "step", "measured_mib"),
+    [
+        (4096, 3, {}, 1240.2),
+        (4096, 5, {}, 2149.3),
+        (1024, 5, {"dropout": 0.0}, 465.0),
+        (2048, 4, {"by": "triton"}, 722.4),
+        (4096, 5, {"checkpointing": True}, 712.4),
+    ],
+)
+def test_a_step_holds_what_was_measured_on_fake_cuda_tensors(
+    tokens: int, layers: int, step: dict[str, Any], measured_mib: float
+) -> None:
+    """Mini's widths, half of the tokens supervised; what lived at the peak, logits aside, in MiB."""
+    shape = Shape(layers, 3072, 8192, 32, 32, 96, 32064)
+    plain = Step(tokens, 0.5, "bf16", 0.05, "cuda", "torch", 16, copies=True, adapter_per_layer=786_432)
+    step_of = replace(plain, **step)
+    highest = max(step_moments(shape, step_of, selects=True), key=lambda moment: moment.total)
+    found = highest.total - highest.parts.get("logits", 0.0)
+    assert found / 2**20 == pytest.approx(measured_mib, rel=0.005)
 
 
 @pytest.mark.parametrize(
@@ -110,8 +170,13 @@ def test_deepspeed_in_bf16_keeps_a_float32_master() -> None:
 
 def test_quantised_base() -> None:
     rest = MINI.parameters - MINI.linear_parameters
-    nf4 = gib(Workload("single", 1, "bf16", "nf4"))["base weights"]
-    assert nf4 * GIB == pytest.approx(MINI.linear_parameters * (0.5 + 1 / 64 + 1 / 4096) + rest * 2)
+    terms = gib(Workload("single", 1, "bf16", "nf4"))
+    nf4 = terms["base weights"]
+    assert nf4 * GIB == pytest.approx(MINI.linear_parameters * 0.5 + rest * 2)
+    assert terms["quantisation constants"] * GIB == pytest.approx(MINI.linear_parameters * (1 / 64 + 1 / 4096))
+    sharded = gib(Workload("fsdp2", 8, "bf16", "nf4"))
+    assert sharded["base weights"] == pytest.approx(nf4 / 8)
+    assert sharded["quantisation constants"] == terms["quantisation constants"]  # every rank has them whole
     int8 = gib(Workload("single", 1, "bf16", "int8"))["base weights"]
     assert nf4 < int8 < gib(Workload("single", 1, "bf16"))["base weights"]
 
@@ -175,22 +240,22 @@ def kept_by_autograd(shape: Shape, tokens: int, dtype: torch.dtype, dropout: flo
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("kv_heads", [4, 1])
 @pytest.mark.parametrize("fused", [False, True])
-def test_activation_estimate_is_within_three_percent(
-    precision: str, dropout: float, kv_heads: int, fused: bool
-) -> None:
+def test_what_a_layer_keeps_is_within_three_percent(precision: str, dropout: float, kv_heads: int, fused: bool) -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     two, four = (Shape(layers, 192, 512, 4, kv_heads, 48, 64) for layers in (2, 4))
     tokens = 512 if fused else 64  # so that the adapter's 16-bit copies, which no token adds to, weigh little
     real = kept_by_autograd(four, tokens, dtype, dropout, fused=fused)
     real -= kept_by_autograd(two, tokens, dtype, dropout, fused=fused)
-    guess = activation_bytes(two, tokens, precision, checkpointing=False, dropout=dropout, device="cpu", fused=fused)
-    assert real == pytest.approx(guess, rel=0.03)
+    by = "torch" if fused else "library"
+    step = Step(tokens, 1.0, precision, dropout, "cpu", by, 2, whole_attention=True)
+    assert real == pytest.approx(2 * saved_by_layer(two, step).total, rel=0.03)
 
 
 def test_checkpointing_keeps_an_input_per_layer_and_one_layer() -> None:
-    def kept(layers: int, checkpointing: bool) -> float:
-        shape = Shape(layers, 192, 512, 4, 4, 48, 64)
-        return activation_bytes(shape, 10, "bf16", checkpointing=checkpointing, dropout=0.0, device="cuda")
+    def held(layers: int, checkpointing: bool) -> float:
+        step = Step(10, 1.0, "bf16", 0.0, "cuda", "torch", 4, checkpointing)
+        moments = step_moments(Shape(layers, 192, 512, 4, 4, 48, 64), step, selects=False)
+        return max(moment.total for moment in moments)
 
-    assert kept(9, True) - kept(8, True) == 10 * 192 * 2
-    assert kept(1, True) == kept(1, False) + 10 * 192 * 2
+    assert held(9, True) - held(8, True) == 10 * 192 * 2
+    assert held(9, True) < held(9, False) / 3

@@ -1,0 +1,101 @@
+"""Memory as planned and as measured: the real family's shapes on fake CUDA tensors, smaller models really run on a CPU.
+
+    python -m phi3_dist.bench.memory [--only TEXT] [--rehearsed | --cpu] [--jobs 2] [--json FILE] [--markdown FILE]
+
+One line a cell: predicted, measured, error. Ends with 1 where a cell is off by more than `--worst` (3 %) or planned
+smaller than measured by more than `--under` (1 %). What is counted are tensors' storages: a CUDA context, what kernels
+and libraries allocate below torch, and the allocator's rounding are not among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from phi3_dist.bench.memory_cells import CPU, REHEARSED, MemoryCell, free_port, measure_on_cpu, rehearse_cell
+
+__all__ = ["main", "markdown"]
+
+
+def _rehearse(cells: Sequence[MemoryCell], jobs: int) -> Iterator[dict[str, Any]]:
+    from phi3_dist.bench.cells import forked
+    from phi3_dist.bench.rehearsal import import_all
+
+    import_all()
+    yield from forked([partial(rehearse_cell, cell) for cell in cells], jobs)
+
+
+def _on_cpu(cells: Sequence[MemoryCell]) -> Iterator[dict[str, Any]]:
+    import torch
+
+    from phi3_dist.bench.cells import forked
+
+    torch.set_num_threads(1)
+    for cell in cells:
+        port = free_port()
+        ranks = [partial(measure_on_cpu, cell, rank, port) for rank in range(cell.world)]
+        found = list(forked(ranks, cell.world))
+        yield next((one for one in found if "error" in one and "measured_gib" not in one), found[0])
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table, worst first within each way of measuring."""
+    lines = ["| measured | run | predicted, GiB | measured, GiB | error |", "|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: (row["how"], -abs(row.get("error", 9)))):
+        if "measured_gib" in row:
+            sizes = f"{row['predicted_gib']:.3f} | {row['measured_gib']:.3f} | {row['error']:+.1%}"
+            lines.append(f"| {row['how']} | {row['cell']} | {sizes} |")
+    return "\n".join(lines) + "\n"
+
+
+def _run(how: str, cells: Sequence[MemoryCell], results: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for cell, found in zip(cells, results, strict=True):
+        row = {"how": how, "cell": str(cell), **found}
+        if "measured_gib" in found:
+            sizes = f"{found['predicted_gib']:8.3f} {found['measured_gib']:8.3f} {found['error']:+7.2%}"
+        else:
+            sizes = f"failed: {found['error'][:120]}"
+        sys.stdout.write(f"{how:<10} {cell!s:<78} {sizes}\n")
+        sys.stdout.flush()
+        yield row
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m phi3_dist.bench.memory", description=__doc__)
+    parser.add_argument("--only", default="", help="cells whose line holds this text")
+    parser.add_argument("--rehearsed", action="store_true", help="only those on fake CUDA tensors")
+    parser.add_argument("--cpu", action="store_true", help="only those on this CPU")
+    parser.add_argument("--jobs", type=int, default=1, help="rehearsals at a time")
+    parser.add_argument("--json", type=Path, help="write everything there")
+    parser.add_argument("--markdown", type=Path, help="write the table there")
+    parser.add_argument("--worst", type=float, default=0.03)
+    parser.add_argument("--under", type=float, default=0.01)
+    options = parser.parse_args(arguments)
+    rows: list[dict[str, Any]] = []
+    if not options.rehearsed:
+        cells = [cell for cell in CPU if options.only in str(cell)]
+        rows += _run("CPU", cells, _on_cpu(cells))
+    if not options.cpu:
+        cells = [cell for cell in REHEARSED if options.only in str(cell)]
+        rows += _run("fake CUDA", cells, _rehearse(cells, options.jobs))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    if options.markdown:
+        options.markdown.write_text(markdown(rows), encoding="utf-8")
+    errors = [row["error"] for row in rows if "measured_gib" in row]
+    if not errors:
+        return 1
+    worst, lowest = max(errors, key=abs), min(errors)
+    sys.stdout.write(f"{len(errors)} of {len(rows)} cells; worst {worst:+.2%}, lowest {lowest:+.2%}\n")
+    good = len(errors) == len(rows) and abs(worst) <= options.worst and lowest >= -options.under
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""`phi3-dist plan`: what would run and whether it fits, before a GPU is held."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from phi3_dist.cli.app import Overrides, RunFile, app
+
+__all__ = ["plan"]
+
+
+@app.command()
+def plan(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Nodes.")] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus-per-node", min=1, help="GPUs of a node.")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="The card, such as h100-80gb.")] = None,
+    memory: Annotated[str | None, typer.Option("--memory-gib", help="Memory of one device: 80, 80GiB.")] = None,
+    host_memory: Annotated[str | None, typer.Option("--host-memory-gib", help="Memory of a node's host.")] = None,
+    network: Annotated[
+        float | None, typer.Option("--network-gbit", min=0.1, help="What a node sends to others, Gbit/s.")
+    ] = None,
+    price: Annotated[float | None, typer.Option("--price", min=0, help="Of one GPU for an hour.")] = None,
+    tokens: Annotated[
+        float | None,
+        typer.Option("--tokens", min=1, help="Tokens of the training rows, where train.max_steps is not set."),
+    ] = None,
+    why: Annotated[str | None, typer.Option("--why", help="Every term of this strategy, such as 'zero3 nf4'.")] = None,
+    write: Annotated[
+        Path | None, typer.Option("--write", help="Write configs, launch command and job script of the best there.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+    config: Annotated[Path | None, typer.Option("--config_file", help="Accelerate config: plan that launch.")] = None,
+    processes: Annotated[int | None, typer.Option("--num_processes", min=1, help="With --config_file: ranks.")] = None,
+    machines: Annotated[int | None, typer.Option("--num_machines", min=1, help="With --config_file: nodes.")] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+) -> None:
+    """Print every way to run this on so many GPUs, the best first: memory, network, time. Imports no torch.
+
+    With --config_file, --num_processes or --device cpu: the plan of that one launch, choice by choice.
+    """
+    from phi3_dist.config.load import load_run
+    from phi3_dist.planning.gpus import gib_of
+    from phi3_dist.planning.preview import check_rows
+
+    memory_gib = None if memory is None else gib_of(memory)
+    cfg = load_run(run_file, overrides or ())
+    check_rows(cfg)
+    if config is not None or processes is not None or machines is not None or device == "cpu":
+        _one_launch(cfg, config, processes or gpus, machines or nodes, device, memory_gib or 80.0)
+        return
+    _every_way(
+        cfg,
+        run_file=run_file,
+        overrides=tuple(overrides or ()),
+        nodes=nodes,
+        gpus_per_node=gpus,
+        gpu=gpu,
+        memory_gib=memory_gib,
+        host_memory_gib=None if host_memory is None else gib_of(host_memory),
+        network_gbit=network,
+        price=price,
+        tokens=None if tokens is None else int(tokens),
+        why=why,
+        write=write,
+        as_json=as_json,
+    )
+
+
+def _every_way(cfg: Any, **options: Any) -> None:
+    from phi3_dist.machine.card_measurements import measured_on
+    from phi3_dist.machine.own_cards import own_cards
+    from phi3_dist.machine.probe import package_versions
+    from phi3_dist.planning.ask import Asked, answer, cluster_of
+
+    named = options["gpu"] is not None or options["memory_gib"] is not None
+    asked = Asked(**options, own_cards=() if named else own_cards())
+    card = cluster_of(asked)[0].gpu
+    answer(cfg, asked, package_versions(), measured_on(card.driver_name) if card else {}, typer.echo)
+
+
+def _one_launch(
+    cfg: Any, config: Path | None, processes: int | None, nodes: int | None, device: str, memory_gib: float
+) -> None:
+    from rich.console import Console
+
+    from phi3_dist.machine.probe import package_versions
+    from phi3_dist.planning.plan import make_plan
+    from phi3_dist.planning.preview import assumed_machine, check_fit, launch_of_config, plan_table, shape_of_source
+
+    launch = launch_of_config(config, processes, nodes)
+    kind = "cpu" if launch.use_cpu else device
+    machine = assumed_machine(kind, launch.world_size // launch.nodes, memory_gib, package_versions())
+    shape = shape_of_source(cfg)
+    planned = make_plan(cfg, machine, launch, family_or_shape=shape)
+    Console(highlight=False).print(plan_table(planned))
+    check_fit(cfg, machine, launch, planned, shape)

@@ -1,0 +1,141 @@
+"""What `phi3-dist plan` was asked for GPUs, and its answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from phi3_dist.config.schema import RunConfig
+from phi3_dist.errors import PlanError, Problem
+from phi3_dist.planning.advice import Advice, Cluster, Option, advise
+from phi3_dist.planning.advice_table import advice_table, find_option, why_table
+from phi3_dist.planning.gpus import Gpu, find_gpu
+from phi3_dist.planning.memory import total_gib
+from phi3_dist.planning.preview import shape_of_source
+from phi3_dist.planning.timing import rates_of_gpu
+from phi3_dist.planning.write_run import write_run
+
+__all__ = ["Asked", "answer", "cluster_of"]
+
+ASSUMED = "h100-80gb"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of the verb; None where one was not given. `own_cards`: this machine's, as (name, GiB)."""
+
+    run_file: Path
+    overrides: tuple[str, ...] = ()
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    gpu: str | None = None
+    memory_gib: float | None = None
+    host_memory_gib: float | None = None
+    network_gbit: float | None = None
+    price: float | None = None
+    tokens: int | None = None
+    why: str | None = None
+    write: Path | None = None
+    as_json: bool = False
+    own_cards: tuple[tuple[str, float], ...] = ()
+
+
+def cluster_of(asked: Asked) -> tuple[Cluster, str]:
+    """The GPUs that are meant, and in words where they come from. Raises PlanError for a card that is not known."""
+    own = asked.own_cards
+    per_node = asked.gpus_per_node or (len(own) if own and asked.gpu is None else 1)
+    if asked.gpu is not None:
+        gpu, memory, where = find_gpu(asked.gpu), None, "as named"
+    elif own:
+        gpu, memory, where = _own(own), own[0][1], "this machine's"
+    else:
+        gpu, memory, where = find_gpu(ASSUMED), None, "assumed, since there is none here: --gpu names another"
+    memory = asked.memory_gib or memory or gpu.memory_gib
+    cluster = Cluster(
+        nodes=asked.nodes or 1,
+        gpus_per_node=per_node,
+        memory_gib=memory,
+        host_memory_gib=asked.host_memory_gib or float("inf"),
+        rates=rates_of_gpu(gpu, network_gbit=asked.network_gbit),
+        gpu=gpu,
+        price=asked.price,
+        tokens=asked.tokens,
+    )
+    words = f"{cluster.nodes} × {per_node} {gpu.name} of {memory:.0f} GiB ({where}); {cluster.rates.source}"
+    return cluster, words
+
+
+def _own(cards: tuple[tuple[str, float], ...]) -> Gpu:
+    """The data sheet of this machine's card; of a card without one, that of the assumed card with its memory."""
+    try:
+        return find_gpu(cards[0][0])
+    except PlanError:
+        return replace(find_gpu(ASSUMED), name=cards[0][0], source=f"speed taken from {ASSUMED}'s data sheet")
+
+
+def answer(
+    cfg: RunConfig,
+    asked: Asked,
+    packages: Mapping[str, str],
+    measured: Mapping[str, Any],
+    tell: Callable[[str], Any],
+) -> None:
+    """Print the table, the terms or the JSON, and write the files. Raises PlanError where nothing fits."""
+    shape = shape_of_source(cfg)
+    if shape is None:
+        what = f"{cfg.model.source} is no folder here and no hub id whose shape is known"
+        raise PlanError(Problem("model.source", what, "give a folder with config.json, or a Phi-3 of Microsoft's"))
+    cluster, words = cluster_of(asked)
+    advice = advise(cfg, replace(cluster, measured=measured), shape, packages)
+    if asked.as_json:
+        tell(json.dumps({"cluster": words, **advice.to_dict()}, indent=2))
+    else:
+        _print(advice, cluster, words, asked)
+    if asked.write is not None and advice.best is not None:
+        chosen = advice.best if asked.why is None else find_option(advice, asked.why)
+        for file in write_run(asked.write, chosen, cluster, asked.run_file, asked.overrides):
+            tell(f"wrote {file}")
+    asked_for = cfg.model.quantization
+    if not any(one.state == "fits" and one.quantization == asked_for for one in advice.options):
+        raise PlanError(_nothing_fits(advice, cluster, asked_for))
+
+
+def _print(advice: Advice, cluster: Cluster, words: str, asked: Asked) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe has no width
+        console = Console(highlight=False, width=220)
+    console.print(words)
+    if asked.why is not None:
+        console.print(why_table(find_option(advice, asked.why), cluster))
+        return
+    console.print(advice_table(advice, cluster))
+    if advice.best is None:
+        return
+    console.print(f"recommended: {advice.reason}")
+    for note in advice.notes:
+        console.print(f"note: {note}")
+    if advice.best.run_s is None:
+        console.print("time of the run: --tokens N says how many tokens the rows have, or set train.max_steps")
+    console.print("step times are estimates; memory is every token supervised, --why STRATEGY lists its terms")
+
+
+def _nothing_fits(advice: Advice, cluster: Cluster, quantization: str) -> Problem:
+    """Nothing fits as the run file has it; another quantisation may, and is recommended above."""
+    large: list[Option] = [
+        one for one in advice.options if one.state == "too large" and one.quantization == quantization
+    ]
+    if not large:
+        return Problem("plan", f"nothing runs there: {advice.options[0].why}")
+    least = min(large, key=lambda one: one.peak_gib)
+    what = (
+        f"with model.quantization={quantization} every strategy needs more than {cluster.memory_gib:.1f} GiB a device"
+    )
+    what += ", of which a tenth is kept free"
+    what += f"; the smallest, {least.name}, {total_gib(least.terms):.1f} GiB"
+    fix = next((one.why for one in large if one.why.startswith("fits with")), least.why)
+    return Problem("memory", what, fix)

@@ -1,0 +1,64 @@
+"""The files of one option of the plan: Accelerate config, DeepSpeed config, launch command and job script."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from phi3_dist.config.load import load_run
+from phi3_dist.errors import PlanError, Problem
+from phi3_dist.planning.advice import Cluster, Option
+from phi3_dist.planning.render import accelerate_yaml, deepspeed_json
+from phi3_dist.planning.slurm import SlurmJob, SlurmTopology, render_sbatch
+
+__all__ = ["write_run"]
+
+
+def write_run(
+    folder: Path, option: Option, cluster: Cluster, run_file: Path, overrides: Sequence[str] = ()
+) -> tuple[Path, ...]:
+    """Write them below `folder`, with whole paths, so that they work from any folder. Raises PlanError."""
+    folder = folder.expanduser().resolve()
+    run = run_file.expanduser().resolve()
+    values = [*overrides, f"model.quantization={option.quantization}"]
+    config = folder / "accelerate.yaml"
+    text = accelerate_yaml(option.strategy, num_processes=cluster.world, num_machines=cluster.nodes)
+    files = {config: text}
+    if option.strategy.startswith("zero"):
+        zero = folder / "deepspeed.json"
+        files[zero] = deepspeed_json(option.strategy)
+        shipped = f"configs/deepspeed/{option.strategy}.json"
+        lines = [line for line in text.splitlines() if not line.startswith(("# deepspeed_config_file", "# From else"))]
+        files[config] = "\n".join(lines).replace(shipped, _yaml_text(str(zero))) + "\n"
+    files[folder / "launch.sh"] = _launch(config, run, values, cluster)
+    job = SlurmJob.of(load_run(run_file, values), str(run), [*values, "--resume"])
+    topology = SlurmTopology(nodes=cluster.nodes, gpus_per_node=cluster.gpus_per_node, config=str(config), time="1d")
+    files[folder / "job.sbatch"] = render_sbatch(job, topology)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, content in files.items():
+            file.write_text(content, encoding="utf-8")
+        (folder / "launch.sh").chmod(0o755)
+    except OSError as error:
+        what = f"cannot be written: {error.strerror or error}"
+        raise PlanError(Problem(str(folder), what, "name another folder with --write")) from error
+    return tuple(files)
+
+
+def _yaml_text(text: str) -> str:
+    return text if all(char.isalnum() or char in "/._-" for char in text) else "'" + text.replace("'", "''") + "'"
+
+
+def _launch(config: Path, run: Path, values: Sequence[str], cluster: Cluster) -> str:
+    command = ["phi3-dist", "launch", "--config_file", str(config)]
+    lines = ["#!/usr/bin/env bash", "# Written by phi3-dist plan --write."]
+    if cluster.nodes > 1:
+        lines.append("# On each node: MACHINE_RANK (0 to N - 1), and the first node's address and a free port on it.")
+    lines.append("set -euo pipefail")
+    start = shlex.join(command)
+    if cluster.nodes > 1:
+        start += ' --machine_rank "${MACHINE_RANK:?}" --main_process_ip "${MASTER_ADDR:?}"'
+        start += ' --main_process_port "${MASTER_PORT:-29500}"'
+    rest = shlex.join(["-m", "phi3_dist", "train", str(run), *values])
+    return "\n".join([*lines, f'exec {start} {rest} "$@"']) + "\n"

@@ -1,0 +1,48 @@
+"""ZeRO's fields as `accelerate config` writes them into its own config, and shipped DeepSpeed files from any folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from phi3_dist.errors import PlanError
+from phi3_dist.machine.launch_request import LaunchRequest
+from phi3_dist.machine.probe import launch_facts
+
+RANKS = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+ZERO = {**RANKS, "ACCELERATE_USE_DEEPSPEED": "true"}
+REQUEST = LaunchRequest(2, "a test")
+
+
+def test_shipped_files_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs/deepspeed/zero3.json", "/somewhere/else/configs/deepspeed/zero2_offload.json"):
+        found = launch_facts({**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": name}, request=REQUEST)
+        assert found.strategy == Path(name).stem
+    with pytest.raises(PlanError, match="cannot be read"):
+        launch_facts({**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "configs/deepspeed/mine.json"}, request=REQUEST)
+    (tmp_path / "configs" / "deepspeed").mkdir(parents=True)
+    (tmp_path / "configs/deepspeed/zero3.json").write_text('{"zero_optimization": {"stage": 2}}')
+    ours = {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "configs/deepspeed/zero3.json"}
+    assert launch_facts(ours, request=REQUEST).strategy == "zero2"  # a file that is there counts
+
+
+def test_fields_inline_start_as_they_are_planned() -> None:
+    environ = {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}
+    assert launch_facts(environ, request=REQUEST).strategy == "zero3_offload"
+
+
+def test_the_launchers_list_of_fields_is_taken_away_before_accelerate_compares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Accelerate 1.15 raises where the list names a field that its DeepSpeed plugin is given otherwise."""
+    from phi3_dist.training.runtime import forget_launchers_settings
+
+    for name in ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.setenv(name, "zero_stage,mixed_precision")
+    forget_launchers_settings()
+    assert "ACCELERATE_CONFIG_DS_FIELDS" not in os.environ
+    assert "ACCELERATE_DEEPSPEED_ZERO_STAGE" not in os.environ
+    assert "ACCELERATE_USE_DEEPSPEED" in os.environ
