@@ -40,7 +40,13 @@ def sweep(
         asked, probe(), launch_facts(os.environ), overwrite=overwrite, resume=resume, revive=revive or ()
     )
     finishing()
-    if result.best and os.environ.get("RANK", "0") == "0":
-        typer.echo(f"best: {result.best}, its adapter in {result.folder / 'best'}")
+    if os.environ.get("RANK", "0") == "0":
+        if result.best:
+            typer.echo(f"best: {result.best}, its adapter in {result.folder / 'best'}")
+        folders = [result.folder / name for name in result.states if (result.folder / name / "metrics.jsonl").is_file()]
+        if len(folders) > 1:
+            from phi3_dist.report.page import write_comparison
+
+            typer.echo(f"page: {write_comparison(folders, result.folder / 'sweep.html')}")
     if result.exit_code:
         raise typer.Exit(result.exit_code)

@@ -47,6 +47,7 @@ def test_two_processes_give_one_process_numbers(config: str, tmp_path: Path) -> 
         for our, their in zip(ours, theirs, strict=True):
             for key in ("loss", "grad_norm", "lr"):
                 assert our[key] == pytest.approx(their[key], rel=1e-5), (one.name, our["step"], key)
+    assert "<html" in (tmp_path / "two" / "sweep.html").read_text()
     both = [json.loads((tmp_path / name / "sweep.json").read_text()) for name in ("two", "runs")]
     assert [c["name"] for c in both[0]["candidates"]] == [c["name"] for c in both[1]["candidates"]]
 
