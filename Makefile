@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types check test test-full test-gpu test-oldest test-py312 test-py313 test-slurm test-serve torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-gpu card card-rehearsal card-carry bench-generate bench-memory bench-prepare bench-sweep rehearse wheel clean
+.PHONY: help setup lint types check test test-full test-gpu test-oldest test-py312 test-py313 test-slurm test-serve torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-generate bench-gpu bench-memory card card-rehearsal card-carry bench-prepare bench-sweep rehearse wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name what; do \

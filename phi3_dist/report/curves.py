@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 from phi3_dist.report.reading import finite
 from phi3_dist.report.run_files import Row, of_kind, read_metrics, run_name, written
 
-__all__ = ["draw_curves", "read_metrics", "run_name", "written"]
+__all__ = ["draw_curves"]
 
 BLUE, ORANGE, GREY, INK = "#2463a8", "#d9601a", "#8a919c", "#22262b"
 FEW_POINTS = 40  # up to here each point gets a marker

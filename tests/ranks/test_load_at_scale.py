@@ -32,7 +32,7 @@ def loaded(base: tuple[Path, int], *strategies: str) -> dict[str, list[dict[str,
     """By strategy, what the load took on each of two ranks. That the weights are the file's is asserted there."""
     args = {"strategies": list(strategies), "folder": str(base[0])}
     deepspeed = strategies[0].startswith("zero")
-    by_rank = run_ranks("tests.ranks.load_bodies:load", 2, args=args, deepspeed=deepspeed, timeout_s=150)
+    by_rank = run_ranks("tests.ranks.load_bodies:load", 2, args=args, deepspeed=deepspeed, timeout_s=150, real=True)
     found = {strategy: [rank[strategy] for rank in by_rank] for strategy in strategies}
     for strategy, ranks in found.items():
         for rank in ranks:

@@ -208,8 +208,11 @@ def test_an_adapter_of_another_scale_is_refused(reference: Path, tmp_path: Path)
 
 
 def test_two_processes_that_came_up_as_one_are_refused_with_both_numbers(tmp_path: Path) -> None:
-    """The known silent failure: `--cpu --num_processes 2` starts one process, and says nothing."""
-    command = [warm.python(), "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
+    """The known silent failure: `--cpu --num_processes 2` starts one process, and says nothing.
+
+    In a real interpreter: it is found by the command line of the parent process.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
     done = subprocess.run(
         [*command, "-m", "phi3_dist", "train", RUN, f"save.folder={tmp_path / 'run'}"],
         cwd=REPO,

@@ -37,7 +37,7 @@ BEFORE = {
     "the base": "inputs.find_base",
     "the data": "inputs.prepare",
     "the processes": "loop.start_runtime",
-    "the agreement": "loop.agree",
+    "the agreement": "loop.check_same_on_all_ranks",
     "the model": "loop.build_model",
     "the optimizer": "loop.make_engine",
 }

@@ -21,5 +21,5 @@ def test_a_changed_test_file_is_run_and_a_package_is_its_init() -> None:
 
 
 def test_imports_inside_functions_count() -> None:
-    source = "import phi3_dist.errors\nimport torch\ndef f():\n    from phi3_dist.data import packing as p\n"
-    assert imported(source) == {"phi3_dist.errors", "phi3_dist.data", "phi3_dist.data.pack.bin_packing"}
+    source = "import phi3_dist.errors\nimport torch\ndef f():\n    from phi3_dist.data.pack import bin_packing as p\n"
+    assert imported(source) == {"phi3_dist.errors", "phi3_dist.data.pack", "phi3_dist.data.pack.bin_packing"}

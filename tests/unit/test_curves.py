@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from phi3_dist.errors import RunFolderError
-from phi3_dist.report.curves import draw_curves, read_metrics, run_name
+from phi3_dist.report.curves import draw_curves
+from phi3_dist.report.run_files import read_metrics, run_name
 
 
 def train_row(step: int, **more: Any) -> dict[str, Any]:

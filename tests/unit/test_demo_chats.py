@@ -12,7 +12,8 @@ import pytest
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.blocks import read_chats
-from phi3_dist.data.read import sources
+from phi3_dist.data.read import row_formats
+from phi3_dist.data.read.turns import Message
 from phi3_dist.demo.__main__ import PROCESSES, _check, _page, _refuse_others
 from phi3_dist.demo.chats import (
     DRINKS,
@@ -160,7 +161,7 @@ def test_the_demo_replaces_no_rows_and_no_run_but_its_own(tmp_path: Path) -> Non
 def test_the_demo_ends_with_a_page_of_its_answers(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
     chats = [
-        sources.Chat((sources.Message("user", f"{n} lattes"), sources.Message("assistant", f"{n}x LATTE")), f"row {n}")
+        row_formats.Chat((Message("user", f"{n} lattes"), Message("assistant", f"{n}x LATTE")), f"row {n}")
         for n in (2, 3)
     ]
     before = Score(100.0, 0.0, ("Sure!", "<b>Hm</b>"))

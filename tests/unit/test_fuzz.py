@@ -41,9 +41,9 @@ from phi3_dist.modeling.tokenizer import load_tokenizer, tiny_tokenizer
 from phi3_dist.planning.preview import launch_of_config, shape_of_source
 from phi3_dist.recipes.importing import import_run
 from phi3_dist.recipes.lint import faults
-from phi3_dist.report.curves import read_metrics
 from phi3_dist.report.logs import find_log
 from phi3_dist.report.page import write_page
+from phi3_dist.report.run_files import read_metrics
 from phi3_dist.report.runs import list_runs, runs_table
 from phi3_dist.training.checkpoints.files import Checkpoint, find_checkpoint, read_state, write_checkpoint
 from phi3_dist.training.checkpoints.identity import check_identity

@@ -115,7 +115,7 @@ LAYER = {
     ("bf16", "layer forward"): (62, 1927, 1379),
     ("bf16", "layer backward"): (72, 2767, 1351),
     ("nf4", "layer forward"): (74, 1996, 1608),
-    ("nf4", "layer backward"): (72, 2767, 1351),
+    ("nf4", "layer backward"): (81, 2819, 1523),
     ("recomputed", "layer forward"): (62, 1927, 1379),
     ("recomputed", "layer backward"): (147, 5312, 3113),
     ("fp8", "layer forward"): (94, 3247, 2535),
