@@ -1,0 +1,1 @@
+"""Timed work and checks on real machines, each `python -m phi3_dist.bench.NAME`."""

@@ -1,0 +1,1 @@
+"""An adapter in other forms (merged, split, GGUF, combined), of any checkpoint; checked by a server; to the hub."""

@@ -1,0 +1,2 @@
+"""Base weights (base.py), LoRA, attention/, loss, and what is computed by other means (kernels/, passes.py,
+fused_*.py)."""

@@ -1,4 +1,4 @@
-"""Values out of other toolkits' files, each with its place. What they mean here is `translations`' business.
+"""Values out of other toolkits' files, each with its place. What they mean here is the rules' business.
 
 A foreign file is parsed, never run: a script is read as a syntax tree, and only literals, names of literals and
 torch dtypes have a value; everything else is `Computed`.

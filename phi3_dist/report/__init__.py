@@ -1,0 +1,1 @@
+"""What a person sees of runs: pages (page.py), the board, the list, the curves."""

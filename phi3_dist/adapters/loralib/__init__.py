@@ -1,0 +1,1 @@
+"""loralib's layers, state dicts and files, to PEFT's form and back."""

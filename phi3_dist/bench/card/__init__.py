@@ -1,0 +1,1 @@
+"""Everything to check on one GPU: `make card`."""

@@ -1,0 +1,1 @@
+"""Token ids and packs on disk: written once, mapped by every run."""

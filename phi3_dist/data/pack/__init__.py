@@ -1,0 +1,1 @@
+"""Which rows stand together in a pack."""

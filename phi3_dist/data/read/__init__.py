@@ -1,0 +1,1 @@
+"""Files, folders and hub sets into checked conversations: sources.py, raw_rows.py, row_formats.py."""

@@ -1,0 +1,1 @@
+"""A conversation through the chat template into token ids and the loss mask: encode.py."""

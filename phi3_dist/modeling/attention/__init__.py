@@ -1,0 +1,1 @@
+"""Which backend computes attention over documents (backend.py), and the kernels (kernels.py, flex.py)."""

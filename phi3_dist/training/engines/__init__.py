@@ -1,0 +1,1 @@
+"""The strategies: what one backward and one update mean under DDP, ZeRO and FSDP2, and the optimizer."""
