@@ -1,7 +1,7 @@
 """Rows of conversation out of local files, folders and the hub: checked one by one, each bad one named.
 
-What a row looks like is `row_formats`' matter, what a file looks like `raw_rows`'. Here: which files and sets a name stands
-for, the split into training and held-out rows, and how often the rows of a source count.
+What a row looks like is `row_formats`' matter, what a file looks like `raw_rows`'. Here: which files and sets a name
+stands for, the split into training and held-out rows, and how often the rows of a source count.
 """
 
 from __future__ import annotations
