@@ -41,13 +41,18 @@ def plan(
 ) -> None:
     """Print every way to run this on so many GPUs, the best first: memory, network, time. Imports no torch.
 
-    With --config_file, --num_processes or --device cpu: the plan of that one launch, choice by choice.
+    With --config_file, --num_processes or --device cpu: the plan of that one launch, choice by choice. Of a sweep file:
+    that of its largest candidate, and how many train at once.
     """
-    from phi3_dist.config.load import load_run
+    from phi3_dist.config.load import load_run, read_section
     from phi3_dist.planning.gpus import gib_of
     from phi3_dist.planning.preview import check_rows
 
     memory_gib = None if memory is None else gib_of(memory)
+    if read_section(run_file, "sweep")[0] is not None:
+        launch = (config, processes or gpus, machines or nodes, device, memory_gib or 80.0)
+        _a_sweep(run_file, overrides or (), *launch)
+        return
     cfg = load_run(run_file, overrides or ())
     check_rows(cfg)
     if config is not None or processes is not None or machines is not None or device == "cpu":
@@ -83,9 +88,26 @@ def _every_way(cfg: Any, **options: Any) -> None:
     answer(cfg, asked, package_versions(), measured_on(card.driver_name) if card else {}, typer.echo)
 
 
+def _a_sweep(
+    file: Path, overrides: Any, config: Path | None, processes: int | None, nodes: int | None, device: str, gib: float
+) -> None:
+    """The plan of the candidate with the largest rank, and how many like it train at once."""
+    from phi3_dist.planning.preview import check_rows
+    from phi3_dist.sweep.file import load_sweep
+    from phi3_dist.sweep.memory import sweep_line
+
+    sweep = load_sweep(file, overrides)
+    largest = max(sweep.candidates, key=lambda one: one.cfg.lora.r)
+    check_rows(largest.cfg)
+    planned, machine = _one_launch(largest.cfg, config, processes, nodes, device, gib)
+    ranks = planned.world_size // planned.nodes
+    typer.echo(sweep_line(sweep.together, len(sweep.candidates), planned.memory, machine, ranks))
+
+
 def _one_launch(
     cfg: Any, config: Path | None, processes: int | None, nodes: int | None, device: str, memory_gib: float
-) -> None:
+) -> tuple[Any, Any]:
+    """Print the plan of one launch; it, and the machine that was assumed."""
     from rich.console import Console
 
     from phi3_dist.machine.probe import package_versions
@@ -99,3 +121,4 @@ def _one_launch(
     planned = make_plan(cfg, machine, launch, family_or_shape=shape)
     Console(highlight=False).print(plan_table(planned))
     check_fit(cfg, machine, launch, planned, shape)
+    return planned, machine

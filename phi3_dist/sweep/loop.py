@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from phi3_dist.config.load import flatten
 from phi3_dist.data.prepare import Prepared
@@ -19,13 +19,13 @@ from phi3_dist.modeling.base import Base
 from phi3_dist.modeling.rope import regime_for
 from phi3_dist.modeling.weights_watch import WeightsWatch
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
-from phi3_dist.planning.memory import Term
 from phi3_dist.planning.plan import RunPlan, make_plan
 from phi3_dist.sweep.base import check_strategy, load_shared
 from phi3_dist.sweep.candidate import CandidateRun, Given
 from phi3_dist.sweep.early import Decision, decide, rung_step
 from phi3_dist.sweep.file import Candidate, Sweep
 from phi3_dist.sweep.joint import JointLoss, install_updates
+from phi3_dist.sweep.memory import candidates_at_once
 from phi3_dist.sweep.step import joint_step
 from phi3_dist.sweep.table import Board, decisions_of
 from phi3_dist.training.batch_counts import longest_row, tokens_of_rank
@@ -39,11 +39,7 @@ from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.same_on_all_ranks import check_same_on_all_ranks
 from phi3_dist.training.signals import StopFlag, exit_code_of
 
-__all__ = ["SweepResult", "candidates_at_once", "run_sweep"]
-
-_SHARED = ("base", "frozen", "dequantised", "logits")
-RESERVE = 0.1
-"""The share of a device's memory that the memory plan leaves free."""
+__all__ = ["SweepResult", "run_sweep"]
 
 
 @dataclass(frozen=True)
@@ -60,27 +56,6 @@ class SweepResult:
         if self.stopped_by:
             return exit_code_of(self.stopped_by)
         return 1 if "failed" in self.states.values() else 0
-
-
-def candidates_at_once(
-    together: int | Literal["auto"], count: int, memory: Sequence[Term] | None, machine: MachineFacts, ranks: int
-) -> tuple[int, str]:
-    """How many of `count` candidates train together, and why. `memory`: the terms of one run; `ranks`: of this node.
-
-    A further candidate adds what one run has beside the base and its logits, which exist for one candidate at a time.
-    """
-    if isinstance(together, int):
-        return min(count, together), "as the sweep file says"
-    on_cpu = machine.device == "cpu"
-    have_gib = machine.host_memory_gib / ranks if on_cpu else machine.device_memory_gib
-    if memory is None or not have_gib:
-        return count, "the memory of this device is not planned"
-    terms = [term for term in memory if on_cpu or term.place == "device"]
-    shared = sum(term.gib for term in terms if term.name.startswith(_SHARED))
-    own = sum(term.gib for term in terms) - shared
-    room = have_gib * (1 - RESERVE) - shared
-    fitting = max(1, min(count, int(room / own) if own > 0 else count))
-    return fitting, f"{shared:.2f} GiB shared and {own:.2f} GiB a candidate, of {have_gib:.1f} GiB"
 
 
 def _plans(sweep: Sweep, base: Base, machine: MachineFacts, launch: LaunchFacts) -> dict[str, RunPlan]:

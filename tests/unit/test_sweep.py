@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,8 @@ from phi3_dist.machine.probe import launch_facts, probe
 from phi3_dist.sweep import step as sweep_step
 from phi3_dist.sweep.early import Decision, decide, rung_step
 from phi3_dist.sweep.file import EarlyConfig, Sweep, load_sweep
-from phi3_dist.sweep.loop import SweepResult, candidates_at_once, run_sweep
+from phi3_dist.sweep.loop import SweepResult, run_sweep
+from phi3_dist.sweep.memory import candidates_at_once
 from phi3_dist.training.loop import train
 
 REPO = Path(__file__).parents[2]
@@ -256,3 +259,14 @@ def test_a_sweep_file_of_hundreds_is_read_at_once(tmp_path: Path) -> None:
     start = time.process_time()
     assert len(sweep_of(tmp_path, {"axes": {"train.seed": list(range(100))}}).candidates) == 100
     assert time.process_time() - start < 20
+
+
+def test_a_plan_says_how_many_train_at_once_and_imports_no_torch() -> None:
+    code = (
+        "import sys; from phi3_dist.cli import app; "
+        "app(['plan', 'configs/sweep/lr_and_rank.yaml', '--device', 'cpu'], standalone_mode=False); "
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "sweep: 9 candidates, 9 at once, in one round" in done.stdout
