@@ -49,14 +49,14 @@ def plan(
     from phi3_dist.planning.preview import check_rows
 
     memory_gib = None if memory is None else gib_of(memory)
+    launch = (config, processes or gpus, machines or nodes, device, memory_gib or 80.0)
     if read_section(run_file, "sweep")[0] is not None:
-        launch = (config, processes or gpus, machines or nodes, device, memory_gib or 80.0)
         _a_sweep(run_file, overrides or (), *launch)
         return
     cfg = load_run(run_file, overrides or ())
     check_rows(cfg)
     if config is not None or processes is not None or machines is not None or device == "cpu":
-        _one_launch(cfg, config, processes or gpus, machines or nodes, device, memory_gib or 80.0)
+        _one_launch(cfg, *launch)
         return
     _every_way(
         cfg,
