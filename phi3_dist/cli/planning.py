@@ -41,8 +41,7 @@ def plan(
 ) -> None:
     """Print every way to run this on so many GPUs, the best first: memory, network, time. Imports no torch.
 
-    With --config_file, --num_processes or --device cpu: the plan of that one launch, choice by choice. Of a sweep file:
-    that of its largest candidate, and how many train at once.
+    With --config_file, --num_processes or --device cpu, or of a sweep file: one launch's plan, choice by choice.
     """
     from phi3_dist.config.load import load_run, read_section
     from phi3_dist.planning.gpus import gib_of
