@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import signal
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from phi3_dist.adapters.card import adapter_card
-from phi3_dist.adapters.files import save_adapter
-from phi3_dist.adapters.loading import trained_fact
-from phi3_dist.config.json_text import parse_json
 from phi3_dist.config.load import resolved_yaml
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batch import Order
@@ -27,20 +22,24 @@ from phi3_dist.data.prepare import Prepared
 from phi3_dist.modeling.base import Base, meta_model
 from phi3_dist.modeling.lora import add_lora, fill_adapter
 from phi3_dist.modeling.loss import PackedLoss
+from phi3_dist.modeling.rope import Regime
 from phi3_dist.modeling.weights_watch import WeightsWatch
 from phi3_dist.planning.plan import RunPlan
 from phi3_dist.sweep.file import Candidate
 from phi3_dist.sweep.joint import JointLoss, Part, Update
 from phi3_dist.training.batch_counts import order_of, steps_of, steps_of_an_evaluation
-from phi3_dist.training.build import adapter_values
-from phi3_dist.training.checkpoints.files import Checkpoint, read_state
+from phi3_dist.training.build import Built, adapter_values
+from phi3_dist.training.checkpoints.files import Checkpoint
+from phi3_dist.training.checkpoints.metrics_rows import rows_of_kind
 from phi3_dist.training.checkpoints.saver import Saver
-from phi3_dist.training.checkpoints.state import import_state
+from phi3_dist.training.checkpoints.state import restore
 from phi3_dist.training.context import RunContext
 from phi3_dist.training.engines.engine import TorchEngine
 from phi3_dist.training.engines.optimizer import make_optimizer
 from phi3_dist.training.evaluate import HeldOut
-from phi3_dist.training.final_adapter import card_contents
+from phi3_dist.training.final_adapter import save_final_adapter
+from phi3_dist.training.inputs import RunInputs
+from phi3_dist.training.monitor.announce import record_start
 from phi3_dist.training.monitor.health import Health
 from phi3_dist.training.monitor.metrics import Metrics
 from phi3_dist.training.monitor.profiling import StepProfile
@@ -63,19 +62,14 @@ def build_adapter(cfg: RunConfig, base: Base, runtime: Runtime) -> PackedLoss:
     """
     values = adapter_values(cfg, base, ()) if cfg.model.adapter else None
     model = PackedLoss(add_lora(meta_model(base, runtime.dtype), cfg.lora, base.source))
-    for module in model.modules():
-        for name, param in list(module.named_parameters(recurse=False)):
-            if param.requires_grad or (isinstance(module, nn.Linear) and _in_adapter(model, module)):
-                made = nn.Parameter(torch.empty_like(param, device=runtime.device), requires_grad=param.requires_grad)
-                setattr(module, name, made)
+    for full_name, param in list(model.named_parameters()):
+        if ".lora_" in full_name:
+            owner, _, name = full_name.rpartition(".")
+            made = nn.Parameter(torch.empty_like(param, device=runtime.device), requires_grad=param.requires_grad)
+            setattr(model.get_submodule(owner), name, made)
     fill_adapter(model, cfg.train.seed, values)
     model.train()
     return model
-
-
-def _in_adapter(model: nn.Module, module: nn.Module) -> bool:
-    layers = (one for one in model.modules() if isinstance(one, LoraLayer))
-    return any(module is own for layer in layers for own in (*layer.lora_A.values(), *layer.lora_B.values()))
 
 
 def updates_of(adapter: PackedLoss) -> dict[str, Update]:
@@ -140,8 +134,8 @@ class CandidateMetrics(Metrics):
         self._name, self._tell_person = name, tell
         self.loss = math.nan
         self.held_out: dict[int, float] = {}
-        for row in _rows(path):
-            if row.get("kind") == "eval" and isinstance(row.get("heldout_loss"), int | float):
+        for row in rows_of_kind(path, "eval"):
+            if isinstance(row.get("heldout_loss"), int | float):
                 self.held_out[int(row["step"])] = float(row["heldout_loss"])
 
     def say(self, text: str) -> None:
@@ -150,13 +144,17 @@ class CandidateMetrics(Metrics):
 
     def train(self, row: dict[str, Any], left_s: float) -> None:
         self.loss = float(row["loss"])
-        if self.active:
-            self._write({"kind": "train", **row, "elapsed_s": round(time.perf_counter() - self.started, 3)})
+        super().train(row, left_s)
 
     def evaluation(self, row: dict[str, Any]) -> None:
         self.held_out[int(row["step"])] = float(row["heldout_loss"])
-        if self.active:
-            self._write({"kind": "eval", **row})
+        super().evaluation(row)
+
+    def _show_step(self, row: dict[str, Any], left_s: float) -> None:
+        """Nothing: the table says how far all are."""
+
+    def _show_evaluation(self, row: dict[str, Any]) -> None:
+        """Nothing: the table has it."""
 
     def evaluating(self, share: float, left_s: float) -> None:
         """Nothing: the table says how far all are."""
@@ -167,24 +165,9 @@ class _NoTracker:
         """Nothing."""
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; torn lines are left out."""
-    try:
-        lines = path.read_text("utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            row = parse_json(line)
-            if isinstance(row, dict):
-                found.append(row)
-    return found
-
-
-def _last(rows: Iterable[Mapping[str, Any]], kind: str, key: str) -> float:
-    """The newest number of that kind, or nan."""
-    values = [row.get(key) for row in rows if row.get("kind") == kind]
+def _last(path: Path, kind: str, key: str) -> float:
+    """The newest number of that kind in metrics.jsonl, or nan."""
+    values = [row.get(key) for row in rows_of_kind(path, kind)]
     last = values[-1] if values else None
     return float(last) if isinstance(last, int | float) else math.nan
 
@@ -200,7 +183,7 @@ class Given:
     watch: WeightsWatch
     flag: StopFlag
     clock: StartClock
-    regime: str | None
+    regime: Regime | None
     tell: Callable[[str], None]
 
 
@@ -235,19 +218,19 @@ class CandidateRun:
     def cfg(self) -> RunConfig:
         return self.candidate.cfg
 
-    @property
+    @cached_property
     def order(self) -> Order:
         return order_of(self.cfg, self.prepared.train)
 
-    @property
+    @cached_property
     def total(self) -> int:
         return steps_of(self.cfg, self.order)
 
     def losses(self) -> tuple[float, float]:
         """The newest training loss and the newest held-out loss, nan where there is none."""
         if self.ctx is None:
-            rows = _rows(self.folder.metrics)
-            return _last(rows, "train", "loss"), _last(rows, "eval", "heldout_loss")
+            path = self.folder.metrics
+            return _last(path, "train", "loss"), _last(path, "eval", "heldout_loss")
         known = self.ctx.metrics.held_out
         return self.ctx.metrics.loss, known[max(known)] if known else math.nan
 
@@ -259,8 +242,7 @@ class CandidateRun:
         optimizer = make_optimizer(adapter, self.cfg.optim, runtime.device, self.cfg.lora.plus_ratio)
         self.number, self.engine = number, _Engine(view, optimizer, runtime, self.cfg.optim.max_grad_norm)
         if self.start is not None:
-            skipped = self.start.trainer.get("health", {}).get("skipped", 0)
-            import_state(self.engine, read_state(self.start), self.start.step - skipped)
+            restore(self.engine, self.start)
         prove_built_dtypes(self.engine, runtime)
         return updates_of(adapter)
 
@@ -291,13 +273,9 @@ class CandidateRun:
         )
         first = self.start.step if self.start else 0
         if runtime.is_main:
-            plan = replace(self.plan, steps=self.total)
             self.folder.write("config.yaml", resolved_yaml(self.cfg))
-            self.folder.write_json("plan.json", {**plan.to_dict(), "identity": dict(self.facts)})
-            self.folder.record_environment()
-            self.folder.forget_exit()
-            self.folder.heartbeat(first)
-        health = Health(self.ctx, self.start.trainer.get("health", {}) if self.start else {})
+            record_start(self.ctx, (), first)
+        health = Health(self.ctx, self.start.trainer.get("health") if self.start else None)
         self._saver = Saver(self.ctx, health, self.start)
         self._steps = steps_in_order(self.ctx, first, self._saver, health, watch=given.watch)
         self.state, self.done = "running", first
@@ -330,22 +308,13 @@ class CandidateRun:
         else:
             self.state = "finished"
             steps, self.held_out = self._saver.settle_on_final(self.done, self.held_out)
-            self._save_adapter(given, steps)
+            inputs = RunInputs(self.cfg, given.base, given.tokenizer, (), self.prepared)
+            built = Built(self.engine.model.adapter, (), {}, given.regime)
+            save_final_adapter(self.ctx, inputs, built, self.held_out, steps)
         self._saver.finish()
         if given.runtime.is_main:
             self.folder.record_exit(exit_code_of(self.stopped_by) if self.stopped_by else 0, self.state)
         self.close()
-
-    def _save_adapter(self, given: Given, steps: int) -> None:
-        with self.folder.by_name():
-            save_adapter(
-                self.engine.model.adapter,
-                self.folder.held / "adapter",
-                tokenizer=given.tokenizer,
-                card=adapter_card(card_contents(self.ctx, given.base, self.held_out, given.regime, steps)),
-                base_hint={"revision": self.cfg.model.revision} if self.cfg.model.revision else None,
-                metadata={**({"longrope": given.regime} if given.regime else {}), **trained_fact(self.cfg)},
-            )
 
     def fail(self, why: str, given: Given) -> None:
         """An error of this candidate alone: the others go on."""

@@ -16,7 +16,7 @@ from phi3_dist.data.prepare import Prepared
 from phi3_dist.errors import ConfigError, PlanError, Problem, RunFolderError, TrainingError
 from phi3_dist.machine.storage import cache_folder
 from phi3_dist.modeling.base import Base
-from phi3_dist.modeling.rope import regime_for
+from phi3_dist.modeling.rope import Regime, regime_for
 from phi3_dist.modeling.weights_watch import WeightsWatch
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.plan import RunPlan, make_plan
@@ -75,7 +75,7 @@ def _plans(sweep: Sweep, base: Base, machine: MachineFacts, launch: LaunchFacts)
     return {name: replace(plan, kernels="torch") for name, plan in plans.items()}
 
 
-def _regime(sweep: Sweep, base: Base, prepared: Mapping[str, Prepared]) -> str | None:
+def _regime(sweep: Sweep, base: Base, prepared: Mapping[str, Prepared]) -> Regime | None:
     """The one set of LongRoPE's factors that all candidates need. Raises PlanError where they need different ones."""
     if base.config.rope_parameters.get("rope_type") != "longrope":
         return None
@@ -214,7 +214,7 @@ class _Ready:
     watch: WeightsWatch
     plans: Mapping[str, RunPlan]
     prepared: Mapping[str, Prepared]
-    regime: str | None
+    regime: Regime | None
     decisions: list[Decision]
 
 
@@ -278,7 +278,7 @@ def run_sweep(
         best = None if stopped else board.keep_best(where)
         board.write(where)
         board.show()
-        _release(runtime)
+        runtime.release()
     return SweepResult(where, {run.name: run.state for run in runs}, best.name if best else None, stopped)
 
 
@@ -295,13 +295,6 @@ def _rounds(  # noqa: PLR0917 -- called in one place
         one.round(members, Given(runtime, ready.base, ready.tokenizer, joint, *shared))
         del joint
         gc.collect()
-
-
-def _release(runtime: Runtime) -> None:
-    runtime.accelerator.free_memory()
-    gc.collect()
-    runtime.barrier()
-    runtime.accelerator.end_training()
 
 
 def _shared_base(sweep: Sweep, base: Base, runtime: Runtime, members: Sequence[CandidateRun]) -> JointLoss:

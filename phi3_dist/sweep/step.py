@@ -8,7 +8,14 @@ import torch
 
 from phi3_dist.sweep.candidate import CandidateRun, Given
 from phi3_dist.sweep.joint import Part, joined
-from phi3_dist.training.train_step import StepResult, learning_rate, micro_batch_seed, to_device
+from phi3_dist.training.train_step import (
+    StepResult,
+    learning_rate,
+    micro_batch_seed,
+    share_of_step,
+    to_device,
+    tokens_in,
+)
 
 __all__ = ["joint_step"]
 
@@ -40,20 +47,17 @@ def joint_step(waiting: Sequence[CandidateRun], given: Given) -> list[StepResult
             losses = joint(**joined(parts))
         total = torch.zeros((), device=runtime.device)
         for index, loss in zip(here, losses, strict=True):
-            loss = loss.float()  # noqa: PLW2901
-            sound = 1 + (loss.detach() - loss.detach())  # nan for a loss that is no number: see training/train_step.py
-            total = total + loss / supervised[index] * sound
+            total = total + share_of_step(loss.float(), supervised[index])
             nlls[index] += loss.detach()
         total.backward()  # type: ignore[no-untyped-call]
     results = []
     for index, run in enumerate(waiting):
         lr = learning_rate(steps[index], run.total, run.cfg.optim)
-        rows = run.prepared.train.rows.lengths
         results.append(
             StepResult(
                 nll=nlls[index],
                 supervised_tokens=supervised[index],
-                tokens=int(sum(rows[row] for pack in everyone[index] for row in run.prepared.train.packs[pack])),
+                tokens=tokens_in(run.prepared.train, everyone[index]),
                 grad_norm=run.engine.update(lr),
                 lr=lr,
                 packs=tuple(int(pack) for pack in everyone[index]),

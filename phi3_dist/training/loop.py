@@ -13,11 +13,10 @@ Then what is asked only once: inputs.py and build.py (before the steps), final_a
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +39,22 @@ from phi3_dist.training.batch_counts import (
     tokens_of_rank,
 )
 from phi3_dist.training.build import Built, build_model
-from phi3_dist.training.checkpoints.files import Checkpoint, read_state
+from phi3_dist.training.checkpoints.files import Checkpoint
 from phi3_dist.training.checkpoints.identity import base_fingerprint, identity
 from phi3_dist.training.checkpoints.resume import ResumePoint, find_resume_point
 from phi3_dist.training.checkpoints.saver import Saver
-from phi3_dist.training.checkpoints.state import import_state
+from phi3_dist.training.checkpoints.state import restore
 from phi3_dist.training.context import RunContext, Session
 from phi3_dist.training.early_checks import check_trackers, inputs_of
-from phi3_dist.training.engines.engine import Engine, make_engine
+from phi3_dist.training.engines.engine import make_engine
 from phi3_dist.training.evaluate import HeldOut
 from phi3_dist.training.final_adapter import save_final_adapter
 from phi3_dist.training.inputs import RunInputs, find_model, prepare_rows
-from phi3_dist.training.monitor.announce import announce
+from phi3_dist.training.monitor.announce import announce, record_start
 from phi3_dist.training.monitor.health import Health
 from phi3_dist.training.monitor.metrics import Metrics
 from phi3_dist.training.monitor.profiling import StepProfile
 from phi3_dist.training.monitor.start_clock import StartClock, compile_notice
-from phi3_dist.training.monitor.step_parts import run_facts
 from phi3_dist.training.monitor.time_left import TimeLeft
 from phi3_dist.training.monitor.trackers import finish_trackers, start_trackers
 from phi3_dist.training.monitor.transcript import Transcript
@@ -217,15 +215,6 @@ def _build(inputs: RunInputs, session: Session, runtime: Runtime, *, steps: int,
     return built
 
 
-def _restore(engine: Engine, checkpoint: Checkpoint | None) -> tuple[int, Mapping[str, Any]]:
-    """Put a checkpoint's state into the engine: the steps behind it, and how healthy they were. Collective."""
-    if checkpoint is None:
-        return 0, {}
-    health = checkpoint.trainer.get("health", {})
-    import_state(engine, read_state(checkpoint), checkpoint.step - health.get("skipped", 0))
-    return checkpoint.step, health
-
-
 def _run(
     inputs: RunInputs, session: Session, runtime: Runtime, ours: Mapping[str, Any], checkpoint: Checkpoint | None
 ) -> TrainResult:
@@ -236,7 +225,9 @@ def _run(
     built = _build(inputs, session, runtime, steps=total, resumed=checkpoint is not None)
     engine = make_engine(built.model, runtime, cfg.optim, cfg.lora.plus_ratio)
     prove_built_dtypes(engine, runtime)
-    first, health_then = _restore(engine, checkpoint)
+    first = checkpoint.step if checkpoint else 0
+    if checkpoint is not None:
+        restore(engine, checkpoint)
     session.clock.mark("model")
     session.flag.save_first()
     where, keep = folder.held, session.transcript.line if session.transcript else None
@@ -263,7 +254,7 @@ def _run(
             answers=sample_answers(cfg, built.model.causal_lm, inputs.tokenizer, inputs.base.folder, prepared.held_out),
         )
         _tell_start(ctx, inputs, built, first)
-        health = Health(ctx, health_then)
+        health = Health(ctx, checkpoint.trainer.get("health") if checkpoint else None)
         saver = Saver(ctx, health, checkpoint)
         done, held_out, stopped = run_steps(ctx, first, saver, health, watch=session.weights)
         saver.report(done)
@@ -280,19 +271,11 @@ def _run(
 def _tell_start(ctx: RunContext, inputs: RunInputs, built: Built, first: int) -> None:
     """To the folder and to the person."""
     if ctx.runtime.is_main:
-        _record_start(ctx, built, first)
+        record_start(ctx, built.choices, first)
     counts = count_parameters(built.model)
     announce(ctx.metrics, ctx.runtime.plan, inputs.prepared, counts, ctx.total, of_model=built.choices)
     if first:
         ctx.metrics.say(f"resumed after step {first} of {ctx.total}, from step_{first:06d}")
-
-
-def _record_start(ctx: RunContext, built: Built, first: int) -> None:
-    plan = replace(ctx.runtime.plan, steps=ctx.total, choices=(*ctx.runtime.plan.choices, *built.choices))
-    ctx.folder.write_json("plan.json", {**plan.to_dict(), "identity": dict(ctx.identity), **run_facts(ctx)})
-    ctx.folder.record_environment()
-    ctx.folder.forget_exit()
-    ctx.folder.heartbeat(first)
 
 
 def _print(line: str) -> None:
@@ -308,14 +291,6 @@ def _record_exit(folder: RunFolder, result: TrainResult) -> None:
 
 
 def _release(runtime: Runtime) -> None:
-    """Free the wrapped model before the process group goes.
-
-    DDP's reducer holds the group. Freed after it, its destructor joins gloo's thread while holding the interpreter's
-    lock that this thread waits for: the rank never exits (torch 2.13, seen on two nodes of two ranks).
-    """
     for line in finish_trackers(runtime):
         _print(line)
-    runtime.accelerator.free_memory()
-    gc.collect()
-    runtime.barrier()
-    runtime.accelerator.end_training()
+    runtime.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -85,6 +86,17 @@ class Runtime:
     def barrier(self) -> None:
         if self.world > 1:
             torch.distributed.barrier()
+
+    def release(self) -> None:
+        """Free the wrapped model before the process group goes. Collective.
+
+        DDP's reducer holds the group. Freed after it, its destructor joins gloo's thread while holding the lock of the
+        interpreter that this thread waits for: the rank never exits (torch 2.13, seen on two nodes of two ranks).
+        """
+        self.accelerator.free_memory()
+        gc.collect()
+        self.barrier()
+        self.accelerator.end_training()
 
 
 def deepspeed_config(plan: RunPlan, zero: Mapping[str, Any], max_grad_norm: float) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Shapes: T tokens of a pack, S supervised positions in it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,16 @@ from phi3_dist.data.pack.packs import Packs
 from phi3_dist.training.engines.engine import Engine
 from phi3_dist.training.runtime import Runtime
 
-__all__ = ["StepResult", "learning_rate", "micro_batch_seed", "seed_micro_batch", "to_device", "train_step"]
+__all__ = [
+    "StepResult",
+    "learning_rate",
+    "micro_batch_seed",
+    "seed_micro_batch",
+    "share_of_step",
+    "to_device",
+    "tokens_in",
+    "train_step",
+]
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,20 @@ def to_device(packs: Packs, which: Sequence[int], device: torch.device) -> dict[
     }
 
 
+def share_of_step(loss: Tensor, supervised_tokens: int) -> Tensor:
+    """What a micro batch's summed loss adds to the loss of its step, which has so many supervised tokens.
+
+    The gradients of a loss that is no number are all nan, so that it shows on every rank.
+    """
+    sound = 1 + (loss.detach() - loss.detach())
+    return loss / supervised_tokens * sound
+
+
+def tokens_in(packs: Packs, which: Iterable[int]) -> int:
+    """Tokens of the packs `which`."""
+    return int(sum(packs.rows.lengths[row] for pack in which for row in packs.packs[pack]))
+
+
 def train_step(
     engine: Engine, runtime: Runtime, packs: Packs, order: Order, step: int, *, lr: float, seed: int
 ) -> StepResult:
@@ -94,14 +117,12 @@ def train_step(
         seed_micro_batch(seed, step, number * runtime.world + runtime.rank)
         engine.start_micro_batch(last=number == len(slots) - 1)
         loss = engine.model(**to_device(packs, which, runtime.device))
-        # 1, or nan for a loss that is no number, so that such a loss always shows in the gradients of all ranks
-        sound = 1 + (loss.detach() - loss.detach())
-        engine.backward(loss / denominator * sound)
+        engine.backward(share_of_step(loss, denominator))
         nll += loss.detach()
     return StepResult(
         nll=nll,
         supervised_tokens=denominator,
-        tokens=int(sum(packs.rows.lengths[row] for pack in everyone for row in packs.packs[pack])),
+        tokens=tokens_in(packs, everyone),
         grad_norm=engine.update(lr),
         lr=lr,
         packs=tuple(int(p) for p in everyone),

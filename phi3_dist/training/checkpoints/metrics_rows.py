@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from phi3_dist.config.json_text import parse_json
 from phi3_dist.errors import Problem, RunFolderError
 from phi3_dist.training.context import RunContext
 
-__all__ = ["cut_metrics", "measured"]
+__all__ = ["cut_metrics", "measured", "rows_of_kind"]
 
 
 def _stays(row: Any, step: int, measured_again: bool) -> bool:
@@ -52,12 +53,23 @@ def cut_metrics(path: Path, step: int, *, measured_again: bool = False) -> None:
         raise RunFolderError(Problem(str(path), what, "make room, or make it writable")) from error
 
 
+def rows_of_kind(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The rows of one kind in metrics.jsonl; torn lines are left out, and a file that cannot be read has none."""
+    try:
+        lines = path.read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        if f'"kind": "{kind}"' in line:
+            with contextlib.suppress(ValueError):
+                found.append(parse_json(line))
+    return [row for row in found if isinstance(row, dict) and row.get("kind") == kind]
+
+
 def measured(ctx: RunContext, step: int) -> bool:
     """Whether metrics.jsonl holds the held-out loss after `step`, as rank 0 sees it. Collective."""
     found = False
     if ctx.runtime.is_main:
-        with contextlib.suppress(OSError):
-            lines = ctx.folder.metrics.read_text("utf-8", errors="replace").splitlines()
-            rows = (json.loads(line) for line in lines if '"kind": "eval"' in line)  # torn lines are cut by now
-            found = any(row.get("step") == step for row in rows)
+        found = any(row.get("step") == step for row in rows_of_kind(ctx.folder.metrics, "eval"))
     return bool(ctx.runtime.broadcast("yes" if found else ""))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from phi3_dist.errors import Problem, RunFolderError, TrainingError
-from phi3_dist.training.checkpoints.files import Checkpoint, Kept, read_state, verify, write_checkpoint
-from phi3_dist.training.checkpoints.state import export_state, import_state
+from phi3_dist.training.checkpoints.files import Checkpoint, Kept, verify, write_checkpoint
+from phi3_dist.training.checkpoints.state import export_state, restore
 from phi3_dist.training.context import RunContext
 from phi3_dist.training.evaluate import HeldOut
 from phi3_dist.training.monitor.health import Health
@@ -135,8 +135,7 @@ class Saver:
             if not isinstance(found, Checkpoint):
                 what = f"was the best by held-out loss ({loss:.4f}), and can't be used: {found}"
                 raise TrainingError(Problem(where.name, what, "--resume with save.final=last takes the last step's"))
-            skipped = int(found.trainer.get("health", {}).get("skipped", 0))
-            import_state(ctx.engine, read_state(found), step - skipped)
+            restore(ctx.engine, found)
             ctx.metrics.say(f"adapter: that of step {step} of {done}, whose held-out loss is the lowest, {loss:.4f}")
             return step, HeldOut.of_checkpoint(loss)
         if ctx.cfg.save.final == "best" and self._best is None:

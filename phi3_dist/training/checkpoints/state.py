@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from phi3_dist.adapters.select import choose
 from phi3_dist.errors import Problem, TrainingError
+from phi3_dist.training.checkpoints.files import Checkpoint, read_state
 from phi3_dist.training.engines.engine import DeepSpeedEngine, Engine
 from phi3_dist.training.engines.optimizer import trained
 from phi3_dist.training.engines.zero_state import (
@@ -29,7 +30,7 @@ from phi3_dist.training.engines.zero_state import (
     step_count,
 )
 
-__all__ = ["BLOCKS", "export_state", "import_state", "unrounded_adapter"]
+__all__ = ["BLOCKS", "export_state", "import_state", "restore", "unrounded_adapter"]
 
 BLOCKS = ("state1", "absmax1", "state2", "absmax2")
 """An 8-bit moment of bitsandbytes: a byte for each value, and the float32 maximum of each block. The table that gives
@@ -131,6 +132,12 @@ def import_state(engine: Engine, state: Mapping[str, Tensor], steps: int) -> Non
             _import_blocks(engine.optimizer, param, parts, steps)
         else:
             _import_torch(engine.optimizer, param, parts, steps)
+
+
+def restore(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's state into the engine. A skipped step is none of Adam's. Collective."""
+    skipped = int(checkpoint.trainer.get("health", {}).get("skipped", 0))
+    import_state(engine, read_state(checkpoint), checkpoint.step - skipped)
 
 
 def _shapes(engine: Engine, param: nn.Parameter) -> dict[str, tuple[int, ...]]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from phi3_dist.data.prepare import Prepared
 from phi3_dist.modeling.lora import Counts
 from phi3_dist.planning.facts import Choice
 from phi3_dist.planning.plan import RunPlan
+from phi3_dist.training.context import RunContext
 from phi3_dist.training.monitor.metrics import Metrics
+from phi3_dist.training.monitor.step_parts import run_facts
 
-__all__ = ["announce"]
+__all__ = ["announce", "record_start"]
 
 
 def announce(
@@ -40,3 +43,12 @@ def announce(
         f"batch: {plan.global_batch} packs a step = {plan.micro_batch} a forward pass "
         f"x {plan.accumulation} accumulation x {plan.world_size} ranks; {total} steps"
     )
+
+
+def record_start(ctx: RunContext, of_model: Sequence[Choice], first: int) -> None:
+    """plan.json, environment.json and a heartbeat of a run that makes its steps from `first` on. On rank 0 alone."""
+    plan = replace(ctx.runtime.plan, steps=ctx.total, choices=(*ctx.runtime.plan.choices, *of_model))
+    ctx.folder.write_json("plan.json", {**plan.to_dict(), "identity": dict(ctx.identity), **run_facts(ctx)})
+    ctx.folder.record_environment()
+    ctx.folder.forget_exit()
+    ctx.folder.heartbeat(first)

@@ -124,6 +124,9 @@ class Metrics:
             return
         row = {"kind": "train", **row, "elapsed_s": round(time.perf_counter() - self.started, 3)}
         self._write(row)
+        self._show_step(row, left_s)
+
+    def _show_step(self, row: dict[str, Any], left_s: float) -> None:
         loss, speed = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}", f"{row['supervised_tokens_per_s']:,.0f}"
         text = f"{loss}  |g| {row['grad_norm']:.3f}  {speed} supervised tok/s"
         line = f"step {row['step']}/{self.total}  {text}  left {left_s:.0f} s"
@@ -162,6 +165,9 @@ class Metrics:
         if not self.active:
             return
         self._write({"kind": "eval", **row})
+        self._show_evaluation(row)
+
+    def _show_evaluation(self, row: dict[str, Any]) -> None:
         when = f"after step {row['step']}" if row["step"] else "before the first step"
         self.say(
             f"held-out loss {row['heldout_loss']:.4f} (perplexity {row['heldout_perplexity']:.2f}) "
