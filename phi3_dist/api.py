@@ -96,7 +96,7 @@ def train(
     """
     cfg = load_run(run, overrides)
     if overwrite and resume:
-        raise ConfigError(Problem("overwrite, resume", "exclude each other", "give one of them"))
+        raise ConfigError(Problem("overwrite, resume", "cannot be combined", "give one of them"))
     from phi3_dist.machine.probe import launch_facts, probe
     from phi3_dist.training.early_checks import check_early
     from phi3_dist.training.loop import train as run_training

@@ -241,7 +241,7 @@ def _installed() -> dict[str, str]:
 def with_hub_base(card: str, before: str, base: str, revision: str | None) -> str:
     """A card as it is handed on: `base`, a hub id, in place of the local base `before`, a path or a name.
 
-    Raises ValueError for front matter that is no YAML.
+    Raises ValueError for front matter that is not YAML.
     """
     name, at = Path(before).name, f" (revision `{revision}`)" if revision else ""
     argument = f', revision="{revision}"' if revision else ""
@@ -257,7 +257,7 @@ def with_hub_base(card: str, before: str, base: str, revision: str | None) -> st
     try:
         front, _ = divided(card)
     except ValueError as error:
-        raise ValueError(f"the front matter of {name or 'the card'} is no YAML") from error
+        raise ValueError(f"the front matter of {name or 'the card'} is not YAML") from error
     tags = [tag for tag in front.get("tags") or ["lora", "peft", "phi3"] if not str(tag).startswith("base_model:")]
     tags = [*(tag for tag in tags if tag != "adapter"), f"base_model:adapter:{base}"]
     return with_front(card, {"base_model": base, "tags": tags})

@@ -111,7 +111,7 @@ def _as_optimized(tensors: dict[str, Tensor], unrounded: Mapping[str, Tensor]) -
     differ = [key for key, exact in unrounded.items() if not torch.equal(exact.to(tensors[key].dtype), tensors[key])]
     if differ:
         what = f"{len(differ)} tensors of the model are not the optimizer's rounded, first {differ[0]}"
-        raise AdapterError(Problem("adapter", what, "go on from the last checkpoint with --resume"))
+        raise AdapterError(Problem("adapter", what, "continue from the last checkpoint with --resume"))
     return {**tensors, **unrounded}
 
 
@@ -232,7 +232,7 @@ def _compare(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 different.append(key)
     different += sorted(names - set(tensors))
     if different:
-        what = f"{len(different)} tensors read back other than they were written, first {different[0]}"
+        what = f"{len(different)} tensors read back different from what was written, first {different[0]}"
         raise AdapterError(Problem(str(path.name), what, "the disk or its driver is faulty: save to another one"))
 
 

@@ -32,7 +32,7 @@ _NOT_A_SIDE = ("base", "difference", "samples")
 
 
 def said_of_hub(source: str) -> bool:
-    """Whether a name can be one of the hub's, and is no file or folder here."""
+    """Whether a name can be one of the hub's, and is not a file or folder here."""
     return bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
 
 
@@ -57,7 +57,7 @@ def front_matter(facts: Mapping[str, Any], base: str | None) -> dict[str, Any]:
 def model_index(
     name: str, rows: str, measures: Mapping[str, Any], datasets: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Measures on `rows` in the hub's form; an empty list without any. Counts are left out, and what is no number."""
+    """Measures on `rows` in the hub's form; an empty list without any. Counts and what is not a number are left out."""
     metrics = []
     for key, value in measures.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or key in _COUNTS or not math.isfinite(value):
@@ -72,7 +72,7 @@ def model_index(
 
 
 def evaluation_of(said: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What the rows of an evaluation.json are called, and the adapter's measures: the first side's that is no base."""
+    """What the rows of an evaluation.json are called, and the measures of the first side that is not a base."""
     rows = str(said.get("data") or "held-out rows")
     rows = Path(rows).name if "/" in rows and not said_of_hub(rows) else rows
     for name, side in said.items():
@@ -82,16 +82,16 @@ def evaluation_of(said: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def divided(card: str) -> tuple[dict[str, Any], str]:
-    """A card's head and its text. Raises ValueError for a head that is no YAML mapping."""
+    """A card's head and its text. Raises ValueError for a head that is not a YAML mapping."""
     if not (card.startswith("---\n") and "\n---\n" in card):
         return {}, card
     head, _, body = card.removeprefix("---\n").partition("\n---\n")
     try:
         front = yaml.safe_load(head) or {}
     except yaml.YAMLError as error:
-        raise ValueError("the front matter of the card is no YAML") from error
+        raise ValueError("the front matter of the card is not YAML") from error
     if not isinstance(front, dict):
-        raise ValueError("the front matter of the card is no YAML mapping")
+        raise ValueError("the front matter of the card is not a YAML mapping")
     return front, body
 
 

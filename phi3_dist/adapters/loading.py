@@ -53,7 +53,7 @@ def trained_fact(cfg: RunConfig) -> dict[str, str]:
 def _needed(folder: Path) -> int:
     said = read_metadata(folder).get(_ROWS, "0")
     if not said.isdecimal():
-        what = f"says {_ROWS} {said!r}, which is no number of rows"
+        what = f"says {_ROWS} {said!r}, which is not a number of rows"
         raise AdapterError(Problem(str(folder), what, "save the adapter again"))
     return int(said)
 
@@ -63,7 +63,7 @@ def too_few_rows(folder: Path, rows: int) -> list[Problem]:
     needed = _needed(folder)
     if rows >= needed:
         return []
-    what = f"has {rows:,} rows of embedding, and the adapter in {folder} has taught tokens up to row {needed:,}"
+    what = f"has {rows:,} rows of embedding, and the adapter in {folder} has new tokens up to row {needed:,}"
     return [Problem("model.source", what, "name the adapter's folder as model.tokenizer, and its model.new_tokens")]
 
 
@@ -74,7 +74,7 @@ def not_to_go_on_from(folder: Path, config: Mapping[str, Any]) -> list[Problem]:
         return [Problem(where, f"{folder} holds an adapter of the kind {kind}", "give one of LoRA")]
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(MOVED_BASE):
-        what = f"{folder} was trained with {start} beside a base that it had changed, and is no update of the plain one"
+        what = f"{folder} was trained with {start} beside a base that it had changed; it does not fit the plain one"
         fix = "save it with PEFT's path_initial_model_for_weight_conversion first"
         return [Problem(where, what, fix)]
     said = [key for key in _OTHER_FORWARD if config.get(key)]

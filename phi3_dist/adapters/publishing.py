@@ -21,13 +21,13 @@ __all__ = ["publish"]
 def publish(folder: str | Path, target: str | Path, base: str, revision: str | None = None) -> Path:
     """Copy the adapter in `folder` to the new folder `target`, naming `base` (a hub id) as what it belongs on.
 
-    Raises ConfigError for a `base` that is no hub id, AdapterError for an adapter that is damaged, and for a target
+    Raises ConfigError for a `base` that is not a hub id, AdapterError for an adapter that is damaged, and for a target
     that exists or can't be written. Then nothing is left of it.
     """
     folder, target = Path(folder), Path(target)
     owner, _, name = base.partition("/")
     if not owner or not name or "/" in name or owner.startswith((".", "~")) or Path(base).is_dir():
-        what = f"{base!r} is no model on the hub, and a path means nothing elsewhere"
+        what = f"{base!r} is not a model on the hub, and a path means nothing elsewhere"
         raise ConfigError(Problem("--base", what, "owner/name, such as microsoft/Phi-3-mini-4k-instruct"))
     if target.exists():
         raise AdapterError(Problem(str(target), "exists", "choose another folder, or remove it"))

@@ -1,6 +1,6 @@
 """The forms that a LoRA linear can take on a card, each a forward and a backward over the same tensors.
 
-`base` is no LoRA at all: what the others are held against. `shipped` is fused_lora's autograd function. `beta 1` puts
+`base` is not LoRA at all: what the others are held against. `shipped` is fused_lora's autograd function. `beta 1` puts
 LoRA's product first and adds the base's to it, with torch's operations; `triton` does so over Triton's kernels.
 `padded` keeps W, A and B in one weight (O + R) × (I + R), so that LoRA is R more columns of the same product: the pass
 before must write x into rows of I + R, the one behind the gradient into rows of O + R (not timed here). With dropout

@@ -67,7 +67,7 @@ def config_of_source(source: str) -> Any:
     if family is not None:
         return _config_of_family(family)
     if source != TINY and not Path(source).is_dir():
-        what = f"{source} is no folder here and no hub id whose shape is known"
+        what = f"{source} is neither a folder here nor a hub id whose shape is known"
         raise ConfigError(Problem("model.source", what, "give a folder with config.json, or a Phi-3 of Microsoft's"))
     return find_base(source).config
 

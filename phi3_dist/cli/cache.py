@@ -35,9 +35,7 @@ def cache_list(runs: Runs = None) -> None:
 
 @cache_app.command("prune")
 def cache_prune(
-    days: Annotated[
-        float, typer.Option(min=0, help="Remove what was not used for so many days. 0: everything.")
-    ] = 30.0,
+    days: Annotated[float, typer.Option(min=0, help="Remove what was not used for N days. 0: everything.")] = 30.0,
     runs: Runs = None,
 ) -> None:
     """Remove what was not used for a month. With --runs also computed starts: those runs can then not be extended."""
@@ -47,4 +45,4 @@ def cache_prune(
     removed, held = prune(cache_folder(), runs, days)
     typer.echo(f"removed {len(removed)} entries, {sum(entry.bytes for entry in removed) / 2**20:,.1f} MiB")
     for entry in held:
-        typer.echo(f"kept {entry.path}: somebody uses it, or it can't be removed")
+        typer.echo(f"kept {entry.path}: it is in use, or can't be removed")

@@ -20,7 +20,7 @@ def import_(
     output: Output = None,
     devices: Annotated[int, typer.Option(min=1, help="Devices that the recipe was meant for.")] = 1,
 ) -> None:
-    """Make a run file of another tool's recipe, and say of each key what became of it. Nothing of it is run."""
+    """Make a run file of another tool's recipe, and list what became of each key. Nothing in it is executed."""
     from rich.console import Console
 
     from phi3_dist.recipes.importing import findings_table, import_run
@@ -36,7 +36,7 @@ def config_new(
     rows: Annotated[str | None, typer.Option(help="What to train on: a file, a folder, or a hub id.")] = None,
     output: Output = None,
 ) -> None:
-    """Make a run file to begin with: what the base model's variant speaks for, and why."""
+    """Make a first run file, with settings suited to this base and the reasons."""
     from phi3_dist.config.starter import FILL_IN_ROWS, first_run_file
 
     _write(first_run_file(source, rows or FILL_IN_ROWS), output)
@@ -78,7 +78,7 @@ def publish(
     base: Annotated[str, typer.Option(help="Hub id of the base, owner/name.", show_default=False)],
     revision: Annotated[str | None, typer.Option(help="Revision of the base on the hub.")] = None,
 ) -> None:
-    """Copy an adapter to hand on: the base by its hub id, no path of this machine."""
+    """Copy an adapter for others: the base by its hub id, no path of this machine."""
     from phi3_dist.adapters.publishing import publish as copy
 
     typer.echo(f"written: {copy(adapter, target, base, revision)}")

@@ -22,14 +22,12 @@ Base = Annotated[
 def adapter(
     run: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="New folder.", show_default=False)],
-    step: Annotated[
-        int | None, typer.Option(min=1, help="The checkpoint after so many steps; by default the last.")
-    ] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="The checkpoint after N steps; by default the last.")] = None,
     best: Annotated[bool, typer.Option("--best", help="The checkpoint with the least held-out loss.")] = False,
 ) -> None:
     """Write the adapter that a checkpoint of a run holds, as a folder that PEFT loads."""
     if best and step is not None:
-        raise ConfigError(Problem("--best --step", "exclude each other", "give one of them"))
+        raise ConfigError(Problem("--best --step", "cannot be combined", "give one of them"))
     from phi3_dist.export.from_checkpoint import adapter_of_checkpoint
 
     receipt, checkpoint = adapter_of_checkpoint(run, out, step=step, best=best)
@@ -55,12 +53,12 @@ def export(
     method: Annotated[str, typer.Option(help="combine: PEFT's method (cat, svd, linear, ties, …).")] = "cat",
     density: Annotated[float | None, typer.Option(help="combine: share of values that TIES and DARE keep.")] = None,
 ) -> None:
-    """Write an adapter in another form, once its logits are the live model's: a merged model, llama.cpp's adapter, …"""
+    """Write an adapter in another form, checked against the live model's logits: a merged model, llama.cpp's, …"""
     from phi3_dist.export.exporting import KINDS
     from phi3_dist.export.exporting import export as run_export
 
     if form not in KINDS:
-        raise ConfigError(Problem("--as", f"{form!r} is no form", f"one of {', '.join(KINDS)}"))
+        raise ConfigError(Problem("--as", f"{form!r} is not a form", f"one of {', '.join(KINDS)}"))
     if into not in (None, "base", "nf4"):
         raise ConfigError(Problem("--into", f"{into!r} is neither base nor nf4", "base or nf4"))
     shares = _numbers(weights)
@@ -84,7 +82,7 @@ def _numbers(text: str | None) -> list[float]:
     try:
         return [float(part) for part in text.split(",")] if text else []
     except ValueError as error:
-        raise ConfigError(Problem("--weights", f"{text!r} is no list of numbers", "--weights 0.7,0.3")) from error
+        raise ConfigError(Problem("--weights", f"{text!r} is not a list of numbers", "--weights 0.7,0.3")) from error
 
 
 @app.command()
@@ -98,7 +96,7 @@ def check(
     ] = None,
     server_base: Annotated[str | None, typer.Option(help="The base for the server: for llama.cpp a GGUF file.")] = None,
     data: Annotated[str | None, typer.Option(help="Rows to ask; by default the run's held-out ones.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Say whether a server will load an adapter, be right with it, and with which flags. Exits with 6 if not."""
     import sys
@@ -107,7 +105,7 @@ def check(
     from phi3_dist.serving.rules import SERVERS
 
     if server not in SERVERS:
-        raise ConfigError(Problem("--for", f"{server!r} is no server that is known", f"one of {', '.join(SERVERS)}"))
+        raise ConfigError(Problem("--for", f"{server!r} is not a server that is known", f"one of {', '.join(SERVERS)}"))
     opened, verdict = checking.check(source, server, base=base)
     trial = None
     if run:
@@ -131,9 +129,11 @@ def push(
     language: Annotated[list[str] | None, typer.Option(help="For the card, such as en; may be repeated.")] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="For the card, a hub id; may be repeated.")] = None,
     public: Annotated[bool, typer.Option("--public", help="A repository that everybody can read.")] = False,
-    upload: Annotated[bool, typer.Option("--upload", help="Do it; else only shown.")] = False,
+    upload: Annotated[
+        bool, typer.Option("--upload", help="Upload; without it, only show what would be uploaded.")
+    ] = False,
 ) -> None:
-    """Show what of an adapter would go to the hub, and with --upload upload it, into a private repository."""
+    """Show what would be uploaded to the hub; with --upload, upload it to a private repository."""
     from phi3_dist.export.pushing import push as run_push
 
     done = run_push(

@@ -39,7 +39,7 @@ def plan(
     machines: Annotated[int | None, typer.Option("--num_machines", min=1, help="With --config_file: nodes.")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
 ) -> None:
-    """Print every way to run this on so many GPUs, the best first: memory, network, time. Imports no torch.
+    """Print every way to run this on the given GPUs, best first: memory, network, time. Does not import torch.
 
     With --config_file, --num_processes or --device cpu, or of a sweep file: one launch's plan, choice by choice.
     """

@@ -16,7 +16,7 @@ EVERY_S = 10.0
 
 @contextmanager
 def progress_line(console: Console | None = None) -> Iterator[Callable[[str, int], None]]:
-    """A function to tell what is being done and to how many rows. Writes to standard error."""
+    """A function that reports what is being done and to how many rows. Writes to standard error."""
     out = console or Console(stderr=True, highlight=False)
     began = time.perf_counter()
     doing, printed, rows_then, since = "", began, 0, began

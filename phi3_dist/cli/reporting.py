@@ -15,13 +15,13 @@ from phi3_dist.errors import ConfigError, Problem
 @app.command()
 def report(
     run_folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN_FOLDER...", help="One run folder, or several to lay over one another.")
+        list[Path], typer.Argument(metavar="RUN_FOLDER...", help="One run folder, or several to overlay.")
     ],
     output: Annotated[
         Path | None, typer.Option("--output", help="Page of several runs.", show_default="comparison.html")
     ] = None,
 ) -> None:
-    """Write a run's page and curves, also while it runs; of several runs one page with what differs as the legend."""
+    """Write a run's page and curves, also while it runs; for several runs, one page with what differs as the legend."""
     from phi3_dist.report.page import write_comparison, write_page
 
     if len(run_folders) > 1:

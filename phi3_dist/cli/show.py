@@ -58,7 +58,7 @@ def data_show(
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="The findings, as JSON.")] = False) -> None:
-    """Say what this machine is and what is wrong with it. Ends with 8 where training could not start."""
+    """Check this machine, and say what to fix. Exits with 8 if training could not start."""
     from phi3_dist.machine.doctor import as_text, diagnose
 
     findings = diagnose()

@@ -32,14 +32,17 @@ def slurm(
     master: Annotated[str | None, typer.Option(help="Address of the first node; else it is looked up.")] = None,
     directive: Annotated[list[str] | None, typer.Option(help="One more #SBATCH line, as --name=value.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after a time limit, a preemption or a lost node, as the same job.")
+        bool,
+        typer.Option("--resume", help="Continue after a time limit, a preemption or a lost node, as the same job."),
     ] = False,
     slack: Annotated[int, typer.Option(help="Seconds before the time limit at which to save and stop.")] = 180,
     max_requeues: Annotated[int, typer.Option(help="How often the job may start again, with --resume.")] = 3,
     array: Annotated[list[str] | None, typer.Option(help="A sweep: key.path=value,value. May be repeated.")] = None,
-    chain: Annotated[int, typer.Option(help="Jobs that go on one from another, for runs beyond a time limit.")] = 1,
+    chain: Annotated[
+        int, typer.Option(help="Jobs in a chain, each continuing the one before, for runs beyond a time limit.")
+    ] = 1,
     script: Annotated[Path | None, typer.Option(help="Where to write the script.")] = None,
-    submit: Annotated[bool, typer.Option("--submit", help="Hand it to Slurm.")] = False,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit it to Slurm.")] = False,
 ) -> None:
     """Render an sbatch script from the run file and a topology, check it, and submit it if asked."""
     from dataclasses import replace

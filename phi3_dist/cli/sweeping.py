@@ -16,9 +16,9 @@ def sweep(
     run_file: RunFile,
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the candidates' run folders.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on; candidates that are new start.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue; new candidates start.")] = False,
     revive: Annotated[
-        list[str] | None, typer.Option(help="A candidate that ended early and shall go on; may be repeated.")
+        list[str] | None, typer.Option(help="A candidate that ended early, to continue; may be repeated.")
     ] = None,
 ) -> None:
     """Train every candidate of a sweep file in one pass over the base, and rank them.
@@ -29,9 +29,9 @@ def sweep(
 
     asked = load_sweep(run_file, overrides or ())
     if overwrite and resume:
-        raise ConfigError(Problem("--overwrite --resume", "exclude each other", "give one of them"))
+        raise ConfigError(Problem("--overwrite --resume", "cannot be combined", "give one of them"))
     if revive and not resume:
-        raise ConfigError(Problem("--revive", "goes on with a sweep that has run", "add --resume"))
+        raise ConfigError(Problem("--revive", "continues a sweep that has run", "add --resume"))
     from phi3_dist.machine.probe import launch_facts, probe
     from phi3_dist.sweep.loop import run_sweep
     from phi3_dist.training.signals import finishing

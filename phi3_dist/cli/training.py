@@ -19,7 +19,7 @@ def train(
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint that verifies, or start.")
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint that verifies, or start.")
     ] = False,
     allow_changed: Annotated[
         list[str] | None, typer.Option(help="A key that may differ from the checkpoint's run; may be repeated.")
@@ -38,7 +38,7 @@ def train(
         faulthandler.enable()  # "Bus error" and where: base weights are mapped, and may be cut short meanwhile
 
     if overwrite and resume:
-        raise ConfigError(Problem("--overwrite --resume", "exclude each other", "give one of them"))
+        raise ConfigError(Problem("--overwrite --resume", "cannot be combined", "give one of them"))
     check_early(cfg, os.environ, overwrite=overwrite, resume=resume)
     with Transcript() as transcript:
         from phi3_dist.machine.probe import launch_facts, probe
@@ -92,9 +92,9 @@ def prepare_run(
         typer.Option(min=1, help="Processes that tokenize; by default one for each core, on two cores one for both."),
     ] = None,
 ) -> None:
-    """Do what a run needs before a GPU is held: download the base, tokenize and pack the data, hash the weights.
+    """Do what a run needs before a GPU is allocated: download the base, tokenize and pack the data, hash the weights.
 
-    Killed and called again, it goes on from what it had finished.
+    Killed and started again, it continues from what was finished.
     """
     from phi3_dist.config.load import load_run
 
@@ -147,7 +147,7 @@ def runs(
 def logs(
     run_folder: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
     rank: Annotated[int, typer.Option(min=0, help="Rank whose log to print.")] = 0,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing, until Ctrl-C.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until Ctrl-C.")] = False,
 ) -> None:
     """Print what one rank of a run has printed."""
     from phi3_dist.report.logs import find_log, follow_log

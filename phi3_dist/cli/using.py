@@ -21,7 +21,7 @@ Target = Annotated[
     str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run, an adapter, a checkpoint or a base.", show_default=False)
 ]
 BaseModel = Annotated[
-    str | None, typer.Option("--base-model", help="Where the base is, if not where the adapter says.")
+    str | None, typer.Option("--base-model", help="Folder or hub id of the base, if not the one the adapter names.")
 ]
 Precision = Annotated[str, typer.Option(help="auto (as the run had it), bf16 or fp32.")]
 Quantization = Annotated[str | None, typer.Option(help="none, nf4 or int8; by default as the run had it.")]
@@ -30,7 +30,7 @@ MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of 
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows that are answered at a time.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0: the likeliest token each time; above it, sampled.")]
 TopP = Annotated[float, typer.Option("--top-p", min=0.001, max=1, help="Sample from the likeliest tokens up to this.")]
-TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample from so many tokens; 0: from all.")]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample from the N likeliest tokens; 0: from all.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of sampled answers.")]
 
 
@@ -38,7 +38,9 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of sampled answers.")]
 def generate(
     target: Target,
     rows: Annotated[Path | None, typer.Argument(help="Prompts, a JSON line each.", show_default=False)] = None,
-    out: Annotated[Path | None, typer.Option("--output", "-o", help="Answers, a JSON line each; goes on.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Answers, one JSON line each; continues where it stopped.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="One prompt; its answer is printed.")] = None,
     system: Annotated[str, typer.Option(help="System message of --prompt.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of answers.")] = False,
@@ -53,10 +55,10 @@ def generate(
     quantization: Quantization = None,
     device: Device = None,
 ) -> None:
-    """Answer a prompt, or every row of a file into another one; killed and called again, it goes on."""
+    """Answer a prompt, or every row of a file into another one; killed and started again, it continues."""
     if (prompt is None) == (rows is None) or (rows is not None and out is None):
         fix = "give --prompt TEXT, or a file of rows and --output FILE"
-        raise ConfigError(Problem("phi3-dist generate", "wants one prompt, or rows and a file for the answers", fix))
+        raise ConfigError(Problem("phi3-dist generate", "takes one prompt, or rows and a file for the answers", fix))
     from phi3_dist.inference.engine import Sampling
     from phi3_dist.inference.files import How, answer_all, answer_file
     from phi3_dist.inference.opening import Options, open_model
@@ -92,7 +94,7 @@ def chat(
     quantization: Quantization = None,
     device: Device = None,
 ) -> None:
-    """Talk to a trained model: on a terminal, or a line a message over a pipe. /help lists commands."""
+    """Talk to a trained model, on a terminal or with one message a line over a pipe. /help lists commands."""
     from phi3_dist.inference.conversation import Conversation
     from phi3_dist.inference.conversation import chat as talk
     from phi3_dist.inference.engine import Sampling
@@ -108,7 +110,7 @@ def chat(
 def evaluate(
     target: Target,
     data: Annotated[str | None, typer.Argument(help="Rows; by default those held out by the run.")] = None,
-    base: Annotated[bool, typer.Option("--base", help="The base too, without the adapter.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Evaluate the base too, without the adapter.")] = False,
     against: Annotated[str | None, typer.Option(help="Another run, adapter or base to compare with.")] = None,
     rows: Annotated[int, typer.Option("--generate", min=0, help="Rows whose answers are scored; 0: none.")] = 100,
     metric: Annotated[

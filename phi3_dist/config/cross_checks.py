@@ -46,7 +46,7 @@ def _lora_pairs(cfg: RunConfig) -> Iterator[Cross]:
         yield Cross(("lora.targets",), "is an empty list: nothing would be adapted", "use all-linear")
     elif isinstance(targets, tuple) and "all-linear" in targets:
         fix = f"write `targets: all-linear`, or a list out of {', '.join(LINEARS)}"
-        yield Cross(("lora.targets",), "all-linear stands in a list", fix)
+        yield Cross(("lora.targets",), "all-linear is inside a list", fix)
 
 
 def _pattern_faults(cfg: RunConfig) -> Iterator[Cross]:
@@ -55,7 +55,7 @@ def _pattern_faults(cfg: RunConfig) -> Iterator[Cross]:
             try:
                 re.compile(key)
             except (re.error, OverflowError, RecursionError) as error:
-                what = f"{key!r} is no regular expression: {error}"
+                what = f"{key!r} is not a regular expression: {error}"
                 yield Cross((f"lora.{name}",), what, "write the end of a module's name, such as down_proj")
     layers = cfg.lora.layers
     if layers == ():
@@ -72,7 +72,7 @@ def _lora_init_pairs(cfg: RunConfig) -> Iterator[Cross]:
     if lora.init == "default":
         return
     if cfg.model.adapter is not None:
-        what = f"is {lora.init}, and model.adapter brings the start itself"
+        what = f"is {lora.init}, and model.adapter already gives the starting weights"
         yield Cross(("lora.init", "model.adapter"), what, "leave it out when training on from an adapter")
     if lora.dora and lora.init != "eva":
         what = f"is {lora.init}, and DoRA's magnitudes start from the plain weight, which that start takes apart"
@@ -108,7 +108,7 @@ def _train_pairs(cfg: RunConfig) -> Iterator[Cross]:
     if train.global_batch % train.micro_batch:
         below = train.global_batch // train.micro_batch * train.micro_batch
         near = f"{below} or {below + train.micro_batch}" if below else str(train.micro_batch)
-        what = f"is {train.global_batch}, which is no multiple of train.micro_batch ({train.micro_batch})"
+        what = f"is {train.global_batch}, which is not a multiple of train.micro_batch ({train.micro_batch})"
         yield Cross(("train.global_batch", "train.micro_batch"), what, f"use {near}")
     if warmup >= 1 and warmup != int(warmup):
         yield Cross(("optim.warmup",), f"is {warmup}: from 1 on it counts whole steps", f"use {round(warmup)}")
@@ -127,7 +127,7 @@ def _needs_held_out(cfg: RunConfig) -> Iterator[Cross]:
     best = cfg.save.final == "best"
     for key, asked in (("train.patience", cfg.train.patience), ("save.final", best and "best")):
         if asked and not cfg.train.eval_every:
-            what = f"is {asked}, and train.eval_every is 0: the held-out loss is measured at the end alone"
+            what = f"is {asked}, and train.eval_every is 0: the held-out loss is measured only at the end"
             yield Cross((key, "train.eval_every"), what, "set train.eval_every to a number of steps")
     if cfg.train.min_improvement and not cfg.train.patience:
         what = f"is {cfg.train.min_improvement:g}, and train.patience is 0: no run ends early"

@@ -62,7 +62,7 @@ def _read_file(path: Path) -> _Source:
     except FileNotFoundError:
         raise ConfigError(Problem(place, "no such file", _nearby(path))) from None
     except IsADirectoryError:
-        raise ConfigError(Problem(place, "is a folder; a run file is wanted", _nearby(path / "x"))) from None
+        raise ConfigError(Problem(place, "is a folder; expected a run file", _nearby(path / "x"))) from None
     except UnicodeDecodeError as error:
         what = f"is not UTF-8 text: {error.reason} at byte {error.start}"
         raise ConfigError(Problem(place, what, "save it as UTF-8")) from None

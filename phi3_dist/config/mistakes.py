@@ -21,7 +21,7 @@ __all__ = ["EXPLAINED_AT_MOST", "explain"]
 EXPLAINED_AT_MOST = 200
 """Errors that are put into words: each unknown key is compared with every known one."""
 
-_TOPOLOGY = "topology stands in the Accelerate config (configs/accelerate/), not in the run file"
+_TOPOLOGY = "topology belongs in the Accelerate config (configs/accelerate/), not in the run file"
 _ELSEWHERE: Mapping[str, str] = {
     # names of other toolkits → the name here, or what to do
     "learning_rate": "optim.lr",
@@ -211,7 +211,7 @@ def explain(error: ValidationError, values: Mapping[str, Any]) -> list[tuple[str
         wanted = " or ".join(dict.fromkeys(_wanted(item) for item in items))
         value = items[0]["input"]
         fix = next((text for text in (_fix_for(item, path) for item in items) if text), "")
-        found.append((path, f"is {shown(value)}; {wanted} is wanted", fix))
+        found.append((path, f"is {shown(value)}; expected {wanted}", fix))
     return _in_file_order(unknown + found, values)
 
 

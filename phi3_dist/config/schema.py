@@ -1,7 +1,7 @@
 """What a user asks for: one frozen object per section of the run file.
 
 The run file holds the experiment (model, data, LoRA, optimizer, schedule). Topology (how many processes, which
-ZeRO stage) stands in the Accelerate config that `accelerate launch` gets, and nowhere else.
+ZeRO stage) is in the Accelerate config that `accelerate launch` gets, and nowhere else.
 Every field says its unit. Unknown keys are refused. Nothing here imports torch.
 """
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 
 def _refuse_bool(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError("a number is wanted, not true or false")
+        raise ValueError("expected a number, not true or false")
     return value
 
 
@@ -35,46 +35,47 @@ class ModelConfig(Section):
     revision: StrictStr | None = None
     """Hub revision: a branch, tag or commit. Only with a hub id."""
     tokenizer: StrictStr | None = None
-    """Tokenizer folder or hub id, where it is not the base model's own."""
+    """Tokenizer folder or hub id, if it is not the base model's."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute dtype. `auto`: bf16 where the hardware has it fast, else fp32; the reason is shown at start."""
+    """Compute dtype. `auto`: bf16 where the hardware is fast in it, else fp32; the reason is printed at start."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Storage of the frozen base. `nf4` is QLoRA (double quantised NF4), `int8` is LLM.int8()."""
     dequantized_layers: Literal["auto"] | Annotated[StrictInt, Field(ge=0, le=2**40)] = "auto"
-    """nf4: decoder layers, counted from the last, that keep their dequantised weights from forward to backward and need
-    not dequantise twice: the same numbers. `auto`: with activation checkpointing all, else as many as fit on a GPU."""
+    """nf4: decoder layers, counted from the last, that keep their dequantised weights from forward to backward:
+    dequantised once instead of twice, the same numbers. `auto`: with activation checkpointing all, else what fits on a
+    GPU."""
     fp8: StrictBool = False
     """Keep the frozen linears under the adapter in FP8 (E4M3): half the memory of bf16, and FP8 products on GPUs that
     have them. The losses differ a little; one process or DDP."""
     attention: Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "flex", "sdpa"] = "auto"
     """Attention backend: `varlen` is torch's own flash-attention, `sdpa` one call for each document. `auto` takes the
-    best that can run, and says why. Documents of a pack never attend to each other in any of them."""
+    fastest that can run, and prints why. With every backend, documents of a pack never attend to each other."""
     loss: Literal["auto", "chunked", "liger"] = "auto"
     """What computes lm_head and the cross-entropy, a chunk of logits at a time: this toolkit, or on a GPU Liger's
-    kernel (`phi3-dist[kernels]`). `auto` is this toolkit, and says why."""
+    kernel (`phi3-dist[kernels]`). `auto` is this toolkit; the plan prints why."""
     fused_lora: StrictBool = True
     """LoRA and its base linear as one function, where PEFT's layer is the plain one: less time and memory, the same
     numbers and files. `false`: PEFT's own forward everywhere."""
     longrope: Literal["auto", "short", "long"] = "auto"
-    """Factors of a LongRoPE model, one choice for the whole run: `auto` takes the long ones where a row is longer than
-    the model's original context. An adapter serves the factors it was trained with."""
+    """Factors of a LongRoPE model, one choice for the whole run: `auto` takes the long ones if any row is longer than
+    the model's original context. Serve an adapter with the factors it was trained with."""
     fused_layers: StrictBool = True
-    """Norms, rotary embedding and SwiGLU in fewer passes over memory, and the last layer's MLP over supervised tokens
-    alone: the same numbers but for the dropout drawn there. `false`: transformers' own modules."""
+    """Norms, rotary embedding and SwiGLU in fewer passes over memory, and the last layer's MLP over supervised
+    tokens only: the same numbers except for the dropout drawn there. `false`: transformers' own modules."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """What computes the fused functions on a GPU: torch's operations, or Triton's kernels, which move fewer bytes and
-    draw LoRA's dropout mask anew in backward (other masks than torch's). `auto`: Triton's where
+    draw LoRA's dropout mask again in backward (other masks than torch's). `auto`: Triton's where
     `make card` has timed whole steps with them on such a card and they gained, else torch's."""
     compile: Literal["auto"] | StrictBool = "auto"
     """Compile the fused layers' passes over memory (torch.compile), once for all packs: the same numbers to rounding.
-    `auto`: on a CPU where the run is long enough to gain more than compiling takes, else not; the plan says why."""
+    `auto`: on a CPU where the run is long enough to gain more than compiling takes, else not; the plan prints why."""
     activation_checkpointing: StrictBool = False
     """Recompute each decoder layer in backward (non-reentrant): less memory, about a fifth more time."""
     adapter: StrictStr | None = None
-    """Folder of an existing LoRA adapter to train on from. The `lora` section must then agree with it."""
+    """Folder of an existing LoRA adapter to continue training. The `lora` section must agree with it."""
     new_tokens: tuple[StrictStr, ...] = ()
-    """Tokens to teach, such as `<|tool|>`: added to the tokenizer where it lacks them, in rows that the base has to
-    spare. Of embedding and head only these rows train; they are saved in the adapter, the tokenizer beside it."""
+    """New tokens to train, such as `<|tool|>`: added to the tokenizer where it lacks them, in spare rows of the base's
+    tables. Only these rows of embedding and head train; they are saved in the adapter, with the tokenizer beside it."""
 
 
 class DataSource(Section):
@@ -83,13 +84,13 @@ class DataSource(Section):
     weight: Annotated[Real, Field(gt=0)] = 1.0
     """How often its rows count: 2 repeats each, 0.25 takes a quarter of them, chosen by a hash of the row."""
     split: StrictStr | None = None
-    """As `data.split`, for this source alone."""
+    """As `data.split`, for this source."""
     subset: StrictStr | None = None
-    """As `data.subset`, for this source alone."""
+    """As `data.subset`, for this source."""
 
 
 class ColumnsConfig(Section):
-    """The columns that the keys of a format are read from, where they have other names."""
+    """The columns that the keys of a format are read from, if they have other names."""
 
     messages: StrictStr = "messages"
     """`messages`: the list of role and content."""
@@ -98,7 +99,7 @@ class ColumnsConfig(Section):
     instruction: StrictStr = "instruction"
     """`alpaca`: the question."""
     input: StrictStr = "input"
-    """`alpaca`: what stands under the question; may be missing or empty."""
+    """`alpaca`: the text under the question; may be missing or empty."""
     output: StrictStr = "output"
     """`alpaca`: the answer."""
     prompt: StrictStr = "prompt"
@@ -114,14 +115,14 @@ class ColumnsConfig(Section):
 class DataConfig(Section):
     train: StrictStr | tuple[StrictStr | DataSource, ...]
     """Rows: a file (JSONL, JSON, CSV, each also .gz or .zst; Parquet), a folder of them, a folder of `save_to_disk`,
-    or a hub id. Several are read one after the other; `{path, weight}` counts a source's rows more or less often."""
+    or a hub id. Several are read one after the other; `{path, weight}` repeats or thins a source's rows."""
     validation: StrictStr | tuple[StrictStr, ...] | None = None
     """Held-out rows, as `train` but without weights. Without it, `validation_share` of the training rows is used."""
     validation_share: Share = 0.05
-    """Share of prompts held out, chosen by a hash of the prompt, so that equal prompts stay together. 0: none."""
+    """Share of prompts held out, chosen by a hash of the prompt: equal prompts stay on one side. 0: none."""
     split: StrictStr = "train"
     """Split of a hub data set, of a folder of `save_to_disk`, and of a folder whose files or folders are named after
-    splits (train, validation, test, dev, eval, the hub's `NAME-00000-of-00001`). What is left out is said."""
+    splits (train, validation, test, dev, eval, the hub's `NAME-00000-of-00001`). A notice lists what is left out."""
     validation_split: StrictStr = "test"
     """The same for what `validation` names."""
     subset: StrictStr | None = None
@@ -130,25 +131,25 @@ class DataConfig(Section):
     """Revision of a hub data set."""
     cache: StrictStr | None = None
     """Folder that keeps tokens, packs and hashes of weights between runs; by default phi3_dist below XDG_CACHE_HOME or
-    ~/.cache. What is finished in it is read without the right to write there."""
+    ~/.cache. Finished entries are read without write permission."""
     pack_length: Annotated[StrictInt, Field(ge=16, le=2**31 - 1)] = 2048
-    """Tokens in a pack at most. Packs hold whole rows, without padding."""
+    """Most tokens in a pack. Packs hold whole rows, without padding."""
     on_long_row: Literal["error", "drop", "cut_turn"] = "error"
     """A row longer than `pack_length`: stop, drop it, or cut it after the last learned answer that fits (and drop it
-    where none does). Dropped and cut rows are counted and named; nothing is cut in silence."""
+    where none does). Dropped and cut rows are counted and named; nothing is cut silently."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """A row that cannot be used: stop and name all of them, or skip, count and list them."""
     supervise: Literal["all", "last"] = "all"
     """Which assistant turns are learned: every one, or the last. A message with `weight: 0` never is."""
     max_rows: Count | None = None
-    """Use only the first n training rows (before the split and the weights). For trying things."""
+    """Use only the first n training rows (before the split and the weights). For experiments."""
     max_validation_rows: Count | None = None
     """Measure the held-out loss over at most n rows, evenly spread over all that are held out. By default over all."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     """What a row looks like. `auto`: that of the first good row of each source; anything but messages is shown. `text`
     is a document of raw text, to which the tokenizer's end-of-document token is added; all but its first is learned."""
     ignore: tuple[StrictStr, ...] = ()
-    """Columns and message keys that are not read, without a word: `[chosen, rejected]`, or flags that are not meant.
+    """Columns and message keys to skip without a notice: `[chosen, rejected]`, or flags that do not apply.
     `[images]` reads the text of rows with pictures, `['<image>']` learns that as text."""
     reasoning: Literal["auto", "drop", "refuse"] = "auto"
     """`reasoning_content` or `thinking` before an answer. `auto`: learned where the chat template renders it, else
@@ -184,7 +185,7 @@ class LoraConfig(Section):
     plus_ratio: Annotated[Real, Field(ge=1)] = 1.0
     """LoRA+: B learns with `optim.lr` times this. 1 is plain LoRA; the paper (arXiv 2402.12354) suggests about 16."""
     freeze_a: StrictBool = False
-    """LoRA-FA (arXiv 2308.03303): A stays as it starts and B alone trains: half the optimizer's memory."""
+    """LoRA-FA (arXiv 2308.03303): A keeps its initial values and only B trains: half the optimizer's memory."""
     init: Annotated[StrictStr, Field(pattern=LORA_INITS)] = "default"
     """How A and B start. `default`: A drawn, B zero. `pissa`: the largest singular vectors of the weight, which are
     taken out of it; `pissa_niter_16` finds them approximately, in 16 iterations, and faster. `loftq`: what NF4 lost of
@@ -207,7 +208,7 @@ class OptimConfig(Section):
     eps: Annotated[Real, Field(gt=0)] = 1e-8
     """Adam's epsilon."""
     max_grad_norm: Annotated[Real, Field(ge=0)] = 1.0
-    """Gradients are scaled down to this global norm. 0: no clipping; the norm is measured all the same."""
+    """Gradients are scaled down to this global norm. 0: no clipping; the norm is still measured."""
 
 
 class TrainConfig(Section):
@@ -226,18 +227,18 @@ class TrainConfig(Section):
     min_improvement: Annotated[Real, Field(ge=0)] = 0.0
     """The least improvement that counts for `patience`, in nats per supervised token."""
     max_bad_steps: Count = 3
-    """A step whose loss or gradient is no finite number is skipped; the run stops at this many in a row."""
+    """A step whose loss or gradient is not a finite number is skipped; the run stops at this many in a row."""
     profile: Annotated[StrictInt, Field(ge=0, le=2**40)] = 0
     """Steps, from the second on, that torch's profiler records on rank 0: a trace and a table of where the time went,
     in `profile/` of the run folder. 0: none."""
     seed: Annotated[StrictInt, Field(ge=0, le=2**63)] = 0
-    """Seed of the adapter's start, the order of packs and dropout."""
+    """Seed of the adapter's initial values, the order of packs and dropout."""
     shuffle: StrictBool = True
     """Draw a new order of packs each epoch."""
     deterministic: Literal["auto"] | StrictBool = "auto"
     """The same run twice, or resumed, gives the same bits. On a CPU it always does. On a GPU attention's backward adds
-    up gradients in the order in which they come, unless it is told not to: on an H200 torch's varlen then took from
-    none (documents of 512 tokens) to two thirds more time (of 64). `auto` is true."""
+    gradients in whatever order they arrive, unless this is set: on an H200 torch's varlen then took from no extra time
+    (documents of 512 tokens) to two thirds more (of 64). `auto` is true."""
 
 
 class SaveConfig(Section):
@@ -246,10 +247,10 @@ class SaveConfig(Section):
     every: Annotated[StrictInt, Field(ge=0, le=2**40)] = 100
     """Steps between two checkpoints; one more at the end. 0: none. A checkpoint costs what the adapter costs."""
     keep: Count = 2
-    """Newest checkpoints that verify and are kept, beside the best by held-out loss and the one a run goes on from."""
+    """How many of the newest checkpoints that verify to keep, besides the best by held-out loss and the one resumed."""
     final: Literal["last", "best"] = "last"
-    """Which state becomes the adapter: that of the last step, or that with the lowest held-out loss, for which every
-    evaluation that is the best so far leaves a checkpoint."""
+    """Which state becomes the adapter: that of the last step, or that with the lowest held-out loss (each evaluation
+    that is the best so far then writes a checkpoint)."""
 
 
 class EvalConfig(Section):
@@ -257,7 +258,7 @@ class EvalConfig(Section):
     """Held-out rows whose answers are generated and scored at each evaluation. 0: none. Each new token takes a forward
     pass over the rows that are still being answered: keep it to a few."""
     max_new_tokens: Count = 64
-    """Tokens of such an answer at most."""
+    """Most tokens of such an answer."""
 
 
 class LogConfig(Section):

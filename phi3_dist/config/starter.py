@@ -76,7 +76,7 @@ def _preset(source: str) -> tuple[Family | None, Preset]:
         return family, PRESETS[family.name] if family else _of_another_size(values)
     family = next((f for f in FAMILIES if source.lower() in map(str.lower, f.hub_ids)), None)
     if family is None:
-        what = "is no folder with a config.json, and no model of the family"
+        what = "is neither a folder with a config.json nor a model of the family"
         raise ModelError(Problem(source, what, f"name a folder, or one of {HUB_IDS}"))
     return family, PRESETS[family.name]
 

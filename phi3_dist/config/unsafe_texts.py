@@ -41,7 +41,7 @@ def text_faults(cfg: RunConfig) -> Iterator[Cross]:
     for path, text in _texts(cfg.model_dump(mode="python"), ""):
         control = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs")), None)
         if control is not None and unicodedata.category(control) == "Cs":
-            what = f"holds bytes that are no text in this language setting ({control!a})"
+            what = f"holds bytes that are not text in this language setting ({control!a})"
             yield Cross((path,), what, "set LC_ALL=C.UTF-8, or write it in the run file")
         elif control is not None and not (path.startswith(_ANY_TEXT) and control in "\n\r\t"):
             what = f"has the control character {control!a}, which no path, script or terminal may get"
@@ -60,7 +60,7 @@ def path_fault(text: str, room: int = 0) -> tuple[str, str]:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
         hub = _HUB_ADDRESS.fullmatch(text)
         fix = f"write the hub id {hub[1]}" if hub else "download it, and name the file or folder"
-        return f"is the address {_shortened(text)}, and a folder, a file or a hub id is wanted", fix
+        return f"is the address {_shortened(text)}; expected a folder, a file or a hub id", fix
     raw = text.encode("utf-8", "replace")
     longest = max((len(part) for part in raw.split(b"/")), default=0)
     if longest > LONGEST_PART - room:

@@ -32,7 +32,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 class YamlFault(ValueError):  # noqa: N818  a user's fault: callers make a Problem of it
-    """Why a text is no YAML that can be read: `what`, and the line (from 1), where it is known."""
+    """Why a text is not YAML that can be read: `what`, and the line (from 1), where it is known."""
 
     def __init__(self, what: str, line: int | None = None) -> None:
         self.what, self.line = what, line
@@ -60,7 +60,7 @@ def read_yaml(
     With `merge` the merge key `<<` is read, else it is a key like any other. Raises `YamlFault`.
     """
     if len(text) > LARGEST_BYTES:
-        raise YamlFault(f"is larger than {LARGEST_BYTES // 1024} KiB, which no such file needs")
+        raise YamlFault(f"is larger than {LARGEST_BYTES // 1024} KiB, too large for such a file")
     document = Document()
     reader: _Reader | None = None
     try:
@@ -112,7 +112,7 @@ class _Reader(yaml.SafeLoader):
     def value(self, node: yaml.Node, path: str) -> Any:
         self.values += 1
         if self.values > MOST_VALUES or len(self.above) > DEEPEST:  # by way of aliases
-            raise YamlFault(f"stands for over {MOST_VALUES:,} values or {DEEPEST} levels, by aliases", _line(node))
+            raise YamlFault(f"expands to over {MOST_VALUES:,} values or {DEEPEST} levels, by aliases", _line(node))
         if any(node is other for other in self.above):
             self.tell(self.where(path, node), "an alias that contains itself")
             return None
@@ -136,7 +136,7 @@ class _Reader(yaml.SafeLoader):
             return self.construct_object(node)
         except (ValueError, LookupError, AttributeError, TypeError, OverflowError):
             # the safe loader looks into what a tag or its own pattern promises: `!!bool maybe`, `!!int ''`, 2024-13-45
-            what = f"is not YAML: {_shortened(repr(node.value))} is no {_short_tag(node.tag)[2:]}"
+            what = f"is not YAML: {_shortened(repr(node.value))} is not a {_short_tag(node.tag)[2:]}"
             raise YamlFault(what, _line(node)) from None
 
     def mapping(self, node: yaml.MappingNode, path: str) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class _Reader(yaml.SafeLoader):
             full = f"{path}.{key}" if path else key
             if key in out:
                 first = self.document.places[full]
-                self.tell(f"{full} ({line})", f"the key stands twice, first at {first}", "keep one of them")
+                self.tell(f"{full} ({line})", f"the key appears twice, first at {first}", "keep one of them")
             self.document.places[full] = line
             out[key] = self.value(value_node, full)
         return {**merged, **out} if merged else out

@@ -77,13 +77,13 @@ class Order:
     def slots(self, step: int, rank: int, world: int, micro_batch: int) -> list[list[int]]:
         """What one rank does in a step: for each accumulation slot, the packs of its forward pass.
 
-        Raises ValueError where global_batch is no multiple of world * micro_batch.
+        Raises ValueError where global_batch is not a multiple of world * micro_batch.
         """
         if not 0 <= rank < world or micro_batch < 1:
             raise ValueError(f"no such rank or micro batch: rank {rank} of {world}, micro batch {micro_batch}")
         if self.global_batch % (world * micro_batch):
             raise ValueError(
-                f"global batch {self.global_batch} is no multiple of {world} ranks × micro batch {micro_batch}"
+                f"global batch {self.global_batch} is not a multiple of {world} ranks × micro batch {micro_batch}"
             )
         packs = self.packs_of_step(step).reshape(-1, world, micro_batch)
         return [[int(pack) for pack in slot] for slot in packs[:, rank]]

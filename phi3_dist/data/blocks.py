@@ -70,7 +70,7 @@ class RawRows:
     """With the first rows of a file that is not what its name says."""
 
     def parsed(self, label: str) -> Iterable[tuple[str, Any]]:
-        """Each row with its place, `label` and a number; a `BadRow` for a line that is no JSON."""
+        """Each row with its place, `label` and a number; a `BadRow` for a line that is not JSON."""
         return rows_of_lines(self.lines, label, self.first_line) if self.lines is not None else self.rows or []
 
 

@@ -245,7 +245,7 @@ def _tokens_in(
         try:
             return _load(folder), True
         except DataError as error:
-            broken = f"the token cache was broken and has been made anew ({error.problems[0].what})"
+            broken = f"the token cache was broken and was rebuilt ({error.problems[0].what})"
             shutil.rmtree(folder)
             folder.mkdir()
     _encode(folder, cfg, tokenizer, workers, tell, before=before)
@@ -315,8 +315,8 @@ def _refuse_changed(folder: Path, before: dict[str, State], fresh: dict[str, str
         changed = [path for path, digest in fresh.items() if content_hash(Path(path)) != digest]
     if changed:
         shutil.rmtree(folder / "parts", ignore_errors=True)
-        what = "was changed while it was read: what was read is thrown away"
-        raise DataError(*(Problem(path, what, "run it again once nobody writes to it") for path in changed))
+        what = "was changed while it was read: what was read is discarded"
+        raise DataError(*(Problem(path, what, "run it again when nothing writes to it any more") for path in changed))
 
 
 def _files_of(cfg: DataConfig) -> list[Path]:
@@ -354,7 +354,7 @@ def _packs_folder(folder: Path, name: str, cfg: DataConfig) -> Path:
 
 
 def _cache_key(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: Path) -> str:
-    """sha256 over what decides the tokens. Packing is no part of it: packs are kept beside them."""
+    """sha256 over what decides the tokens. Packing is not part of it: packs are kept beside them."""
     settings = cfg.model_dump(mode="json", exclude={"pack_length", "on_long_row", "cache", "max_validation_rows"})
     parts: list[Any] = [CACHE_FORMAT, BLOCK_ROWS, BLOCK_BYTES, settings, tokenizer_hash(tokenizer)]
     sources = located(cfg)

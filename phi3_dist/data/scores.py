@@ -62,7 +62,7 @@ def metric_of(name: str) -> Metric:
     if colon and kind and rest:
         return Metric(name, _function(name, kind, rest))
     fix = f"one of {', '.join(DEFAULT)}, regex:PATTERN or module:function"
-    raise ConfigError(Problem(f"--metric {name}", "is no metric", fix))
+    raise ConfigError(Problem(f"--metric {name}", "is not a metric", fix))
 
 
 def _rouge_l() -> Score:
@@ -83,7 +83,7 @@ def _pattern(text: str) -> Score:
     try:
         pattern = re.compile(text)
     except (re.error, RecursionError) as error:
-        what = f"is no regular expression: {error}"
+        what = f"is not a regular expression: {error}"
         raise ConfigError(Problem(f"--metric regex:{text}", what, "quote it for the shell")) from error
 
     def found(where: str) -> str | None:
@@ -116,7 +116,9 @@ def _function(name: str, module: str, function: str) -> Score:
     except AttributeError as error:
         raise ConfigError(Problem(where, f"{module} has no {function}", "name one of its functions")) from error
     if not callable(found):
-        raise ConfigError(Problem(where, f"{function} is no function", "name a function of answer and wanted answer"))
+        raise ConfigError(
+            Problem(where, f"{function} is not a function", "name a function of answer and wanted answer")
+        )
     return found  # type: ignore[no-any-return]
 
 

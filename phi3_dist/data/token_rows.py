@@ -139,7 +139,7 @@ class TokenRows:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of ids, mask and row boundaries; where the rows were read from is no part of it."""
+        """sha256 (hex) of ids, mask and row boundaries; where the rows were read from is not part of it."""
         digest = hashlib.sha256()
         _update(digest, self.ids, "<i4")
         return _fingerprint(self.supervised, self.offsets, digest=digest)

@@ -188,7 +188,7 @@ def _train(config: Path, run_file: Path, overrides: Sequence[str]) -> None:
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *arguments]
     code = subprocess.run(command, env=environment, check=False).returncode
     if code != 0:
-        raise TrainingError(Problem("training", f"ended with exit code {code}", "its own message stands above"))
+        raise TrainingError(Problem("training", f"ended with exit code {code}", "its own message is above"))
 
 
 def _result(before: Score, after: Score, chats: Sequence[Chat], seconds: float) -> None:

@@ -148,7 +148,7 @@ def evaluate(
     """
     asking, how, ranks = asking or Asking(), how or How(), ranks or Ranks()
     if asking.base and asking.against:
-        raise ConfigError(Problem("--base --against", "exclude each other", "give one of them"))
+        raise ConfigError(Problem("--base --against", "cannot be combined", "give one of them"))
     if asking.tasks:
         check_harness()
     names, notices = (list(asking.metrics), []) if asking.metrics else available()
@@ -183,7 +183,7 @@ def _rows(opened: Opened, asking: Asking) -> tuple[Packs, str, list[str]]:
     if asking.data is None:
         if cfg is None:
             fix = "name rows: phi3-dist eval ADAPTER DATA"
-            raise DataError(Problem(opened.name, "lies in no run, whose held-out rows would be taken", fix))
+            raise DataError(Problem(opened.name, "is not inside a run whose held-out rows could be used", fix))
         prepared = prepare(cfg, opened.tokenizer, cache_folder(cfg.cache))
         if prepared.held_out is None:
             fix = "name rows: phi3-dist eval RUN DATA"

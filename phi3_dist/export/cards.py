@@ -18,7 +18,7 @@ _NOTES = {
     "one-rank": "at one rank and one alpha for all modules, without patterns and rsLoRA: the scale of each stands in "
     "its B. The update is the same.",
     "gguf": "as llama.cpp reads it, with an Ollama Modelfile whose FROM line you fill in: "
-    "`llama-server -m base.gguf --lora adapter.gguf`. The scale of each module stands in its B.",
+    "`llama-server -m base.gguf --lora adapter.gguf`. The scale of each module is folded into its B.",
     "combine": "made of several by PEFT's add_weighted_adapter:",
 }
 
@@ -57,7 +57,7 @@ def merged_card(opened: Opened, what: str, drift: Drift) -> str:
 
 `{base}` with a LoRA adapter merged into it by phi3_dist: {what}.
 
-Held against the adapter on its base: {drift}.
+Compared with the adapter on its base: {drift}.
 {rope}
 ```python
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast

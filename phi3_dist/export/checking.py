@@ -49,7 +49,7 @@ class Trial:
     def __str__(self) -> str:
         if self.refused:
             return f"refused: {self.refused[:400]}"
-        ties = f", {self.ties} parting at a tie" if self.ties else ""
+        ties = f", {self.ties} diverging at a tie" if self.ties else ""
         off = f"log-probabilities at most {self.largest:.1e} off"
         return f"{self.same} of {self.prompts} greedy answers are the live model's{ties}; {off}, on {self.origin}"
 
@@ -68,7 +68,7 @@ def check(where: str | Path, server: Server, *, base: str | None = None) -> tupl
     Raises ConfigError for another server, and what `open_adapter` raises.
     """
     if server not in SERVERS:
-        raise ConfigError(Problem("--for", f"{server!r} is no server that is known", f"one of {', '.join(SERVERS)}"))
+        raise ConfigError(Problem("--for", f"{server!r} is not a server that is known", f"one of {', '.join(SERVERS)}"))
     opened = open_adapter(where, base)
     return opened, judge(served_of(opened), server)
 

@@ -64,10 +64,10 @@ def _refuse(opened: Sequence[Opened], weights: Sequence[float], method: str) -> 
         what = f"has {len(weights)} values for {len(opened)} adapters"
         problems.append(Problem("--weights", what, "one for each, in their order: --weights 0.5,0.5"))
     if method not in METHODS:
-        problems.append(Problem("--method", f"{method!r} is none of PEFT's", f"one of {', '.join(METHODS)}"))
+        problems.append(Problem("--method", f"{method!r} is not one of PEFT's", f"one of {', '.join(METHODS)}"))
     for other in opened:
         if other.parts.whole or other.parts.taught or other.parts.dora:
-            what = "holds more than A and B (DoRA, modules in full, taught tokens), which PEFT does not combine"
+            what = "holds more than A and B (DoRA, modules in full, new tokens), which PEFT does not combine"
             problems.append(Problem(str(other.folder), what, "merge it, and train the next on that"))
         if other.trained_on != opened[0].trained_on:
             what = f"was trained on the base in {other.trained_on}, {opened[0].folder} in {opened[0].trained_on}"

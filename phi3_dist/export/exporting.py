@@ -80,7 +80,7 @@ def export(
     not the live model), RunFolderError (an unfinished run), ModelError, DataError. Nothing is left of `out` then.
     """
     if kind not in KINDS:
-        raise AdapterError(Problem("--as", f"{kind!r} is no form", f"one of {', '.join(KINDS)}"))
+        raise AdapterError(Problem("--as", f"{kind!r} is not a form", f"one of {', '.join(KINDS)}"))
     opened, out = open_adapter(where, base), Path(out)
     tokenizer = tokenizer_of(opened)
     if kind == "gguf":

@@ -42,7 +42,7 @@ def choose_checkpoint(run: Path, step: int | None = None, *, best: bool = False)
     newest, passed = find_checkpoint(root)
     if newest is None:
         what = f"has no checkpoint that verifies: {passed[0] if passed else 'none was written'}"
-        raise RunFolderError(Problem(str(run), what, "save.every says how often one is written; --resume goes on"))
+        raise RunFolderError(Problem(str(run), what, "save.every says how often one is written; --resume continues"))
     if best:
         found = newest.trainer.get("best")
         if not found:

@@ -54,7 +54,7 @@ def refuse_for_gguf(opened: Opened) -> None:
         what = f"has {', '.join(sorted(parts.whole))} trained in full, and llama.cpp's adapters hold A and B alone"
         problems.append(Problem(where, what, merge))
     if parts.taught:
-        what = "has taught tokens, which the tokenizer in the base's GGUF file does not know"
+        what = "has new tokens, which the tokenizer in the base's GGUF file does not know"
         problems.append(Problem(where, what, merge))
     if opened.base.config.tie_word_embeddings and "lm_head" in parts.updates:
         what = "adapts a head that shares its weights with the embedding: llama.cpp has no tensor of that name"

@@ -40,7 +40,7 @@ def settle_into(opened: Opened, into: Into | None) -> Into:
     """
     chosen = into or ("nf4" if opened.trained_on == "nf4" else "base")
     if opened.start == "loftq" and chosen == "base":
-        what = "began with LoftQ, which makes up for what NF4 loses: on the 16-bit base that is one correction too many"
+        what = "began with LoftQ, which makes up for what NF4 loses: on the 16-bit base it would be applied twice"
         raise AdapterError(Problem(str(opened.folder), what, "--into nf4"))
     if opened.trained_on == "int8" and chosen == "nf4":
         what = "was trained on the base in int8, and not in NF4"

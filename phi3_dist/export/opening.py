@@ -91,7 +91,7 @@ def run_config(run: Path) -> RunConfig:
 def open_adapter(where: str | Path, base: str | None = None) -> Opened:
     """Read an adapter and find its base; `base` (a folder or a hub id) in place of the one that it names.
 
-    Raises AdapterError, with all that is wrong: damaged files, a kind that is no LoRA, a base that can't be found, one
+    Raises AdapterError, with all that is wrong: damaged files, a kind that is not LoRA, a base that can't be found, one
     that the adapter's tensors don't fit.
     """
     folder = adapter_folder(Path(where))
@@ -105,7 +105,7 @@ def open_adapter(where: str | Path, base: str | None = None) -> Opened:
     rows = facts.get("base_rows", "0")
     if not rows.isdecimal():
         raise AdapterError(
-            Problem(str(folder), f"says base_rows {rows!r}, which is no number", "save the adapter again")
+            Problem(str(folder), f"says base_rows {rows!r}, which is not a number", "save the adapter again")
         )
     parts = parts_of(tensors, config)
     found = _base_of(folder, config, settings, base)

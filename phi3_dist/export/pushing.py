@@ -91,7 +91,7 @@ def _check_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise ConfigError(Problem("REPO", f"{repo!r} is no name on the hub", "owner/name")) from error
+        raise ConfigError(Problem("REPO", f"{repo!r} is not a name on the hub", "owner/name")) from error
     if "/" not in repo:
         raise ConfigError(Problem("REPO", f"{repo!r} names no owner", f"owner/{repo}"))
 
@@ -124,8 +124,8 @@ def _complete_card(
         read: Any = ModelCard(card, ignore_metadata_errors=False).data
         said = read.to_dict()
     except (ValueError, TypeError, KeyError) as error:
-        what = f"its head is none that the hub reads: {' '.join(str(error).split())}"
-        raise AdapterError(Problem(CARD, what, "mend or remove the YAML at its top")) from error
+        what = f"the hub cannot read its front matter: {' '.join(str(error).split())}"
+        raise AdapterError(Problem(CARD, what, "fix or remove the YAML at its top")) from error
     path.write_text(card, encoding="utf-8")
     for key, option in (("license", "--license"), ("language", "--language"), ("datasets", "--dataset")):
         if key not in said:

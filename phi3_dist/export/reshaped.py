@@ -88,7 +88,7 @@ def split_names(opened: Opened) -> Parts:
         assert start == update.b.shape[0], f"{module} has {update.b.shape[0]} rows, and its parts {start}"
     fused = [name for name in parts.whole if name.split(".")[-2] in cuts]
     if fused:
-        what = f"{fused[0]} was trained in full, and is no part of an adapter's split form"
+        what = f"{fused[0]} was trained in full, and is not part of an adapter's split form"
         raise AdapterError(Problem(str(opened.folder), what, "--as merged"))
     return Parts(found, dict(parts.whole), dict(parts.taught))
 

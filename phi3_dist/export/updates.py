@@ -87,7 +87,7 @@ class Parts:
             if have[1] != taught.shape[1]:
                 wrong.append(f"{table} has rows of {taught.shape[1]} here and of {have[1]} in the base")
             elif max(ids, default=0) >= max(have[0], rows):
-                wrong.append(f"{table} has a taught row {max(ids)} here, and {have[0]:,} rows in the base")
+                wrong.append(f"{table} has a trained token row {max(ids)} here, and {have[0]:,} rows in the base")
         base.weights.close()
         if not wrong:
             return []

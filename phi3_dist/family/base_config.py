@@ -123,38 +123,38 @@ def _wrong_numbers(values: Mapping[str, Any]) -> Iterator[str]:
         if value is None and key in _WHOLE:
             yield f"{key} is missing or not a whole number"
         elif value is not None and not (_is_whole(value) and whole[0] <= value <= whole[1]):
-            yield f"{key} is {shown(value)}; a whole number from {whole[0]:,} to {whole[1]:,} is wanted"
+            yield f"{key} is {shown(value)}; expected a whole number from {whole[0]:,} to {whole[1]:,}"
     for key, real in _REAL_OR_NONE.items():
         value = values.get(key)
         if value is not None and not (_is_real(value) and real[0] <= value <= real[1]):
-            yield f"{key} is {shown(value)}; a number from {real[0]:g} to {real[1]:g} is wanted"
+            yield f"{key} is {shown(value)}; expected a number from {real[0]:g} to {real[1]:g}"
 
 
 def _wrong_kinds(values: Mapping[str, Any]) -> Iterator[str]:
     tied, activation = values.get("tie_word_embeddings"), values.get("hidden_act")
     if tied is not None and not isinstance(tied, bool):
-        yield f"tie_word_embeddings is {shown(tied)}; true or false is wanted"
+        yield f"tie_word_embeddings is {shown(tied)}; expected true or false"
     if activation is not None and not isinstance(activation, str):
-        yield f"hidden_act is {shown(activation)}; the name of an activation is wanted"
+        yield f"hidden_act is {shown(activation)}; expected the name of an activation"
     ends = values.get("eos_token_id")
     if ends is not None and not all(_is_whole(one) for one in (ends if isinstance(ends, list) else [ends])):
-        yield f"eos_token_id is {shown(ends)}; an id or a list of ids is wanted"
+        yield f"eos_token_id is {shown(ends)}; expected an id or a list of ids"
     pad = values.get("pad_token_id")
     if pad is not None and not _is_whole(pad):
-        yield f"pad_token_id is {shown(pad)}; an id is wanted"
+        yield f"pad_token_id is {shown(pad)}; expected an id"
     for key in ("rope_scaling", "rope_parameters"):
         if values.get(key) is not None and not isinstance(values[key], dict):
-            yield f"{key} is {shown(values[key])}; a section with keys under it is wanted"
+            yield f"{key} is {shown(values[key])}; expected a section with keys under it"
 
 
 def _wrong_relations(values: Mapping[str, Any]) -> Iterator[str]:
     heads, kv_heads = values["num_attention_heads"], values.get("num_key_value_heads")
     if values.get("head_dim") is None and values["hidden_size"] % heads:
-        yield f"hidden_size {values['hidden_size']} is no multiple of num_attention_heads {heads}"
+        yield f"hidden_size {values['hidden_size']} is not a multiple of num_attention_heads {heads}"
     elif _rotary(values) < 2 or _rotary(values) % 2:
-        yield f"each head turns {_rotary(values)} values; an even number is wanted"
+        yield f"each head turns {_rotary(values)} values; expected an even number"
     if kv_heads is not None and heads % kv_heads:
-        yield f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+        yield f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
     pad, vocab = values.get("pad_token_id"), values["vocab_size"]
     if pad is not None and not -1 <= pad < vocab:
         yield f"pad_token_id {pad} has no row in a vocabulary of {vocab}"
@@ -183,7 +183,7 @@ def _wrong_rope(values: Mapping[str, Any]) -> Iterator[str]:
         low, high = _REAL_OR_NONE[key]
         value = rope.get(key)
         if value is not None and not (_is_real(value) and low <= value <= high):
-            yield f"rope: {key} is {shown(value)}; a number from {low:g} to {high:g} is wanted"
+            yield f"rope: {key} is {shown(value)}; expected a number from {low:g} to {high:g}"
     if kind == "default":
         return
     if kind not in _LONGROPE:
@@ -193,15 +193,15 @@ def _wrong_rope(values: Mapping[str, Any]) -> Iterator[str]:
     for key in ("short_factor", "long_factor"):
         factors = rope.get(key)
         if not isinstance(factors, list) or not all(_is_real(one) and one > 0 for one in factors):
-            yield f"rope: {key} is {shown(factors)}; a list of numbers above 0 is wanted"
+            yield f"rope: {key} is {shown(factors)}; expected a list of numbers above 0"
         elif len(factors) != pairs:
-            yield f"rope: {key} has {len(factors)} numbers; {pairs} are wanted, one for each rotated pair"
+            yield f"rope: {key} has {len(factors)} numbers; expected {pairs}, one for each rotated pair"
     for key in ("factor", "attention_factor"):
         if rope.get(key) is not None and not (_is_real(rope[key]) and rope[key] > 0):
-            yield f"rope: {key} is {shown(rope[key])}; a number above 0 is wanted"
+            yield f"rope: {key} is {shown(rope[key])}; expected a number above 0"
     original = _original(values)
     if not _is_whole(original) or not 1 < original <= _WHOLE_OR_NONE["max_position_embeddings"][1]:
-        yield f"rope: original_max_position_embeddings is {shown(original)}; the length before LongRoPE is wanted"
+        yield f"rope: original_max_position_embeddings is {shown(original)}; expected the length before LongRoPE"
 
 
 def _original(values: Mapping[str, Any]) -> Any:

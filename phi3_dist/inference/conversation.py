@@ -92,7 +92,7 @@ class Conversation:
             "/base": self._base,
             "/save": lambda: self._save(rest),
         }
-        return done[word]() if word in done else f"{word} is no command here; /help lists them"
+        return done[word]() if word in done else f"{word} is not a command here; /help lists them"
 
     def _system(self, text: str) -> str:
         self.system = text

@@ -96,13 +96,13 @@ def _lines_done(path: Path, keys: Sequence[str]) -> dict[int, str]:
             row = json.loads(line)
             index, key = int(row["index"]), row["key"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(Problem(f"{path}:{number}", "is no line that generate has written", fix)) from error
+            raise DataError(Problem(f"{path}:{number}", "is not a line that generate has written", fix)) from error
         if not 0 <= index < len(keys) or keys[index] != key:
             what = f"answers another prompt, or was made by another model or in another way, than row {index} now"
             raise DataError(Problem(f"{path}:{number}", what, fix))
         found[index] = line
     if raw and not whole and not raw.lstrip().startswith(b'{"index"'):
-        raise DataError(Problem(str(path), "is no file that generate has written", fix))
+        raise DataError(Problem(str(path), "is not a file that generate has written", fix))
     if len(whole) < len(raw):
         os.truncate(path, len(whole))
     return found

@@ -184,7 +184,7 @@ def _adapter_of_run(folder: Path) -> Path:
     if (adapter / CONFIG).is_file():
         return adapter
     checkpoint, _ = find_checkpoint(folder / "checkpoints")
-    fix = "go on with it: phi3-dist train … --resume"
+    fix = "continue it: phi3-dist train … --resume"
     if checkpoint is not None:
         fix += f"; or take what it has so far: {checkpoint.folder}"
     raise RunFolderError(Problem(str(folder), "holds a run that has not finished: there is no adapter in it", fix))
@@ -258,9 +258,9 @@ def _unfit(adapter: Path, base: Base, why: str) -> AdapterError:
 def _of_checkpoint(folder: Path, options: Options) -> Opened:
     found, run = verify(folder), _run_of(folder.resolve().parent.parent)
     if not isinstance(found, Checkpoint):
-        raise RunFolderError(Problem(str(folder), f"is no checkpoint that can be used: {found}", "name another one"))
+        raise RunFolderError(Problem(str(folder), f"is not a checkpoint that can be used: {found}", "name another one"))
     if run is None:
-        what = "lies in no run folder, whose config.yaml says what it is a checkpoint of"
+        what = "is not inside a run folder, whose config.yaml says what it is a checkpoint of"
         raise RunFolderError(Problem(str(folder), what, "leave it in its run's folder"))
     path, cfg = run
     if options.quantization:
@@ -292,7 +292,7 @@ def _with_state(causal_lm: Any, checkpoint: Checkpoint, run: Path, what: tuple[R
         try:
             start = load_file(run / LORA_INIT_FILE)
         except (OSError, SafetensorError) as error:
-            why = f"cannot be read, and the checkpoint goes on from it: {error}"
+            why = f"cannot be read, and the checkpoint continues from it: {error}"
             raise RunFolderError(Problem(str(run / LORA_INIT_FILE), why, "put it back")) from error
     if cfg.lora.init.startswith("pissa") and start:
         subtract_from_base(wrapped, adapted(causal_lm, peft_model.peft_config["default"]), start)

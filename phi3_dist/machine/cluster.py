@@ -121,7 +121,7 @@ def slurm_command(
     chain: int = 1,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Rendered:
-    """The verb `phi3-dist slurm`: write the script, check it, and with `submit` hand it to Slurm, `chain` times.
+    """The verb `phi3-dist slurm`: write the script, check it, and with `submit` submit it to Slurm, `chain` times.
 
     The script goes beside the job's logs unless `script` says where. `tell` gets each job's id at once, so that no end
     of this process leaves a job that nobody knows of. Raises PlanError for a topology that can't run or that Slurm
@@ -157,7 +157,7 @@ def _submit(scripts: Sequence[Path], tell: Callable[[str], None]) -> list[str]:
         except MachineError as error:
             if not job_ids:
                 raise
-            what = f"{len(job_ids)} of {len(scripts)} jobs are submitted, and go on one from another"
+            what = f"{len(job_ids)} of {len(scripts)} jobs are submitted, each continuing the one before"
             fix = f"let them run, or scancel {' '.join(job_ids)}"
             raise MachineError(*error.problems, Problem("--chain", what, fix)) from error
         if len(scripts) > 1:
@@ -192,7 +192,7 @@ def _chain_problems(job: SlurmJob, chain: int) -> Sequence[Problem]:
     if chain < 1:
         problems.append(Problem("--chain", f"{chain} is not a number of jobs", "1 or more"))
     if not job.resumes:
-        problems.append(Problem("--chain", "the second job of a chain goes on from the first", "add --resume"))
+        problems.append(Problem("--chain", "the second job of a chain continues the first", "add --resume"))
     if job.sweep:
         problems.append(Problem("--chain", "not together with --array", "one chain for each value"))
     return problems

@@ -1,4 +1,4 @@
-"""An environment that names a rank or a world, and is no launch that can be followed: refused in one message.
+"""An environment that names a rank or a world, and is not a launch that can be followed: refused in one message.
 
 Left over in a shell or an image, set by a scheduler, or MPI's, whose variables Accelerate reads and torch does not.
 """

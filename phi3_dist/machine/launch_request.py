@@ -65,7 +65,7 @@ def cpu_was_asked(environ: Mapping[str, str]) -> bool:
 
 
 def read_command_line(command: Sequence[str], folder: Path, environ: Mapping[str, str]) -> LaunchRequest | None:
-    """What one command line asks for, when called in `folder`; None where it is no launcher's or doesn't say."""
+    """What one command line asks for, when called in `folder`; None where it is not a launcher's or doesn't say."""
     launcher = _recognise(command, folder)
     return None if launcher is None else _request(launcher, environ)
 

@@ -20,7 +20,7 @@ _PLAIN = str.maketrans({
 def print_in_any_encoding() -> None:
     """Make the standard streams write what their encoding lacks in ASCII (× as x, é as \\xe9) and raise nothing.
 
-    A log on a cluster is often ASCII (LANG=C), and a name may hold bytes that are no text in any encoding.
+    A log on a cluster is often ASCII (LANG=C), and a name may hold bytes that are not text in any encoding.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

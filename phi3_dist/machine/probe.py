@@ -183,7 +183,7 @@ def launch_facts(environ: Mapping[str, str], *, request: LaunchRequest | None = 
         settings = _zero_settings(environ, problems)
         strategy = _zero_strategy(settings, problems)
         if _flag(environ, "ACCELERATE_USE_CPU"):
-            what = "is set beside DeepSpeed: Accelerate would train plain DDP without a word"
+            what = "is set beside DeepSpeed: Accelerate would silently train plain DDP"
             problems.append(Problem("ACCELERATE_USE_CPU", what, "unset it; DeepSpeed finds a CPU by itself"))
     elif _flag(environ, "ACCELERATE_USE_FSDP"):
         strategy = _fsdp_strategy(environ, problems)

@@ -38,10 +38,10 @@ _FAULTS: Mapping[int, tuple[str, str]] = {
     errno.ENOLCK: ("its file server gives out no locks (ENOLCK)", f"let its lock service (lockd) run, or {_LOCAL}"),
     errno.EOPNOTSUPP: ("its file system has no locks (EOPNOTSUPP)", f"mount it with locks, or {_LOCAL}"),
     errno.ENOSYS: ("its file system has no locks (ENOSYS)", f"mount it with locks (Lustre: -o flock), or {_LOCAL}"),
-    errno.ESTALE: ("its file server no longer knows it (ESTALE): removed there, or exported anew", "mount it again"),
+    errno.ESTALE: ("its file server no longer knows it (ESTALE): removed there, or exported again", "mount it again"),
     errno.ENAMETOOLONG: ("is longer than a file's name can be there", "shorten it"),
-    errno.ENOTDIR: ("has a file where a folder is wanted", "name another folder"),
-    errno.EEXIST: ("has a file where a folder is wanted", "name another folder"),
+    errno.ENOTDIR: ("has a file where a folder is needed", "name another folder"),
+    errno.EEXIST: ("has a file where a folder is needed", "name another folder"),
     errno.EIO: ("its disk or file server failed (EIO)", "look into the system's log"),
 }
 SHM_BYTES_OF_A_RANK = 66 * 2**20

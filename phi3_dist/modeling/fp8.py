@@ -157,7 +157,7 @@ def _why_not(layer: LoraLayer) -> str:
     if any(p.requires_grad for p in base.parameters()):
         return "the base trains too"
     if base.in_features % ALIGNED or base.out_features % ALIGNED:
-        return f"{base.in_features} × {base.out_features} are no multiples of {ALIGNED}"
+        return f"{base.in_features} × {base.out_features} are not multiples of {ALIGNED}"
     return ""
 
 

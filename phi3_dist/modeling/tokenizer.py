@@ -215,6 +215,10 @@ def _config_of(folder: Path, source: str) -> dict[str, Any]:
         raise ModelError(Problem(source, f"its tokenizer_config.json is broken: {error}")) from error
     if not isinstance(config, dict):
         raise ModelError(Problem(source, "its tokenizer_config.json is not an object"))
+    longest = config.get("model_max_length")
+    if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 0):
+        what = f"its tokenizer_config.json: model_max_length is {json.dumps(longest)[:40]}; expected a number above 0"
+        raise ModelError(Problem(source, what, "take the tokenizer's files from a published revision"))
     return config
 
 
@@ -236,6 +240,14 @@ def _probes(tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
     yield str(tokenizer.apply_chat_template(turns, tokenize=False))
 
 
+def _encoded(tokenizer: PreTrainedTokenizerFast, text: str, source: str) -> list[int]:
+    try:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except (TypeError, ValueError, KeyError, AttributeError) as error:  # a value of another type in the folder's files
+        what = f"its tokenizer_config.json has a value that transformers cannot use: {error}"
+        raise ModelError(Problem(source, what, "take the tokenizer's files from a published revision")) from error
+
+
 def _check(tokenizer: PreTrainedTokenizerFast, reference: tokenizers.Tokenizer, source: str) -> None:
     try:
         probes = list(_probes(tokenizer))
@@ -243,7 +255,7 @@ def _check(tokenizer: PreTrainedTokenizerFast, reference: tokenizers.Tokenizer, 
         what = f"its chat template fails on a plain chat: {error}"
         raise ModelError(Problem(source, what, "take the tokenizer's files from a published revision")) from error
     for text in probes:
-        ours = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ours = _encoded(tokenizer, text, source)
         files = reference.encode(text, add_special_tokens=False).ids
         if ours != files:
             raise ModelError(

@@ -24,7 +24,9 @@ class WeightsWatch:
         changed = changed_files(self._states)
         if changed:
             what = "was changed between its hash and its loading: the run would not be what it says"
-            raise ModelError(*(Problem(path, what, "start again once nobody writes to it") for path in changed))
+            raise ModelError(
+                *(Problem(path, what, "start again when nothing writes to it any more") for path in changed)
+            )
         spans = _mapped_spans()
         starts = [parameter.data_ptr() for parameter in model.parameters()]
         for path, state in self._states.items():
@@ -33,7 +35,7 @@ class WeightsWatch:
                 self._mapped[Path(path)] = state
 
     def check(self) -> None:
-        """Raises ModelError where a mapped file was written to or cut short; a file put in its place is no harm."""
+        """Raises ModelError where a mapped file was written to or cut short; a file put in its place does no harm."""
         for path, (size, changed_ns, _, inode) in self._mapped.items():
             try:
                 now = state_of(path)
@@ -41,7 +43,7 @@ class WeightsWatch:
                 continue  # removed: what is mapped stays
             if now[3] == inode and now[:2] != [size, changed_ns]:
                 what = "was written to while the run reads it: from here on the base would be another one"
-                fix = "go on with --resume and the old file; put new weights into another folder"
+                fix = "continue with --resume and the old file; put new weights into another folder"
                 raise ModelError(Problem(str(path), what, fix))
 
 

@@ -88,7 +88,7 @@ def answer(
     """Print the table, the terms or the JSON, and write the files. Raises PlanError where nothing fits."""
     shape = shape_of_source(cfg)
     if shape is None:
-        what = f"{cfg.model.source} is no folder here and no hub id whose shape is known"
+        what = f"{cfg.model.source} is neither a folder here nor a hub id whose shape is known"
         raise PlanError(Problem("model.source", what, "give a folder with config.json, or a Phi-3 of Microsoft's"))
     cluster, words = cluster_of(asked)
     advice = advise(cfg, replace(cluster, measured=measured), shape, packages)

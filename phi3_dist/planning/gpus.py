@@ -102,10 +102,10 @@ def gib_of(text: str) -> float:
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT]?)(i?[bB]?)\s*", text)
     factor = {"": 1.0, "m": 1 / 1024, "g": 1.0, "t": 1024.0}.get(found[2].lower() if found else "?")
     if found is None or factor is None or (not found[2] and found[3]) or not float(found[1]):
-        what = f"is {text[:40]!r}, which is no amount of memory"
+        what = f"is {text[:40]!r}, which is not an amount of memory"
         raise PlanError(Problem("--memory-gib", what, "a number of GiB, as in --memory-gib 80, or 80GiB"))
     value = float(found[1]) * factor
     if not found[2] and value > 4096:
-        what = f"is {text[:40]}, and no card has so many GiB"
+        what = f"is {text[:40]}, and no card has that many GiB"
         raise PlanError(Problem("--memory-gib", what, f"with its unit, as in {text.strip()[:20]}MiB"))
     return value

@@ -139,7 +139,7 @@ after_stop() {
     # cancelled, or requeued by Slurm itself
     [ "$state" = RUNNING ] || exit "$1"
     if [ "$STOP" = limit ] && [ "$AT_LIMIT" = next ]; then
-        say "stopped before the time limit; the next job of the chain goes on" && exit "$1"
+        say "stopped before the time limit; the next job of the chain continues" && exit "$1"
     fi
     case " ${ARGS[*]} " in
         *" --resume "*) ;;

@@ -33,7 +33,7 @@ def launch_problems(machine: MachineFacts, launch: LaunchFacts) -> list[Problem]
             f"but this process is one of {launch.world_size}"
         )
         if machine.device == "cpu":
-            fix = f"use {CPU_LAUNCH}; `--cpu` and MULTI_CPU start one process without a word"
+            fix = f"use {CPU_LAUNCH}; `--cpu` and MULTI_CPU silently start one process"
         else:
             fix = "use configs/accelerate/ddp.yaml, or pass --multi_gpu to accelerate launch"
         problems.append(Problem("world size", what, fix))
@@ -58,7 +58,7 @@ def zero_file_problems(launch: LaunchFacts) -> list[Problem]:
     ]
     for key in ("optimizer", "scheduler"):
         if key in settings:
-            what = "stands in the DeepSpeed file, and the run file has its own section `optim`"
+            what = "is in the DeepSpeed file, but the run file sets the optimizer (section `optim`)"
             problems.append(Problem(f"DeepSpeed config: {key}", what, "remove it there"))
     for key in ("bf16", "fp16"):
         section = settings.get(key, {})

@@ -264,7 +264,7 @@ def _accumulation(cfg: RunConfig, world: int, problems: list[Problem]) -> int:
         near = f"{below} or {below + at_once}" if below else str(at_once)
         divisors = [size for size in range(1, micro + 1) if batch % (size * world) == 0]
         other = f", or train.micro_batch={divisors[-1]}" if divisors else ""
-        what = f"is {batch}, which is no multiple of micro_batch × ranks = {micro} × {world} = {at_once}"
+        what = f"is {batch}, which is not a multiple of micro_batch × ranks = {micro} × {world} = {at_once}"
         problems.append(Problem("train.global_batch", what, f"nearest: train.global_batch={near}{other}"))
     return batch // at_once
 

@@ -43,7 +43,7 @@ def launch_of_config(config: Path | None, processes: int | None, nodes: int | No
     except (OSError, YamlFault) as error:
         raise PlanError(Problem(str(config), f"cannot be read: {error}", "one of configs/accelerate/")) from error
     if not isinstance(values, dict):
-        raise PlanError(Problem(str(config), "is no Accelerate config", "one of configs/accelerate/"))
+        raise PlanError(Problem(str(config), "is not an Accelerate config", "one of configs/accelerate/"))
     kind = str(values.get("distributed_type", "NO"))
     world = processes or (1 if kind == "NO" else _count(config, values, "num_processes"))
     strategy, settings = _strategy(config, kind, values)
@@ -59,7 +59,7 @@ def launch_of_config(config: Path | None, processes: int | None, nodes: int | No
 def _count(config: Path, values: Mapping[str, Any], key: str) -> int:
     number = values.get(key, 1)
     if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number < 2**31:
-        raise PlanError(Problem(f"{config}: {key}", f"is {str(number)[:60]}; a whole number of 1 or more is wanted"))
+        raise PlanError(Problem(f"{config}: {key}", f"is {str(number)[:60]}; expected a whole number of 1 or more"))
     return number
 
 

@@ -73,7 +73,7 @@ def _header(strategy: str, num_processes: int, num_machines: int, cpu: bool) -> 
     else:
         lines.append("Another number of processes: accelerate launch --config_file FILE --num_processes N …")
     if cpu and strategy == "ddp":
-        lines.append("MULTI_GPU with use_cpu is meant: MULTI_CPU and `--cpu` start one process without a word.")
+        lines.append("MULTI_GPU with use_cpu is meant: MULTI_CPU and `--cpu` silently start one process.")
     if strategy in _ZERO:
         lines += [
             "deepspeed_config_file is looked up from the folder the command runs in: the repository's root is meant.",

@@ -154,7 +154,7 @@ def support_adapter(  # noqa: PLR0911 -- one return for each refusal, as in `sup
         return No("DoRA has not been proven on shards of 4-bit weights", "zero2")
     if kind == "pissa" and quantization != "none":
         nearest = "loftq" if quantization == "nf4" else "default"
-        return No("PiSSA takes part of each weight away, and the rest would have to be quantised anew", nearest)
+        return No("PiSSA takes part of each weight away, and the rest would have to be quantised again", nearest)
     if kind == "loftq" and quantization != "nf4":
         return No("LoftQ makes up for what NF4 loses", "model.quantization nf4, or init pissa")
     if kind == "eva" and shards:

@@ -98,9 +98,9 @@ def number(path: str, *, whole: bool = False, low: float | None = None) -> Rule:
     def rule(draft: Draft, entry: Entry) -> None:
         value = as_number(entry.value)
         if value is None or (whole and value != int(value)):
-            draft.refuse(entry, f"{path} wants a {'whole ' if whole else ''}number")
+            draft.refuse(entry, f"{path} takes a {'whole ' if whole else ''}number")
         elif low is not None and value < low:
-            draft.refuse(entry, f"{path} wants {low:g} or more")
+            draft.refuse(entry, f"{path} takes {low:g} or more")
         else:
             draft.take(entry, path, int(value) if whole or isinstance(entry.value, int) else value)
 
@@ -113,7 +113,7 @@ def flag(path: str) -> Rule:
     def rule(draft: Draft, entry: Entry) -> None:
         value = as_flag(entry.value)
         if value is None:
-            draft.refuse(entry, f"{path} wants true or false")
+            draft.refuse(entry, f"{path} takes true or false")
         else:
             draft.take(entry, path, value)
 
@@ -127,6 +127,6 @@ def text(path: str) -> Rule:
         if isinstance(entry.value, str) and not isinstance(entry.value, Computed):
             draft.take(entry, path, entry.value)
         else:
-            draft.refuse(entry, f"{path} wants text")
+            draft.refuse(entry, f"{path} takes text")
 
     return rule

@@ -236,7 +236,7 @@ def _in_source_order(entries: list[Entry], order: Mapping[str, int]) -> Iterator
 def read_script(cells: list[tuple[str, str]]) -> tuple[list[Entry], list[tuple[str, ast.Module]], list[Unread]]:
     """Entries, trees and unreadable parts of a script, or of a notebook's code cells: (prefix of places, text) each.
 
-    A cell that is no Python (a shell cell, prose) is left out and named.
+    A cell that is not Python (a shell cell, prose) is left out and named.
     """
     trees: list[tuple[str, ast.Module]] = []
     unread: list[Unread] = []

@@ -69,7 +69,7 @@ def import_run(path: str | Path, *, devices: int = 1) -> Imported:
     file is missing, damaged or of no known dialect, and `ValueError` for `devices` below 1.
     """
     if devices < 1:
-        raise ValueError(f"devices is {devices}; 1 or more is wanted")
+        raise ValueError(f"devices is {devices}; expected 1 or more")
     foreign = dialects.read_foreign(path)
     entries = [*foreign.entries, *_defaults(foreign)]
     draft = Draft(foreign, devices)
@@ -85,7 +85,7 @@ def import_run(path: str | Path, *, devices: int = 1) -> Imported:
     told = {(finding.key, finding.place) for finding in draft.findings}
     for entry in entries:
         if (entry.key, entry.place) not in told:
-            draft.refuse(entry, "another key settles it")
+            draft.refuse(entry, "another key decides it")
     _full_fine_tuning(draft)
     draft.values = {**_REQUIRED, **draft.values}
     _until_valid(draft)
@@ -154,7 +154,7 @@ def _translate(draft: Draft, entry: Entry) -> None:
     elif name in UNSUPPORTED and entry.value not in _NOTHING:
         draft.refuse(entry, UNSUPPORTED[name])
     elif entry.value in _NOTHING:
-        draft.note(entry, "taken", "asks for nothing")
+        draft.note(entry, "taken", "changes nothing")
     else:
         draft.refuse(entry, unsupported_by_prefix(name) or "has no counterpart here")
 
@@ -162,7 +162,7 @@ def _translate(draft: Draft, entry: Entry) -> None:
 def _zero(draft: Draft, entry: Entry) -> None:
     """ZeRO is the launch's business; the stage names the file to launch with."""
     if entry.key != "zero_optimization.stage":
-        draft.refuse(entry, "ZeRO's settings stand in configs/deepspeed/")
+        draft.refuse(entry, "ZeRO's settings are in configs/deepspeed/")
         return
     devices = [draft.foreign.first(f"zero_optimization.offload_{part}.device") for part in ("optimizer", "param")]
     stage = entry.value
@@ -178,7 +178,7 @@ def _full_fine_tuning(draft: Draft) -> None:
     has_lora = any(path.startswith("lora.") for path in draft.values)
     said = any(finding.reason == FULL for finding in draft.findings)
     if foreign.dialect == dialects.TRAINING_ARGUMENTS and trains:
-        reason = "TrainingArguments do not say whether LoRA is used: this toolkit's defaults stand under lora"
+        reason = "TrainingArguments do not say whether LoRA is used: this toolkit's defaults are used under lora"
     elif foreign.dialect in (dialects.DEEPSPEED, dialects.PEFT) or has_lora or not trains or said:
         reason = FULL if said else ""
     else:
@@ -207,7 +207,7 @@ def _until_valid(draft: Draft) -> None:
         draft.values.pop(path)
         if path in _REQUIRED:
             draft.values[path] = _REQUIRED[path]
-        reason = f"{path} {what}; {'it has to be filled in' if path in _REQUIRED else 'the default stands instead'}"
+        reason = f"{path} {what}; {'it has to be filled in' if path in _REQUIRED else 'the default is used instead'}"
         draft.comments.setdefault(path, []).append(reason)
         draft.findings = [
             replace(f, verdict="not supported", reason=reason, target="") if f.target == path else f

@@ -194,10 +194,10 @@ def _renamed(foreign: Foreign) -> Iterator[Fault]:
             new = _RENAMED[entry.key]
             yield Fault(entry.place, f"{entry.key} is an older name", f"write {new}" if new else "leave it out")
         elif entry.section == "trainer" and entry.key in _MOVED:
-            yield Fault(entry.place, f"{entry.key} is no argument of SFTTrainer any more", "give it to SFTConfig")
+            yield Fault(entry.place, f"{entry.key} is not an argument of SFTTrainer any more", "give it to SFTConfig")
         elif entry.section == "model" and entry.key in ("load_in_4bit", "load_in_8bit"):
             fix = f"quantization_config=BitsAndBytesConfig({entry.key}=True)"
-            yield Fault(entry.place, f"{entry.key} is no argument of from_pretrained any more", fix)
+            yield Fault(entry.place, f"{entry.key} is not an argument of from_pretrained any more", fix)
 
 
 # --- code ---------------------------------------------------------------------------------------------------------

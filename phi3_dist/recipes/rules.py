@@ -89,7 +89,7 @@ def _targets(draft: Draft, entry: Entry) -> None:
         whole = [f for f in into if not {name for name, to in FUSED_TARGETS.items() if to == f} <= set(llama)]
         reasons += [f"{name} adapts all the parts it fuses" for name in whole]
     if strange:
-        reasons.append(f"{', '.join(strange)} are no modules of Phi-3")
+        reasons.append(f"{', '.join(strange)} are not modules of Phi-3")
     if not fused:
         draft.change(entry, "lora.targets", "all-linear", "; ".join([*reasons, "all linear modules are adapted"]))
     elif reasons:
@@ -112,7 +112,7 @@ def _modules_to_save(draft: Draft, entry: Entry) -> None:
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         draft.take(entry, "lora.modules_to_save", names)
     else:
-        draft.refuse(entry, "lora.modules_to_save wants a list of names")
+        draft.refuse(entry, "lora.modules_to_save takes a list of names")
 
 
 _SCHEDULES: Mapping[str, str] = {
@@ -154,7 +154,7 @@ def _beta(draft: Draft, entry: Entry) -> None:
     if isinstance(value, list) and len(value) == 2 and all(as_number(item) is not None for item in value):
         draft.take(entry, "optim.betas", [as_number(item) for item in value])
     else:
-        draft.refuse(entry, "optim.betas wants two numbers")
+        draft.refuse(entry, "optim.betas takes two numbers")
 
 
 _DTYPES: Mapping[str, str] = {"bfloat16": "bf16", "bf16": "bf16", "float32": "fp32", "float": "fp32", "auto": "auto"}
@@ -180,7 +180,7 @@ def _mixed(draft: Draft, entry: Entry) -> None:
     if str(entry.value).lower() == "auto":
         draft.take(entry, "model.precision", "auto")
     elif not as_flag(entry.value):
-        draft.note(entry, "taken", "asks for nothing")
+        draft.note(entry, "taken", "changes nothing")
     elif name == "bf16":
         draft.take(entry, "model.precision", "bf16")
     else:
@@ -191,7 +191,7 @@ def _four_bit(draft: Draft, entry: Entry) -> None:
     bits = as_number(entry.value) if entry.key == "quantization_bit" else (4 if "4bit" in entry.key else 8)
     wanted = entry.key == "quantization_bit" or as_flag(entry.value)
     if not wanted:
-        draft.note(entry, "taken", "asks for nothing")
+        draft.note(entry, "taken", "changes nothing")
     elif bits in (4, 8):
         draft.take(entry, "model.quantization", "nf4" if bits == 4 else "int8")
     else:
@@ -221,13 +221,13 @@ def _attention(draft: Draft, entry: Entry) -> None:
 
 
 def _if_on(path: str, value: str) -> Rule:
-    """A rule for a switch: on, `path` gets `value`; off, it asks for nothing."""
+    """A rule for a switch: on, `path` gets `value`; off, it changes nothing."""
 
     def rule(draft: Draft, entry: Entry) -> None:
         if as_flag(entry.value):
             draft.take(entry, path, value)
         else:
-            draft.note(entry, "taken", "asks for nothing")
+            draft.note(entry, "taken", "changes nothing")
 
     return rule
 
@@ -351,7 +351,7 @@ RULES: Mapping[str, Rule] = {
 }
 """By canonical name. Batch sizes, warm-up, steps, evaluation, saving and data are settled from several keys at once."""
 
-_TOPOLOGY = "topology stands in the Accelerate config of the launch"
+_TOPOLOGY = "topology belongs in the Accelerate config of the launch"
 _NO_PADDING = "nothing is padded here"
 _HUB = "nothing is uploaded while training"
 _LOADING = "loading is settled by the strategy"
@@ -374,7 +374,7 @@ UNSUPPORTED: Mapping[str, str] = {
     "resume_from_checkpoint": "say --resume on the command line; a requeued job needs nothing",
     "load_best_model_at_end": "set save.final: best, which makes the state with the lowest held-out loss the adapter",
     "early_stopping_patience": "set train.patience, in evaluations, and train.min_improvement",
-    "logging_dir": "logs stand in the run folder",
+    "logging_dir": "logs are in the run folder",
     "save_safetensors": "adapters are always safetensors",
     "evals_per_epoch": "held-out loss is measured every n steps: set train.eval_every",
     "saves_per_epoch": "checkpoints are written every n steps: set save.every",

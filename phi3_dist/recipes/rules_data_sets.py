@@ -38,7 +38,7 @@ def account_for_data_sets(draft: Draft, entry: Entry) -> None:
 
 def _tell(draft: Draft, entry: Entry, key: str) -> None:
     if entry.value is None:
-        draft.note(entry, "taken", "asks for nothing")
+        draft.note(entry, "taken", "changes nothing")
     elif entry.section == "held-out" and key not in _OF_HELD_OUT:
         draft.refuse(entry, "held-out rows are read as those of data.train are")
     elif key in _RULES:
@@ -64,7 +64,7 @@ def _column(key: str) -> Rule:
         if isinstance(entry.value, str):
             draft.take(entry, f"data.columns.{key}", entry.value) if entry.value != key else _found(draft, entry)
         else:
-            draft.refuse(entry, f"data.columns.{key} wants text")
+            draft.refuse(entry, f"data.columns.{key} takes text")
 
     return rule
 
@@ -86,11 +86,11 @@ def _type(draft: Draft, entry: Entry) -> None:
     """A name, or a prompter of the user's own with columns in it."""
     if isinstance(entry.value, dict):
         if not entry.value:
-            draft.note(entry, "taken", "asks for nothing")
+            draft.note(entry, "taken", "changes nothing")
         for key, value in entry.value.items():
             one = Entry(f"{entry.key}.{key}", value, entry.place, entry.section)
             if value is None:
-                draft.note(one, "taken", "asks for nothing")
+                draft.note(one, "taken", "changes nothing")
             elif key in _FIELDS:
                 _column(_FIELDS[key])(draft, one)
             else:
@@ -116,7 +116,7 @@ def _properties(draft: Draft, entry: Entry) -> None:
     for key, value in names.items():
         _property(str(key))(draft, Entry(f"{entry.key}.{key}", value, entry.place, entry.section))
     if not names:
-        draft.refuse(entry, "names of keys are wanted")
+        draft.refuse(entry, "expected names of keys")
 
 
 def _property(key: str) -> Rule:
@@ -156,7 +156,7 @@ def _text(path: str) -> Rule:
         if isinstance(entry.value, str):
             draft.take(entry, path, entry.value)
         else:
-            draft.refuse(entry, f"{path} wants text")
+            draft.refuse(entry, f"{path} takes text")
 
     return rule
 

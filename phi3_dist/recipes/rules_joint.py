@@ -39,7 +39,7 @@ def _positive(draft: Draft, entry: Entry | None) -> int | None:
         return None
     value = as_number(entry.value)
     if value is None or value < 1 or value != int(value):
-        draft.refuse(entry, "a whole number of 1 or more is wanted")
+        draft.refuse(entry, "expected a whole number of 1 or more")
         return None
     return int(value)
 
@@ -73,16 +73,16 @@ def _warmup(draft: Draft, entries: Mapping[str, Entry]) -> None:
     count = as_number(steps.value) if steps is not None else None
     share = as_number(ratio.value) if ratio is not None else None
     if steps is not None and (count is None or count < 0):
-        draft.refuse(steps, "optim.warmup wants a number of steps, or a share below 1")
+        draft.refuse(steps, "optim.warmup takes a number of steps, or a share below 1")
     elif steps is not None and count is not None and (count > 0 or ratio is None):
         draft.take(steps, "optim.warmup", int(count) if count == int(count) else count)
         if ratio is not None:
             draft.note(ratio, "changed", f"{steps.key} wins over it, as in the source")
         return
     elif steps is not None:
-        draft.note(steps, "taken", "asks for nothing")
+        draft.note(steps, "taken", "changes nothing")
     if ratio is not None and (share is None or not 0 <= share < 1):
-        draft.refuse(ratio, "optim.warmup wants a share below 1")
+        draft.refuse(ratio, "optim.warmup takes a share below 1")
     elif ratio is not None and share is not None:
         draft.take(ratio, "optim.warmup", share, "below 1 it is a share of all steps")
 
@@ -93,7 +93,7 @@ def _steps(draft: Draft, entries: Mapping[str, Entry]) -> None:
         return
     value = as_number(entry.value)
     if value is None or value < 1:
-        draft.note(entry, "taken", "asks for nothing")
+        draft.note(entry, "taken", "changes nothing")
         return
     draft.take(entry, "train.max_steps", int(value))
     if draft.values.pop("train.epochs", None) is not None:
@@ -137,7 +137,7 @@ def _saving(draft: Draft, entries: Mapping[str, Entry]) -> None:
         draft.take(strategy, "save.every", 0)
     elif strategy is not None and kind != "steps":
         draft.change(
-            strategy, "save.every", 100, f"{strategy.value} is no unit here: checkpoints go by steps, and are small"
+            strategy, "save.every", 100, f"{strategy.value} is not a unit here: checkpoints go by steps, and are small"
         )
     elif strategy is not None:
         draft.note(strategy, "taken", "")
@@ -175,7 +175,7 @@ def _sources(draft: Draft, entries: Mapping[str, Entry]) -> None:
         elif key == "dataset" and draft.foreign.first("cutoff_len", "finetuning_type") is not None:
             draft.refuse(entry, "names entries of dataset_info.json: name their files in data.train")
         elif not names:
-            draft.refuse(entry, "data.train wants a file, a folder or a hub id")
+            draft.refuse(entry, "data.train takes a file, a folder or a hub id")
         else:
             sources: list[Any] = [
                 {"path": name, "weight": weights[name]} if weights.get(name, 1.0) != 1.0 else name for name in names

@@ -36,7 +36,7 @@ def _init(draft: Draft, entry: Entry) -> None:
 def _pissa(draft: Draft, entry: Entry) -> None:
     """LLaMA-Factory: 16 iterations where `pissa_iter` does not say otherwise, and -1 for the exact decomposition."""
     if not as_flag(entry.value):
-        draft.note(entry, "taken", "asks for nothing")
+        draft.note(entry, "taken", "changes nothing")
         return
     given = as_number(draft.foreign.first("pissa_iter"))
     niter = 16 if given is None else int(given)
@@ -45,7 +45,7 @@ def _pissa(draft: Draft, entry: Entry) -> None:
 
 def _pissa_iter(draft: Draft, entry: Entry) -> None:
     wanted = as_flag(draft.foreign.first("pissa_init"))
-    draft.note(entry, "taken", "settled together with pissa_init" if wanted else "asks for nothing without pissa_init")
+    draft.note(entry, "taken", "settled together with pissa_init" if wanted else "changes nothing without pissa_init")
 
 
 def _layers(draft: Draft, entry: Entry) -> None:
@@ -57,7 +57,7 @@ def _layers(draft: Draft, entry: Entry) -> None:
     ):
         draft.take(entry, "lora.layers", sorted(set(value)))
     else:
-        draft.refuse(entry, "lora.layers wants a list of layers, counted from 0")
+        draft.refuse(entry, "lora.layers takes a list of layers, counted from 0")
 
 
 def _pattern(path: str, *, whole: bool) -> Rule:
@@ -65,14 +65,14 @@ def _pattern(path: str, *, whole: bool) -> Rule:
 
     def rule(draft: Draft, entry: Entry) -> None:
         if not isinstance(entry.value, dict):
-            draft.refuse(entry, f"{path} wants names with a number each")
+            draft.refuse(entry, f"{path} takes names with a number each")
             return
         taken: dict[str, Any] = {}
         fused = []
         for key, given in entry.value.items():
             value = as_number(given)
             if value is None or value <= 0 or (whole and value != int(value)) or _broken(str(key)):
-                draft.refuse(entry, f"{path} wants a {'whole ' if whole else ''}number above 0 for each name: {key}")
+                draft.refuse(entry, f"{path} takes a {'whole ' if whole else ''}number above 0 for each name: {key}")
                 return
             head, dot, last = str(key).rpartition(".")
             name = head + dot + FUSED_TARGETS.get(last, last)
@@ -91,9 +91,9 @@ def _new_tokens(draft: Draft, entry: Entry) -> None:
     """A list, or LLaMA-Factory's string with commas. Of two such keys the first counts, as for every other place."""
     given = [part for part in entry.value.split(",") if part.strip()] if isinstance(entry.value, str) else entry.value
     if not isinstance(given, list) or not all(isinstance(name, str) and name.strip() for name in given):
-        draft.refuse(entry, "model.new_tokens wants a list of tokens")
+        draft.refuse(entry, "model.new_tokens takes a list of tokens")
     elif not given:
-        draft.note(entry, "taken", "asks for nothing")
+        draft.note(entry, "taken", "changes nothing")
     else:
         names = list(dict.fromkeys(name.strip() for name in given))
         draft.take(entry, "model.new_tokens", names, "their rows alone train, and are saved in the adapter")
@@ -124,6 +124,6 @@ LORA_UNSUPPORTED: Mapping[str, str] = {
     "eva_config": "EVA keeps each module's rank (rho 1)",
     "special_tokens": "the tokenizer's own are kept; tokens that it lacks go into model.new_tokens",
     "resize_vocab": "the tables get the rows that model.new_tokens needs",
-    "trainable_token_indices": "model.new_tokens wants the tokens themselves, not their ids",
+    "trainable_token_indices": "model.new_tokens takes the tokens themselves, not their ids",
     "layers_pattern": "Phi-3 has one list of layers",
 }

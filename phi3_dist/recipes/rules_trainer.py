@@ -33,7 +33,7 @@ UNSLOTH_DEFAULTS: Mapping[str, Any] = {
 def _assistant_only(draft: Draft, entry: Entry) -> None:
     on = as_flag(entry.value)
     if on is None:
-        draft.refuse(entry, "true or false is wanted")
+        draft.refuse(entry, "expected true or false")
     elif on:
         draft.take(entry, "data.supervise", "all", "every turn of the assistant, and nothing else")
     else:
@@ -59,7 +59,7 @@ def _project(tracker: str) -> Rule:
 
     def rule(draft: Draft, entry: Entry) -> None:
         if not isinstance(entry.value, str):
-            draft.refuse(entry, "log.project wants text")
+            draft.refuse(entry, "log.project takes text")
             return
         draft.take(entry, "log.project", entry.value, f"and {tracker} is the tracker")
         _track(draft, entry, tracker)
@@ -73,7 +73,7 @@ def _tracker(name: str) -> Rule:
             _track(draft, entry, name)
             draft.note(entry, "taken", "", "log.trackers")
         else:
-            draft.note(entry, "taken", "asks for nothing")
+            draft.note(entry, "taken", "changes nothing")
 
     return rule
 
@@ -92,14 +92,14 @@ def _checkpointing(draft: Draft, entry: Entry) -> None:
     elif entry.value == "unsloth":
         draft.change(entry, path, True, "torch's own, which keeps activations on the device")
     else:
-        draft.refuse(entry, f"{path} wants true or false")
+        draft.refuse(entry, f"{path} takes true or false")
 
 
 def _model(draft: Draft, entry: Entry) -> None:
     """Unsloth's copies of the family lead back to the model that they were made of."""
     name = entry.value
     if not isinstance(name, str):
-        draft.refuse(entry, "model.source wants text")
+        draft.refuse(entry, "model.source takes text")
         return
     owner, _, last = name.rpartition("/")
     plain = last.lower().removesuffix("-bnb-4bit").removesuffix("-unsloth").removesuffix("-bnb-4bit")

@@ -1,4 +1,4 @@
-"""A finished run's report, whose failure is no failure of the run."""
+"""A finished run's report, whose failure is not a failure of the run."""
 
 from __future__ import annotations
 

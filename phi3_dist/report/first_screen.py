@@ -266,7 +266,7 @@ def ways_on(run_folder: Path, state: str, command: Sequence[str]) -> list[Way]:
         ]
     ways = []
     if state != "finished" and (again := _again(command)):
-        ways.append(Way("Go on from its newest checkpoint", again))
+        ways.append(Way("Continue from its newest checkpoint", again))
     if state in {"failed", "lost", "interrupted", "preempted"}:
         ways.append(Way("See what it printed last", f"phi3-dist logs {folder}"))
     if (run_folder / "adapter" / "adapter_model.safetensors").is_file():
@@ -275,7 +275,7 @@ def ways_on(run_folder: Path, state: str, command: Sequence[str]) -> list[Way]:
             for what, command, room in _WITH_AN_ADAPTER
             if not room or find_spec(room) is not None
         ]
-    ways.append(Way("Lay it beside another run", f"phi3-dist report {folder} OTHER_RUN"))
+    ways.append(Way("Compare it with another run", f"phi3-dist report {folder} OTHER_RUN"))
     return ways
 
 

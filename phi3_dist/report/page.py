@@ -63,7 +63,7 @@ def write_comparison(run_folders: Sequence[Path], output: Path) -> Path:
     except OSError as error:
         raise RunFolderError(Problem(str(output), f"cannot be read: {error.strerror or error}", "--output")) from error
     if not ours:
-        what = "is there already, and is no page of this toolkit: nothing is replaced"
+        what = "is there already, and is not a page of this toolkit: nothing is replaced"
         raise RunFolderError(Problem(str(output), what, "name another file with --output"))
     return _write(output, comparison_page([read_view(folder) for folder in run_folders]))
 

@@ -61,7 +61,7 @@ class RunRow:
 
 
 def list_runs(path: Path) -> list[RunRow]:
-    """The run folders at or below `path`, the newest first. Raises RunFolderError where `path` is no folder."""
+    """The run folders at or below `path`, the newest first. Raises RunFolderError where `path` is not a folder."""
     if not path.is_dir():
         raise RunFolderError(Problem(str(path), "is not a folder", "the folder that holds the runs, such as runs"))
     now, found = time.time(), []

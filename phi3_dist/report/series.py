@@ -21,7 +21,7 @@ ROWS_AT_MOST = 2400
 """Rows that one part of a page holds; beyond, the first, the smallest and the largest loss of each stretch."""
 _DIGITS = 6
 _STOPPED = re.compile(rb"stopped by (SIG[A-Z]+) after step (\d{1,12})")
-_EVENTS = {"skipped": "skipped, for a number was none", "spike": "the loss jumped"}
+_EVENTS = {"skipped": "skipped, not finite", "spike": "the loss jumped"}
 _LOG_BYTES = 4 * 2**20
 _GAP_S = 1e-6
 

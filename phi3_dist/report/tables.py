@@ -132,7 +132,7 @@ def _answer(row: Mapping[str, Any], speakers: Collection[str]) -> Answer:
 
 
 def other_lists(evaluation: Mapping[str, Any]) -> list[tuple[str, Sequence[str], list[list[str]]]]:
-    """Every list of an evaluation that is no answers, as a table: its name, heads and rows."""
+    """Every list of an evaluation that holds no answers, as a table: its name, heads and rows."""
     found: list[tuple[str, Sequence[str], list[list[str]]]] = []
     known = {"samples", "answers"} if answers(evaluation) else set()
     for key, value in evaluation.items():

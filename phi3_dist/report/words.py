@@ -57,7 +57,7 @@ def duration(seconds: float) -> str:
 
 
 def gib(value: object) -> str:
-    """GiB with three digits, MiB below a tenth of one; empty for what is no number."""
+    """GiB with three digits, MiB below a tenth of one; empty for what is not a number."""
     found = finite(value)
     if found is None:
         return ""
@@ -65,7 +65,7 @@ def gib(value: object) -> str:
 
 
 def many(value: object) -> str:
-    """A count as people say it: 812, 3,012, 13.3 k, 3.82 B; empty for what is no number."""
+    """A count as people say it: 812, 3,012, 13.3 k, 3.82 B; empty for what is not a number."""
     found = finite(value)
     if found is None:
         return ""

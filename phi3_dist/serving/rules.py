@@ -70,7 +70,7 @@ class Verdict:
         if not self.loads:
             return "does not load"
         if not self.right:
-            return "loads, and answers other than it was trained to"
+            return "loads, and answers differently from how it was trained"
         flags = any(finding.effect == "flag" for finding in self.findings)
         return "loads, and is right with the flags below" if flags else "loads, and is right"
 
@@ -95,7 +95,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         _VLLM, "refused", lambda s: s.taught > 0,
-        "vLLM knows no rows of taught tokens ({taught} here)", _MERGE, source=_LOADING,
+        "vLLM knows no rows of new tokens ({taught} here)", _MERGE, source=_LOADING,
     ),
     Rule(
         _VLLM, "refused", lambda s: max(s.ranks) > VLLM_RANKS[-1],
@@ -137,7 +137,7 @@ RULES: tuple[Rule, ...] = (
     Rule(_VLLM, "flag", lambda s: s.revision is not None, "its base has a revision", flags="--revision {revision}"),
     Rule(
         _VLLM, "flag", lambda s: s.start == "loftq",
-        "LoftQ made up for what NF4 loses of the base: on the 16-bit base that is one correction too many",
+        "LoftQ made up for what NF4 loses of the base: on the 16-bit base it would be applied twice",
         flags="--quantization bitsandbytes", source="arXiv 2310.08659",
     ),
     Rule(
@@ -152,7 +152,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         _LLAMA, "refused", lambda s: s.taught > 0,
-        "the tokenizer in the base's GGUF file knows none of the {taught} taught tokens", _MERGE, source=_ADAPTER_CPP,
+        "the tokenizer in the base's GGUF file knows none of the {taught} new tokens", _MERGE, source=_ADAPTER_CPP,
     ),
     Rule(
         _LLAMA, "flag", lambda s: True, "llama.cpp reads GGUF: phi3-dist export {folder} OUT --as gguf",
@@ -175,7 +175,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         _LLAMA, "note", lambda s: bool(s.window) and (s.window or 0) < 2**17,
-        "llama.cpp ignores Phi-3's attention window of {window} tokens: longer texts are read otherwise",
+        "llama.cpp ignores Phi-3's attention window of {window} tokens: longer texts are read differently",
         source="llama.cpp, src/models/phi3.cpp; pull request 13676",
     ),
     Rule(

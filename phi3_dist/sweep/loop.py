@@ -202,7 +202,7 @@ def _check_names(sweep: Sweep, revive: Collection[str]) -> None:
     names = {one.name for one in sweep.candidates}
     if unknown := sorted(set(revive) - names):
         fix = f"one of {', '.join(sorted(names))}"
-        raise ConfigError(*(Problem("--revive", f"{name} is no candidate of this sweep", fix) for name in unknown))
+        raise ConfigError(*(Problem("--revive", f"{name} is not a candidate of this sweep", fix) for name in unknown))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ __all__ = ["BEST", "SWEEP_FILE", "Board", "decisions_of", "ranking"]
 
 SWEEP_FILE, BEST = "sweep.json", "best"
 SHOW_S = 15.0
-"""Seconds between two lines of a sweep whose output is no terminal."""
+"""Seconds between two lines of a sweep whose output is not a terminal."""
 
 
 def ranking(runs: Sequence[CandidateRun]) -> list[CandidateRun]:
@@ -48,7 +48,7 @@ def decisions_of(folder: Path) -> list[Decision]:
         return []
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"is damaged: {type(error).__name__}"
-        raise RunFolderError(Problem(str(path), what, "put it back, or start anew with --overwrite")) from error
+        raise RunFolderError(Problem(str(path), what, "put it back, or start over with --overwrite")) from error
 
 
 class Board:

@@ -260,7 +260,7 @@ def _run(
         saver.report(done)
         if stopped:
             saver.finish()
-            metrics.say(f"stopped by {signal.Signals(stopped).name} after step {done}; go on with --resume")
+            metrics.say(f"stopped by {signal.Signals(stopped).name} after step {done}; continue with --resume")
             return TrainResult(folder.path, done, held_out, None, stopped)
         steps, held_out = saver.settle_on_final(done, held_out)
         receipt = save_final_adapter(ctx, inputs, built, held_out, steps)

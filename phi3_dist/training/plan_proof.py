@@ -35,7 +35,7 @@ def _refuse(found: Iterator[tuple[str, Tensor | torch.dtype, torch.dtype]]) -> N
         if dtype != planned:
             wrong.append((where, f"is {_name(dtype)}, and {_name(planned)} was planned"))
     if wrong:
-        fix = "report it with environment.json: a library chose another precision than it was told"
+        fix = "report it with environment.json: a library chose another precision than the one asked for"
         more = f" ({len(wrong)} tensors like it)" if len(wrong) > 1 else ""
         raise PlanError(*(Problem(f"dtype of {where}", what + more, fix) for where, what in wrong[:SHOWN]))
 

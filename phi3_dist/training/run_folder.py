@@ -131,7 +131,7 @@ class RunFolder:
         if now is None:
             return ""
         before, self.path = self.path, now
-        return f"{before}: the run folder was moved to {now}, and the run goes on in there"
+        return f"{before}: the run folder was moved to {now}, and the run continues there"
 
     def finished(self) -> bool:
         """Whether the run in here has ended well and left its adapter."""
@@ -208,12 +208,12 @@ class RunFolder:
                 return
             if not is_run(self.path):
                 what = f"holds no run: {MARK}, which every run leaves, is not in it"
-                fix = "choose another save.folder; a run of an earlier version is yours to remove"
+                fix = "choose another save.folder; a run of an earlier version must be removed by you"
                 raise RunFolderError(Problem(str(self.path), what, fix))
             if resume:
                 return
             if not overwrite:
-                fix = "--resume to go on with it, another save.folder, or --overwrite to replace it"
+                fix = "--resume to continue it, another save.folder, or --overwrite to replace it"
                 raise RunFolderError(Problem(str(self.path), "holds a run already", fix))
             self._refuse_replacing()
         except OSError as error:
@@ -222,7 +222,7 @@ class RunFolder:
     def _refuse_unwritable(self) -> None:
         there = next((p for p in (self.path, *self.path.absolute().parents) if os.path.lexists(p)), Path("/"))
         if not there.is_dir():
-            raise RunFolderError(Problem(str(there), "is a file; a folder is wanted", "choose another save.folder"))
+            raise RunFolderError(Problem(str(there), "is a file; expected a folder", "choose another save.folder"))
         if not os.access(there, os.W_OK | os.X_OK):
             what = "cannot be written: Permission denied"
             raise RunFolderError(Problem(str(there), what, "choose another save.folder"))

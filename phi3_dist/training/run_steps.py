@@ -29,13 +29,13 @@ def _evaluate(ctx: RunContext, step: int) -> tuple[HeldOut | None, int]:
     watch = EvaluationWatch(ctx, step)
     found, stop = held_out_loss(ctx.engine, ctx.runtime, ctx.held_out, ctx.flag, watch.tell)
     if found is None:
-        ctx.metrics.say(f"the held-out loss after step {step} was broken off by {signal.Signals(stop).name}")
+        ctx.metrics.say(f"the held-out loss after step {step} was interrupted by {signal.Signals(stop).name}")
         return None, stop
     answered: dict[str, float | int] = {}
     if ctx.answers is not None:
         scores, stop = ctx.answers.scores(ctx.engine, ctx.runtime, ctx.flag)
         if scores is None:
-            ctx.metrics.say(f"the answers after step {step} were broken off by {signal.Signals(stop).name}")
+            ctx.metrics.say(f"the answers after step {step} were interrupted by {signal.Signals(stop).name}")
             return None, stop
         answered = scores
     ctx.time_left.evaluation_s = found.seconds + float(answered.get("answers_s", 0))
@@ -63,7 +63,7 @@ def _say_first_step(ctx: RunContext, step: int) -> None:
     if ctx.runtime.is_main:
         ctx.folder.drop_replaced_run()
     for why, layers in declined(ctx.engine.model).items():
-        ctx.metrics.say(f"note: {layers} LoRA linears ran as PEFT's after all: {why}")
+        ctx.metrics.say(f"note: {layers} LoRA linears fell back to PEFT's forward: {why}")
 
 
 def _evaluation_due(ctx: RunContext, first: int) -> bool:

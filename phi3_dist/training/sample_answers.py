@@ -72,7 +72,7 @@ class SampleAnswers:
 def sample_answers(
     cfg: RunConfig, model: Any, tokenizer: Any, folder: Any, held_out: Packs | None
 ) -> SampleAnswers | None:
-    """What `eval.generate` asks for; None where it asks for nothing. `folder` is the base's, or None.
+    """What `eval.generate` asks for; None where it changes nothing. `folder` is the base's, or None.
 
     Raises DataError for held-out rows that ask nothing.
     """

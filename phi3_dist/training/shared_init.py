@@ -45,8 +45,8 @@ def computed_lora_init(
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
-            what = f"cannot be read, and the run goes on from how it started: {error}"
-            raise TrainingError(Problem(str(path), what, "put it back, or start anew with --overwrite")) from error
+            what = f"cannot be read, and the run continues from how it started: {error}"
+            raise TrainingError(Problem(str(path), what, "put it back, or start over with --overwrite")) from error
     modules = adapted(causal_lm, peft_config(causal_lm, cfg.lora, base.source))
     if cfg.lora.init == "eva":
         tensors = _agree(runtime, _eva(cfg, causal_lm, modules, runtime, packs), {})

@@ -49,7 +49,7 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 
 
 def state_of_stop(number: int) -> str:
-    """The word for a run that a signal ended, as `phi3-dist runs` shows it: a person's Ctrl-C is no preemption."""
+    """The word for a run that a signal ended, as `phi3-dist runs` shows it: a person's Ctrl-C is not a preemption."""
     return "interrupted" if number == signal.SIGINT else "preempted"
 
 

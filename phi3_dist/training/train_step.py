@@ -90,7 +90,7 @@ def to_device(packs: Packs, which: Sequence[int], device: torch.device) -> dict[
 def share_of_step(loss: Tensor, supervised_tokens: int) -> Tensor:
     """What a micro batch's summed loss adds to the loss of its step, which has so many supervised tokens.
 
-    The gradients of a loss that is no number are all nan, so that it shows on every rank.
+    The gradients of a loss that is not a number are all nan, so that it shows on every rank.
     """
     sound = 1 + (loss.detach() - loss.detach())
     return loss / supervised_tokens * sound

@@ -174,7 +174,7 @@ def disagree() -> str:
 
 
 def bug_on_one_rank() -> str:
-    """An exception that is no AdapterError on rank 1 stays itself there and reaches rank 0 as an AdapterError."""
+    """An exception that is not an AdapterError on rank 1 stays itself there and reaches rank 0 as an AdapterError."""
     from phi3_dist.adapters.gather import raised_together
 
     try:

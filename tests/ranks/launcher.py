@@ -120,7 +120,7 @@ def run_ranks(
     target: "package.module:function", importable from the repository root.
     args: keyword arguments, of what JSON can hold; paths are handed over as strings.
     env: more environment variables; None takes one away. GPUs are hidden unless CUDA_VISIBLE_DEVICES is given.
-    deepspeed: set DeepSpeed's CPU accelerator up in place of Accelerate's CPU mode; the two exclude each other.
+    deepspeed: set DeepSpeed's CPU accelerator up in place of Accelerate's CPU mode; the two cannot be combined.
     real: each rank is an interpreter of its own, and no fork of the warm server (`tests/warm`).
     Raises AssertionError with the first failing rank's own traceback, or with the stacks of ranks that hang.
     """

@@ -1,4 +1,4 @@
-"""A loss that is no number, on one rank of several, costs that step on all of them and no other number of the run."""
+"""A loss that is not a number, on one rank of several, costs that step on all of them, and changes no other number."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_a_signal_to_one_rank_breaks_the_evaluation_off_on_both(tmp_path: Path) 
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     done = run(script, tmp_path / "run")
-    assert "the held-out loss after step 2 was broken off by SIGUSR1" in done.stdout, done.stdout + done.stderr
+    assert "the held-out loss after step 2 was interrupted by SIGUSR1" in done.stdout, done.stdout + done.stderr
     assert "stopped by SIGUSR1 after step 2" in done.stdout
     assert {f"rank {rank} made 2 passes" for rank in (0, 1)} <= set(done.stdout.splitlines())
     assert [row["step"] for row in rows(tmp_path / "run", "eval")] == [0]

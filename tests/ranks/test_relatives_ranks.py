@@ -36,7 +36,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The base of a variant. With 270 rows and one or three taught tokens, two ranks share an odd number of rows."""
+    """The base of a variant. With 270 rows and one or three new tokens, two ranks share an odd number of rows."""
 
     @functools.cache
     def made(vocab_size: int, tied: bool) -> Path:

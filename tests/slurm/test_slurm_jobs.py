@@ -222,7 +222,7 @@ def test_time_limit_hands_over_in_a_chain(desk: Desk) -> None:
     desk.job = replace(desk.job, arguments=("--resume",))
     result = slurm_command(desk.job, replace(desk.topology, time="2m", slack_s=100), submit=True, chain=2)
     assert desk.wait(result.job_ids[0], seconds=60) == ["COMPLETED"]
-    assert "the next job of the chain goes on" in desk.output(result.job_ids[0])
+    assert "the next job of the chain continues" in desk.output(result.job_ids[0])
     desk.wait_for_text(result.job_ids[1], "start 0: run.yaml --resume")
 
 

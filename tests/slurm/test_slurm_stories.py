@@ -205,7 +205,7 @@ def test_chain(desk: Desk, undisturbed: Path) -> None:
     # what Slurm sends to the script before the time limit
     desk.cluster.client("scancel", "--signal=USR1", "--batch", first)
     assert desk.wait(first) == ["COMPLETED"], desk.output(first)
-    assert "the next job of the chain goes on" in desk.output(first)
+    assert "the next job of the chain continues" in desk.output(first)
     assert desk.wait(second, seconds=200) == ["COMPLETED"], desk.output(second)
     (step,) = re.findall(r"stopped by SIGUSR1 after step (\d+)", desk.output(first))
     assert f"resumed after step {step} of {STEPS}" in desk.output(second)

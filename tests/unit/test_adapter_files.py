@@ -151,7 +151,7 @@ def test_plain_peft_finds_a_local_base_from_any_folder(
 def test_what_cannot_be_published(tmp_path: Path) -> None:
     folder = saved(tmp_path / "adapter")
     for base in ("phi3", "/data/phi3", "./phi3/tiny", "~/phi3", "a/b/c", str(tmp_path)):
-        with pytest.raises(ConfigError, match="is no model on the hub"):
+        with pytest.raises(ConfigError, match="is not a model on the hub"):
             publish(folder, tmp_path / "copy", base)
     with pytest.raises(AdapterError, match="exists"):
         publish(folder, folder, "a/b")
@@ -362,7 +362,7 @@ def test_the_comparison_sees_one_bit(tmp_path: Path) -> None:
     files._compare(folder / "adapter_model.safetensors", tensors)
     key = next(iter(tensors))
     tensors[key].view(torch.uint8).view(-1)[0] ^= 1
-    with pytest.raises(AdapterError, match="1 tensors read back other"):
+    with pytest.raises(AdapterError, match="1 tensors read back different"):
         files._compare(folder / "adapter_model.safetensors", tensors)
 
 

@@ -138,7 +138,7 @@ def test_commands_change_what_the_model_is_shown(opened: Opened, tmp_path: Path)
     conversation.command("/system")
     assert conversation.messages == ()
     assert conversation.command("/undo") == "there is nothing to undo"
-    assert "no command" in conversation.command("/jump")
+    assert "not a command" in conversation.command("/jump")
     assert "no adapter" in conversation.command("/base")
 
 
@@ -207,7 +207,7 @@ def test_the_verbs(tmp_path: Path) -> None:
     assert talked.exit_code == 0, talked.output
     assert talked.output.rstrip("\n") == one.output.rstrip("\n")
     for wrong in (["generate", "tiny-random"], ["generate", "tiny-random", str(rows)], [*words, "-p", "x"]):
-        assert "wants one prompt" in str(runner.invoke(app, wrong).exception)
+        assert "takes one prompt" in str(runner.invoke(app, wrong).exception)
 
 
 def test_answers_are_made_in_parts(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:

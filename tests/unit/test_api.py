@@ -62,7 +62,7 @@ def test_a_plan_says_what_would_run() -> None:
         (lambda: load_run(DEBUG, {"optim.learning": 1}), "optim.learning"),
         (lambda: load_run(DEBUG, "optim.lr=1"), "give"),
         (lambda: load_run(load_run(DEBUG), {"optim.lr": 1}), "a run file"),
-        (lambda: train(DEBUG, overwrite=True, resume=True), "exclude each other"),
+        (lambda: train(DEBUG, overwrite=True, resume=True), "cannot be combined"),
         (lambda: generate("tiny-random", "Hi."), "a list of prompts"),
         (lambda: generate("tiny-random", ["Hi."], top_p=0), "top_p"),
         (lambda: generate("tiny-random", ["Hi."], batch_size=0), "below 1"),

@@ -242,7 +242,7 @@ def test_steps_of_a_part_of_an_epoch() -> None:
 
 def test_orders_that_do_not_exist() -> None:
     order = Order(10, 6, 0, True)
-    with pytest.raises(ValueError, match="no multiple of 4 ranks"):
+    with pytest.raises(ValueError, match="not a multiple of 4 ranks"):
         order.slots(0, 0, 4, 1)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         order.slots(0, 2, 2, 1)
@@ -336,7 +336,7 @@ def test_of_several_callers_one_does_the_work(tmp_path: Path, monkeypatch: pytes
 
 def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cache can't be written: has a file where a folder is wanted"):
+    with pytest.raises(DataError, match="cache can't be written: has a file where a folder is needed"):
         prepare(config(write(tmp_path / "a.jsonl")), TOKENIZER, tmp_path / "file")
 
 

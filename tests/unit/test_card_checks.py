@@ -128,7 +128,7 @@ def test_facts_and_products_are_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     rows = rehearse(tmp_path, "facts", "products", XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert {r["group"] for r in rows} == {"facts", "products", "all"}
     assert not [r for r in rows if r["ok"] is False]
-    assert not (tmp_path / "cache" / "phi3_dist" / "cards").exists(), "a CPU is no card"
+    assert not (tmp_path / "cache" / "phi3_dist" / "cards").exists(), "a CPU is not a card"
 
 
 @pytest.mark.full

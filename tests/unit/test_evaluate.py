@@ -143,7 +143,7 @@ def test_a_limit_takes_rows_evenly_and_says_so(tmp_path: Path) -> None:
     assert all_of_them.held_out is not None
     assert few.held_out is not None
     assert len(all_of_them.held_out.rows) > len(few.held_out.rows) == 3
-    assert few.cached, "the limit is no part of what is tokenized"
+    assert few.cached, "the limit is not part of what is tokenized"
     assert few.fingerprint == all_of_them.fingerprint
     (said,) = [notice for notice in few.notices if "max_validation_rows" in notice]
     assert said.startswith("held-out loss over 3 of ")

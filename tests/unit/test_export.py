@@ -148,7 +148,7 @@ def test_an_nf4_adapter_goes_into_nf4s_weights_or_with_more_drift_into_the_base(
 
 def test_loftq_is_merged_into_nf4_alone(base: Path, tmp_path: Path) -> None:
     adapter = small_adapter(tmp_path / "adapter", base, facts={"quantization": "nf4", "start": "loftq"})
-    with pytest.raises(AdapterError, match="one correction too many") as refused:
+    with pytest.raises(AdapterError, match="applied twice") as refused:
         export(adapter, tmp_path / "out", "merged", into="base")
     assert refused.value.problems[0].fix == "--into nf4"
     assert not (tmp_path / "out").exists()
@@ -352,7 +352,7 @@ def test_the_modelfile_holds_the_context_of_the_short_factors(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("dora", "of DoRA"), ("whole_head", "trained in full"), ("tokens", "has taught tokens")]
+    ("name", "said"), [("dora", "of DoRA"), ("whole_head", "trained in full"), ("tokens", "has new tokens")]
 )
 def test_what_llama_cpp_can_not_say_is_refused_with_the_way_that_works(
     name: str, said: str, base: Path, tmp_path: Path

@@ -235,7 +235,7 @@ def test_a_run_whose_folder_is_moved_writes_into_that_one(tmp_path: Path) -> Non
     second = claimed(tmp_path / "run")
     second.write("config.yaml", "second")
     first.heartbeat(3)
-    assert first.moved().endswith(f"was moved to {tmp_path / 'moved'}, and the run goes on in there")
+    assert first.moved().endswith(f"was moved to {tmp_path / 'moved'}, and the run continues there")
     assert first.moved() == second.moved() == ""
     assert first.path == tmp_path / "moved"
     assert (tmp_path / "moved" / "config.yaml").read_text() == "first"

@@ -103,7 +103,7 @@ def _peft(**options: Any) -> Any:
 def test_fused_and_pefts_forward_agree_over_fp8_and_the_adapter_is_the_same() -> None:
     plain, fused = _peft(), _peft()
     for model in (plain, fused):
-        assert use_fp8(model) == (2, {"64 × 9 are no multiples of 16": 1})
+        assert use_fp8(model) == (2, {"64 × 9 are not multiples of 16": 1})
     assert install_fused(fused).fused == 3
     x = torch.randn(T, I)
     grads = []

@@ -415,7 +415,7 @@ def test_a_value_that_is_set_twice_has_one_winner_that_is_named(tmp_path: Path) 
     names = {"per_device_train_batch_size": 2, "per_gpu_train_batch_size": 3, "learning_rate": 1e-4}
     done, run = imported(tmp_path, "args.json", names)
     assert run.train.micro_batch == 2
-    assert finding(done, "per_gpu_train_batch_size").reason == "another key settles it"
+    assert finding(done, "per_gpu_train_batch_size").reason == "another key decides it"
 
 
 def test_target_names() -> None:

@@ -308,7 +308,7 @@ def test_a_run_that_never_finished_names_its_last_checkpoint(run: Path, tmp_path
     assert "has not finished" in str(error)
     assert "checkpoints/step_000004" in str(error)
     (tmp_path / "run/checkpoints/step_000004/state.safetensors").write_bytes(b"torn")
-    assert "no checkpoint that can be used" in str(refused(tmp_path / "run/checkpoints/step_000004"))
+    assert "not a checkpoint that can be used" in str(refused(tmp_path / "run/checkpoints/step_000004"))
 
 
 def test_an_adapter_of_another_base_is_refused(run: Path, base: Path, tmp_path: Path) -> None:

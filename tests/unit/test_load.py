@@ -58,7 +58,7 @@ def test_every_mistake_at_once_with_line_value_and_fix(tmp_path: Path) -> None:
     assert "8.0" in found["lora.r (run.yaml:8)"][0]
     assert found["lora.target_modules (run.yaml:9)"][1] == "did you mean lora.targets?"
     assert found["optim.schedule (run.yaml:11)"][1] == "did you mean cosine?"
-    assert "a number is wanted" in found["optim.eps (run.yaml:12)"][0]
+    assert "expected a number" in found["optim.eps (run.yaml:12)"][0]
     assert found["learning_rate (run.yaml:16)"][1] == "did you mean optim.lr?"
     assert "train.epochs (run.yaml:14)" in found  # a pair, checked although other fields are wrong
     assert len(found) == 8
@@ -152,17 +152,17 @@ def _levels_of_aliases(levels: int) -> str:
         (GOOD + "".join(f"k{number}: 1\n" for number in range(100_000)), "larger than 512 KiB"),
         (GOOD + "x: [" + "1, " * 100_000 + "1]\n", "holds over 20,000 values"),
         (GOOD + "k" * 300 + ": 1\n", "a key of 300 characters"),
-        (GOOD + "x: !!bool maybe\n", "'maybe' is no bool"),
-        (GOOD + "x: !!int ''\n", "'' is no int"),
-        (GOOD + "x: !!float 'a'\n", "'a' is no float"),
-        (GOOD + "x: !!timestamp noon\n", "'noon' is no timestamp"),
-        (GOOD + "x: 2024-13-45\n", "'2024-13-45' is no timestamp"),
+        (GOOD + "x: !!bool maybe\n", "'maybe' is not a bool"),
+        (GOOD + "x: !!int ''\n", "'' is not a int"),
+        (GOOD + "x: !!float 'a'\n", "'a' is not a float"),
+        (GOOD + "x: !!timestamp noon\n", "'noon' is not a timestamp"),
+        (GOOD + "x: 2024-13-45\n", "'2024-13-45' is not a timestamp"),
         (GOOD + "train: {seed: 0x" + "f" * 100_000 + "}\n", "a number or date of 100,002 characters"),
-        (GOOD + "train: {seed: 0x" + "f" * 250 + "}\n", "9223372036854775808 or less is wanted"),
+        (GOOD + "train: {seed: 0x" + "f" * 250 + "}\n", "expected 9223372036854775808 or less"),
         (GOOD + "x: " + "59:" * 90 + "59.5\n", "unknown key"),
         (GOOD + "x: !!set {a, b}\n", "the tag !!set is not read"),
         (GOOD + "x: !!python/object/apply:os.getcwd []\n", "the tag !!python/object/apply:os.getcwd is not read"),
-        (GOOD + "lora: {rank_pattern: {'a{99999999999}': 2}}\n", "is no regular expression"),
+        (GOOD + "lora: {rank_pattern: {'a{99999999999}': 2}}\n", "is not a regular expression"),
     ],
 )
 def test_whatever_yaml_can_hide_is_one_message_at_once(tmp_path: Path, text: str, part: str) -> None:
@@ -186,7 +186,7 @@ def test_an_override_is_bounded_as_the_file_is(tmp_path: Path) -> None:
     whats = [what for what, _ in found.values()]
     assert whats[0] == "is not of the form key.path=value"
     assert whats[1] == "nests more than 20 levels"
-    assert whats[2] == "its value is not YAML: 'maybe' is no bool"
+    assert whats[2] == "its value is not YAML: 'maybe' is not a bool"
     assert all(len(where) < 100 for where in found)
 
 
@@ -209,7 +209,7 @@ def test_a_value_that_is_nearly_right_is_told_how_it_is_written(tmp_path: Path, 
 
 def test_duplicate_key_names_both_lines(tmp_path: Path) -> None:
     found = mistakes(tmp_path, GOOD + "lora:\n  r: 4\n  alpha: 8\n  r: 16\n")
-    assert found["lora.r (run.yaml:8)"][0] == "the key stands twice, first at run.yaml:6"
+    assert found["lora.r (run.yaml:8)"][0] == "the key appears twice, first at run.yaml:6"
 
 
 def test_missing_file_lists_what_is_there(tmp_path: Path) -> None:
@@ -317,9 +317,9 @@ def test_config_and_planning_import_no_torch() -> None:
     ("item", "where", "what"),
     [
         ("{path: a, wieght: 2}", "data.train[0].wieght", "unknown key (value 2)"),
-        ("{path: a, weight: -2}", "data.train[0].weight", "is -2; above 0 is wanted"),
+        ("{path: a, weight: -2}", "data.train[0].weight", "is -2; expected above 0"),
         ("{weight: 2}", "data.train[0].path", "is required, and missing"),
-        ("3", "data.train[0]", "is 3; text or a section with keys under it is wanted"),
+        ("3", "data.train[0]", "is 3; expected text or a section with keys under it"),
     ],
 )
 def test_a_mistake_inside_a_list_of_sources_is_named_once_at_its_place(
@@ -338,10 +338,10 @@ def test_a_mistake_inside_a_list_of_sources_is_named_once_at_its_place(
     ("lora", "where", "what"),
     [
         ("{rank_pattern: {o_proj: 0}}", "lora.rank_pattern.o_proj", "1 or more"),
-        ("{alpha_pattern: {'o_proj(': 2}}", "lora.alpha_pattern", "no regular expression"),
+        ("{alpha_pattern: {'o_proj(': 2}}", "lora.alpha_pattern", "not a regular expression"),
         ("{layers: []}", "lora.layers", "empty list"),
         ("{layers: [1, 1]}", "lora.layers", "names a layer twice"),
-        ("{init: pisa}", "lora.init", "default, pissa, pissa_niter_16, loftq or eva is wanted"),
+        ("{init: pisa}", "lora.init", "expected default, pissa, pissa_niter_16, loftq or eva"),
         ("{init: pissa, dora: true}", "lora.init", "DoRA's magnitudes start from the plain weight"),
         ("{init: pissa, targets: [o_proj, lm_head]}", "lora.init", "decoder linears only"),
         ("{freeze_a: true, plus_ratio: 16}", "lora.plus_ratio", "lora.freeze_a leaves no A"),

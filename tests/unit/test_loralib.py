@@ -275,7 +275,7 @@ def test_grouped_query_attention_has_no_merged_linear(base: Shape | None) -> Non
     """32 + 16 + 16 rows, as in medium and Phi-4 in small; with three groups, and with those that do fit."""
     tensors, config = adapter_of(phi3(2), "qkv_proj")
     flags = (True, False, True)
-    with pytest.raises(AdapterError, match="of 64 outputs is no MergedLinear of 3 groups"):
+    with pytest.raises(AdapterError, match="of 64 outputs is not a MergedLinear of 3 groups"):
         loralib_from_peft(tensors, config, enable_lora={"qkv_proj": flags}, base=base)
     with pytest.raises(
         AdapterError, match=r"2 groups of 32 rows cut across .*q has 32, k has 16, v has 16: grouped-query"
@@ -328,7 +328,7 @@ def test_all_that_a_file_does_not_say_is_asked_for_at_once() -> None:
     [
         ({"alpha": {"fc": 6, "embed": 6}}, "qkv: alpha is not in a file"),
         ({"alpha": 0}, "alpha must be above 0"),
-        ({"alpha": {"fcc": 6}}, "'fcc' is no adapted module"),
+        ({"alpha": {"fcc": 6}}, "'fcc' is not an adapted module"),
         ({"kinds": {**SAID["kinds"], "other": "linear"}}, "the adapted modules end in embed, fc, qkv"),
         ({"enable_lora": {"qkv": (True, True, True)}}, "do not fit 3 enabled groups of 3"),
         ({"enable_lora": {"qkv": (False,)}}, "do not fit 0 enabled groups"),
@@ -399,7 +399,7 @@ def test_merged_linear_loses_no_row_and_no_rank() -> None:
         loralib_from_peft(filled, config, enable_lora={"qkv": (True, True)}, r=7)
     with pytest.raises(ConfigError, match="no layer becomes one"):
         loralib_from_peft(filled, config, r=1)
-    with pytest.raises(ConfigError, match="'fc' is no adapted module"):
+    with pytest.raises(ConfigError, match="'fc' is not an adapted module"):
         loralib_from_peft(filled, config, enable_lora={"fc": (True,)})
 
 
@@ -421,7 +421,7 @@ def test_files_that_are_not_loralibs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     Path("damaged.safetensors").write_bytes(b"no")
     Path("empty.pt").touch()
     texts = {
-        "evil.pt": "no pickle of tensors alone",
+        "evil.pt": "not a pickle of tensors alone",
         "numbers.pt": "not a dict of tensors",
         "damaged.pt": "is damaged",
         "damaged.safetensors": "is damaged",
@@ -495,7 +495,7 @@ def test_a_loralib_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
     with pytest.raises(AdapterError, match=r"lora\.pt: exists"):
         convert("lora.pt")
-    with pytest.raises(ConfigError, match=r"'\.txt' is no form of loralib's files"):
+    with pytest.raises(ConfigError, match=r"'\.txt' is not a form of loralib's files"):
         convert("lora.txt")
     with pytest.raises(AdapterError, match=r"cannot be written: (Not a directory|File exists)"):
         convert("lora.pt/below.pt")
@@ -536,7 +536,7 @@ def test_words_of_a_command_line() -> None:
     assert by_module().alpha is None
     with pytest.raises(ConfigError) as caught:
         by_module(alpha=["x", "fc=1", "fc=2"], enable_lora=["true", "q=yes"], kinds=["fc=conv", "linear"])
-    for text in ("'x' is no number", "'fc' is given twice", "'yes' for 'q'", "'true' for ''", "'conv' for 'fc'"):
+    for text in ("'x' is not a number", "'fc' is given twice", "'yes' for 'q'", "'true' for ''", "'conv' for 'fc'"):
         assert text in str(caught.value)
 
 

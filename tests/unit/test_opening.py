@@ -91,7 +91,7 @@ NAMED: list[tuple[str, bytes, str]] = [
     ("f.jsonl", bytes(5000), "is full of zero bytes"),
     ("g.jsonl", LINES.encode("utf-16-le"), "UTF-16 without its mark"),
     ("h.jsonl", LINES.encode("utf-16")[:-1], "not UTF-16 all the way"),
-    ("i.parquet", LINES.encode(), "no Parquet file that can be read: by its first bytes it is JSON"),
+    ("i.parquet", LINES.encode(), "not a Parquet file that can be read: by its first bytes it is JSON"),
     ("j.jsonl.gz", gzip.compress(parquet(ROWS)), "is a packed Parquet file"),
     ("k.tar.jsonl", b"x" + bytes(256) + b"ustar", "is a tar archive"),
     ("l.jsonl", PRETTY.encode()[:-9], "l.jsonl: not JSON"),
@@ -166,7 +166,7 @@ def test_what_python_cannot_hold_is_one_bad_row(tmp_path: Path) -> None:
     assert [(row.place, row.reason) for row in chats.skipped] == [
         ("a.parquet row 1", "prompt holds text that is not UTF-8")
     ]
-    assert chats.notices[-1] == "not read: columns date (3) (data.ignore takes what is meant so)"
+    assert chats.notices[-1] == "not read: columns date (3) (list intended ones in data.ignore)"
     pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
     reasons = [row.reason for row in all_bad(tmp_path / "b.parquet")]
     assert reasons[0].startswith("system is datetime")

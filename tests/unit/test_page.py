@@ -355,7 +355,7 @@ def test_interruptions_and_resumes_are_marks(run_folder: Path) -> None:
     (run_folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (*rows[:7], *starts, *rows[7:])))
     (run_folder / "exit.json").write_text('{"state": "failed", "code": 9, "time": 2}')
     (run_folder / "logs" / "terminal").mkdir(parents=True)
-    said = "step 7/20\nstopped by SIGTERM after step 7; go on with --resume\n"
+    said = "step 7/20\nstopped by SIGTERM after step 7; continue with --resume\n"
     (run_folder / "logs" / "terminal" / "rank_000.log").write_text(said)
     path = write_page(run_folder)
     marks = drawn(path)["runs"][0]["marks"]

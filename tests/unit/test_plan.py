@@ -127,7 +127,7 @@ def test_pissa_is_refused_on_weights_that_hold_no_rest_of_it() -> None:
         ({"quantization": "int8"}, "default"),
     ):
         found = problems(run(model=model, lora={"init": "pissa"}), CPU, LaunchFacts())
-        assert "quantised anew" in found["lora.init"][0]
+        assert "quantised again" in found["lora.init"][0]
         assert found["lora.init"][1] == f"nearest: {nearest}"
 
 

@@ -244,5 +244,5 @@ def test_a_card_whose_head_is_none_is_told(run: Path) -> None:
     front = yaml.safe_dump({"model-index": [{"results": "none"}]})
     path.write_text(f"---\n{front}---\n# mine\n")
     (run / "evaluation.json").unlink()
-    with pytest.raises(AdapterError, match="its head is none that the hub reads"):
+    with pytest.raises(AdapterError, match="the hub cannot read its front matter"):
         push(run, REPO, base=HUB_BASE)

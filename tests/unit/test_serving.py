@@ -112,7 +112,7 @@ def test_check_says_it_all_and_exits_with_6_where_it_is_not_right(base: Path, tm
     said = json.loads(done.output)
     assert (said["loads"], said["right"], said["trial"]) == (False, False, None)
     assert said["findings"][0]["what"] == "vLLM does not load DoRA"
-    with pytest.raises(ConfigError, match="is no server that is known"):
+    with pytest.raises(ConfigError, match="is not a server that is known"):
         check(adapter, "tgi")  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""What a file system refuses is told apart; a finished cache is read by who may not write; no home is no crash."""
+"""What a file system refuses is told apart; a finished cache is read by who may not write; no home is not a crash."""
 
 from __future__ import annotations
 

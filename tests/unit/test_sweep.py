@@ -232,7 +232,7 @@ def test_a_run_file_without_candidates_is_told_how(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no section `sweep`"):
         load_sweep(REPO / "configs/run/debug.yaml")
     sweep = sweep_of(tmp_path, {"axes": {"lora.r": [8]}})
-    with pytest.raises(ConfigError, match="nobody is no candidate"):
+    with pytest.raises(ConfigError, match="nobody is not a candidate"):
         run(sweep, resume=True, revive=["nobody"])
 
 

@@ -93,7 +93,7 @@ def test_counts_reach_the_notices_and_bad_rows_have_none(tmp_path: Path) -> None
     assert chats.notices == (
         "answers that are not learned, by their own flag: loss (2)",
         "2 empty system messages are left out",
-        "not read: columns rejected (2); message keys name (2) (data.ignore takes what is meant so)",
+        "not read: columns rejected (2); message keys name (2) (list intended ones in data.ignore)",
     )
 
 

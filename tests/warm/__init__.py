@@ -61,7 +61,7 @@ def python() -> str:
 
 
 def forked(client: int) -> int | None:
-    """The process that a living client stands for; None if this is no client."""
+    """The process that a living client stands for; None if this is not a client."""
     return next((int(path.name.partition("_")[2]) for path in _living(f"{client}_*")), None)
 
 

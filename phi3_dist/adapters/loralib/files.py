@@ -99,7 +99,7 @@ def convert_file(
 
 
 def _refuse_foreign(arguments: Mapping[str, object], direction: Direction) -> None:
-    where = "alpha stands in adapter_config.json" if direction == "peft→loralib" else "loralib's file fixes the rank"
+    where = "alpha is in adapter_config.json" if direction == "peft→loralib" else "loralib's file fixes the rank"
     given = [name for name, value in arguments.items() if value not in (None, {})]
     if given:
         raise ConfigError(*(Problem(name, f"is not for {direction} ({where})", "leave it out") for name in given))
@@ -165,7 +165,7 @@ def _read_config(base_config: str | Path | Mapping[str, Any]) -> Mapping[str, An
         what = f"cannot be read: {getattr(error, 'strerror', None) or error}"
         raise ConfigError(Problem(str(path), what, "give the base model's config.json, or its folder")) from error
     if not isinstance(content, dict):
-        raise ConfigError(Problem(str(path), "is no model configuration", "give the base model's config.json"))
+        raise ConfigError(Problem(str(path), "is not a model configuration", "give the base model's config.json"))
     return content
 
 
@@ -180,7 +180,7 @@ def _read_loralib(path: Path) -> tuple[dict[str, Tensor], dict[str, Layer]]:
         fix = "give a file saved with torch.save(lora.lora_state_dict(model), path)"
         raise AdapterError(Problem(str(path), f"cannot be read: {error.strerror or error}", fix)) from error
     except pickle.UnpicklingError as error:
-        what = "is no pickle of tensors alone; other content could run code when it is read"
+        what = "is not a pickle of tensors alone; other content could run code when it is read"
         fix = "save it with torch.save(lora.lora_state_dict(model), path)"
         raise AdapterError(Problem(str(path), what, fix)) from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -221,7 +221,7 @@ def _write_loralib(target: Path, state: Mapping[str, Tensor], layers: Mapping[st
     """Whole or not at all; what is there already stays. Beside the tensors stands how their layers are built."""
     if target.suffix not in (".safetensors", *_PICKLES):
         fix = f"end it with .safetensors, {', '.join(_PICKLES)}"
-        raise ConfigError(Problem(str(target), f"'{target.suffix}' is no form of loralib's files", fix))
+        raise ConfigError(Problem(str(target), f"'{target.suffix}' is not a form of loralib's files", fix))
     if target.exists():
         raise AdapterError(Problem(str(target), "exists", "choose another name, or remove it"))
     partial = target.with_name(f"{target.stem}.tmp-{os.getpid()}{target.suffix}")
@@ -244,7 +244,9 @@ def _write_loralib(target: Path, state: Mapping[str, Tensor], layers: Mapping[st
                 or again.keys() != own.keys()
                 or not all(_same(again[name], own[name]) for name in own)
             ):
-                raise AdapterError(Problem(str(target), "reads back other than it was written", "save to another disk"))
+                raise AdapterError(
+                    Problem(str(target), "reads back different from what was written", "save to another disk")
+                )
             partial.rename(target)
         finally:
             partial.unlink(missing_ok=True)
@@ -278,7 +280,7 @@ def by_module(*, alpha: Sequence[str] = (), enable_lora: Sequence[str] = (), kin
         try:
             alphas[name] = float(value)
         except ValueError:
-            problems.append(Problem("alpha", f"'{value}' is no number", "alpha=32, or qkv_proj=32"))
+            problems.append(Problem("alpha", f"'{value}' is not a number", "alpha=32, or qkv_proj=32"))
     if "" in alphas and len(alphas) > 1:
         problems.append(Problem("alpha", "is one number for all, or one for each module", "give module=number each"))
     flags: dict[str, tuple[bool, ...]] = {}
@@ -292,7 +294,7 @@ def by_module(*, alpha: Sequence[str] = (), enable_lora: Sequence[str] = (), kin
     for name, value in _pairs("kinds", kinds, problems):
         kind = next((known for known in KINDS if known == value), None)
         if kind is None or not name:
-            problems.append(Problem("kinds", f"'{value}' for '{name}' is no kind", f"module={'|'.join(KINDS)}"))
+            problems.append(Problem("kinds", f"'{value}' for '{name}' is not a kind", f"module={'|'.join(KINDS)}"))
         else:
             said[name] = kind
     if problems:

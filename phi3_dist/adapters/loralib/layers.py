@@ -111,7 +111,7 @@ class Review:
         ends = ", ".join(sorted({end(module) for module in modules}))
         for key in values or {}:
             if not any(_fits(key, module) for module in modules):
-                self.ask(argument, f"'{key}' is no adapted module", f"the adapted modules end in {ends}")
+                self.ask(argument, f"'{key}' is not an adapted module", f"the adapted modules end in {ends}")
 
     def size(self, update: Update) -> None:
         """Inputs and outputs of a PEFT-like A (r, in), B (out, r) against the base's."""
@@ -172,9 +172,7 @@ def to_merged(update: Update, flags: tuple[bool, ...], r: int | None, review: Re
     module, a, b = update.module, update.a, update.b
     rank, rows, n = a.shape[0], b.shape[0], sum(flags)
     if update.kind != "linear" or n == 0 or rows % len(flags):
-        what = (
-            f"a {KINDS[update.kind]} of {rows} outputs is no MergedLinear of {len(flags)} groups, {n} of them enabled"
-        )
+        what = f"a {KINDS[update.kind]} of {rows} outputs is not a MergedLinear of {len(flags)} groups, {n} enabled"
         review.wrong(module, what, "leave this module out of enable_lora, or correct its groups")
         return update
     review.size(update)

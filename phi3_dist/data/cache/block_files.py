@@ -49,7 +49,7 @@ def workers_for(cores: int) -> int:
     """How many processes tokenize where nobody says.
 
     On two cores one process with the tokenizer's own threads: it needs a tenth less CPU time than two processes, and
-    their start is no part of it. A fifth of its work, with Phi-3's tokenizer, holds the interpreter's lock, so more
+    their start is not part of it. A fifth of its work, with Phi-3's tokenizer, holds the interpreter's lock, so more
     cores than a few have a process each.
     """
     return 1 if cores <= _CORES_OF_ONE else cores

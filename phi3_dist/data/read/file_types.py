@@ -88,7 +88,7 @@ def form_of(path: Path, label: str) -> Form:
         return Form("parquet", said="" if kind == ".parquet" else "is a Parquet file, and read as one")
     if kind == ".parquet":
         looks = "JSON" if head.lstrip()[:1] in (b"{", b"[") else "something else"
-        what = f"is no Parquet file that can be read: by its first bytes it is {looks}"
+        what = f"is not a Parquet file that can be read: by its first bytes it is {looks}"
         raise DataError(Problem(label, what, "download or write it again, or give it the ending of what it is"))
     packing, said = _packing(path, head, label)
     if packing:
@@ -213,7 +213,7 @@ def _unpacked(path: Path, packing: str, label: str) -> Iterator[IO[bytes]]:
 
 
 class _Watched(io.RawIOBase):
-    """What is unpacked, as long as it is no bomb: a small file that never ends."""
+    """What is unpacked, as long as it is not a bomb: a small file that never ends."""
 
     def __init__(self, inner: Any, packed_bytes: int, label: str) -> None:
         self._inner, self._label, self._bytes = inner, label, 0

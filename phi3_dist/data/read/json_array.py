@@ -51,7 +51,7 @@ class _Text:
         self._lines, self._counted = 1, 0
 
     def next_char(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """The next character that is not white space; "" at the end."""
         while True:
             while self._at < len(self._text):
                 if self._text[self._at] not in _BLANK:

@@ -25,7 +25,7 @@ def read_notices(seen: Seen, fmt: ChatFormat | None = None) -> list[str]:
     if names := _counted(seen, "not learned"):
         notices.append(f"answers that are not learned, by their own flag: {names}")
     if names := _counted(seen, "asks to learn"):
-        notices.append(f"flags that ask to learn a turn that is no answer, which never happens: {names}")
+        notices.append(f"flags that ask to learn a turn that is not an answer, and are ignored: {names}")
     if n := seen["empty system", ""]:
         notices.append(f"{n:,} empty system messages are left out")
     if fmt and (names := _counted(seen, "reasoning")):
@@ -37,7 +37,7 @@ def read_notices(seen: Seen, fmt: ChatFormat | None = None) -> list[str]:
     unread = [(kind, _counted(seen, kind)) for kind in ("column", "message key")]
     told = "; ".join(f"{kind}s {names}" for kind, names in unread if names)
     if told:
-        notices.append(f"not read: {told} (data.ignore takes what is meant so)")
+        notices.append(f"not read: {told} (list intended ones in data.ignore)")
     return notices
 
 

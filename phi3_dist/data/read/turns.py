@@ -1,7 +1,7 @@
 """One turn of a conversation, out of what people write for one.
 
 A turn is an object of role and content (`from` and `value` mean the same). Besides: flags that keep an answer out of
-the loss, contents of several text parts, the reasoning before an answer. What is no text, and calls of tools, are
+the loss, contents of several text parts, the reasoning before an answer. What is not text, and calls of tools, are
 refused; keys that nobody here reads are counted, so that nothing is left out in silence.
 """
 
@@ -186,7 +186,7 @@ def refuse_placeholders(text: str, rules: Rules) -> None:
     for hole in _PLACEHOLDER.finditer(text):
         tag = hole[1]
         if hole[0] not in rules.ignore and not (tag and f"</{tag}>" in text):
-            what = f"holds {hole[0]!r}, the place of something that is no text, and only text can be trained on"
+            what = f"holds {hole[0]!r}, the place of something that is not text, and only text can be trained on"
             raise UnusableError(f"{what} (data.ignore: ['{hole[0]}'] learns it as text)")
 
 
@@ -201,7 +201,7 @@ def text_of(value: Any, name: str, *, may_be_empty: bool = False) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise UnusableError(f"{name} holds half of a surrogate pair, which is no character") from None
+        raise UnusableError(f"{name} holds half of a surrogate pair, which is not a character") from None
     return value
 
 

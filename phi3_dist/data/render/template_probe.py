@@ -140,7 +140,7 @@ def _prove(fmt: ChatFormat, tokenizer: PreTrainedTokenizerFast) -> None:
     if full[: len(_ids(tokenizer, turns[:3], generation_prompt=True))] != _ids(
         tokenizer, turns[:3], generation_prompt=True
     ):
-        raise unfit("an earlier turn is rendered otherwise once more turns follow")
+        raise unfit("an earlier turn is rendered differently once more turns follow")
     ends = [i for i, token in enumerate(full) if token == fmt.end_of_turn]
     if len(ends) != 4 + fmt.added_turns or tuple(full[ends[-1] + 1 :]) != fmt.tail:
         raise unfit("the turns of a longer conversation don't end as those of a short one")

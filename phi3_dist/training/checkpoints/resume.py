@@ -112,7 +112,7 @@ def _refuse_no_way_on(folder: RunFolder, found: _Found, wanted: int, *, more: bo
         what = f"are {wanted}, and {found.checkpoint.folder.name} has {found.checkpoint.step} behind it"
         raise TrainingError(Problem("train.max_steps, train.epochs", what, "ask for more, or take another save.folder"))
     if more and found.finished and found.checkpoint is None:
-        what = "has finished, and keeps no checkpoint that more steps could go on from"
+        what = "has finished, and keeps no checkpoint to continue from"
         fix = f"model.adapter={folder.adapter} with another save.folder trains on from its adapter; or --overwrite"
         raise TrainingError(Problem(str(folder.path), what, fix))
 

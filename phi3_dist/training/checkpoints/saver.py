@@ -118,7 +118,7 @@ class Saver:
         row = {"step": done, "saves": self.saves, "stood_s": round(self.stood_s, 4), "run_s": round(run_s, 3)}
         self.ctx.metrics.note("saves", row)
         self.ctx.metrics.say(
-            f"checkpoints: {self.saves}, for which training stood still {self.stood_s:.2f} s of {run_s:.1f} s "
+            f"checkpoints: {self.saves}, during which training waited {self.stood_s:.2f} s of {run_s:.1f} s "
             f"({self.stood_s / run_s:.1%})"
         )
 

@@ -95,7 +95,7 @@ class DeepSpeedEngine:
         # deepspeed 0.19.8 drops a step of non-finite norm by itself, in fp32 too: its norm is then infinity
         if not math.isfinite(value) and self.model.was_step_applied():
             what = f"the gradient norm is {value}, and DeepSpeed has made the update all the same"
-            raise TrainingError(Problem("optimizer", what, "go on from the last checkpoint with --resume"))
+            raise TrainingError(Problem("optimizer", what, "continue from the last checkpoint with --resume"))
         return torch.tensor(value, dtype=torch.float64)
 
 

@@ -103,7 +103,7 @@ class Metrics:
 
     def _tell(self, error: OSError) -> None:
         if not self._told:
-            self.say(f"{self._path.name}: rows can't be written now: {error.strerror or error}; training goes on")
+            self.say(f"{self._path.name}: rows can't be written now: {error.strerror or error}; training continues")
         self._told = True
 
     def _write(self, row: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ def compile_notice(plan: RunPlan, environ: Mapping[str, str]) -> list[str]:
     if any(any(root.glob(pattern)) for pattern in patterns) or any(_installed().glob(f"{CPU_OPERATOR}*.so")):
         return []
     return [
-        f"DeepSpeed compiles {CPU_OPERATOR} now, once: nothing is heard for a minute or several. "
+        f"DeepSpeed compiles {CPU_OPERATOR} now, once: this takes one to several minutes without output. "
         f"It is kept in {root} (TORCH_EXTENSIONS_DIR names another folder)"
     ]
 

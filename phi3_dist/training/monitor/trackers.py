@@ -42,7 +42,7 @@ def start_trackers(runtime: Runtime, names: tuple[str, ...], *, project: str, ru
         if not (theirs or isinstance(error, OSError)):
             raise
         what = f"{', '.join(names)} can't begin: {error}"
-        raise MachineError(Problem("log.trackers", what, "mend it, or train with log.trackers=[]")) from error
+        raise MachineError(Problem("log.trackers", what, "fix it, or train with log.trackers=[]")) from error
 
 
 def finish_trackers(runtime: Runtime) -> Iterator[str]:
