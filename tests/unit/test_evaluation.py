@@ -127,7 +127,7 @@ def test_mistakes_are_told_with_place_and_fix(run: Path, tmp_path: Path, monkeyp
     assert "regular expression" in refused(ConfigError, run, Asking(metrics=("regex:(",)))
     assert "finds nothing" in refused(DataError, run, Asking(generate=1, metrics=("regex:QQQ(.)",)))
     assert "cannot be combined" in refused(ConfigError, run, Asking(base=True, against="x"))
-    assert "lies in no run" in refused(DataError, "tiny-random", Asking())
+    assert "not inside a run" in refused(DataError, "tiny-random", Asking())
     assert "a base itself" in refused(ConfigError, "tiny-random", Asking("asks.jsonl", base=True))
     assert "no such folder" in refused(RunFolderError, run / "absent", Asking())
 
