@@ -93,14 +93,16 @@ def _a_sweep(
     """The plan of the candidate with the largest rank, and how many like it train at once."""
     from phi3_dist.planning.preview import check_rows
     from phi3_dist.sweep.file import load_sweep
-    from phi3_dist.sweep.memory import sweep_line
+    from phi3_dist.sweep.memory import candidates_a_pass, sweep_line
 
     sweep = load_sweep(file, overrides)
     largest = max(sweep.candidates, key=lambda one: one.cfg.lora.r)
     check_rows(largest.cfg)
     planned, machine = _one_launch(largest.cfg, config, processes, nodes, device, gib)
     ranks = planned.world_size // planned.nodes
-    typer.echo(sweep_line(sweep.together, len(sweep.candidates), planned.memory, machine, ranks))
+    pack_tokens = sweep.cfg.data.pack_length * planned.micro_batch
+    a_pass = candidates_a_pass(sweep.pass_tokens, pack_tokens, planned.device)
+    typer.echo(sweep_line(sweep.together, len(sweep.candidates), planned.memory, machine, ranks=ranks, a_pass=a_pass))
 
 
 def _one_launch(

@@ -180,6 +180,8 @@ class Given:
     base: Base
     tokenizer: Any
     joint: JointLoss
+    a_pass: int
+    """Candidates that share a forward pass."""
     watch: WeightsWatch
     flag: StopFlag
     clock: StartClock

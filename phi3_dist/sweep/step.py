@@ -1,8 +1,9 @@
-"""One step of every candidate that waits for one: a joint forward and backward a slot, then an update each."""
+"""One step of every candidate that waits for one: joint forward and backward passes, then an update each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -20,6 +21,14 @@ from phi3_dist.training.train_step import (
 __all__ = ["joint_step"]
 
 
+def _passes(slots: Sequence[Sequence[Any]], a_pass: int) -> Iterator[tuple[int, list[int]]]:
+    """Each forward pass: its slot, and which candidates (by index) bring a micro batch. The same on every rank."""
+    for slot in range(max(map(len, slots))):
+        here = [index for index, own in enumerate(slots) if slot < len(own)]
+        for first in range(0, len(here), a_pass):
+            yield slot, here[first : first + a_pass]
+
+
 def joint_step(waiting: Sequence[CandidateRun], given: Given) -> list[StepResult]:
     """The results of one step of each candidate, in their order. Collective.
 
@@ -34,8 +43,7 @@ def joint_step(waiting: Sequence[CandidateRun], given: Given) -> list[StepResult
         for run, step in zip(waiting, steps, strict=True)
     ]
     nlls = [torch.zeros((), device=runtime.device) for _ in waiting]
-    for slot in range(max(map(len, slots))):
-        here = [index for index, own in enumerate(slots) if slot < len(own)]
+    for slot, here in _passes(slots, given.a_pass):
         parts = []
         for index in here:
             run = waiting[index]

@@ -64,11 +64,11 @@ class Board:
         if self.active:
             self.console.print(text, markup=False)
 
-    def announce(self, plan: RunPlan, count: int, at_once: int, why: str) -> None:
+    def announce(self, plan: RunPlan, count: int, at_once: int, a_pass: int, why: str) -> None:
         """How many candidates train, how many of them at once, and the plan's choices with their reasons."""
         rounds = -(-count // at_once) if at_once else 0
         together = "together" if rounds == 1 else f"in {rounds} rounds of at most {at_once}"
-        self.say(f"sweep: {count} candidates train {together} ({why})")
+        self.say(f"sweep: {count} candidates train {together}, {min(a_pass, at_once or 1)} in a forward pass ({why})")
         for choice in plan.choices:
             self.say(f"{choice.name}: {choice.value} ({choice.why})")
 

@@ -19,6 +19,7 @@ from tests.unit.test_sweep import RUN, run, sweep_of
 pytestmark = pytest.mark.ranks
 SECTION: dict[str, Any] = {
     "axes": {"optim.lr": [1e-2, 1e-3]},
+    "pass_tokens": 1280,  # two candidates in a pass, then the third
     "candidates": [{"name": "odd", "lora.targets": ["qkv_proj"], "lora.dropout": 0.0, "train.seed": 3}],
 }
 

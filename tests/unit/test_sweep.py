@@ -22,7 +22,7 @@ from phi3_dist.sweep import step as sweep_step
 from phi3_dist.sweep.early import Decision, decide, rung_step
 from phi3_dist.sweep.file import EarlyConfig, Sweep, load_sweep
 from phi3_dist.sweep.loop import SweepResult, run_sweep
-from phi3_dist.sweep.memory import candidates_at_once
+from phi3_dist.sweep.memory import candidates_a_pass, candidates_at_once
 from phi3_dist.training.loop import train
 
 REPO = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def sweep_of(folder: Path, section: dict[str, Any], **changes: Any) -> Sweep:
     values = {name: {**RUN.get(name, {}), **changes.get(name, {})} for name in {*RUN, *changes}}
     values["save"]["folder"] = str(folder / "runs")
     file = folder / "sweep.yaml"
-    file.write_text(yaml.safe_dump({**values, "sweep": section}))
+    file.write_text(yaml.safe_dump({**values, "sweep": {"pass_tokens": 10**6, **section}}))
     return load_sweep(file)
 
 
@@ -101,7 +101,7 @@ def test_each_candidate_is_its_own_run_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_checkpointed_layers_draw_their_masks_again(tmp_path: Path) -> None:
-    section = {"axes": {"lora.r": [8, 4]}}
+    section = {"axes": {"lora.r": [8, 4, 2]}, "pass_tokens": 1280}  # two in a pass, and one
     sweep = sweep_of(tmp_path, section, model={"activation_checkpointing": True}, train={"max_steps": 2})
     run(sweep)
     alone(sweep, tmp_path / "alone")
@@ -250,9 +250,17 @@ def test_as_many_train_at_once_as_memory_holds(tmp_path: Path) -> None:
     terms = (Term("base weights", 4.0, ""), Term("adapter", 0.5, ""), Term("activations (estimate)", 1.5, ""))
     machine = probe(use_cpu=True)
     card = type(machine)(**{**vars(machine), "device": "cuda", "device_memory_gib": 12.0})
-    assert candidates_at_once("auto", len(sweep.candidates), terms, card, 1)[0] == 3
-    assert candidates_at_once("auto", 2, terms, card, 1)[0] == 2
-    assert candidates_at_once(5, 8, terms, card, 1) == (5, "as the sweep file says")
+    assert candidates_at_once("auto", len(sweep.candidates), terms, card, ranks=1, a_pass=100)[0] == 3
+    assert candidates_at_once("auto", 2, terms, card, ranks=1, a_pass=100)[0] == 2
+    assert candidates_at_once(5, 8, terms, card, ranks=1, a_pass=100) == (5, "as the sweep file says")
+    # 4 + 1.5 of one in the pass, and 0.5 for each: 10 fit into 10.8 GiB
+    assert candidates_at_once("auto", 20, terms, card, ranks=1, a_pass=1)[0] == 10
+
+
+def test_as_many_share_a_pass_as_its_tokens_hold() -> None:
+    assert [candidates_a_pass("auto", pack, "cpu") for pack in (256, 300, 1024, 4096)] == [4, 3, 1, 1]
+    assert candidates_a_pass("auto", 1024, "cuda") == 8
+    assert candidates_a_pass(600, 256, "cuda") == 2
 
 
 def test_a_sweep_file_of_hundreds_is_read_at_once(tmp_path: Path) -> None:
