@@ -189,7 +189,8 @@ def test_a_signal_to_a_launcher_is_one_to_its_ranks(
         assert code == code_of(number), text
         assert "Traceback" not in text
         assert any((tmp_path / "run" / "checkpoints").glob("step_*/manifest.json"))
-        assert json.loads((tmp_path / "run" / "exit.json").read_text())["state"] == "preempted"
+        state = "interrupted" if number == signal.SIGINT else "preempted"
+        assert json.loads((tmp_path / "run" / "exit.json").read_text())["state"] == state
     finally:
         left += descendants(process.pid)
         process.kill()
