@@ -159,7 +159,7 @@ rehearse: setup ## every cell of the support matrix on fake CUDA tensors: what w
 docs: setup ## build the docs site into site/, the parts that come from the code written anew
 	@$(BIN)/python -m docs.generated
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "site/index.html"
+	@echo "site/index.html; with its search: $(BIN)/python -m http.server --bind 127.0.0.1 --directory site"
 
 wheel: setup ## build dist/*.whl
 	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from phi3_dist import errors
 from phi3_dist.cli import app
 from phi3_dist.config.load import load_run
+from phi3_dist.recipes.lint import faults
 from tests.pages import REPO, RUN, blocks, pages, text_of, understood
 
 README_WORDS = 900
@@ -61,6 +62,18 @@ def test_what_the_readme_says_of_memory_is_the_plans(tmp_path: Path) -> None:
         }
         assert shown[i] == pytest.approx([peak["nf4"], peak["none"]], rel=0.1)
         assert all(gib < 0.9 * gb / 1.074 for gib, gb in zip(shown[i], cards[i], strict=True))
+
+
+def test_the_faults_that_the_pages_show_are_those_that_lint_finds(tmp_path: Path) -> None:
+    shown = next(block for block in blocks("docs/migrating.md") if block.title == "axolotl.yml")
+    (tmp_path / shown.title).write_text(shown.text, encoding="utf-8")
+    found = [(fault.place, fault.what) for fault in faults(tmp_path / shown.title)]
+    assert len(found) == 2
+    for page in ("README.md", "docs/migrating.md"):
+        lines = [
+            line.split(maxsplit=1) for block in blocks(page) for line in block.text.splitlines() if ".yml:" in line
+        ]
+        assert [(place, what) for place, what in lines] == found, page
 
 
 # --- blocks, marks, names -------------------------------------------------------------------------------------------
