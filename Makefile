@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types check test test-full test-gpu test-oldest test-py312 test-py313 test-slurm test-serve torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-generate bench-gpu bench-memory card card-rehearsal card-carry bench-prepare bench-sweep rehearse wheel clean
+.PHONY: help setup lint types check test test-full test-gpu test-oldest test-py312 test-py313 test-slurm test-serve torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-generate bench-gpu bench-memory card card-rehearsal card-carry bench-prepare bench-sweep rehearse docs wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name what; do \
@@ -155,9 +155,15 @@ bench-sweep: setup ## eight candidates in one sweep beside eight runs, one after
 rehearse: setup ## every cell of the support matrix on fake CUDA tensors: what would fail or wait on a GPU
 	@$(BIN)/python -m phi3_dist.bench.rehearse --matrix --jobs 2
 
+# mkdocs-material announces its successor at each start; its docs name the variable that turns that off.
+docs: setup ## build the docs site into site/, the parts that come from the code written anew
+	@$(BIN)/python -m docs.generated
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html; with its search: $(BIN)/python -m http.server --bind 127.0.0.1 --directory site"
+
 wheel: setup ## build dist/*.whl
 	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
 
 clean: ## remove caches, builds and .venv (runs/ stays)
-	rm -rf $(VENV) .venv-* .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-* .cache build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

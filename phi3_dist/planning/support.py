@@ -2,7 +2,7 @@
 
 nf4 and int8 with DDP, ZeRO-1 and ZeRO-2, and nf4 with ZeRO-3 and FSDP2, were trained on two CPU processes, in fp32 and
 bf16 (bitsandbytes 0.50.2, DeepSpeed 0.19.8); the `cuda` columns say what should hold there. One function answers, and
-the table of the README is generated from it, so that the two can't differ.
+the tables of docs/strategies.md are generated from it, so that the two can't differ.
 """
 
 from __future__ import annotations

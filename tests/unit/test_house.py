@@ -199,9 +199,10 @@ def test_the_oldest_python_is_the_same_everywhere() -> None:
     assert pyproject()["tool"]["mypy"]["python_version"] == oldest
     assert pyproject()["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
     assert f"OLDEST := {oldest}\n" in (REPO / "Makefile").read_text(encoding="utf-8")
-    readme = (REPO / "README.md").read_text(encoding="utf-8")
-    assert f"Python {oldest} or newer" in readme
-    assert f"The tests run on {oldest}" in readme
+    page = (REPO / "docs/install.md").read_text(encoding="utf-8")
+    assert f"Python {oldest} or newer" in page
+    assert f"Python {oldest} or newer" in (REPO / "README.md").read_text(encoding="utf-8")
+    assert f"The tests run on {oldest}" in page
 
 
 def test_every_file_is_in_the_oldest_pythons_syntax() -> None:
@@ -221,7 +222,7 @@ def test_the_lock_pins_every_dependency_inside_its_range() -> None:
     lock = {canonicalize_name(name): version for name, version in pins}
     project = pyproject()["project"]
     wanted = [*project["dependencies"]]
-    for extra in ("deepspeed", "qlora", "demo", "test", "dev"):
+    for extra in ("deepspeed", "qlora", "demo", "docs", "test", "dev"):
         wanted += project["optional-dependencies"][extra]
     for text in wanted:
         requirement = Requirement(text)
@@ -240,7 +241,7 @@ def test_each_range_has_an_oldest_version() -> None:
     promised = project["dependencies"] + [
         line
         for extra, lines in project["optional-dependencies"].items()
-        if extra not in {"test", "dev"}
+        if extra not in {"docs", "test", "dev"}
         for line in lines
     ]
     floors = {line: [part for part in Requirement(line).specifier if part.operator == ">="] for line in promised}
@@ -281,8 +282,8 @@ def test_a_python_that_is_not_here_is_told_with_what_brings_it() -> None:
     assert "apt install python3.99-venv python3.99-dev" in done.stderr
     assert "make test-py399 PYTHON399=/path/to/python3.99" in done.stderr
     assert not (REPO / ".venv-py399").exists()
-    readme = (REPO / "README.md").read_text(encoding="utf-8")
-    (newest,) = re.findall(r"Supported Python: 3\.11 to 3\.(\d+)\.", readme)
+    page = (REPO / "docs/install.md").read_text(encoding="utf-8")
+    (newest,) = re.findall(r"Supported Python: 3\.11 to 3\.(\d+)\.", page)
     makefile = (REPO / "Makefile").read_text(encoding="utf-8")
     assert re.findall(r"^test-py3(\d+):", makefile, flags=re.MULTILINE) == [str(n) for n in range(12, int(newest) + 1)]
 

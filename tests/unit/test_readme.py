@@ -1,140 +1,105 @@
-"""README.md and CONTRIBUTING.md are true: their commands run, their tables are the code's, their tree the disk's.
+"""README.md, the docs and CONTRIBUTING.md are true: their tables are the code's, their tree is the disk's.
 
-Every line of a ```bash block is run here, in order, in a folder of its own; or it stands in `RUN_ELSEWHERE` with the
-place that runs it.
+Their commands are run by `tests/ranks/test_page_commands.py`, and the docs site is built by `test_docs.py`.
 """
 
 from __future__ import annotations
 
-import os
+import json
 import re
-import shlex
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer.main
 import yaml
+from typer.testing import CliRunner
 
 from phi3_dist import errors
 from phi3_dist.cli import app
 from phi3_dist.config.load import load_run
+from phi3_dist.recipes.lint import faults
+from tests.pages import REPO, RUN, blocks, pages, text_of, understood
 
-REPO = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "CONTRIBUTING.md")
-COMMAND_TIMEOUT_S = 120
-
-RUN_ELSEWHERE = {
-    "make setup": "Makefile: setup",  # this session runs in what it made
-    ". .venv/bin/activate": "Makefile: setup",
-    "make test": "Makefile: test",  # this session
-    **dict.fromkeys(
-        (
-            "phi3-dist slurm configs/run/debug.yaml save.folder=runs/two_nodes --resume --nodes 2 "
-            "--processes-per-node 1 --config_file configs/accelerate/cpu_2.yaml --time 1h --submit",
-            "phi3-dist slurm configs/run/debug.yaml save.folder=runs/sweep --array optim.lr=1e-2,1e-3 "
-            "--processes-per-node 1 --submit",
-            "phi3-dist slurm configs/run/debug.yaml save.folder=runs/long --resume --chain 2 --time 1h "
-            "--processes-per-node 1 --submit",
-            "phi3-dist logs runs/two_nodes --rank 1",
-        ),
-        "tests/slurm/test_slurm_readme.py::test_the_commands_of_the_readme",
-    ),
-    **dict.fromkeys(
-        (
-            'phi3-dist generate runs/debug --prompt "Two lattes to go, please" --max-new-tokens 32',
-            "phi3-dist generate runs/debug questions.jsonl --output answers.jsonl",
-            "phi3-dist chat runs/debug",
-        ),
-        "tests/unit/test_answers.py::test_the_verbs",
-    ),
-    "make demo": "tests/ranks/test_demo.py::test_the_demo_learns_the_tickets",  # minutes
-    ".venv/bin/pre-commit install": "tests/unit/test_house.py::test_hooks_run_the_tools_of_the_virtual_environment",
-}
-
-
-def blocks(page: str, language: str) -> list[str]:
-    text = (REPO / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-
-
-def commands() -> list[str]:
-    """Each command once, in the order of the pages; a trailing backslash joins lines."""
-    lines = [
-        line for page in PAGES for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()
-    ]
-    return list(dict.fromkeys(line.strip() for line in lines if line.strip() and not line.startswith("#")))
+README_WORDS = 900
 
 
 def section(page: str, heading: str) -> str:
-    text = (REPO / page).read_text(encoding="utf-8")
-    match = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    match = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text_of(page), flags=re.MULTILINE | re.DOTALL)
     assert match is not None, f"{page} has no section '{heading}'"
     return match[1]
 
 
-def verbs(group: Any, above: str = "phi3-dist") -> set[str]:
-    """Full names of all commands below a group."""
-    found: set[str] = set()
-    for name, command in getattr(group, "commands", {}).items():
-        path = f"{above} {name}"
-        found |= verbs(command, path) if hasattr(command, "commands") else {path}
-    return found
+# --- the README -----------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len(text_of("README.md").split()) <= README_WORDS
 
 
 def test_the_first_command_is_the_demo() -> None:
-    assert commands()[0] == "make demo"
+    first = next(block for block in blocks("README.md") if block.language == "bash")
+    assert first.commands == ["make demo"]
 
 
-def test_what_is_run_elsewhere_is_in_the_pages_and_there() -> None:
-    assert set(RUN_ELSEWHERE) <= set(commands())
-    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
-    for command, place in RUN_ELSEWHERE.items():
-        if place.startswith("Makefile: "):
-            assert re.search(rf"^{place.removeprefix('Makefile: ')}:", makefile, flags=re.MULTILINE), command
-        else:
-            path, _, name = place.partition("::")
-            assert f"def {name}(" in (REPO / path).read_text(encoding="utf-8"), command
+def test_what_the_readme_says_of_memory_is_the_plans(tmp_path: Path) -> None:
+    """Packs of 2,048 tokens with checkpointing on one card, as `phi3-dist plan` has them, to a tenth."""
+    rows = [line for line in section("README.md", "Does it run on my cards?").splitlines() if " GiB: " in line]
+    shown = [[float(gib) for gib in re.findall(r"([\d.]+) GiB", row)] for row in rows]
+    cards = [[int(gb) for gb in re.findall(r"a card of (\d+) GB", row)] for row in rows]
+    run = tmp_path / "run.yaml"
+    for i, source in enumerate(("microsoft/Phi-3-mini-4k-instruct", "microsoft/phi-4")):
+        run.write_text(
+            f"model: {{source: {source}, precision: bf16, activation_checkpointing: true}}\n"
+            f"data: {{train: {REPO / 'configs/run/debug_chats.jsonl'}}}\ntrain: {{max_steps: 10}}\n"
+        )
+        words = ["plan", str(run), "--nodes", "1", "--gpus-per-node", "1", "--gpu", "h100-80gb", "--json"]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+        peak = {
+            option["quantization"]: option["peak_gib"]
+            for option in json.loads(done.output)["options"]
+            if option["strategy"] == "single"
+        }
+        assert shown[i] == pytest.approx([peak["nf4"], peak["none"]], rel=0.1)
+        assert all(gib < 0.9 * gb / 1.074 for gib, gb in zip(shown[i], cards[i], strict=True))
+
+
+def test_the_faults_that_the_pages_show_are_those_that_lint_finds(tmp_path: Path) -> None:
+    shown = next(block for block in blocks("docs/migrating.md") if block.title == "axolotl.yml")
+    (tmp_path / shown.title).write_text(shown.text, encoding="utf-8")
+    found = [(fault.place, fault.what) for fault in faults(tmp_path / shown.title)]
+    assert len(found) == 2
+    for page in ("README.md", "docs/migrating.md"):
+        lines = [
+            line.split(maxsplit=1) for block in blocks(page) for line in block.text.splitlines() if ".yml:" in line
+        ]
+        assert [(place, what) for place, what in lines] == found, page
+
+
+# --- blocks, marks, names -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", pages())
+def test_every_block_of_commands_runs_or_says_why_not(page: str) -> None:
+    """No fence is indented or unread, none is in another shell's name, and each mark is one that the tests know."""
+    found = blocks(page)
+    fences = re.findall(r"^\s*```", text_of(page), flags=re.MULTILINE)
+    assert len(fences) == 2 * len(found), "a fence that tests/pages.py does not read"
+    assert not {block.language for block in found} & {"sh", "shell", "console", "py"}, "write bash or python"
+    for block in found:
+        if block.language in RUN:
+            assert not block.mark or understood(block.mark), f"{block.mark}\n{block.text}"
 
 
 def test_every_make_target_that_the_pages_name_exists() -> None:
-    targets = set(re.findall(r"^([a-z0-9-]+):", (REPO / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    named = {name for page in PAGES for name in re.findall(r"`make ([a-z0-9-]+)`", (REPO / page).read_text("utf-8"))}
-    assert named
+    targets = set(re.findall(r"^([a-z0-9-]+):", text_of("Makefile"), flags=re.MULTILINE))
+    named = {name for page in pages() for name in re.findall(r"(?:`|^)make ([a-z0-9-]+)", text_of(page), re.MULTILINE)}
+    assert {"demo", "docs", "test"} <= named
     assert named <= targets
 
 
-@pytest.mark.ranks
-@pytest.mark.timeout(600)
-def test_every_other_command_runs(tmp_path: Path) -> None:
-    """In order, since later commands look at what earlier ones made, and outside the clone, which stays as it is."""
-    for name in ("configs", "launch"):
-        (tmp_path / name).symlink_to(REPO / name)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    here = [command for command in commands() if command not in RUN_ELSEWHERE]
-    assert len(here) > 3
-    for command in here:
-        done = subprocess.run(
-            shlex.split(command),
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            timeout=COMMAND_TIMEOUT_S,
-        )
-        assert done.returncode == 0, f"$ {command}\n{done.stdout}"
-    for run in re.findall(r"runs/\w+", " ".join(here)):
-        assert (tmp_path / run / "adapter" / "adapter_model.safetensors").is_file(), run
-        assert (tmp_path / run / "curves.png").is_file(), run
-
-
 def test_the_run_file_example_is_a_run_file(tmp_path: Path) -> None:
-    (example,) = blocks("README.md", "yaml")
+    example = next(block.text for block in blocks("docs/run-file.md") if block.title == "example.yaml")
     run = tmp_path / "example.yaml"
     run.write_text(example, encoding="utf-8")
     config = load_run(run)
@@ -143,17 +108,15 @@ def test_the_run_file_example_is_a_run_file(tmp_path: Path) -> None:
     assert config.train.eval_every == shown["train"]["eval_every"]
 
 
-def test_the_table_of_verbs_is_the_command_line() -> None:
-    table = section("README.md", "Verbs")
-    rows = re.findall(r"^\| `(phi3-dist [a-z ]+?)(?: [A-Z\[-].*?)?` \|", table, flags=re.MULTILINE)
-    assert len(rows) == len(set(rows))
-    assert set(rows) == verbs(typer.main.get_command(app))
-
-
 def test_the_table_of_exit_codes_is_the_exception_tree() -> None:
-    rows = re.findall(r"^\| (\d+) \| `(\w+)`", section("README.md", "Exit codes"), flags=re.MULTILINE)
+    table = re.search(r"^## By exit code\n(.*)", text_of("docs/troubleshooting.md"), flags=re.MULTILINE | re.DOTALL)
+    assert table is not None
+    rows = re.findall(r"^\| (\d+) \| `(\w+)`", table[1], flags=re.MULTILINE)
     tree = {c.__name__: c.exit_code for c in errors.Phi3DistError.__subclasses__()}
     assert {name: int(code) for code, name in rows} == tree
+
+
+# --- the tree, and links --------------------------------------------------------------------------------------------
 
 
 def tree_of(page: str) -> set[str]:
@@ -174,7 +137,7 @@ def test_the_tree_is_the_disks() -> None:
         cwd=REPO, capture_output=True, text=True, check=True,
     )  # fmt: skip
     files = [Path(line) for line in listed.stdout.splitlines() if (REPO / line).exists()]
-    tree = tree_of("README.md")
+    tree = tree_of("docs/architecture.md")
     missing = {path for path in tree if not (REPO / path).exists()}
     assert not missing, "in the tree, not on the disk"
 
@@ -185,7 +148,16 @@ def test_the_tree_is_the_disks() -> None:
     assert rooms <= tree, "rooms without a line in the tree"
 
 
-def test_every_link_leads_somewhere() -> None:
-    for page in PAGES:
-        for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", (REPO / page).read_text(encoding="utf-8")):
-            assert (REPO / target).exists(), f"{page}: {target}"
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the docs site make them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", path.read_text("utf-8"), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_every_link_leads_somewhere(page: str) -> None:
+    """The build of the docs site looks at those of the docs: it ends at a link or an anchor that is not there."""
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", text_of(page)):
+        path = REPO / (target or page)
+        assert path.exists(), f"{page}: {target}"
+        assert not anchor or anchor in anchors(path), f"{page}: {target}#{anchor}"

@@ -1,4 +1,4 @@
-"""The README's section on Slurm, as it stands there, on a real Slurm."""
+"""The commands of docs/slurm.md, as they are written there, on a real Slurm."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from pathlib import Path
 import pytest
 
 from phi3_dist.report.runs import list_runs
+from tests.pages import blocks
 from tests.slurm.conftest import REPO, Desk
 
 pytestmark = [pytest.mark.slurm, pytest.mark.full, pytest.mark.timeout(600)]
 
 
 def commands() -> list[str]:
-    text = (REPO / "README.md").read_text(encoding="utf-8")
-    section = text.partition("\n## Slurm\n")[2].partition("\n## ")[0]
-    blocks = re.findall(r"^```bash\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
-    return [line for block in blocks for line in block.splitlines()]
+    shown = [block for block in blocks("docs/slurm.md") if block.language == "bash" and block.mark != "needs a GPU"]
+    return [command for block in shown for command in block.commands]
 
 
-def test_the_commands_of_the_readme(desk: Desk) -> None:
+def test_the_commands_of_the_page(desk: Desk) -> None:
     """From a folder with a clone's configs and .venv; each submitted job ends before the next command."""
     for name in ("configs", "launch"):
         (desk.folder / name).symlink_to(REPO / name)
