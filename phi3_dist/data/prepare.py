@@ -39,11 +39,12 @@ from phi3_dist.errors import DataError, Problem
 from phi3_dist.machine.file_state import State, changed_files, settled, states_of
 from phi3_dist.machine.storage import CACHE_FIX, DENIED, NO_LOCKS, storage_fault
 from phi3_dist.modeling.tokenizer import tokenizer_hash
+from phi3_dist.planning.auto_fields import RowLengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["Prepared", "Progress", "prepare"]
+__all__ = ["Prepared", "Progress", "prepare", "row_lengths"]
 
 CACHE_FORMAT = 3
 """Part of the cache key: raise it when the same rows would become other tokens, or other files."""
@@ -133,6 +134,24 @@ def prepare(
     )
 
 
+def row_lengths(
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    cache_dir: Path | None,
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> RowLengths:
+    """What `data.pack_length: auto` has to hold: `prepare` without its packs. Raises DataError as that does."""
+    tell = progress or _waiting_said_once()
+    if cache_dir is None:
+        tokens = _in_memory(cfg, tokenizer)
+    else:
+        tokens = _through_cache(cfg, tokenizer, cache_dir, workers, tell, packs=False)[0]
+    parts = [rows.lengths for rows in (tokens.train, tokens.held_out) if len(rows)]
+    return RowLengths(max(int(part.max()) for part in parts), int(tokens.train.lengths.sum()), len(tokens.train))
+
+
 def _waiting_said_once() -> Progress:
     """For ranks of a run, whose log must say why nothing happens, once."""
     said: set[str] = set()
@@ -171,7 +190,13 @@ def _in_memory(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast) -> _Tokens:
 
 
 def _through_cache(
-    cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: Path, workers: int, tell: Progress
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    cache_dir: Path,
+    workers: int,
+    tell: Progress,
+    *,
+    packs: bool = True,
 ) -> tuple[_Tokens, bool, Packed | None, Packed | None]:
     key = ""
     try:
@@ -184,10 +209,10 @@ def _through_cache(
             tokens, cached = _tokens_in(folder, cfg, tokenizer, workers, tell, before=before)
             with contextlib.suppress(OSError):  # a help for `phi3-dist cache` alone
                 (folder / "used").touch()
-            packed = [_packed(folder, name, tokens, cfg) for name in ("train", "validation")]
+            packed = [_packed(folder, name, tokens, cfg) if packs else None for name in ("train", "validation")]
     except OSError as error:
         # another user's cache, a read-only disk, a file server without locks: what is finished there is read
-        found = _only_read(cache_dir / key, cfg) if key and error.errno in DENIED | NO_LOCKS else None
+        found = _only_read(cache_dir / key, cfg, packs=packs) if key and error.errno in DENIED | NO_LOCKS else None
         if found is None:
             what, fix = storage_fault(error, CACHE_FIX)
             raise DataError(Problem(str(cache_dir), f"the token cache can't be written: {what}", fix)) from error
@@ -195,11 +220,13 @@ def _through_cache(
     return tokens, cached, packed[0], packed[1]
 
 
-def _only_read(folder: Path, cfg: DataConfig) -> tuple[_Tokens, Packed | None, Packed | None] | None:
+def _only_read(folder: Path, cfg: DataConfig, *, packs: bool) -> tuple[_Tokens, Packed | None, Packed | None] | None:
     """Tokens and packs out of a finished cache, without a lock and without a write; None where it isn't finished."""
     try:
         tokens = _load(folder)
-        train, held = (_packed_or_made(folder, name, tokens, cfg) for name in ("train", "validation"))
+        train, held = (
+            _packed_or_made(folder, name, tokens, cfg) if packs else None for name in ("train", "validation")
+        )
     except DataError:
         return None
     return tokens, train, held

@@ -22,6 +22,7 @@ def write_run(
     folder = folder.expanduser().resolve()
     run = run_file.expanduser().resolve()
     values = [*overrides, f"model.quantization={option.quantization}"]
+    values += [f"{path}={str(value).lower()}" for path, value in option.settled.items()]
     config = folder / "accelerate.yaml"
     text = accelerate_yaml(option.strategy, num_processes=cluster.world, num_machines=cluster.nodes)
     files = {config: text}
