@@ -89,10 +89,12 @@ def _every_way(cfg: Any, **options: Any) -> None:
 
 def _rows(cfg: Any) -> Any:
     """What an earlier preparation noted of the rows, where `data.pack_length: auto` asks for it."""
+    if cfg.data.pack_length != "auto":
+        return None
     from phi3_dist.data.cache.length_notes import noted_lengths
     from phi3_dist.machine.storage import cache_folder
 
-    return noted_lengths(cache_folder(cfg.data.cache), cfg) if cfg.data.pack_length == "auto" else None
+    return noted_lengths(cache_folder(cfg.data.cache), cfg)
 
 
 def _a_sweep(

@@ -224,9 +224,9 @@ def _only_read(folder: Path, cfg: DataConfig, *, packs: bool) -> tuple[_Tokens, 
     """Tokens and packs out of a finished cache, without a lock and without a write; None where it isn't finished."""
     try:
         tokens = _load(folder)
-        train, held = (
-            _packed_or_made(folder, name, tokens, cfg) if packs else None for name in ("train", "validation")
-        )
+        if not packs:
+            return tokens, None, None
+        train, held = (_packed_or_made(folder, name, tokens, cfg) for name in ("train", "validation"))
     except DataError:
         return None
     return tokens, train, held

@@ -148,7 +148,10 @@ def advise(
     *,
     rows: RowLengths | None = None,
 ) -> Advice:
-    """Every option. `rows`: what is known of them, for `data.pack_length: auto`. Raises PlanError where the run file can't be run on so many ranks, whatever the strategy."""
+    """Every option. `rows`: what is known of them, for `data.pack_length: auto`.
+
+    Raises PlanError where the run file can't be run on so many ranks, whatever the strategy.
+    """
     machine = machine_of(cluster, packages, limit=False)
     options = []
     refusals: list[PlanError] = []
@@ -311,10 +314,12 @@ def _notes(able: list[Option], best: Option) -> tuple[str, ...]:
         full = plain.get(one.strategy)
         if one.quantization == "none" or full is None or one.peak_gib < 1.02 * full.peak_gib:
             continue
+        if one.settled != full.settled:  # more packs at a time, in memory that the weights left free
+            continue
         if one.quantization == "int8":
             why = "LLM.int8() and PEFT's LoRA beside it keep two more copies of each linear's input"
         else:
-            why = f"{one.kept_layers} layers keep dequantised weights; model.dequantized_layers=0 keeps none, at the same numbers"
+            why = f"{one.kept_layers} layers keep dequantised weights; model.dequantized_layers=0 keeps none"
         notes.append(f"{one.name} takes {one.peak_gib:.1f} GiB, more than {full.name} with {full.peak_gib:.1f}: {why}")
     if best.time is not None and best.time.binds == "launches":
         notes.append(

@@ -8,7 +8,8 @@ many packs a forward pass as fit and gain time. Explicit fields are kept as they
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from phi3_dist.config.schema import RunConfig
@@ -16,6 +17,7 @@ from phi3_dist.family.variants import Family, Shape
 from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
 from phi3_dist.planning.memory import fits, total_gib
 from phi3_dist.planning.plan import RunPlan, make_plan
+from phi3_dist.planning.workload import account
 
 __all__ = ["AUTO", "RowLengths", "auto_fields", "get_field", "plan_with_auto", "set_fields", "settle"]
 
@@ -69,7 +71,7 @@ class _Try:
     fits: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Place:
     """Where the run is to fit."""
 
@@ -77,6 +79,13 @@ class _Place:
     machine: MachineFacts
     launch: LaunchFacts
     model: Family | Shape | Mapping[str, Any]
+    _chosen: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def shape(self) -> Shape:
+        if isinstance(self.model, Family):
+            return self.model.shape
+        return self.model if isinstance(self.model, Shape) else Shape.of(self.model)
 
     @property
     def kind(self) -> str:
@@ -89,9 +98,14 @@ class _Place:
         return f"of {self.machine.device_memory_gib:.1f} GiB, a tenth kept free"
 
     def attempt(self, values: Mapping[str, Any]) -> _Try:
+        """Raises PlanError as `make_plan` does, at the first values."""
+        cfg = set_fields(self.cfg, values)
         endless = replace(self.machine, device_memory_gib=_ENDLESS_GIB, host_memory_gib=_ENDLESS_GIB)
-        plan = make_plan(set_fields(self.cfg, values), endless, self.launch, family_or_shape=self.model)
-        terms, per_node = plan.memory or (), self.launch.ranks_per_node
+        if not self._chosen:  # neither depends on the fields
+            plan = make_plan(cfg, endless, self.launch, family_or_shape=self.model)
+            self._chosen.update(precision=plan.precision, kernels=plan.kernels)
+        _, terms, _ = account(cfg, endless, self.launch, self.shape, **self._chosen)
+        per_node = self.launch.ranks_per_node
         host = per_node * total_gib(terms, "host")
         if self.kind == "cpu":
             return _Try(values, host, host <= self.machine.host_memory_gib * (1 - HOST_RESERVE))
@@ -161,19 +175,17 @@ def _search(place: _Place, asked: tuple[str, ...], rows: RowLengths | None) -> t
     lengths, long_why = [int(place.cfg.data.pack_length)] if "data.pack_length" not in asked else [], ""
     if not lengths:
         lengths, long_why = _pack_lengths(place, rows)
-    first, best = _first_that_fits(place, asked, lengths)
+    tried = _until_it_fits(place, asked, lengths)
+    first, best = tried[0], tried[-1]
     none = "" if best.fits else f"nothing fits, and this takes the least: {best.gib:.1f} GiB {place.room}"
     if "data.pack_length" in asked:
         taken = int(best.values["data.pack_length"])
-        less = (
-            f"; {lengths[0]:,} would take {first.gib:.1f} GiB {place.room}" if taken < lengths[0] and best.fits else ""
-        )
+        less = f"; {lengths[0]:,} would take {first.gib:.1f} GiB {place.room}" if taken < lengths[0] else ""
         why["data.pack_length"] = none or long_why + less
     if "model.activation_checkpointing" in asked:
         name = "model.activation_checkpointing"
-        without = place.attempt({**best.values, name: False})
         why[name] = none or (
-            f"without it {without.gib:.1f} GiB would be needed {place.room}"
+            f"without it {tried[-2].gib:.1f} GiB would be needed {place.room}"
             if best.values[name]
             else f"{best.gib:.1f} GiB fit without it {place.room}, and it would take a fifth more time"
         )
@@ -184,9 +196,9 @@ def _search(place: _Place, asked: tuple[str, ...], rows: RowLengths | None) -> t
     return values, why
 
 
-def _first_that_fits(place: _Place, asked: tuple[str, ...], lengths: Sequence[int]) -> tuple[_Try, _Try]:
-    """The first values tried, and the first that fit or else the last: shorter packs come after recomputing."""
-    tried = []
+def _until_it_fits(place: _Place, asked: tuple[str, ...], lengths: Sequence[int]) -> list[_Try]:
+    """Values in the order of preference, up to the first that fit: shorter packs come after recomputing."""
+    tried: list[_Try] = []
     for length in lengths:
         for again in (False, True):
             values: dict[str, Any] = {"train.micro_batch": 1} if "train.micro_batch" in asked else {}
@@ -198,8 +210,8 @@ def _first_that_fits(place: _Place, asked: tuple[str, ...], lengths: Sequence[in
                 break
             tried.append(place.attempt(values))
             if tried[-1].fits:
-                return tried[0], tried[-1]
-    return tried[0], tried[-1]
+                return tried
+    return tried
 
 
 def _pack_lengths(place: _Place, rows: RowLengths | None) -> tuple[list[int], str]:
@@ -262,7 +274,5 @@ def _micro_batch(place: _Place, values: Mapping[str, Any], one: _Try) -> tuple[i
     else:
         if len(useful) < len(sizes):
             more = f"a pass of more than {enough:,} tokens was measured to be no faster"
-    return (
-        taken,
-        f"{share} packs a step on each of {world} ranks; {taken} at a time take {gib:.1f} GiB {place.room}; {more}",
-    )
+    ranks = f"of each of {world} ranks" if world > 1 else "of the one rank"
+    return taken, f"of the {share} packs a step {ranks} {taken} at a time take {gib:.1f} GiB {place.room}; {more}"

@@ -240,12 +240,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     if problems:
         raise ConfigError(*problems)
     cfg = load_run(file, overrides, apart=("sweep",))
-    problems += [
-        Problem(
-            path, "is auto, which is counted for one adapter, and a sweep trains several", f"write a value: {path}=…"
-        )
-        for path in auto_fields(cfg)
-    ]
+    alone = "is auto, which is counted for one adapter, and a sweep trains several"
+    problems += [Problem(path, alone, "write a value in its place") for path in auto_fields(cfg)]
     named = [(str(one["name"]), {k: v for k, v in one.items() if k != "name"}) for one in section.candidates]
     wanted = [*((_name_of(settings), settings) for settings in _combinations(section)), *named]
     candidates: list[Candidate] = []

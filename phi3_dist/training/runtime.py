@@ -135,9 +135,9 @@ def with_plan(runtime: Runtime, plan: RunPlan) -> Runtime:
             "train_micro_batch_size_per_gpu": plan.micro_batch,
             "gradient_accumulation_steps": plan.accumulation,
         }
-        for config in (runtime.ds_config, plugin.deepspeed_config):
-            config |= sizes
+        plugin.deepspeed_config.update(sizes)
         runtime.accelerator.gradient_accumulation_steps = plan.accumulation
+        return replace(runtime, plan=plan, ds_config={**runtime.ds_config, **sizes})
     return replace(runtime, plan=plan)
 
 

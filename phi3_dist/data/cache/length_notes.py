@@ -54,8 +54,7 @@ def note_lengths(cache: Path, cfg: RunConfig, lengths: RowLengths) -> None:
 def noted_lengths(cache: Path, cfg: RunConfig) -> RowLengths | None:
     """What was kept for these rows as they are now; None where nothing was."""
     try:
-        return RowLengths(
-            **{key: int(value) for key, value in parse_json(_note(cache, cfg).read_text("utf-8")).items()}
-        )
+        values = parse_json(_note(cache, cfg).read_text("utf-8"))
+        return RowLengths(**{key: int(value) for key, value in values.items()})
     except (OSError, DataError, ValueError, TypeError, AttributeError):
         return None

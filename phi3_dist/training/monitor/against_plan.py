@@ -7,6 +7,7 @@ beside the plan and no error is computed.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from phi3_dist.config.json_text import parse_json
+from phi3_dist.errors import RunFolderError
 from phi3_dist.machine.probe import probe
 from phi3_dist.planning.facts import LaunchFacts
 from phi3_dist.planning.memory import total_gib
@@ -40,7 +42,7 @@ class AgainstPlan:
         self._before_gib = peak_gib(ctx.runtime.device)
 
     def peaks(self) -> dict[str, float]:
-        """This rank's most memory so far in GiB: of tensors, and on a GPU of torch's allocator, and the device's now."""
+        """This rank's most memory so far in GiB: of tensors; on a GPU of torch's allocator and the whole device too."""
         device = self._ctx.runtime.device
         found = {"measured_gib": peak_gib(device), "before_gib": self._before_gib}
         if device.type == "cuda":
@@ -99,9 +101,10 @@ class AgainstPlan:
         return planned_step(ctx.cfg, probe(), launch, plan, config.to_dict())
 
     def _write(self, more: Mapping[str, Any]) -> None:
-        path = self._ctx.folder.held / "plan.json"
-        plan = parse_json(path.read_text("utf-8"))
-        self._ctx.folder.write_json("plan.json", {**plan, KEY: {**plan.get(KEY, {}), **more}})
+        """A disk that is full or gone ends no training here: the lines have been said."""
+        with contextlib.suppress(OSError, ValueError, RunFolderError):
+            plan = parse_json((self._ctx.folder.held / "plan.json").read_text("utf-8"))
+            self._ctx.folder.write_json("plan.json", {**plan, KEY: {**plan.get(KEY, {}), **more}})
 
 
 def _memory_line(kept: Mapping[str, Any]) -> str:
