@@ -76,9 +76,9 @@ def test_b_moves_at_once_a_waits_for_it_and_the_second_step_is_the_engines_own()
     run.step()
     (line,) = run.said
     assert line.startswith(
-        "first step as planned: 1 rank of single; a gradient reached all 32 trained tensors, 16 moved"
+        "first step as planned: 1 rank of single; a gradient reached all 16 trained tensors, 8 moved"
     )
-    assert "16 wait for the second step, since their partner starts at zero" in line
+    assert "8 wait for the second step, since their partner starts at zero" in line
     with run.proof.watching() as engine:
         assert engine is run.engine
     assert run.said == [line]
@@ -169,10 +169,10 @@ def test_a_step_without_a_finite_norm_proves_nothing_and_the_next_one_does() -> 
 @pytest.mark.parametrize(
     ("lora", "moved"),
     [
-        ({"freeze_a": True}, 16),
-        ({"dora": True}, 32),
-        ({"modules_to_save": ["lm_head"]}, 17),
-        ({"targets": ["o_proj"]}, 4),
+        ({"freeze_a": True}, 8),
+        ({"dora": True}, 16),
+        ({"modules_to_save": ["lm_head"]}, 9),
+        ({"targets": ["o_proj"]}, 2),
     ],
 )
 def test_kinds_of_lora_are_as_planned(lora: dict[str, Any], moved: int) -> None:
@@ -243,8 +243,8 @@ def test_a_run_keeps_the_proof_beside_its_plan_and_the_page_shows_it(
     _train(tmp_path / "run", cache)
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     first = plan["first_step"]
-    assert first["tensors"]["trained"] == 32
-    assert first["tensors"]["moved"] == first["tensors"]["waiting"] == 16
+    assert first["tensors"]["trained"] == 16
+    assert first["tensors"]["moved"] == first["tensors"]["waiting"] == 8
     assert first["measures"] == "process"
     assert first["measured_gib"] > first["planned_gib"] > 0
     assert first["step_s"] > 0
@@ -255,7 +255,7 @@ def test_a_run_keeps_the_proof_beside_its_plan_and_the_page_shows_it(
     assert "a process took" in said
     (group,) = (group for group in first_screen([], {}, plan, {}) if group.title == "First step")
     facts = {fact.label: (fact.value, fact.note) for fact in group.facts}
-    assert facts["moved"] == ("16 tensors", "16 wait for the second: their partner starts at zero")
+    assert facts["moved"] == ("8 tensors", "8 wait for the second: their partner starts at zero")
     assert facts["memory"][1] == "of the whole process, where the plan counts tensors"
 
 
