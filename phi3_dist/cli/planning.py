@@ -89,7 +89,9 @@ def _every_way(cfg: Any, **options: Any) -> None:
 
 def _rows(cfg: Any) -> Any:
     """What an earlier preparation noted of the rows, where `data.pack_length: auto` asks for it."""
-    if cfg.data.pack_length != "auto":
+    from phi3_dist.planning.auto_fields import is_auto
+
+    if not is_auto(cfg.data.pack_length):
         return None
     from phi3_dist.data.cache.length_notes import noted_lengths
     from phi3_dist.machine.storage import cache_folder

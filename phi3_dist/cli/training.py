@@ -103,6 +103,7 @@ def prepare_run(
     from phi3_dist.data.cache.block_files import workers_for
     from phi3_dist.machine.probe import cpu_count
     from phi3_dist.machine.storage import cache_folder
+    from phi3_dist.planning.auto_fields import is_auto
     from phi3_dist.training.checkpoints.identity import base_fingerprint
     from phi3_dist.training.early_checks import check_trackers
     from phi3_dist.training.inputs import count_rows, find_model, prepare_rows
@@ -113,7 +114,7 @@ def prepare_run(
     workers = workers or workers_for(cpu_count())
     typer.echo(f"base   {base.folder or base.source}")
     base_fingerprint(base, cache)
-    if cfg.data.pack_length == "auto":
+    if is_auto(cfg.data.pack_length):
         with progress_line() as tell:
             typer.echo(count_rows(cfg, tokenizer, cache, workers=workers, progress=tell))
         return

@@ -21,6 +21,7 @@ from phi3_dist.data.read.sources import split_notices
 from phi3_dist.data.render.template_probe import ChatFormat
 from phi3_dist.data.token_rows import TokenRows
 from phi3_dist.errors import plain
+from phi3_dist.planning.auto_fields import is_auto
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -56,7 +57,7 @@ def show(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, n: int) -> Group:
     All rows are read, in memory for a block of them, 16 bytes a row, and the packing. Raises DataError as `prepare`
     does, but rows that are too long for a pack are only counted here.
     """
-    auto = cfg.pack_length == "auto"
+    auto = is_auto(cfg.pack_length)
     cfg = cfg.model_copy(update={"pack_length": 2**31 - 1}) if auto else cfg
     fmt, totals = ChatFormat.of(tokenizer), Totals(cfg)
     first = TokenRows.of([], [])

@@ -19,7 +19,7 @@ from phi3_dist.planning.memory import fits, total_gib
 from phi3_dist.planning.plan import RunPlan, make_plan
 from phi3_dist.planning.workload import account
 
-__all__ = ["AUTO", "RowLengths", "auto_fields", "get_field", "plan_with_auto", "set_fields", "settle"]
+__all__ = ["AUTO", "RowLengths", "auto_fields", "get_field", "is_auto", "plan_with_auto", "set_fields", "settle"]
 
 AUTO = ("data.pack_length", "model.activation_checkpointing", "train.micro_batch")
 TARGET = {"cuda": 4096, "cpu": 2048}
@@ -43,9 +43,14 @@ class RowLengths:
     rows: int
 
 
+def is_auto(value: object) -> bool:
+    """Whether a field of the run file is still to be settled; its type says what it is from then on."""
+    return value == "auto"
+
+
 def auto_fields(cfg: RunConfig) -> tuple[str, ...]:
     """The fields of `AUTO` that are `auto`."""
-    return tuple(path for path in AUTO if get_field(cfg, path) == "auto")
+    return tuple(path for path in AUTO if is_auto(get_field(cfg, path)))
 
 
 def get_field(cfg: RunConfig, path: str) -> Any:

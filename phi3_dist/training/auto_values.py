@@ -18,7 +18,7 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.config.yaml_text import YamlFault, read_yaml_file
 from phi3_dist.data.cache.length_notes import note_lengths
 from phi3_dist.data.prepare import row_lengths
-from phi3_dist.planning.auto_fields import RowLengths, auto_fields, plan_with_auto
+from phi3_dist.planning.auto_fields import RowLengths, auto_fields, is_auto, plan_with_auto
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.plan import RunPlan
 from phi3_dist.training.inputs import RunInputs, prepare_rows
@@ -62,7 +62,7 @@ class AutoValues:
 
     def count_rows(self, tokenizer: Any, cache: Path) -> None:
         """Tokenize where the length of packs follows from the rows."""
-        if self.asked.data.pack_length == "auto":
+        if is_auto(self.asked.data.pack_length):
             self._rows = row_lengths(self.asked.data, tokenizer, cache)
             note_lengths(cache, self.asked, self._rows)
 
