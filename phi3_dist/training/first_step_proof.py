@@ -25,7 +25,7 @@ from phi3_dist.errors import PlanError, Problem
 from phi3_dist.planning.plan import RunPlan
 from phi3_dist.training.context import RunContext
 from phi3_dist.training.engines.engine import DeepSpeedEngine, Engine
-from phi3_dist.training.engines.optimizer import trained
+from phi3_dist.training.engines.optimizer import plain_name, trained
 from phi3_dist.training.monitor.against_plan import AgainstPlan
 from phi3_dist.training.runtime import Runtime
 
@@ -129,7 +129,7 @@ class WatchedEngine:
                 if param.grad is not None:
                     self._saw(name, param.grad)
         self._frozen = tuple(
-            name for name, p in self.model.named_parameters() if not p.requires_grad and p.grad is not None
+            plain_name(name) for name, p in self.model.named_parameters() if not p.requires_grad and p.grad is not None
         )
         held = {name: _held(param) for name, param in self._trained.items()}
         self._before = {name: (_bits(part), _largest(part)) for name, part in held.items()}
@@ -170,7 +170,7 @@ def shard_faults(engine: Engine, plan: RunPlan) -> Iterator[Problem]:
     for what, (planned, real) in found.items():
         if planned != real:
             yield Problem(what, f"{planned} was planned, and the engine has {real}", fix)
-    wrong = [(name, why) for name, param in model.named_parameters() if (why := _shard_fault(param, plan))]
+    wrong = [(plain_name(name), why) for name, param in model.named_parameters() if (why := _shard_fault(param, plan))]
     more = f" ({len(wrong)} tensors like it)" if len(wrong) > 1 else ""
     yield from (Problem(f"shard of {name}", why + more, REPORT) for name, why in wrong[:1])
 
@@ -198,7 +198,8 @@ def _training_faults(model: nn.Module, cfg: RunConfig) -> Iterator[Problem]:
     for name, param in model.named_parameters():
         meant = meant_to_train(name, cfg)
         if meant is not None and meant != param.requires_grad:
-            wrong.append((name, "trains, and the run file freezes it" if not meant else "is frozen, and should train"))
+            why = "is frozen, and should train" if meant else "trains, and the run file freezes it"
+            wrong.append((plain_name(name), why))
     more = f" ({len(wrong)} tensors like it)" if len(wrong) > 1 else ""
     yield from (Problem(name, what + more, REPORT) for name, what in wrong[:SHOWN])
 
