@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import RunConfig
@@ -38,7 +41,7 @@ def detached(strategy: str, folder: str) -> list[str]:
     def without_one(model: Any, *args: Any, **kwargs: Any) -> Any:
         report = install(model, *args, **kwargs)
         layer = next(module for name, module in model.named_modules() if name.endswith(PART))
-        layer.forward = lambda x: layer.base_layer(x)  # the module, whose weights ZeRO-3 gathers
+        layer.forward = partial(nn.Module.__call__, layer.base_layer)  # the call, at which ZeRO-3 gathers weights
         return report
 
     install = build.install_fused
