@@ -80,10 +80,10 @@ def plan(run: str | Path | RunConfig, overrides: Overrides = ()) -> RunPlan:
     """
     cfg = load_run(run, overrides)
     from phi3_dist.machine.probe import launch_facts, probe
-    from phi3_dist.planning.plan import make_plan
+    from phi3_dist.planning.auto_fields import plan_with_auto
     from phi3_dist.planning.preview import shape_of_source
 
-    return make_plan(cfg, probe(), launch_facts(os.environ), family_or_shape=shape_of_source(cfg))
+    return plan_with_auto(cfg, probe(), launch_facts(os.environ), shape_of_source(cfg))[1]
 
 
 def train(

@@ -24,6 +24,7 @@ from phi3_dist.config.load import load_run
 from phi3_dist.errors import ConfigError, Phi3DistError, Problem
 from phi3_dist.family.variants import FAMILIES, Family
 from phi3_dist.machine.print_encoding import print_in_any_encoding
+from phi3_dist.planning.auto_fields import auto_fields
 from phi3_dist.planning.support import STRATEGIES
 
 __all__ = ["main", "report_json", "report_lines"]
@@ -125,6 +126,9 @@ def _one(options: argparse.Namespace) -> int:
     from phi3_dist.bench.rehearsal import import_all, rehearse
 
     cfg = load_run(options.run_file, options.overrides)
+    if auto_fields(cfg):
+        why = Problem(auto_fields(cfg)[0], "is auto, and a rehearsal has no device to count for", "write a value")
+        raise ConfigError(why)
     import_all()
     config = config_of_source(cfg.model.source)
     if options.layers is not None:

@@ -82,9 +82,21 @@ def _every_way(cfg: Any, **options: Any) -> None:
     from phi3_dist.planning.ask import Asked, answer, cluster_of
 
     named = options["gpu"] is not None or options["memory_gib"] is not None
-    asked = Asked(**options, own_cards=() if named else own_cards())
+    asked = Asked(**options, own_cards=() if named else own_cards(), rows=_rows(cfg))
     card = cluster_of(asked)[0].gpu
     answer(cfg, asked, package_versions(), measured_on(card.driver_name) if card else {}, typer.echo)
+
+
+def _rows(cfg: Any) -> Any:
+    """What an earlier preparation noted of the rows, where `data.pack_length: auto` asks for it."""
+    from phi3_dist.planning.auto_fields import is_auto
+
+    if not is_auto(cfg.data.pack_length):
+        return None
+    from phi3_dist.data.cache.length_notes import noted_lengths
+    from phi3_dist.machine.storage import cache_folder
+
+    return noted_lengths(cache_folder(cfg.data.cache), cfg)
 
 
 def _a_sweep(
@@ -112,14 +124,14 @@ def _one_launch(
     from rich.console import Console
 
     from phi3_dist.machine.probe import package_versions
-    from phi3_dist.planning.plan import make_plan
+    from phi3_dist.planning.auto_fields import plan_with_auto
     from phi3_dist.planning.preview import assumed_machine, check_fit, launch_of_config, plan_table, shape_of_source
 
     launch = launch_of_config(config, processes, nodes)
     kind = "cpu" if launch.use_cpu else device
     machine = assumed_machine(kind, launch.world_size // launch.nodes, memory_gib, package_versions())
     shape = shape_of_source(cfg)
-    planned = make_plan(cfg, machine, launch, family_or_shape=shape)
+    cfg, planned = plan_with_auto(cfg, machine, launch, shape, rows=_rows(cfg))
     Console(highlight=False).print(plan_table(planned))
     check_fit(cfg, machine, launch, planned, shape)
     return planned, machine

@@ -103,18 +103,23 @@ def prepare_run(
     from phi3_dist.data.cache.block_files import workers_for
     from phi3_dist.machine.probe import cpu_count
     from phi3_dist.machine.storage import cache_folder
+    from phi3_dist.planning.auto_fields import is_auto
     from phi3_dist.training.checkpoints.identity import base_fingerprint
     from phi3_dist.training.early_checks import check_trackers
-    from phi3_dist.training.inputs import find_model, prepare_rows
+    from phi3_dist.training.inputs import count_rows, find_model, prepare_rows
 
     cache = cache_folder(cfg.data.cache)
     check_trackers(cfg.log, rank=1)  # the key may lie on the node that trains
     base, tokenizer, _ = find_model(cfg)
     workers = workers or workers_for(cpu_count())
+    typer.echo(f"base   {base.folder or base.source}")
+    base_fingerprint(base, cache)
+    if is_auto(cfg.data.pack_length):
+        with progress_line() as tell:
+            typer.echo(count_rows(cfg, tokenizer, cache, workers=workers, progress=tell))
+        return
     with progress_line() as tell:
         data = prepare_rows(cfg, tokenizer, cache, workers=workers, progress=tell)
-    base_fingerprint(base, cache)
-    typer.echo(f"base   {base.folder or base.source}")
     held_out = len(data.held_out.packs) if data.held_out else 0
     typer.echo(f"data   {len(data.train.packs)} packs to train on, {held_out} held out, in {cache}")
     if data.skipped or data.dropped:

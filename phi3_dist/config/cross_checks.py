@@ -105,7 +105,7 @@ def _train_pairs(cfg: RunConfig) -> Iterator[Cross]:
     if train.epochs is not None and train.max_steps is not None:
         what = f"is {train.epochs:g}, and train.max_steps is {train.max_steps}: both say when to stop"
         yield Cross(("train.epochs", "train.max_steps"), what, "keep one of them")
-    if train.global_batch % train.micro_batch:
+    if isinstance(train.micro_batch, int) and train.global_batch % train.micro_batch:
         below = train.global_batch // train.micro_batch * train.micro_batch
         near = f"{below} or {below + train.micro_batch}" if below else str(train.micro_batch)
         what = f"is {train.global_batch}, which is not a multiple of train.micro_batch ({train.micro_batch})"

@@ -7,7 +7,7 @@ Every field says its unit. Unknown keys are refused. Nothing here imports torch.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
@@ -23,6 +23,11 @@ Real = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False
 """A finite number. PyYAML reads `1e-4` as text, which becomes a number here; `true` does not become 1."""
 LORA_INITS = r"^(default|pissa|pissa_niter_[1-9][0-9]*|loftq|eva)$"
 Share = Annotated[Real, Field(ge=0, lt=1)]
+_Length = Annotated[StrictInt, Field(ge=16, le=2**31 - 1)]
+if TYPE_CHECKING:  # what readers see: planning/auto_fields.py puts a number in the place of `auto` before all else
+    AutoCount, AutoLength, AutoBool = int, int, bool
+else:
+    AutoCount, AutoLength, AutoBool = (Literal["auto"] | kind for kind in (Count, _Length, StrictBool))
 
 
 class Section(BaseModel):
@@ -42,8 +47,8 @@ class ModelConfig(Section):
     """Storage of the frozen base. `nf4` is QLoRA (double quantised NF4), `int8` is LLM.int8()."""
     dequantized_layers: Literal["auto"] | Annotated[StrictInt, Field(ge=0, le=2**40)] = "auto"
     """nf4: decoder layers, counted from the last, that keep their dequantised weights from forward to backward:
-    dequantised once instead of twice, the same numbers. `auto`: with activation checkpointing all, else what fits on a
-    GPU."""
+    dequantised once instead of twice, the same numbers. `auto`: with activation checkpointing all, one at a time; else
+    none, because NF4 is there to save memory. A number gains time for 2 bytes a weight (bf16)."""
     fp8: StrictBool = False
     """Keep the frozen linears under the adapter in FP8 (E4M3): half the memory of bf16, and FP8 products on GPUs that
     have them. The losses differ a little; one process or DDP."""
@@ -69,8 +74,9 @@ class ModelConfig(Section):
     compile: Literal["auto"] | StrictBool = "auto"
     """Compile the fused layers' passes over memory (torch.compile), once for all packs: the same numbers to rounding.
     `auto`: on a CPU where the run is long enough to gain more than compiling takes, else not; the plan prints why."""
-    activation_checkpointing: StrictBool = False
-    """Recompute each decoder layer in backward (non-reentrant): less memory, about a fifth more time."""
+    activation_checkpointing: AutoBool = False
+    """Recompute each decoder layer in backward (non-reentrant): less memory, about a fifth more time.
+    `auto`: only where a micro batch does not fit without it, by the plan."""
     adapter: StrictStr | None = None
     """Folder of an existing LoRA adapter to continue training. The `lora` section must agree with it."""
     new_tokens: tuple[StrictStr, ...] = ()
@@ -132,8 +138,9 @@ class DataConfig(Section):
     cache: StrictStr | None = None
     """Folder that keeps tokens, packs and hashes of weights between runs; by default phi3_dist below XDG_CACHE_HOME or
     ~/.cache. Finished entries are read without write permission."""
-    pack_length: Annotated[StrictInt, Field(ge=16, le=2**31 - 1)] = 2048
-    """Most tokens in a pack. Packs hold whole rows, without padding."""
+    pack_length: AutoLength = 2048
+    """Most tokens in a pack. Packs hold whole rows, without padding. `auto`: a power of two that holds the longest
+    row and keeps the device busy, as far as memory goes; a step then takes train.global_batch packs of that length."""
     on_long_row: Literal["error", "drop", "cut_turn"] = "error"
     """A row longer than `pack_length`: stop, drop it, or cut it after the last learned answer that fits (and drop it
     where none does). Dropped and cut rows are counted and named; nothing is cut silently."""
@@ -218,8 +225,9 @@ class TrainConfig(Section):
     """Optimizer steps."""
     global_batch: Count = 16
     """Packs in one optimizer step, over all ranks. Accumulation follows: global_batch / (micro_batch * ranks)."""
-    micro_batch: Count = 1
-    """Packs in one forward pass of one rank, joined into one ragged row."""
+    micro_batch: AutoCount = 1
+    """Packs in one forward pass of one rank, joined into one ragged row. `auto`: as many as fit by the plan and gain
+    time, the same on all ranks; the smallest card decides."""
     eval_every: Annotated[StrictInt, Field(ge=0, le=2**40)] = 0
     """Steps between two measurements of the held-out loss. 0: only at the end."""
     patience: Annotated[StrictInt, Field(ge=0, le=2**40)] = 0

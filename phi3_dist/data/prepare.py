@@ -28,7 +28,8 @@ from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.blocks import BLOCK_BYTES, BLOCK_ROWS, Totals, blocks_of, encode_blocks_of
 from phi3_dist.data.cache.array_folders import read_whole, remove_unfinished, write_whole
 from phi3_dist.data.cache.block_files import encode_to_block_files
-from phi3_dist.data.pack.packs import SHOWN_AT_MOST, Packed, Packs, evenly, load_packed, pack, save_packed
+from phi3_dist.data.pack.notices import cut_notice, fewer_notice
+from phi3_dist.data.pack.packs import Packed, Packs, evenly, load_packed, pack, save_packed
 from phi3_dist.data.read.arrow_tables import arrow_files
 from phi3_dist.data.read.raw_rows import content_hash
 from phi3_dist.data.read.row_formats import BadRow
@@ -39,11 +40,12 @@ from phi3_dist.errors import DataError, Problem
 from phi3_dist.machine.file_state import State, changed_files, settled, states_of
 from phi3_dist.machine.storage import CACHE_FIX, DENIED, NO_LOCKS, storage_fault
 from phi3_dist.modeling.tokenizer import tokenizer_hash
+from phi3_dist.planning.auto_fields import RowLengths, is_auto
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["Prepared", "Progress", "prepare"]
+__all__ = ["Prepared", "Progress", "prepare", "row_lengths"]
 
 CACHE_FORMAT = 3
 """Part of the cache key: raise it when the same rows would become other tokens, or other files."""
@@ -124,13 +126,31 @@ def prepare(
         notices=(
             *split_notices(cfg),
             *tokens.notices,
-            *_cut_notice(cut),
-            *_fewer_notice(held.packs if held else None, measured),
+            *cut_notice(cut),
+            *fewer_notice(held.packs if held else None, measured),
         ),
         fingerprint=train.packs.fingerprint,
         seconds=time.perf_counter() - began,
         cached=cached,
     )
+
+
+def row_lengths(
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    cache_dir: Path | None,
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> RowLengths:
+    """What `data.pack_length: auto` of `cfg` has to hold: `prepare` without packs. Raises DataError as that does."""
+    tell = progress or _waiting_said_once()
+    if cache_dir is None:
+        tokens = _in_memory(cfg, tokenizer)
+    else:
+        tokens = _through_cache(cfg, tokenizer, cache_dir, workers, tell)[0]
+    longest = max(int(rows.lengths.max()) for rows in (tokens.train, tokens.held_out) if len(rows))
+    return RowLengths(longest, int(tokens.train.lengths.sum()), len(tokens.train))
 
 
 def _waiting_said_once() -> Progress:
@@ -144,20 +164,6 @@ def _waiting_said_once() -> Progress:
             sys.stderr.flush()
 
     return tell
-
-
-def _fewer_notice(held: Packs | None, measured: Packs | None) -> list[str]:
-    if held is None or measured is None or measured is held:
-        return []
-    return [f"held-out loss over {len(measured.rows):,} of {len(held.rows):,} held-out rows: data.max_validation_rows"]
-
-
-def _cut_notice(cut: dict[str, str]) -> list[str]:
-    if not cut:
-        return []
-    named = "; ".join(f"{place}: {what}" for place, what in list(cut.items())[:SHOWN_AT_MOST])
-    rest = f"; and {len(cut) - SHOWN_AT_MOST:,} more" if len(cut) > SHOWN_AT_MOST else ""
-    return [f"{len(cut):,} rows longer than data.pack_length end after the last answer that fits: {named}{rest}"]
 
 
 def _in_memory(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast) -> _Tokens:
@@ -208,7 +214,8 @@ def _only_read(folder: Path, cfg: DataConfig) -> tuple[_Tokens, Packed | None, P
 def _packed_or_made(folder: Path, name: str, tokens: _Tokens, cfg: DataConfig) -> Packed | None:
     try:
         rows = tokens.train if name == "train" else tokens.held_out
-        return load_packed(_packs_folder(folder, name, cfg), rows, cfg.pack_length) if len(rows) else None
+        wanted = len(rows) and not is_auto(cfg.pack_length)
+        return load_packed(_packs_folder(folder, name, cfg), rows, cfg.pack_length) if wanted else None
     except DataError:
         return _packed(None, name, tokens, cfg)
 
@@ -333,9 +340,9 @@ def _load(folder: Path, *, just_written: bool = False) -> _Tokens:
 
 
 def _packed(folder: Path | None, name: str, tokens: _Tokens, cfg: DataConfig) -> Packed | None:
-    """The packs of one side, from the cache or made; None for held-out rows where there are none."""
+    """The packs of one side, from the cache or made; None without a length, and where no rows are held out."""
     rows = tokens.train if name == "train" else tokens.held_out
-    if name == "validation" and not len(rows):
+    if is_auto(cfg.pack_length) or (name == "validation" and not len(rows)):
         return None
     if folder is None:
         return pack(rows, cfg.pack_length, cfg.on_long_row)

@@ -21,6 +21,7 @@ from phi3_dist.data.read.sources import split_notices
 from phi3_dist.data.render.template_probe import ChatFormat
 from phi3_dist.data.token_rows import TokenRows
 from phi3_dist.errors import plain
+from phi3_dist.planning.auto_fields import is_auto
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -56,6 +57,8 @@ def show(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, n: int) -> Group:
     All rows are read, in memory for a block of them, 16 bytes a row, and the packing. Raises DataError as `prepare`
     does, but rows that are too long for a pack are only counted here.
     """
+    auto = is_auto(cfg.pack_length)
+    cfg = cfg.model_copy(update={"pack_length": 2**31 - 1}) if auto else cfg
     fmt, totals = ChatFormat.of(tokenizer), Totals(cfg)
     first = TokenRows.of([], [])
     lengths, supervised = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -73,6 +76,8 @@ def show(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, n: int) -> Group:
         cut += len(too_long.cut(cfg.pack_length)[1])
     totals.check()
     lengths_N, supervised_N = np.concatenate(lengths), np.concatenate(supervised)
+    if auto and len(lengths_N):  # as far as it is known without a device
+        cfg = cfg.model_copy(update={"pack_length": 1 << max(4, int(lengths_N.max() - 1).bit_length())})
     fits_N = lengths_N <= cfg.pack_length
     if not fits_N.any() and not (cut and cfg.on_long_row == "cut_turn"):
         raise none_fits(len(lengths_N), cfg.pack_length)

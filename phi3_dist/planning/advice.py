@@ -14,7 +14,8 @@ from typing import Any
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError
 from phi3_dist.family.variants import Family, Shape
-from phi3_dist.planning.facts import LaunchFacts, MachineFacts
+from phi3_dist.planning.auto_fields import RowLengths, auto_fields, get_field, settle
+from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
 from phi3_dist.planning.gpus import Gpu
 from phi3_dist.planning.memory import GIB, Term, fits, layer_gib, saved_bytes, stored_bytes, total_gib
 from phi3_dist.planning.plan import RunPlan, make_plan
@@ -25,7 +26,7 @@ from phi3_dist.planning.timing import Rates, StepTime, step_flops, step_time
 from phi3_dist.planning.traffic import Traffic, step_traffic
 from phi3_dist.planning.workload import adapter_counts, workload_of
 
-__all__ = ["Advice", "Cluster", "Option", "advise", "launch_on", "machine_of"]
+__all__ = ["Advice", "Cluster", "Option", "advise", "launch_on", "machine_of", "time_of_plan"]
 
 RESERVE = 0.1
 """Of a card: its CUDA context, communication buffers and the allocator's rounding. Measured on no card."""
@@ -74,6 +75,9 @@ class Option:
     cost: float | None = None
     terms: tuple[Term, ...] = ()
     kept_layers: int = 0
+    settled: Mapping[str, Any] = field(default_factory=dict)
+    """What `auto` became here, by dotted path; `reasons` says why."""
+    reasons: tuple[Choice, ...] = ()
 
     @property
     def name(self) -> str:
@@ -137,9 +141,17 @@ def _ways(cluster: Cluster) -> Iterator[tuple[str, str]]:
 
 
 def advise(
-    cfg: RunConfig, cluster: Cluster, family_or_shape: Family | Shape | Mapping[str, Any], packages: Mapping[str, str]
+    cfg: RunConfig,
+    cluster: Cluster,
+    family_or_shape: Family | Shape | Mapping[str, Any],
+    packages: Mapping[str, str],
+    *,
+    rows: RowLengths | None = None,
 ) -> Advice:
-    """Every option. Raises PlanError where the run file can't be run on so many ranks, whatever the strategy."""
+    """Every option. `rows`: what is known of them, for `data.pack_length: auto`.
+
+    Raises PlanError where the run file can't be run on so many ranks, whatever the strategy.
+    """
     machine = machine_of(cluster, packages, limit=False)
     options = []
     refusals: list[PlanError] = []
@@ -147,12 +159,16 @@ def advise(
         run = cfg.model_copy(update={"model": cfg.model.model_copy(update={"quantization": quantization})})
         launch = launch_on(cluster, strategy)
         try:
-            plan = make_plan(run, machine, launch, family_or_shape=family_or_shape)
+            here = machine_of(cluster, packages)
+            settled, reasons = settle(run, here, launch, family_or_shape, rows=rows)
+            plan = make_plan(settled, machine, launch, family_or_shape=family_or_shape)
         except PlanError as error:
             refusals.append(error)
             options.append(Option(strategy, quantization, "refused", error.problems[0].what))
             continue
-        options.append(_option(run, cluster, launch, plan, _shape(family_or_shape)))
+        option = _option(settled, cluster, launch, plan, _shape(family_or_shape))
+        values = {path: get_field(settled, path) for path in auto_fields(cfg)}
+        options.append(replace(option, settled=values, reasons=reasons))
     if len(refusals) == len(options):
         raise refusals[0]
     return _sorted(options, cfg)
@@ -298,6 +314,8 @@ def _notes(able: list[Option], best: Option) -> tuple[str, ...]:
         full = plain.get(one.strategy)
         if one.quantization == "none" or full is None or one.peak_gib < 1.02 * full.peak_gib:
             continue
+        if one.settled != full.settled:  # more packs at a time, in memory that the weights left free
+            continue
         if one.quantization == "int8":
             why = "LLM.int8() and PEFT's LoRA beside it keep two more copies of each linear's input"
         else:
@@ -308,3 +326,16 @@ def _notes(able: list[Option], best: Option) -> tuple[str, ...]:
             "the host bounds the step: longer packs or a larger micro_batch give the card more to do at a time"
         )
     return tuple(notes)
+
+
+def time_of_plan(
+    cfg: RunConfig,
+    cluster: Cluster,
+    launch: LaunchFacts,
+    plan: RunPlan,
+    family_or_shape: Family | Shape | Mapping[str, Any],
+) -> StepTime:
+    """How long a step of this plan takes on such a cluster."""
+    time = _option(cfg, cluster, launch, plan, _shape(family_or_shape)).time
+    assert time is not None
+    return time

@@ -27,8 +27,10 @@ def advice_table(advice: Advice, cluster: Cluster) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     heads = ["strategy", "weights", "peak GiB", "host GiB", "network GiB", "step", "binds", "tokens/s", "run"]
     heads += ["cost"] if cluster.price is not None else []
+    settled = any(one.settled for one in advice.options)
+    heads += ["auto"] if settled else []
     for name in heads:
-        right = name not in {"strategy", "weights", "binds"}
+        right = name not in {"strategy", "weights", "binds", "auto"}
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     table.add_column("", overflow="fold")
     for number, one in enumerate(advice.options):
@@ -41,8 +43,19 @@ def advice_table(advice: Advice, cluster: Cluster) -> Table:
         cells.append("" if one.run_s is None else seconds(one.run_s))
         if cluster.price is not None:
             cells.append("" if one.cost is None else f"{one.cost:,.2f}")
+        if settled:
+            cells.append(_settled(one))
         table.add_row(*cells, note if one.state == "fits" else f"{one.state}: {note}")
     return table
+
+
+def _settled(option: Option) -> str:
+    """What `auto` became, in a few words: `4 × 4,096, recomputing`."""
+    found = option.settled
+    micro, length = found.get("train.micro_batch"), found.get("data.pack_length")
+    both = " × ".join(f"{number:,}" for number in (micro, length) if number is not None)
+    again = {True: "recomputing", False: "not recomputing"}.get(found.get("model.activation_checkpointing"), "")
+    return ", ".join(part for part in (both, again) if part)
 
 
 def find_option(advice: Advice, name: str) -> Option:
@@ -62,6 +75,8 @@ def why_table(option: Option, cluster: Cluster) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", title=option.name, title_justify="left")
     for name in ("what", "value", "how"):
         table.add_column(name, overflow="fold")
+    for reason in option.reasons:
+        table.add_row(f"auto: {reason.name}", reason.value, reason.why)
     for term in option.terms:
         table.add_row(f"{term.name} ({term.place})", f"{term.gib:.3f} GiB", term.formula)
     table.add_row("peak of the worst rank", f"{option.peak_gib:.2f} GiB", "the sum of what is on the device")

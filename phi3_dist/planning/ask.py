@@ -14,6 +14,7 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.planning.advice import Advice, Cluster, Option, advise
 from phi3_dist.planning.advice_table import advice_table, find_option, why_table
+from phi3_dist.planning.auto_fields import RowLengths
 from phi3_dist.planning.gpus import Gpu, find_gpu
 from phi3_dist.planning.memory import total_gib
 from phi3_dist.planning.preview import shape_of_source
@@ -43,6 +44,7 @@ class Asked:
     write: Path | None = None
     as_json: bool = False
     own_cards: tuple[tuple[str, float], ...] = ()
+    rows: RowLengths | None = None
 
 
 def cluster_of(asked: Asked) -> tuple[Cluster, str]:
@@ -91,7 +93,7 @@ def answer(
         what = f"{cfg.model.source} is neither a folder here nor a hub id whose shape is known"
         raise PlanError(Problem("model.source", what, "give a folder with config.json, or a Phi-3 of Microsoft's"))
     cluster, words = cluster_of(asked)
-    advice = advise(cfg, replace(cluster, measured=measured), shape, packages)
+    advice = advise(cfg, replace(cluster, measured=measured), shape, packages, rows=asked.rows)
     if asked.as_json:
         tell(json.dumps({"cluster": words, **advice.to_dict()}, indent=2))
     else:
@@ -117,6 +119,8 @@ def _print(advice: Advice, cluster: Cluster, words: str, asked: Asked) -> None:
     if advice.best is None:
         return
     console.print(f"recommended: {advice.reason}")
+    for reason in advice.best.reasons:
+        console.print(f"auto: {reason.name}={reason.value}: {reason.why}")
     for note in advice.notes:
         console.print(f"note: {note}")
     if advice.best.run_s is None:

@@ -14,6 +14,7 @@ from phi3_dist.errors import PlanError, Problem
 from phi3_dist.family.variants import Family, Shape
 from phi3_dist.planning.attention import backends, choose_backend, choose_deterministic
 from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
+from phi3_dist.planning.larger_than_lora import larger_than_lora
 from phi3_dist.planning.launch_rules import CPU_LAUNCH, launch_problems, zero_file_problems
 from phi3_dist.planning.layer_passes import choose_compile, choose_kernels, why_not_triton
 from phi3_dist.planning.loss import choose_loss, why_not_liger
@@ -93,6 +94,7 @@ def make_plan(
         load, memory, why = account(cfg, machine, launch, shape, precision=precision.value, kernels=kernels.value)
         kept_layers = load.kept_layers
         if why:
+            why += larger_than_lora(cfg, machine, launch, shape, terms=memory, load=load)
             choices.append(Choice("weights for backward", f"{kept_layers} of {shape.layers} layers keep theirs", why))
         choices.append(_memory_choice(memory, machine, launch, problems))
     if problems:

@@ -21,7 +21,9 @@ def write_run(
     """Write them below `folder`, with whole paths, so that they work from any folder. Raises PlanError."""
     folder = folder.expanduser().resolve()
     run = run_file.expanduser().resolve()
-    values = [*overrides, f"model.quantization={option.quantization}"]
+    values = [one for one in overrides if one.partition("=")[0].strip().lstrip("-") not in option.settled]
+    values.append(f"model.quantization={option.quantization}")
+    values += [f"{path}={str(value).lower()}" for path, value in option.settled.items()]
     config = folder / "accelerate.yaml"
     text = accelerate_yaml(option.strategy, num_processes=cluster.world, num_machines=cluster.nodes)
     files = {config: text}

@@ -79,6 +79,7 @@ def first_screen(
         _hardware(plan),
         _memory(rows, plan),
         _time(rows, plan),
+        _first_step(plan),
     )
     return [group for group in groups if group is not None]
 
@@ -232,6 +233,38 @@ def _memory(rows: Sequence[Row], plan: Mapping[str, Any]) -> Group | None:
         ("planned", gib(planned), each),
         ("measured, most", gib(max(peaks)) if peaks else "", whole),
         ("there is", gib(have), "" if plan.get("device") == "cuda" else "on the host"),
+    )
+
+
+def _first_step(plan: Mapping[str, Any]) -> Group | None:
+    """What the proof at the first step found, and how far the plan was off; nothing of a run from before it."""
+    first = plan.get("first_step")
+    if not isinstance(first, dict):
+        return None
+    tensors = {key: count(_of(first, "tensors", key)) or 0 for key in ("trained", "moved", "waiting")}
+    waiting = f"{tensors['waiting']} wait for the second: their partner starts at zero" if tensors["waiting"] else ""
+    errors = {key: finite(first.get(key)) for key in ("memory_error", "time_error")}
+    planned_s, step_s = finite(first.get("planned_step_s")), finite(first.get("step_s"))
+
+    def against(planned: str, error: float | None) -> str:
+        return f"{planned} planned, {error:+.0%}" if planned and error is not None else ""
+
+    process = first.get("measures") == "process"
+    whole = "of the whole process, where the plan counts tensors" if process else ""
+    return _group(
+        "First step",
+        ("with a gradient", f"{tensors['trained']} tensors" if tensors["trained"] else "", "and no frozen one"),
+        ("moved", f"{tensors['moved']} tensors" if tensors["trained"] else "", waiting),
+        (
+            "memory",
+            gib(first.get("measured_gib")),
+            whole or against(gib(first.get("planned_gib")), errors["memory_error"]),
+        ),
+        (
+            "a step",
+            duration(step_s) if step_s else "",
+            against(duration(planned_s) if planned_s else "", errors["time_error"]),
+        ),
     )
 
 

@@ -38,6 +38,7 @@ from phi3_dist.training.engines.engine import TorchEngine
 from phi3_dist.training.engines.optimizer import make_optimizer
 from phi3_dist.training.evaluate import HeldOut
 from phi3_dist.training.final_adapter import save_final_adapter
+from phi3_dist.training.first_step_proof import FirstStepProof
 from phi3_dist.training.inputs import RunInputs
 from phi3_dist.training.monitor.announce import record_start
 from phi3_dist.training.monitor.health import Health
@@ -207,6 +208,7 @@ class CandidateRun:
     stopped_by: int = 0
     ctx: Any = None
     engine: Any = None
+    proof: Any = None
     number: int = -1
     _steps: Steps | None = None
     _ended_early: bool = False
@@ -273,6 +275,7 @@ class CandidateRun:
             time_left=time_left,
             patience=Patience(self.cfg.train, self.start.trainer.get("patience") if self.start else None),
         )
+        self.proof = FirstStepProof(self.ctx, alone=False)
         first = self.start.step if self.start else 0
         if runtime.is_main:
             self.folder.write("config.yaml", resolved_yaml(self.cfg))

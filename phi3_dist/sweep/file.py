@@ -15,6 +15,7 @@ from pydantic import Field, StrictInt, StrictStr, ValidationError
 from phi3_dist.config.load import diff, flatten, load_run, read_section
 from phi3_dist.config.schema import Count, Real, RunConfig, Section
 from phi3_dist.errors import ConfigError, Problem, shown
+from phi3_dist.planning.auto_fields import auto_fields
 
 __all__ = ["Candidate", "EarlyConfig", "Sweep", "SweepConfig", "load_sweep"]
 
@@ -243,6 +244,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     if problems:
         raise ConfigError(*problems)
     cfg = load_run(file, overrides, apart=("sweep",))
+    alone = "is auto, which is counted for one adapter, and a sweep trains several"
+    problems += [Problem(path, alone, "write a value in its place") for path in auto_fields(cfg)]
     named = [(str(one["name"]), {k: v for k, v in one.items() if k != "name"}) for one in section.candidates]
     wanted = [*((_name_of(settings), settings) for settings in _combinations(section)), *named]
     candidates: list[Candidate] = []

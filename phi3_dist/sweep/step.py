@@ -66,7 +66,7 @@ def joint_step(waiting: Sequence[CandidateRun], given: Given) -> list[StepResult
                 nll=nlls[index],
                 supervised_tokens=supervised[index],
                 tokens=tokens_in(run.prepared.train, everyone[index]),
-                grad_norm=run.engine.update(lr),
+                grad_norm=run.proof.update(lr),
                 lr=lr,
                 packs=tuple(int(pack) for pack in everyone[index]),
             )

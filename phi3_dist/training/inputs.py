@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.data.prepare import Prepared, Progress, prepare
+from phi3_dist.data.cache.length_notes import note_lengths
+from phi3_dist.data.prepare import Prepared, Progress, prepare, row_lengths
 from phi3_dist.errors import DataError, Problem
 from phi3_dist.modeling.base import Base, find_base, meta_model
 from phi3_dist.modeling.lora import peft_config
@@ -18,7 +19,7 @@ from phi3_dist.modeling.new_tokens import enlarged, new_token_ids
 from phi3_dist.modeling.tokenizer import load_tokenizer
 from phi3_dist.training.build import adapter_values
 
-__all__ = ["RunInputs", "find_model", "prepare_rows"]
+__all__ = ["RunInputs", "count_rows", "find_model", "prepare_rows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,3 +54,11 @@ def prepare_rows(
     if int(prepared.train.targets.sum()) == 0:
         raise DataError(Problem("data.train", "no token is supervised", "every row needs an assistant turn"))
     return prepared
+
+
+def count_rows(cfg: RunConfig, tokenizer: Any, cache: Path, *, workers: int, progress: Progress) -> str:
+    """Tokenize, and leave the packs to the start of training, which knows the memory: a line that says so."""
+    rows = row_lengths(cfg.data, tokenizer, cache, workers=workers, progress=progress)
+    note_lengths(cache, cfg, rows)
+    counted = f"{rows.rows:,} rows to train on, {rows.tokens:,} tokens, the longest {rows.longest:,}, in {cache}"
+    return f"data   {counted}; data.pack_length is auto: training packs them for its device"

@@ -30,7 +30,8 @@ from phi3_dist.machine.storage import cache_folder
 from phi3_dist.modeling.lora import count_parameters
 from phi3_dist.modeling.weights_watch import WeightsWatch
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
-from phi3_dist.planning.plan import RunPlan, make_plan
+from phi3_dist.planning.plan import RunPlan
+from phi3_dist.training.auto_values import AutoValues
 from phi3_dist.training.batch_counts import (
     longest_row,
     order_of,
@@ -143,14 +144,17 @@ def _train(
     check_trackers(cfg.log, launch.rank)
     base, tokenizer, token_ids = find_model(cfg)
     session = Session(folder, clock, flag, WeightsWatch(base.folder), transcript)
-    plan = make_plan(cfg, machine, launch, family_or_shape=base.config.to_dict())
+    auto = AutoValues(cfg, machine, launch, base.config.to_dict(), resumed=folder.path if resume else None)
+    auto.count_rows(tokenizer, cache)
+    cfg, plan = auto.plan()
     clock.mark("plan")
     inputs = RunInputs(cfg, base, tokenizer, token_ids, prepare_rows(cfg, tokenizer, cache))
     clock.mark("data")
     if launch.rank == 0:
         folder.reopen() if resume else folder.claim(overwrite=overwrite)
     with folder.recording_failure(active=launch.rank == 0):  # what was to be replaced comes back from here on
-        runtime = _join_processes(cfg, plan, launch, folder)
+        inputs, runtime = auto.agree(inputs, _join_processes(cfg, plan, launch, folder), cache)
+        cfg = inputs.cfg
         ours = _agreed_identity(inputs, runtime, cache)
         resume_point = find_resume_point(runtime, folder, ours, allow_changed, cfg.optim) if resume else ResumePoint()
         if resume_point.finished:

@@ -12,7 +12,9 @@ from phi3_dist.modeling.weights_watch import WeightsWatch
 from phi3_dist.training.checkpoints.metrics_rows import measured
 from phi3_dist.training.checkpoints.saver import Saver
 from phi3_dist.training.context import RunContext
+from phi3_dist.training.engines.engine import Engine
 from phi3_dist.training.evaluate import HeldOut, held_out_loss
+from phi3_dist.training.first_step_proof import FirstStepProof
 from phi3_dist.training.monitor.health import Health
 from phi3_dist.training.monitor.readout import EvaluationWatch, StepReadout, has_row
 from phi3_dist.training.monitor.step_parts import TimedEngine
@@ -130,10 +132,10 @@ def steps_in_order(ctx: RunContext, first: int, saver: Saver, health: Health, *,
     return ctx.total, held_out, 0
 
 
-def _make_step(ctx: RunContext, step: int, lr: float) -> StepResult:
+def _make_step(ctx: RunContext, engine: Engine, step: int, lr: float) -> StepResult:
     """Step `step`, its parts timed where it gets a row."""
-    seed, timed = ctx.cfg.train.seed, TimedEngine(ctx.engine, ctx.runtime.device) if has_row(ctx, step + 1) else None
-    result = train_step(timed or ctx.engine, ctx.runtime, ctx.train, ctx.order, step, lr=lr, seed=seed)
+    seed, timed = ctx.cfg.train.seed, TimedEngine(engine, ctx.runtime.device) if has_row(ctx, step + 1) else None
+    result = train_step(timed or engine, ctx.runtime, ctx.train, ctx.order, step, lr=lr, seed=seed)
     return replace(result, seconds=timed.seconds) if timed else result
 
 
@@ -141,12 +143,14 @@ def run_steps(
     ctx: RunContext, first: int, saver: Saver, health: Health, *, watch: WeightsWatch
 ) -> tuple[int, HeldOut | None, int]:
     """Make all of a run's steps: see `steps_in_order`."""
-    steps = steps_in_order(ctx, first, saver, health, watch=watch)
+    steps, proof = steps_in_order(ctx, first, saver, health, watch=watch), FirstStepProof(ctx)
     try:
         step = next(steps)
         while True:
             lr = learning_rate(step, ctx.total, ctx.cfg.optim)
-            step = steps.send(_make_step(ctx, step, lr))
+            with proof.watching(step) as engine:
+                result = _make_step(ctx, engine, step, lr)
+            step = steps.send(result)
     except StopIteration as end:
         ended: tuple[int, HeldOut | None, int] = end.value
         return ended

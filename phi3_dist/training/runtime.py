@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,15 @@ from phi3_dist.machine.doctor import stale_extension_locks
 from phi3_dist.machine.storage import shared_memory_bytes, shared_memory_problem
 from phi3_dist.planning.plan import RunPlan, check_reality
 
-__all__ = ["Runtime", "deepspeed_config", "forget_launchers_settings", "is_deepspeed", "is_fsdp", "start_runtime"]
+__all__ = [
+    "Runtime",
+    "deepspeed_config",
+    "forget_launchers_settings",
+    "is_deepspeed",
+    "is_fsdp",
+    "start_runtime",
+    "with_plan",
+]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -117,6 +125,20 @@ def deepspeed_config(plan: RunPlan, zero: Mapping[str, Any], max_grad_norm: floa
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+
+
+def with_plan(runtime: Runtime, plan: RunPlan) -> Runtime:
+    """The runtime for a plan that differs in its micro batches alone, before anything is wrapped."""
+    if runtime.ds_config is not None:
+        plugin: Any = runtime.accelerator.state.deepspeed_plugin
+        sizes = {
+            "train_micro_batch_size_per_gpu": plan.micro_batch,
+            "gradient_accumulation_steps": plan.accumulation,
+        }
+        plugin.deepspeed_config.update(sizes)
+        runtime.accelerator.gradient_accumulation_steps = plan.accumulation
+        return replace(runtime, plan=plan, ds_config={**runtime.ds_config, **sizes})
+    return replace(runtime, plan=plan)
 
 
 def _quiet(rank: int) -> None:

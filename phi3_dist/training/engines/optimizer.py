@@ -11,14 +11,19 @@ from torch import nn
 from phi3_dist.config.schema import OptimConfig
 from phi3_dist.errors import MachineError, Problem
 
-__all__ = ["make_optimizer", "set_lr", "trained"]
+__all__ = ["make_optimizer", "plain_name", "set_lr", "trained"]
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name as no wrapper changes it."""
+    return "base_model." + name.split("base_model.", 1)[1] if "base_model." in name else name
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The trained parameters, by the name that no wrapper changes."""
     for name, param in model.named_parameters():
         if param.requires_grad:
-            yield ("base_model." + name.split("base_model.", 1)[1] if "base_model." in name else name), param
+            yield plain_name(name), param
 
 
 def make_optimizer(

@@ -20,7 +20,7 @@ from phi3_dist.modeling.lora import count_parameters
 from phi3_dist.training.context import RunContext
 from phi3_dist.training.engines.engine import Engine
 
-__all__ = ["TimedEngine", "lengths_of", "peak_gib", "run_facts"]
+__all__ = ["GIB", "TimedEngine", "lengths_of", "peak_gib", "run_facts"]
 
 BINS = 16
 GIB = 2**30

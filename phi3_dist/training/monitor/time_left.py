@@ -28,6 +28,11 @@ class TimeLeft:
     def step(self, seconds: float) -> None:
         self._steps.append(seconds)
 
+    @property
+    def steps_s(self) -> tuple[float, ...]:
+        """What the last steps took, the oldest first."""
+        return tuple(self._steps)
+
     def left_s(self, done: int) -> float:
         """Seconds from the end of step `done` on."""
         step_s = statistics.median(self._steps) if self._steps else 0.0
