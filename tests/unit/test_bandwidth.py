@@ -8,7 +8,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from phi3_dist.cli import app
 from phi3_dist.machine import measured_rates
 from phi3_dist.machine.bandwidth import measure_rates
 from phi3_dist.machine.measured_rates import MeasuredRates, keep_rates, rates_file, rates_measured_here
@@ -85,3 +87,14 @@ def test_a_plan_takes_what_was_measured_and_says_so() -> None:
     part = with_measured(sheet, {"measured_at": DAY, "memory_gbps": 4000.0})
     assert part.flops == sheet.flops
     assert "flops and network from h200's data sheet" in part.source
+
+
+def test_the_plan_of_a_run_file_names_the_day(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text("model: {source: microsoft/Phi-3-mini-4k-instruct}\ndata: {train: me/rows}\n")
+    words = ["plan", str(run), "--gpu", "h200"]
+    before = CliRunner().invoke(app, words)
+    assert "h200's data sheet" in before.output
+    keep_rates(MeasuredRates("NVIDIA H200", DAY, matrix_bf16_tflops=700.0, memory_gbps=4000.0))
+    after = CliRunner().invoke(app, words)
+    assert f"measured here on {DAY}: 700 TFLOP/s in bf16, memory 4,000 GB/s; network from h200's" in after.output
