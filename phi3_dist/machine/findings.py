@@ -14,7 +14,7 @@ from rich.text import Text
 
 from phi3_dist.errors import Phi3DistError, plain, redacted
 
-__all__ = ["Finding", "Level", "as_json", "as_table", "exit_code", "named", "of_error", "tried"]
+__all__ = ["Finding", "Level", "as_json", "as_table", "exit_code", "merged", "named", "of_error", "tried"]
 
 Level = Literal["ok", "warn", "bad"]
 _WIDTH = 160
@@ -55,6 +55,18 @@ def tried(check: str, ask: Callable[[], str]) -> list[Finding]:
         return [Finding("ok", ask(), check=check)]
     except Phi3DistError as error:
         return of_error(check, error)
+
+
+def merged(by_rank: Sequence[Sequence[Finding]]) -> list[Finding]:
+    """Rank 0's findings, and what is not as it should be on others and rank 0 has not said."""
+    found = list(by_rank[0])
+    known = {(one.level, one.what) for one in found}
+    for rank, findings in enumerate(by_rank[1:], start=1):
+        for one in findings:
+            if one.level != "ok" and (one.level, one.what) not in known:
+                known.add((one.level, one.what))
+                found.append(replace(one, what=f"rank {rank}: {one.what}"))
+    return found
 
 
 def exit_code(findings: Iterable[Finding]) -> int:

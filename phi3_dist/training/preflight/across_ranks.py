@@ -8,31 +8,18 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from phi3_dist.errors import MachineError, Problem
 from phi3_dist.machine.findings import Finding
 from phi3_dist.machine.free_room import nearest_folder
+from phi3_dist.machine.nodes import NodeView, clock_findings
 from phi3_dist.machine.process_group import Ranks
 
-__all__ = ["NodeView", "clock_findings", "node_view", "seen_from_all_nodes", "shared_folder_findings"]
+__all__ = ["node_view", "seen_from_all_nodes", "shared_folder_findings"]
 
-SKEW_S = 5.0
-"""More than that, and times of files, heartbeats and logs of two nodes can't be compared."""
 _SEEN_WITHIN_S = 3.0
 """A network file system may remember for a moment that a file is not there."""
-_FIX_CLOCK = "let the nodes keep time by one server (chronyd, systemd-timesyncd)"
-
-
-@dataclass(frozen=True)
-class NodeView:
-    """One rank's node, its time in seconds since the epoch, and whether it sees what rank 0 has written."""
-
-    node: int
-    host: str
-    time_s: float
-    sees: bool
 
 
 def node_view(path: Path, node: int) -> NodeView:
@@ -58,21 +45,6 @@ def seen_from_all_nodes(views: Sequence[NodeView], folder: Path) -> Iterator[Fin
     blind = sorted({view.host for view in views if not view.sees})
     if blind:
         yield _blind(folder, blind, "warn")
-
-
-def clock_findings(views: Sequence[NodeView]) -> Iterator[Finding]:
-    """Each node's clock beside that of rank 0's node. The ranks' own delays count too: milliseconds."""
-    first = views[0]
-    others = {view.node: view for view in reversed(views) if view.node != first.node}
-    late = [one for one in others.values() if abs(one.time_s - first.time_s) > SKEW_S]
-    for view in sorted(late, key=lambda one: one.node):
-        apart = view.time_s - first.time_s
-        way = "ahead of" if apart > 0 else "behind"
-        what = f"node {view.node} ({view.host}) is {abs(apart):,.0f} s {way} rank 0's ({first.host})"
-        yield Finding("warn", what, _FIX_CLOCK, "clocks")
-    if not late and others:
-        most = max(abs(one.time_s - first.time_s) for one in others.values())
-        yield Finding("ok", f"{len(others) + 1} nodes within {most:.2f} s", check="clocks")
 
 
 def _blind(folder: Path, hosts: Sequence[str], level: str) -> Finding:

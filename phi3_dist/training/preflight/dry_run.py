@@ -5,16 +5,16 @@ It ends before weights are loaded, holds no lock and writes nothing in the run f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from phi3_dist.config.load import flatten
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import Phi3DistError
-from phi3_dist.machine.findings import Finding, exit_code, of_error
+from phi3_dist.machine.findings import Finding, exit_code, merged, of_error
+from phi3_dist.machine.nodes import clock_findings
 from phi3_dist.machine.process_group import Ranks, joined
-from phi3_dist.training.preflight.across_ranks import clock_findings, node_view, shared_folder_findings
+from phi3_dist.training.preflight.across_ranks import node_view, shared_folder_findings
 from phi3_dist.training.preflight.this_rank import Looked, look
 from phi3_dist.training.run_folder import versions
 from phi3_dist.training.same_on_all_ranks import differences
@@ -47,15 +47,7 @@ def dry_run(cfg: RunConfig, *, overwrite: bool = False, resume: bool = False) ->
 
 def _of_all(cfg: RunConfig, looked: Looked, ranks: Ranks) -> tuple[Finding, ...]:
     """The same on every rank. Collective."""
-    by_rank: list[Sequence[Finding]] = ranks.gather(looked.findings)
-    found = list(by_rank[0])
-    known = {(one.level, one.what) for one in found}
-    for rank, findings in enumerate(by_rank[1:], start=1):
-        # what rank 0 has said needs no second line; what is fine there neither
-        for one in findings:
-            if one.level != "ok" and (one.level, one.what) not in known:
-                found.append(replace(one, what=f"rank {rank}: {one.what}"))
-                known.add((one.level, one.what))
+    found = merged(ranks.gather(looked.findings))
     if ranks.world == 1:
         return tuple(found)
     said = {**flatten(cfg.model_dump(mode="json")), **versions(), "device": looked.device}
