@@ -64,6 +64,8 @@ def refuse_dead_meeting(environ: Mapping[str, str]) -> None:
     host, port = environ["MASTER_ADDR"], whole_number(environ, "MASTER_PORT", 1)
     where = f"{host}:{port}"
     if environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true":
+        if environ.get("LOCAL_RANK", "0") != "0":  # one of a node asks for all
+            return
         try:
             socket.create_connection((host, port), timeout=_CONNECT_S).close()
         except OSError as error:

@@ -23,7 +23,6 @@ from phi3_dist.planning.workload import account
 
 __all__ = [
     "RunPlan",
-    "accumulation_of",
     "batch_problems",
     "make_plan",
     "check_reality",
@@ -88,7 +87,7 @@ def make_plan(
     choices = [precision, attention, deterministic, loss, strategy, _optimizer_choice(cfg, machine, launch)]
     choices += [kernels, compiling]
     problems += _support_problems(cfg, machine, launch, precision.value)
-    accumulation = accumulation_of(cfg, launch.world_size)
+    accumulation = cfg.train.global_batch // (cfg.train.micro_batch * launch.world_size)
     problems += batch_problems(cfg, launch.world_size)
     memory, kept_layers = None, 0
     if family_or_shape is not None:
@@ -259,14 +258,11 @@ def _support_problems(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts
     return problems
 
 
-def accumulation_of(cfg: RunConfig, world: int) -> int:
-    """Micro batches of one rank in a step."""
-    return cfg.train.global_batch // (cfg.train.micro_batch * world)
-
-
 def batch_problems(cfg: RunConfig, world: int) -> list[Problem]:
     """A global batch that doesn't divide into the micro batches of so many ranks."""
     batch, micro = cfg.train.global_batch, cfg.train.micro_batch
+    if str(micro) == "auto":
+        return []
     at_once = micro * world
     if batch % at_once == 0:
         return []

@@ -112,14 +112,15 @@ def test_what_is_collected_is_raised_once_as_the_first() -> None:
 
 
 def test_settings_of_the_launcher_that_differ_are_said(tmp_path: Path) -> None:
-    cfg = run(tmp_path)  # global_batch 4, micro_batch 2
+    cfg = run(tmp_path, "model.precision=fp32")  # global_batch 4, micro_batch 2
+    plan = make_plan(cfg, ON_CPU, LaunchFacts())
     environ = {
         "ACCELERATE_MIXED_PRECISION": "bf16",
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
         "ACCELERATE_GRADIENT_CLIPPING": "0.5",
         "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
     }
-    lines = list(not_read(cfg, environ, LaunchFacts(), "fp32"))
+    lines = list(not_read(cfg, environ, plan))
     assert [line.removeprefix("Accelerate config says ").partition(";")[0] for line in lines] == [
         "mixed_precision bf16",
         "gradient_accumulation_steps 4",
@@ -127,14 +128,14 @@ def test_settings_of_the_launcher_that_differ_are_said(tmp_path: Path) -> None:
         "dynamo_backend inductor",
     ]
     as_run = {
-        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_MIXED_PRECISION": "fp32",
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2",
         "ACCELERATE_GRADIENT_CLIPPING": "1.0",
         "ACCELERATE_DYNAMO_BACKEND": "no",
     }
-    assert list(not_read(cfg, as_run, LaunchFacts(), "bf16")) == []
+    assert list(not_read(cfg, as_run, plan)) == []
     unasked = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
-    assert list(not_read(cfg, unasked, LaunchFacts(), "bf16")) == []
+    assert list(not_read(cfg, unasked, plan)) == []
 
 
 # --- room ------------------------------------------------------------------------------------------------------------
@@ -174,9 +175,9 @@ def test_disk_for_the_checkpoints_that_are_kept() -> None:
     cfg = mini()
     adapter, one = checkpoint_bytes(cfg, MINI.shape)
     assert adapter == 4 * 25_165_824 == one // 3
-    (bad,) = disk_findings(cfg, MINI.shape, None, 6 * one)
+    (bad,) = disk_findings(cfg, MINI.shape, None, 5 * one)
     assert (bad.level, "the adapter and 5 checkpoints take 1.5 GiB" in bad.what) == ("bad", True)
-    assert [row.level for row in disk_findings(cfg, MINI.shape, 100, 6 * one)] == ["ok"], "one checkpoint in 100 steps"
+    assert [row.level for row in disk_findings(cfg, MINI.shape, 100, 5 * one)] == ["ok"], "one checkpoint in 100 steps"
     assert list(disk_findings(cfg, MINI.shape, None, None)) == []
     assert free_host_gib() > 0.1
     assert free_disk_bytes(Path("/no/such/folder")) == free_disk_bytes(Path("/"))
@@ -213,9 +214,27 @@ def test_the_hub_is_asked_for_what_is_not_in_the_cache(monkeypatch: pytest.Monke
     monkeypatch.setattr(hub, "_unreachable", lambda endpoint: "")
     (there,) = hub_findings(cfg, {})
     assert (there.level, "fetched at the start" in there.what) == ("ok", True)
-    monkeypatch.setattr(hub, "_cached", lambda name, revision: True)
+    monkeypatch.setattr(hub, "_cached", lambda name, revision, weights: True)
     (here,) = hub_findings(cfg, {"HF_HUB_OFFLINE": "1"})
     assert here.level == "ok"
+
+
+def test_a_base_of_which_a_part_is_in_the_cache_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--me--base" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    files = {"model.safetensors.index.json": '{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}'}
+    files |= {"config.json": "{}", "1.safetensors": ""}
+    for name, text in files.items():
+        (snapshot / name).write_text(text)
+        assert not hub._cached("me/base", None, weights=True)
+    assert hub._cached("me/base", None, weights=False)
+    (snapshot / "2.safetensors").write_text("")
+    assert hub._cached("me/base", None, weights=True)
 
 
 def test_nothing_is_asked_for_what_lies_here(tmp_path: Path) -> None:
@@ -266,10 +285,11 @@ def test_a_dry_run_says_what_a_start_needs_and_writes_nothing(tmp_path: Path) ->
                   "supervised tokens", "context"):  # fmt: skip
         assert f"\n{check}" in f"\n{done.output}", check
     assert not folder.exists()
-    gone = [*words, "data.train=gone.jsonl", "lora.targets=[q_proj]", "train.global_batch=5", "log.trackers=[nobody]"]
+    gone = [*words, "data.train=gone.jsonl", "lora.targets=[q_proj]", "log.trackers=[nobody]"]
+    gone.append("model.attention=flash_attention_2")
     done = CliRunner().invoke(app, gone)
     assert done.exit_code == 8, done.output
-    for what in ("nobody", "q_proj", "nearest: train.global_batch", "gone.jsonl"):
+    for what in ("nobody", "q_proj", "flash_attention_2", "gone.jsonl"):
         assert what in done.output
     assert "4 of these would end the run" in done.output
 

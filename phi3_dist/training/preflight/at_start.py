@@ -42,4 +42,4 @@ def model_and_plan(
     shape = Shape.of(model[0].config.to_dict())
     local_rank = whole_number(environ, "LOCAL_RANK", 0)
     lines = refuse_no_room(cfg, plan, launch, environ, shape, local_rank=local_rank)
-    return model, plan, [*not_read(cfg, environ, launch, plan.precision), *lines]
+    return model, plan, [*not_read(cfg, environ, plan), *lines]

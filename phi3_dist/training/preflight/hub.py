@@ -8,12 +8,13 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from phi3_dist.config.json_text import parse_json
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import redacted
 from phi3_dist.machine.findings import Finding
 from phi3_dist.training.early_checks import inputs_of
 
-__all__ = ["hub_findings", "hub_ids", "hub_is_off"]
+__all__ = ["hub_findings", "hub_ids", "hub_is_off", "missing_ids"]
 
 ANSWER_S = 3.0
 _HUB = "https://huggingface.co"
@@ -30,17 +31,34 @@ def hub_is_off(environ: Mapping[str, str]) -> bool:
     return any(environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in names)
 
 
-def _cached(name: str, revision: str | None) -> bool:
-    """Whether any file of a model or data set lies in the hub's cache."""
+def missing_ids(cfg: RunConfig) -> tuple[str, ...]:
+    """Those of `hub_ids` that would be downloaded, in whole or in part."""
+    return tuple(
+        name for name in hub_ids(cfg) if not _cached(name, cfg.model.revision, weights=name == cfg.model.source)
+    )
+
+
+def _cached(name: str, revision: str | None, *, weights: bool) -> bool:
+    """Whether a model or data set lies in the hub's cache; of a base, every file of its weights."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    if any(
-        isinstance(try_to_load_from_cache(name, file, revision=revision), str)
-        for file in ("config.json", "tokenizer.json")
-    ):
+    def found(file: str) -> Path | None:
+        path = try_to_load_from_cache(name, file, revision=revision)
+        return Path(path) if isinstance(path, str) else None
+
+    if any(Path(HF_HUB_CACHE).glob(f"datasets--{name.replace('/', '--')}/snapshots/*")):
         return True
-    return any(Path(HF_HUB_CACHE).glob(f"datasets--{name.replace('/', '--')}/snapshots/*"))
+    if not weights:
+        return any(map(found, ("tokenizer.json", "config.json", "adapter_config.json")))
+    index = found("model.safetensors.index.json")
+    if index is None:
+        return found("config.json") is not None and found("model.safetensors") is not None
+    try:
+        files = set(parse_json(index.read_text("utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return all(found(str(file)) for file in files)
 
 
 def hub_findings(cfg: RunConfig, environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -48,7 +66,7 @@ def hub_findings(cfg: RunConfig, environ: Mapping[str, str]) -> Iterator[Finding
     names = hub_ids(cfg)
     if not names:
         return
-    missing = [name for name in names if not _cached(name, cfg.model.revision if name == cfg.model.source else None)]
+    missing = missing_ids(cfg)
     if not missing:
         yield Finding("ok", f"{', '.join(names)}: in the cache", check="hub")
         return
@@ -61,9 +79,8 @@ def hub_findings(cfg: RunConfig, environ: Mapping[str, str]) -> Iterator[Finding
     why = _unreachable(endpoint)
     if why:
         fix = "phi3-dist prepare where there is a network, a folder in place of the id, or HF_ENDPOINT of a mirror"
-        yield Finding(
-            "bad", f"{named}: not in the cache, and {redacted(endpoint)} does not answer: {why}", fix, "hub", 4
-        )
+        what = f"{named}: not in the cache, and {redacted(endpoint)} does not answer: {why}"
+        yield Finding("bad", what, fix, "hub", 4)
     else:
         yield Finding("ok", f"{named}: fetched at the start; {redacted(endpoint)} answers", check="hub")
 

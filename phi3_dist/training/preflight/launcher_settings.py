@@ -12,7 +12,7 @@ from typing import Any
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.planning.facts import LaunchFacts
-from phi3_dist.planning.plan import accumulation_of
+from phi3_dist.planning.plan import RunPlan
 
 __all__ = ["not_read", "refuse_contradictions"]
 
@@ -50,20 +50,16 @@ def _device(section: Any) -> str:
     return str(section.get("device", "none")) if isinstance(section, Mapping) else "none"
 
 
-def not_read(cfg: RunConfig, environ: Mapping[str, str], launch: LaunchFacts, precision: str | None) -> Iterator[str]:
-    """A line for each setting of the launcher's that differs from the run, which goes by the run file.
-
-    `precision`: of the plan; None where it isn't known yet.
-    """
+def not_read(cfg: RunConfig, environ: Mapping[str, str], plan: RunPlan) -> Iterator[str]:
+    """A line for each setting of the launcher's that differs from the run, which goes by the run file."""
     says = f"{_WHERE} says"
     mixed = _given(environ, "ACCELERATE_MIXED_PRECISION", "no")
-    if mixed and precision is not None and mixed != precision:
-        yield f"{says} mixed_precision {mixed}; the run is {precision}, by model.precision={cfg.model.precision}"
+    if mixed not in ("", plan.precision):
+        yield f"{says} mixed_precision {mixed}; the run is {plan.precision}, by model.precision={cfg.model.precision}"
     steps = _given(environ, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
-    ours = accumulation_of(cfg, launch.world_size)
     # 1 is what Accelerate writes unasked
-    if steps not in ("", "1", str(ours)):
-        yield f"{says} gradient_accumulation_steps {steps}; the run has {ours}, by train.global_batch"
+    if steps not in ("", "1", str(plan.accumulation)):
+        yield f"{says} gradient_accumulation_steps {steps}; the run has {plan.accumulation}, by train.global_batch"
     clip = _given(environ, "ACCELERATE_GRADIENT_CLIPPING", "auto")
     if clip and _number(clip) != cfg.optim.max_grad_norm:
         yield f"{says} gradient_clipping {clip}; the run has {cfg.optim.max_grad_norm:g}, by optim.max_grad_norm"

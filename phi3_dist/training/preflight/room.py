@@ -55,7 +55,7 @@ def memory_findings(plan: RunPlan, launch: LaunchFacts, room: Room) -> Iterator[
         if not whole:
             continue
         of = f" of {ranks} ranks" if place == "host" and ranks > 1 else ""
-        what = f"{free:.1f} GiB of the {place} are free, and the run{of} is planned with {whole:.1f} GiB"
+        what = f"{free:.1f} GiB of the {place} are free, and the run{of} is planned with {whole:.2f} GiB"
         fix = "end what else runs there (nvidia-smi names it)" if place == "device" else "end what else runs there"
         if certain > free and plan.device != "cpu":
             yield Finding("bad", f"{what}, {certain:.1f} of them weights and optimizer", fix, f"{place} memory", 8)
@@ -84,7 +84,7 @@ def disk_findings(cfg: RunConfig, shape: Shape, steps: int | None, free: int | N
     if kept and steps is not None:
         kept = min(kept, -(-steps // cfg.save.every))
     needed = adapter + kept * one + _SMALL_BYTES
-    what = f"{_size(free)} are free for {cfg.save.folder}; the adapter and {kept} checkpoints take {_size(needed)}"
+    what = f"{_size(free)} are free for {cfg.save.folder}; the adapter and {kept} checkpoint{'s' * (kept != 1)} take {_size(needed)}"
     if needed > free:
         fix = "make room there, save.folder on another disk, or a smaller save.keep"
         yield Finding("bad", what, fix, "disk", 8)

@@ -28,7 +28,7 @@ from phi3_dist.planning.plan import RunPlan, make_plan
 from phi3_dist.planning.preview import shape_of_source
 from phi3_dist.training.early_checks import check_folder, check_modules, check_trackers, inputs_of
 from phi3_dist.training.inputs import find_model
-from phi3_dist.training.preflight.hub import hub_findings, hub_ids
+from phi3_dist.training.preflight.hub import hub_findings, hub_ids, missing_ids
 from phi3_dist.training.preflight.launcher_settings import not_read, refuse_contradictions
 from phi3_dist.training.preflight.room import Room, disk_findings, memory_findings
 
@@ -59,12 +59,14 @@ def look(cfg: RunConfig, *, overwrite: bool, resume: bool) -> Looked:
         found += tried("run folder", lambda: _folder(cfg, overwrite=overwrite, resume=resume))
     machine = probe()
     facts = launch or LaunchFacts()
-    hub = list(hub_findings(cfg, environ)) if first else []
-    found += hub
-    model = _model(cfg, found) if _is_here(cfg, hub) else None
+    if first:
+        found += hub_findings(cfg, environ)
+    # what is not here would be downloaded
+    here = not {cfg.model.source, cfg.model.tokenizer} & {*missing_ids(cfg)}
+    model = _model(cfg, found) if here else None
     plan = _plan(cfg, machine, facts, model, found)
     if plan is not None:
-        found += [Finding("warn", line, check="launcher") for line in not_read(cfg, environ, facts, plan.precision)]
+        found += [Finding("warn", line, check="launcher") for line in not_read(cfg, environ, plan)]
         room = Room.of(plan, whole_number(environ, "LOCAL_RANK", 0))
         found += memory_findings(plan, facts, room)
     found += tried("rows", lambda: _sources(cfg))
@@ -117,14 +119,7 @@ def _folder(cfg: RunConfig, *, overwrite: bool, resume: bool) -> str:
 def _sources(cfg: RunConfig) -> str:
     sources = located(cfg.data)
     held_out = f", {len(sources.held_out)} held out" if sources.held_out else ""
-    return f"{len(sources.train)} sources to train on{held_out}"
-
-
-def _is_here(cfg: RunConfig, hub: list[Finding]) -> bool:
-    """Whether base and tokenizer can be looked at without a download of weights."""
-    named = {cfg.model.source, cfg.model.tokenizer}
-    missing = any("in the cache" not in one.what or one.level == "bad" for one in hub)
-    return not (missing and named & set(hub_ids(cfg)))
+    return f"{len(sources.train)} file{'s' * (len(sources.train) != 1)} or sets to train on{held_out}"
 
 
 def _model(cfg: RunConfig, found: list[Finding]) -> tuple[Base, Any, list[int]] | None:
@@ -153,7 +148,7 @@ def _plan(
     except Phi3DistError as error:
         found += of_error("plan", error)
         return None
-    batch = f"global batch {plan.global_batch} = {plan.world_size} ranks × {plan.micro_batch} × {plan.accumulation}"
+    batch = f"global batch {plan.global_batch} = {plan.world_size} rank{'s' * (plan.world_size != 1)} × {plan.micro_batch} × {plan.accumulation}"
     what = f"{plan.strategy} in {plan.precision} on {plan.device}, attention {plan.attention}; {batch} packs"
     found.append(Finding("ok", what, check="plan"))
     return plan
@@ -176,7 +171,7 @@ def _rows(cfg: RunConfig, base: Base, tokenizer: Any) -> Iterator[Finding]:
         "max_rows": min(cfg.data.max_rows or SAMPLE_ROWS, SAMPLE_ROWS),
     }
     try:
-        prepared = prepare(cfg.data.model_copy(update=sample), tokenizer, None)
+        prepared = prepare(cfg.data, tokenizer, None)
     except Phi3DistError as error:
         yield from of_error("supervised tokens", error)
         return
