@@ -84,7 +84,8 @@ def disk_findings(cfg: RunConfig, shape: Shape, steps: int | None, free: int | N
     if kept and steps is not None:
         kept = min(kept, -(-steps // cfg.save.every))
     needed = adapter + kept * one + _SMALL_BYTES
-    what = f"{_size(free)} are free for {cfg.save.folder}; the adapter and {kept} checkpoint{'s' * (kept != 1)} take {_size(needed)}"
+    counted = f"{kept} checkpoint{'s' * (kept != 1)}"
+    what = f"{_size(free)} are free for {cfg.save.folder}; the adapter and {counted} take {_size(needed)}"
     if needed > free:
         fix = "make room there, save.folder on another disk, or a smaller save.keep"
         yield Finding("bad", what, fix, "disk", 8)

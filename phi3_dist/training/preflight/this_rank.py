@@ -148,7 +148,8 @@ def _plan(
     except Phi3DistError as error:
         found += of_error("plan", error)
         return None
-    batch = f"global batch {plan.global_batch} = {plan.world_size} rank{'s' * (plan.world_size != 1)} × {plan.micro_batch} × {plan.accumulation}"
+    ranks = f"{plan.world_size} rank{'s' * (plan.world_size != 1)}"
+    batch = f"global batch {plan.global_batch} = {ranks} × {plan.micro_batch} × {plan.accumulation}"
     what = f"{plan.strategy} in {plan.precision} on {plan.device}, attention {plan.attention}; {batch} packs"
     found.append(Finding("ok", what, check="plan"))
     return plan
@@ -165,11 +166,10 @@ def _rows(cfg: RunConfig, base: Base, tokenizer: Any) -> Iterator[Finding]:
     if remote:
         yield Finding("warn", f"{', '.join(remote)}: a hub's rows are not read here", check="supervised tokens")
         return
-    sample = {
-        "validation": None,
-        "validation_share": 0.0,
-        "max_rows": min(cfg.data.max_rows or SAMPLE_ROWS, SAMPLE_ROWS),
-    }
+    sample: dict[str, Any] = {"validation": None, "validation_share": 0.0, "max_rows": most}
+    if str(cfg.data.pack_length) == "auto":
+        sample["pack_length"] = int(base.config.max_position_embeddings)
+    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update=sample)})
     try:
         prepared = prepare(cfg.data, tokenizer, None)
     except Phi3DistError as error:
