@@ -166,6 +166,7 @@ def _rows(cfg: RunConfig, base: Base, tokenizer: Any) -> Iterator[Finding]:
     if remote:
         yield Finding("warn", f"{', '.join(remote)}: a hub's rows are not read here", check="supervised tokens")
         return
+    most = min(cfg.data.max_rows or SAMPLE_ROWS, SAMPLE_ROWS)
     sample: dict[str, Any] = {"validation": None, "validation_share": 0.0, "max_rows": most}
     if str(cfg.data.pack_length) == "auto":
         sample["pack_length"] = int(base.config.max_position_embeddings)
