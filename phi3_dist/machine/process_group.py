@@ -76,7 +76,8 @@ def joined(device: str = "cpu") -> Iterator[Ranks]:
         return
     import torch
 
-    backend, options = "gloo", {}
+    backend: str = "gloo"
+    options: dict[str, Any] = {}
     if device == "cuda":
         torch.cuda.set_device(ranks.local_rank)
         backend, options = "cpu:gloo,cuda:nccl", {"device_id": torch.device("cuda", ranks.local_rank)}

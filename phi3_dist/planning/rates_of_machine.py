@@ -20,7 +20,7 @@ def with_measured(rates: Rates, found: Mapping[str, Any], *, precision: str = "b
     The network is one rank's share inside a node, or, where ranks of several nodes were measured, between them; a
     measurement inside one node says nothing about what lies between two.
     """
-    changed: dict[str, float] = {}
+    changed: dict[str, Any] = {}
     words = []
     flops, memory = found.get(f"matrix_{precision}_tflops"), found.get("memory_gbps")
     if flops:
