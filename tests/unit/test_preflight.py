@@ -136,6 +136,9 @@ def test_settings_of_the_launcher_that_differ_are_said(tmp_path: Path) -> None:
     assert list(not_read(cfg, as_run, plan)) == []
     unasked = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
     assert list(not_read(cfg, unasked, plan)) == []
+    fsdp = {"FSDP_ACTIVATION_CHECKPOINTING": "true", "FSDP_RESHARD_AFTER_FORWARD": "false"}
+    assert list(not_read(cfg, fsdp, plan)) == []
+    assert len(list(not_read(cfg, fsdp, replace(plan, strategy="fsdp2")))) == 2
 
 
 # --- room ------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,14 @@ def not_read(cfg: RunConfig, environ: Mapping[str, str], plan: RunPlan) -> Itera
     dynamo = _given(environ, "ACCELERATE_DYNAMO_BACKEND", "no")
     if dynamo:
         yield f"{says} dynamo_backend {dynamo.lower()}; what is compiled is decided by model.compile"
+    if not plan.strategy.startswith("fsdp"):
+        return
+    again = _given(environ, "FSDP_ACTIVATION_CHECKPOINTING", "false")
+    if again and not cfg.model.activation_checkpointing:
+        yield f"{says} fsdp_activation_checkpointing {again}; the run has model.activation_checkpointing=false"
+    reshard = _given(environ, "FSDP_RESHARD_AFTER_FORWARD", "true", "1", "full_shard")
+    if reshard:
+        yield f"{says} fsdp_reshard_after_forward {reshard}; the run frees gathered weights after each layer"
 
 
 def _number(text: str) -> float | None:
