@@ -14,7 +14,7 @@ import psutil
 from phi3_dist.errors import MachineError, Problem
 from phi3_dist.machine.incomplete_launch import whole_number
 
-__all__ = ["free_device_gib", "free_disk_bytes", "free_host_gib", "nearest_folder", "refuse_dead_meeting"]
+__all__ = ["free_device_gib", "free_disk_bytes", "free_host_gib", "locked_by", "nearest_folder", "refuse_dead_meeting"]
 
 GIB = 2**30
 _CONNECT_S = 3.0
@@ -51,6 +51,22 @@ def free_disk_bytes(path: Path) -> int | None:
         return shutil.disk_usage(nearest_folder(path)).free
     except OSError:
         return None
+
+
+def locked_by(path: Path) -> int | None:
+    """The process of this machine that holds a lock on a file or folder; None where none does, or nobody says.
+
+    The system's own list is read (Linux): asking with a lock would hold one for that moment.
+    """
+    try:
+        found = path.stat()
+        lines = Path("/proc/locks").read_text("ascii").splitlines()
+    except OSError:
+        return None
+    here = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    # 1: FLOCK ADVISORY WRITE 4321 08:01:1234 0 EOF
+    held = (line.split() for line in lines)
+    return next((int(words[4]) for words in held if len(words) > 5 and words[1] == "FLOCK" and words[5] == here), None)
 
 
 def refuse_dead_meeting(environ: Mapping[str, str]) -> None:

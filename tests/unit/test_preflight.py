@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,6 +32,7 @@ from phi3_dist.training.preflight.collect import Collected
 from phi3_dist.training.preflight.hub import hub_findings, hub_ids
 from phi3_dist.training.preflight.launcher_settings import not_read
 from phi3_dist.training.preflight.room import Room, checkpoint_bytes, disk_findings, memory_findings
+from phi3_dist.training.run_folder import RunFolder
 from tests.ranks.launcher import REPO
 
 RUN = REPO / "configs" / "run" / "debug.yaml"
@@ -295,6 +297,17 @@ def test_a_dry_run_says_what_a_start_needs_and_writes_nothing(tmp_path: Path) ->
     for what in ("nobody", "q_proj", "flash_attention_2", "gone.jsonl"):
         assert what in done.output
     assert "4 of these would end the run" in done.output
+
+
+def test_a_folder_in_which_another_process_trains(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(overwrite=False)
+    cfg = run(tmp_path)
+    (held,) = (one for one in this_rank.look(cfg, overwrite=True, resume=False).findings if one.check == "run folder")
+    assert (held.level, held.code, f"process {os.getpid()} trains in here" in held.what) == ("bad", 7, True)
+    folder._release()
+    looked = this_rank.look(cfg, overwrite=True, resume=False)
+    assert states(list(looked.findings))["run folder"] == "ok"
 
 
 def test_rows_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,10 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.prepare import Prepared, prepare
 from phi3_dist.data.read.sources import located
 from phi3_dist.data.render.template_probe import ChatFormat
-from phi3_dist.errors import Phi3DistError
+from phi3_dist.errors import Phi3DistError, Problem, RunFolderError
 from phi3_dist.family.variants import Shape
 from phi3_dist.machine.findings import Finding, of_error, tried
-from phi3_dist.machine.free_room import free_disk_bytes, refuse_dead_meeting
+from phi3_dist.machine.free_room import free_disk_bytes, locked_by, refuse_dead_meeting
 from phi3_dist.machine.incomplete_launch import whole_number
 from phi3_dist.machine.probe import launch_facts, probe
 from phi3_dist.modeling.base import Base
@@ -31,6 +31,7 @@ from phi3_dist.training.inputs import find_model
 from phi3_dist.training.preflight.hub import hub_findings, hub_ids, missing_ids
 from phi3_dist.training.preflight.launcher_settings import not_read, refuse_contradictions
 from phi3_dist.training.preflight.room import Room, disk_findings, memory_findings
+from phi3_dist.training.run_folder_contents import LOCK
 
 __all__ = ["Looked", "look"]
 
@@ -111,6 +112,10 @@ def _trackers(cfg: RunConfig, rank: int) -> str:
 
 def _folder(cfg: RunConfig, *, overwrite: bool, resume: bool) -> str:
     check_folder(cfg, overwrite=overwrite, resume=resume)
+    process = next(filter(None, map(locked_by, (Path(cfg.save.folder), Path(cfg.save.folder) / LOCK))), None)
+    if process is not None:
+        what, fix = f"process {process} trains in here", "stop it first, or another save.folder"
+        raise RunFolderError(Problem(cfg.save.folder, what, fix))
     there = Path(cfg.save.folder).is_dir()
     verb = "goes on" if resume and there else "is replaced" if overwrite and there else "can be made"
     return f"{cfg.save.folder}: {verb}"
