@@ -63,6 +63,7 @@ from phi3_dist.training.patience import Patience
 from phi3_dist.training.plan_proof import prove_built_dtypes
 from phi3_dist.training.preflight.across_ranks import node_view, seen_from_all_nodes
 from phi3_dist.training.preflight.at_start import model_and_plan
+from phi3_dist.training.preflight.context_window import context_finding
 from phi3_dist.training.run_folder import RunFolder, versions
 from phi3_dist.training.run_steps import run_steps
 from phi3_dist.training.runtime import Runtime, start_runtime
@@ -153,6 +154,9 @@ def _train(
     inputs = RunInputs(cfg, base, tokenizer, token_ids, prepare_rows(cfg, tokenizer, cache))
     clock.mark("data")
     if launch.rank == 0:
+        context = context_finding(cfg, base.config, longest_row(inputs.prepared))
+        if context.level != "ok":
+            _print(f"context: {context.what}; {context.fix}")
         folder.reopen() if resume else folder.claim(overwrite=overwrite)
     with folder.recording_failure(active=launch.rank == 0):  # what was to be replaced comes back from here on
         runtime = _join_processes(cfg, plan, launch, folder)

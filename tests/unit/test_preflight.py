@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Phi3Config
 from typer.testing import CliRunner
 
 from phi3_dist.cli import app
@@ -29,6 +30,7 @@ from phi3_dist.training.preflight.across_ranks import node_view, seen_from_all_n
 from phi3_dist.training.preflight.at_start import model_and_plan
 from phi3_dist.training.preflight.before_torch import check_before_torch
 from phi3_dist.training.preflight.collect import Collected
+from phi3_dist.training.preflight.context_window import context_finding
 from phi3_dist.training.preflight.hub import hub_findings, hub_ids
 from phi3_dist.training.preflight.launcher_settings import not_read
 from phi3_dist.training.preflight.room import Room, checkpoint_bytes, disk_findings, memory_findings
@@ -326,7 +328,22 @@ def test_rows_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     rows.write_text(json.dumps(long) + "\n")
     cfg = run(tmp_path, f"data.train={rows}", "data.pack_length=8192")
     (context,) = (one for one in this_rank.look(cfg, overwrite=False, resume=False).findings if one.check == "context")
-    assert (context.level, "window 4,096: rows reach beyond" in context.what) == ("bad", True)
+    assert (context.level, "window 4,096: rows reach beyond" in context.what) == ("warn", True)
+
+
+def test_the_longest_row_and_longropes_factors(tmp_path: Path) -> None:
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 10000.0}
+    scaling["original_max_position_embeddings"] = 64
+    base = Phi3Config(hidden_size=64, num_attention_heads=4, max_position_embeddings=256, rope_parameters=scaling,
+                      pad_token_id=0)  # fmt: skip
+    for longest, longrope, level, says in (
+        (60, "auto", "ok", "one longer row turns the whole run"),
+        (100, "auto", "ok", "LongRoPE's long factors"),
+        (100, "short", "warn", "longer than the short factors serve"),
+        (300, "auto", "warn", "beyond what the model was trained for"),
+    ):
+        found = context_finding(run(tmp_path, f"model.longrope={longrope}"), base, longest)
+        assert (found.level, says in found.what) == (level, True), found
 
 
 def test_half_a_launch_is_a_row_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,12 +22,12 @@ from phi3_dist.machine.free_room import free_disk_bytes, locked_by, refuse_dead_
 from phi3_dist.machine.incomplete_launch import whole_number
 from phi3_dist.machine.probe import launch_facts, probe
 from phi3_dist.modeling.base import Base
-from phi3_dist.modeling.rope import regime_for
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.plan import RunPlan, make_plan
 from phi3_dist.planning.preview import shape_of_source
 from phi3_dist.training.early_checks import check_folder, check_modules, check_trackers, inputs_of
 from phi3_dist.training.inputs import find_model
+from phi3_dist.training.preflight.context_window import context_finding
 from phi3_dist.training.preflight.hub import hub_findings, hub_ids, missing_ids
 from phi3_dist.training.preflight.launcher_settings import not_read, refuse_contradictions
 from phi3_dist.training.preflight.room import Room, disk_findings, memory_findings
@@ -182,7 +182,7 @@ def _rows(cfg: RunConfig, base: Base, tokenizer: Any) -> Iterator[Finding]:
         yield from of_error("supervised tokens", error)
         return
     yield _supervised(cfg, prepared)
-    yield from _window(cfg, base, int(prepared.train.rows.lengths.max()))
+    yield context_finding(cfg, base.config, int(prepared.train.rows.lengths.max()))
 
 
 def _supervised(cfg: RunConfig, prepared: Prepared) -> Finding:
@@ -198,24 +198,3 @@ def _supervised(cfg: RunConfig, prepared: Prepared) -> Finding:
         fix = "phi3-dist data show prints what is learned"
         return Finding("warn", f"{what}, and {first.count(0)} packs learn nothing", fix, "supervised tokens")
     return Finding("ok", what, check="supervised tokens")
-
-
-def _window(cfg: RunConfig, base: Base, longest: int) -> Iterator[Finding]:
-    window = int(base.config.max_position_embeddings)
-    what = f"longest of the rows looked at {longest:,} tokens, packs {cfg.data.pack_length:,}, window {window:,}"
-    rope = base.config.rope_parameters or {}
-    regime = regime_for(base.config, longest, cfg.model.longrope)
-    if regime is not None:
-        original = int(rope.get("original_max_position_embeddings", window))
-        what += f"; LongRoPE's {regime} factors (long ones for rows above {original:,})"
-        if regime == "short" and longest > original:
-            fix = "model.longrope=auto, or shorter rows"
-            yield Finding("warn", f"{what}: rows are longer than these factors serve", fix, "context")
-            return
-        if cfg.model.longrope == "auto" and regime == "short" and cfg.data.pack_length > original:
-            what += "; one longer row turns them to the long ones"
-    if longest > window:
-        fix = f"data.pack_length={window} with data.on_long_row=drop or cut_turn"
-        yield Finding("bad", f"{what}: rows reach beyond the window", fix, "context", 3)
-    else:
-        yield Finding("ok", what, check="context")
