@@ -98,11 +98,11 @@ def train(
     if overwrite and resume:
         raise ConfigError(Problem("overwrite, resume", "cannot be combined", "give one of them"))
     from phi3_dist.machine.probe import launch_facts, probe
-    from phi3_dist.training.early_checks import check_early
     from phi3_dist.training.loop import train as run_training
+    from phi3_dist.training.preflight.before_torch import check_before_torch
     from phi3_dist.training.signals import Stopped
 
-    check_early(cfg, os.environ, overwrite=overwrite, resume=resume)
+    check_before_torch(cfg, os.environ, overwrite=overwrite, resume=resume)
     try:
         result = run_training(cfg, probe(), launch_facts(os.environ), overwrite=overwrite, resume=resume)
     except Stopped as stop:

@@ -38,7 +38,8 @@ RULES = {
 
 def replay(early: EarlyConfig, every: int, curves: Mapping[str, Mapping[int, float]], steps: int) -> list[Decision]:
     """The decisions that `early` makes on these held-out losses (name, then steps made), in order."""
-    running, order, decisions = list(curves), list(curves), []
+    running, order = list(curves), list(curves)
+    decisions: list[Decision] = []
     for rung in range(64):
         step = rung_step(early, every, rung)
         if step >= steps or len(running) <= early.floor:

@@ -57,13 +57,26 @@ def data_show(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="The findings, as JSON.")] = False) -> None:
-    """Check this machine, and say what to fix. Exits with 8 if training could not start."""
-    from phi3_dist.machine.doctor import as_text, diagnose
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="The findings, as JSON.")] = False,
+    bandwidth: Annotated[
+        bool, typer.Option("--bandwidth", help="Measure matrix, memory and network rates, and keep them for plan.")
+    ] = False,
+) -> None:
+    """Check this machine, and say what to fix. Exits with 0 only if training could start.
 
-    findings = diagnose()
-    typer.echo(as_text(findings, as_json=as_json))
-    if any(finding.level == "bad" for finding in findings):
+    On every rank of a launch it names the node that differs.
+    """
+    import sys
+
+    from phi3_dist.machine import findings
+    from phi3_dist.machine.examination import examine
+
+    done = examine(bandwidth=bandwidth)
+    if done.speaks:
+        found = done.findings
+        typer.echo(findings.as_json(found) if as_json else findings.as_table(found, colour=sys.stdout.isatty()))
+    if findings.exit_code(done.findings):
         raise typer.Exit(MachineError.exit_code)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,9 @@ def train(
     allow_changed: Annotated[
         list[str] | None, typer.Option(help="A key that may differ from the checkpoint's run; may be repeated.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what a start needs and how it is found, and end.")
+    ] = False,
 ) -> None:
     """Train a LoRA adapter: on one device, or on every process of `accelerate launch … -m phi3_dist train`."""
     from phi3_dist.config.load import load_run
@@ -31,15 +34,18 @@ def train(
     cfg = load_run(run_file, overrides or ())
     import faulthandler
 
-    from phi3_dist.training.early_checks import check_early
     from phi3_dist.training.monitor.transcript import Transcript
+    from phi3_dist.training.preflight.before_torch import check_before_torch
 
     if not faulthandler.is_enabled():
         faulthandler.enable()  # "Bus error" and where: base weights are mapped, and may be cut short meanwhile
 
     if overwrite and resume:
         raise ConfigError(Problem("--overwrite --resume", "cannot be combined", "give one of them"))
-    check_early(cfg, os.environ, overwrite=overwrite, resume=resume)
+    if dry_run:
+        _dry_run(cfg, overwrite=overwrite, resume=resume)
+        return
+    check_before_torch(cfg, os.environ, overwrite=overwrite, resume=resume)
     with Transcript() as transcript:
         from phi3_dist.machine.probe import launch_facts, probe
         from phi3_dist.training.loop import train as run_training
@@ -67,6 +73,21 @@ def train(
             typer.echo(draw_report(result.folder))
     if result.exit_code:
         raise typer.Exit(result.exit_code)
+
+
+def _dry_run(cfg: Any, *, overwrite: bool, resume: bool) -> None:
+    import sys
+
+    from phi3_dist.machine.findings import as_table
+    from phi3_dist.training.preflight.dry_run import dry_run
+
+    done = dry_run(cfg, overwrite=overwrite, resume=resume)
+    if done.speaks:
+        typer.echo(as_table(done.findings, colour=sys.stdout.isatty()))
+        bad = sum(one.level == "bad" for one in done.findings)
+        typer.echo(f"{bad} of these would end the run" if bad else "this run can start")
+    if done.code:
+        raise typer.Exit(done.code)
 
 
 @app.command(

@@ -11,18 +11,19 @@ from typing import Any
 from phi3_dist.config.json_text import parse_json
 from phi3_dist.machine.storage import cache_folder
 
-__all__ = ["card_file", "measured_on", "write_card"]
+__all__ = ["card_file", "file_name_of", "measured_on", "write_card"]
 
 SHIPPED = Path(__file__).parent / "measured"
 
 
-def _file_name(device_name: str) -> str:
+def file_name_of(device_name: str) -> str:
+    """A device's name as that of a file."""
     return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_") + ".json"
 
 
 def card_file(device_name: str) -> Path:
     """Where `make card` writes what it found on this machine's card."""
-    return cache_folder() / "cards" / _file_name(device_name)
+    return cache_folder() / "cards" / file_name_of(device_name)
 
 
 def write_card(device_name: str, found: Mapping[str, Any]) -> Path:
@@ -38,7 +39,7 @@ def measured_on(device_name: str) -> dict[str, Any]:
 
     A file that cannot be read is as none: it only spares a choice its guess.
     """
-    for file in (card_file(device_name), SHIPPED / _file_name(device_name)):
+    for file in (card_file(device_name), SHIPPED / file_name_of(device_name)):
         try:
             found = parse_json(file.read_text("utf-8"))
         except (OSError, ValueError):

@@ -1,19 +1,19 @@
 """What is wrong with this machine, each finding with its fix. Nothing is imported that could fail or be slow but torch.
 
-`phi3-dist doctor` prints the findings; the runtime asks `stale_extension_locks` before it starts DeepSpeed.
+`phi3-dist doctor` prints the findings (examination.py: of every rank of a launch); the runtime asks
+`stale_extension_locks` before it starts DeepSpeed.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 import sysconfig
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -21,13 +21,16 @@ from typing import Literal
 import psutil
 from packaging.requirements import Requirement
 
-from phi3_dist.errors import MachineError, redacted
-from phi3_dist.machine.probe import probe
+from phi3_dist.errors import MachineError, PlanError, redacted
+from phi3_dist.machine import launch_request
+from phi3_dist.machine.findings import Finding, named, of_error
+from phi3_dist.machine.own_cards import own_cards
+from phi3_dist.machine.probe import launch_facts, package_versions, probe
 from phi3_dist.machine.storage import CACHE_FIX, cache_folder, shared_memory_bytes
 from phi3_dist.planning.attention import backends, choose_backend
 from phi3_dist.planning.facts import MachineFacts
 
-__all__ = ["Finding", "as_text", "diagnose", "extensions_root", "stale_extension_locks"]
+__all__ = ["diagnose", "extensions_root", "stale_extension_locks"]
 
 COMPILERS = ("ninja", "nvcc", "cicc", "ptxas", "c++", "g++", "gcc", "cc1plus", "clang", "clang++", "as", "ld")
 _ROOMY_SHM_BYTES = 2**29
@@ -36,43 +39,43 @@ _YOUNG_S = 60.0
 """A lock younger than this may belong to a build whose ninja hasn't started yet."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """`ok`: as it should be. `warn`: works, but worth knowing. `bad`: something will fail. `fix` may be empty."""
-
-    level: Literal["ok", "warn", "bad"]
-    what: str
-    fix: str = ""
-
-
 def diagnose() -> list[Finding]:
     """Everything there is to say about this machine, in the order a reader needs it."""
-    machine = probe()
-    return [
-        *_python(),
-        *_packages(machine.packages),
-        *_device(machine),
-        *_flash(machine),
-        *_deepspeed(machine),
-        *_locks(),
-        *_cache(),
-        *_shared_memory(machine),
-        *_tokenizer(machine.packages),
-        *_hub(os.environ),
-    ]
-
-
-def as_text(findings: Sequence[Finding], *, as_json: bool = False) -> str:
-    """The findings line by line, or as a JSON list of state, check and fix."""
-    if as_json:
-        rows = [{"state": one.level, "check": one.what, "fix": one.fix} for one in findings]
-        return json.dumps(rows, indent=2)
-    fixes = (f"\n      fix: {one.fix}" if one.fix else "" for one in findings)
-    return "\n".join(f"{one.level:<5} {one.what}{fix}" for one, fix in zip(findings, fixes, strict=True))
+    found = [*named("python", _python()), *named("launch", _launch(os.environ))]
+    try:
+        machine = probe()
+    except (ImportError, OSError) as error:  # absent, or without a library that it was built for
+        fix = "pip install torch, in the build for this machine's driver"
+        found += named("packages", _packages(package_versions()))
+        return [*found, Finding("bad", f"torch cannot be imported: {error}", fix, "torch", MachineError.exit_code)]
+    checks: tuple[tuple[str, Iterator[Finding]], ...] = (
+        ("packages", _packages(machine.packages)),
+        ("device", _device(machine)),
+        ("attention", _flash(machine)),
+        ("deepspeed", _deepspeed(machine)),
+        ("locks", _locks()),
+        ("cache", _cache()),
+        ("shared memory", _shared_memory(machine)),
+        ("tokenizer", _tokenizer(machine.packages)),
+        ("hub", _hub(os.environ)),
+    )
+    found += [one for check, findings in checks for one in named(check, findings)]
+    return [replace(one, code=MachineError.exit_code) if one.level == "bad" and one.code == 1 else one for one in found]
 
 
 def _python() -> Iterator[Finding]:
     yield Finding("ok", f"Python {sys.version.split()[0]} at {sys.executable}")
+
+
+def _launch(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """What a launcher set, or left behind."""
+    try:
+        launch = launch_facts(environ)
+    except PlanError as error:
+        yield from of_error("launch", error)
+        return
+    ranks = "one process" if launch.world_size == 1 else f"{launch.world_size} ranks on {launch.nodes} nodes"
+    yield Finding("ok", f"{ranks}; nothing is left of another launch")
 
 
 def _packages(versions: Mapping[str, str]) -> Iterator[Finding]:
@@ -118,6 +121,11 @@ def _device(machine: MachineFacts) -> Iterator[Finding]:
         yield Finding("ok", f"{many} × {machine.device_name}, {each:.1f} GiB each; {cores}")
     else:
         yield Finding("warn", f"no CUDA device; training runs on {machine.device_name} ({cores})")
+        cards = () if launch_request.cpu_was_asked(os.environ) else own_cards()
+        if cards:
+            what = f"the driver lists {len(cards)} × {cards[0][0]}, and torch {machine.packages.get('torch')} sees none"
+            fix = "pip install torch in its build with CUDA, no newer than the driver; unset CUDA_VISIBLE_DEVICES"
+            yield Finding("warn", what, fix)
     level: Literal["ok", "warn"] = "ok" if machine.fast_bf16 else "warn"
     yield Finding(level, f"precision auto is {'bf16' if machine.fast_bf16 else 'fp32'}: {machine.fast_bf16_reason}")
 

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import yaml
 
+from phi3_dist.errors import MachineError, Problem
 from phi3_dist.planning.job_script import STOPPED_EARLY
 
 __all__ = ["Ended", "deepspeed_file_beside", "launch"]
@@ -129,6 +130,10 @@ def _launch(arguments: Sequence[str], handed_on: _HandedOn) -> Ended:
         return _ended(rank, failure.exitcode)
     except subprocess.CalledProcessError as error:  # one process, without torch's launcher
         return _ended(0, error.returncode)
+    except ConnectionError as error:  # Accelerate's own look at the port
+        port = f"MASTER_PORT={options.main_process_port}" if options.main_process_port else "port"
+        what = f"cannot be had: {' '.join(str(error).split())[:200]}"
+        raise MachineError(Problem(port, what, "--main_process_port with another one, or 0 for a free one")) from error
     except SignalException as error:
         number = int(error.sigval)
         return Ended(128 + number, f"stopped by {signal.Signals(number).name}, and the ranks with it")

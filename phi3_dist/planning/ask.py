@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from phi3_dist.planning.auto_fields import RowLengths
 from phi3_dist.planning.gpus import Gpu, find_gpu
 from phi3_dist.planning.memory import total_gib
 from phi3_dist.planning.preview import shape_of_source
+from phi3_dist.planning.rates_of_machine import with_measured
 from phi3_dist.planning.timing import rates_of_gpu
 from phi3_dist.planning.write_run import write_run
 
@@ -45,6 +46,8 @@ class Asked:
     as_json: bool = False
     own_cards: tuple[tuple[str, float], ...] = ()
     rows: RowLengths | None = None
+    rates: Mapping[str, Any] = field(default_factory=dict)
+    """What `phi3-dist doctor --bandwidth` measured on such a card; empty where nothing was."""
 
 
 def cluster_of(asked: Asked) -> tuple[Cluster, str]:
@@ -58,12 +61,13 @@ def cluster_of(asked: Asked) -> tuple[Cluster, str]:
     else:
         gpu, memory, where = find_gpu(ASSUMED), None, "assumed, since there is none here: --gpu names another"
     memory = asked.memory_gib or memory or gpu.memory_gib
+    precision = "bf16" if gpu.fast_bf16 else "fp32"
     cluster = Cluster(
         nodes=asked.nodes or 1,
         gpus_per_node=per_node,
         memory_gib=memory,
         host_memory_gib=asked.host_memory_gib or float("inf"),
-        rates=rates_of_gpu(gpu, network_gbit=asked.network_gbit),
+        rates=with_measured(rates_of_gpu(gpu, network_gbit=asked.network_gbit), asked.rates, precision=precision),
         gpu=gpu,
         price=asked.price,
         tokens=asked.tokens,

@@ -24,6 +24,7 @@ from phi3_dist.planning.workload import account
 
 __all__ = [
     "RunPlan",
+    "batch_problems",
     "make_plan",
     "check_reality",
 ]
@@ -87,7 +88,8 @@ def make_plan(
     choices = [precision, attention, deterministic, loss, strategy, _optimizer_choice(cfg, machine, launch)]
     choices += [kernels, compiling]
     problems += _support_problems(cfg, machine, launch, precision.value)
-    accumulation = _accumulation(cfg, launch.world_size, problems)
+    accumulation = cfg.train.global_batch // (cfg.train.micro_batch * launch.world_size)
+    problems += batch_problems(cfg, launch.world_size)
     memory, kept_layers = None, 0
     if family_or_shape is not None:
         shape = _shape(family_or_shape)
@@ -258,17 +260,20 @@ def _support_problems(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts
     return problems
 
 
-def _accumulation(cfg: RunConfig, world: int, problems: list[Problem]) -> int:
+def batch_problems(cfg: RunConfig, world: int) -> list[Problem]:
+    """A global batch that doesn't divide into the micro batches of so many ranks."""
     batch, micro = cfg.train.global_batch, cfg.train.micro_batch
+    if str(micro) == "auto":
+        return []
     at_once = micro * world
-    if batch % at_once:
-        below = batch // at_once * at_once
-        near = f"{below} or {below + at_once}" if below else str(at_once)
-        divisors = [size for size in range(1, micro + 1) if batch % (size * world) == 0]
-        other = f", or train.micro_batch={divisors[-1]}" if divisors else ""
-        what = f"is {batch}, which is not a multiple of micro_batch × ranks = {micro} × {world} = {at_once}"
-        problems.append(Problem("train.global_batch", what, f"nearest: train.global_batch={near}{other}"))
-    return batch // at_once
+    if batch % at_once == 0:
+        return []
+    below = batch // at_once * at_once
+    near = f"{below} or {below + at_once}" if below else str(at_once)
+    divisors = [size for size in range(1, micro + 1) if batch % (size * world) == 0]
+    other = f", or train.micro_batch={divisors[-1]}" if divisors else ""
+    what = f"is {batch}, which is not a multiple of micro_batch × ranks = {micro} × {world} = {at_once}"
+    return [Problem("train.global_batch", what, f"nearest: train.global_batch={near}{other}")]
 
 
 def _memory_choice(

@@ -83,7 +83,7 @@ def _strategy(config: Path, kind: str, values: Mapping[str, Any]) -> tuple[str, 
     inline = _section(values, "deepspeed_config")
     where, settings = (
         _zero_of_file(config, inline["deepspeed_config_file"])
-        if ("deepspeed_config_file" in inline)
+        if inline.get("deepspeed_config_file") is not None
         else (config, _inline_zero(inline))
     )
     zero = _section(settings, "zero_optimization") if isinstance(settings, dict) else {}

@@ -1,7 +1,7 @@
 """Who ends early: successive halving, a pure function of the held-out losses.
 
 At rung n (from 0) every candidate has made `eval_every * first * 2**n` steps. Those with the lowest held-out losses go
-on: the share `keep` of those still running, rounded up, and never fewer than `floor`. A loss that is no number is the
+on: the share `keep` of those still running, rounded up, and never fewer than `floor`. A NaN is the
 worst; equal losses are told apart by the order of the candidates. Jamieson and Talwalkar, arXiv 1502.07943.
 """
 

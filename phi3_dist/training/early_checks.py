@@ -1,4 +1,6 @@
-"""What can be said of a run in a second, before torch is imported and data is prepared: folder, targets, trackers."""
+"""What can be said of a run in a second, before torch is imported: folder, targets, trackers.
+
+preflight/before_torch.py asks all of it at once."""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from phi3_dist.errors import ConfigError, MachineError, ModelError, Problem
 from phi3_dist.family.variants import LINEARS, check_targets
 from phi3_dist.training.run_folder import RunFolder
 
-__all__ = ["TRACKERS", "check_early", "check_trackers", "inputs_of", "wandb_can_begin"]
+__all__ = ["TRACKERS", "check_folder", "check_modules", "check_trackers", "inputs_of", "wandb_can_begin"]
 
 TRACKERS: Mapping[str, Sequence[str]] = {
     "aim": ("aim",),
@@ -43,18 +45,12 @@ def inputs_of(cfg: RunConfig) -> tuple[str, ...]:
     return tuple(name for name in (model.source, model.tokenizer, model.adapter, *named) if name)
 
 
-def check_early(cfg: RunConfig, environ: Mapping[str, str], *, overwrite: bool, resume: bool) -> None:
-    """Raises RunFolderError for a folder that the run could not take, and as `check_trackers` and for targets.
-
-    Only rank 0 looks at the folder: it may hold it by now.
-    """
-    check_trackers(cfg.log, 0 if environ.get("RANK", "0") == "0" else 1, environ)
-    _check_modules(cfg.lora)
-    if environ.get("RANK", "0") == "0":
-        RunFolder(Path(cfg.save.folder), inputs=inputs_of(cfg)).check(overwrite=overwrite, resume=resume)
+def check_folder(cfg: RunConfig, *, overwrite: bool, resume: bool) -> None:
+    """Raises RunFolderError for a folder that the run could not take. Writes nothing."""
+    RunFolder(Path(cfg.save.folder), inputs=inputs_of(cfg)).check(overwrite=overwrite, resume=resume)
 
 
-def _check_modules(lora: LoraConfig) -> None:
+def check_modules(lora: LoraConfig) -> None:
     """Raises ModelError for targets of another family's; the model itself is asked again when it is there."""
     problems = []
     for index, target in enumerate(() if lora.targets == "all-linear" else lora.targets):

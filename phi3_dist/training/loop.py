@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from phi3_dist.adapters.files import AdapterReceipt
@@ -31,7 +32,6 @@ from phi3_dist.modeling.lora import count_parameters
 from phi3_dist.modeling.weights_watch import WeightsWatch
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.plan import RunPlan
-from phi3_dist.training.auto_values import AutoValues
 from phi3_dist.training.batch_counts import (
     longest_row,
     order_of,
@@ -50,7 +50,7 @@ from phi3_dist.training.early_checks import check_trackers, inputs_of
 from phi3_dist.training.engines.engine import make_engine
 from phi3_dist.training.evaluate import HeldOut
 from phi3_dist.training.final_adapter import save_final_adapter
-from phi3_dist.training.inputs import RunInputs, find_model, prepare_rows
+from phi3_dist.training.inputs import RunInputs, prepare_rows
 from phi3_dist.training.monitor.announce import announce, record_start
 from phi3_dist.training.monitor.health import Health
 from phi3_dist.training.monitor.metrics import Metrics
@@ -61,6 +61,9 @@ from phi3_dist.training.monitor.trackers import finish_trackers, start_trackers
 from phi3_dist.training.monitor.transcript import Transcript
 from phi3_dist.training.patience import Patience
 from phi3_dist.training.plan_proof import prove_built_dtypes
+from phi3_dist.training.preflight.across_ranks import node_view, seen_from_all_nodes
+from phi3_dist.training.preflight.at_start import plan_start
+from phi3_dist.training.preflight.context_window import context_finding
 from phi3_dist.training.run_folder import RunFolder, versions
 from phi3_dist.training.run_steps import run_steps
 from phi3_dist.training.runtime import Runtime, start_runtime
@@ -142,20 +145,24 @@ def _train(
     if launch.rank == 0:
         folder.check(overwrite=overwrite, resume=resume)
     check_trackers(cfg.log, launch.rank)
-    base, tokenizer, token_ids = find_model(cfg)
+    planned = plan_start(cfg, machine, launch, os.environ, cache, folder.path if resume else None)
+    for line in planned.lines if launch.rank == 0 else ():
+        _print(line)
+    cfg, plan, auto, (base, tokenizer, token_ids) = planned.cfg, planned.plan, planned.auto, planned.model
     session = Session(folder, clock, flag, WeightsWatch(base.folder), transcript)
-    auto = AutoValues(cfg, machine, launch, base.config.to_dict(), resumed=folder.path if resume else None)
-    auto.count_rows(tokenizer, cache)
-    cfg, plan = auto.plan()
     clock.mark("plan")
     inputs = RunInputs(cfg, base, tokenizer, token_ids, prepare_rows(cfg, tokenizer, cache))
     clock.mark("data")
     if launch.rank == 0:
+        context = context_finding(cfg, base.config, longest_row(inputs.prepared))
+        if context.level != "ok":
+            _print(f"context: {context.what}; {context.fix}")
         folder.reopen() if resume else folder.claim(overwrite=overwrite)
     with folder.recording_failure(active=launch.rank == 0):  # what was to be replaced comes back from here on
         inputs, runtime = auto.agree(inputs, _join_processes(cfg, plan, launch, folder), cache)
         cfg = inputs.cfg
         ours = _agreed_identity(inputs, runtime, cache)
+        _tell_of_nodes(runtime, folder)
         resume_point = find_resume_point(runtime, folder, ours, allow_changed, cfg.optim) if resume else ResumePoint()
         if resume_point.finished:
             _release(runtime)
@@ -185,6 +192,19 @@ def _join_processes(cfg: RunConfig, plan: RunPlan, launch: LaunchFacts, folder: 
         trackers=cfg.log.trackers,
         folder=folder.held,  # tensorboard opens its file anew for each write
     )
+
+
+def _tell_of_nodes(runtime: Runtime, folder: RunFolder) -> None:
+    """Say on rank 0 what the nodes see of the run folder, and of the time. Collective where there are several."""
+    if runtime.plan.nodes == 1:
+        return
+    gathered: list[Any] = [None] * runtime.world
+    per_node = runtime.world // runtime.plan.nodes
+    runtime.barrier()
+    torch.distributed.all_gather_object(gathered, node_view(folder.path, runtime.rank // per_node))
+    for finding in seen_from_all_nodes(gathered, folder.path) if runtime.is_main else ():
+        if finding.level != "ok":
+            _print(f"{finding.check}: {finding.what}; {finding.fix}")
 
 
 def _agreed_identity(inputs: RunInputs, runtime: Runtime, cache: Path) -> dict[str, Any]:

@@ -17,12 +17,14 @@ from phi3_dist.machine.launcher import deepspeed_file_beside
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.plan import make_plan
 from phi3_dist.planning.preview import check_fit, check_rows
-from phi3_dist.training.early_checks import check_early, check_trackers
+from phi3_dist.training.early_checks import check_trackers
+from phi3_dist.training.preflight.before_torch import check_before_torch
 from tests.ranks.launcher import REPO
 
 CONFIGS = REPO / "configs" / "accelerate"
 RUN = REPO / "configs" / "run" / "debug.yaml"
 MINI = FAMILIES[0]
+RANK_1 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 PACKAGES = {"torch": "2.13.0", "deepspeed": "0.19.8", "bitsandbytes": "0.50.2"}
 
 
@@ -103,9 +105,9 @@ def test_targets_and_trackers() -> None:
         (run(log={"trackers": ["clearml"]}), MachineError, "'clearml' is not installed"),
     ):
         with pytest.raises(error, match=says):
-            check_early(cfg, {"RANK": "1"}, overwrite=False, resume=False)
+            check_before_torch(cfg, RANK_1, overwrite=False, resume=False)
     good = ["o_proj", "lm_head", "embed_tokens", "model.layers.0.mlp.down_proj"]
-    check_early(run(lora={"targets": good}), {"RANK": "1"}, overwrite=False, resume=False)
+    check_before_torch(run(lora={"targets": good}), RANK_1, overwrite=False, resume=False)
 
 
 @pytest.mark.parametrize("project", ["../../x", "/tmp/x", "a/../../b", "..", "", "."])

@@ -15,7 +15,7 @@ import pytest
 from phi3_dist.config.load import load_run
 from phi3_dist.errors import ModelError, RunFolderError
 from phi3_dist.training import run_folder_contents as belongings
-from phi3_dist.training.early_checks import check_early
+from phi3_dist.training.preflight.before_torch import check_before_torch
 from phi3_dist.training.run_folder import RunFolder
 from phi3_dist.training.run_folder_contents import drop_replaced, move_aside, put_back
 from tests.ranks.launcher import REPO
@@ -126,8 +126,9 @@ def test_a_run_that_the_new_one_reads_is_not_replaced(run: Path) -> None:
     overrides = (f"save.folder={run}", f"model.adapter={run / 'adapter'}")
     cfg = load_run(REPO / "configs/run/debug.yaml", overrides)
     with pytest.raises(RunFolderError, match="which the new run reads"):
-        check_early(cfg, {}, overwrite=True, resume=False)
-    check_early(cfg, {"RANK": "1"}, overwrite=True, resume=False)
+        check_before_torch(cfg, {}, overwrite=True, resume=False)
+    rank_1 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    check_before_torch(cfg, rank_1, overwrite=True, resume=False)
 
 
 def test_an_existing_run_names_resume_first(run: Path) -> None:

@@ -46,3 +46,100 @@ def test_the_launchers_list_of_fields_is_taken_away_before_accelerate_compares(
     assert "ACCELERATE_CONFIG_DS_FIELDS" not in os.environ
     assert "ACCELERATE_DEEPSPEED_ZERO_STAGE" not in os.environ
     assert "ACCELERATE_USE_DEEPSPEED" in os.environ
+
+
+AS_ACCELERATE_CONFIG_WRITES = """compute_environment: LOCAL_MACHINE
+debug: false
+deepspeed_config:
+  gradient_accumulation_steps: 4
+  gradient_clipping: 1.0
+  offload_optimizer_device: none
+  offload_param_device: none
+  zero3_init_flag: false
+  zero3_save_16bit_model: true
+  zero_stage: 3
+distributed_type: DEEPSPEED
+downcast_bf16: 'no'
+enable_cpu_affinity: false
+machine_rank: 0
+main_process_port: 0
+main_training_function: main
+mixed_precision: bf16
+num_machines: 1
+num_processes: 2
+rdzv_backend: static
+same_network: true
+tpu_env: []
+tpu_use_cluster: false
+tpu_use_sudo: false
+use_cpu: false
+"""
+BESIDE_A_FILE = """compute_environment: LOCAL_MACHINE
+deepspeed_config:
+  deepspeed_config_file: mine.json
+  gradient_accumulation_steps: 4
+  zero_stage: {stage}
+distributed_type: DEEPSPEED
+machine_rank: 0
+main_process_port: 0
+mixed_precision: bf16
+num_machines: 1
+num_processes: 2
+use_cpu: false
+"""
+
+
+def handed_on(config: Path) -> dict[str, str]:
+    """What Accelerate's launcher sets for a rank, of its config, as its `launch_command` does."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    words = ["--config_file", str(config), "-m", "phi3_dist", "train"]
+    options, defaults, mixed = _validate_launch_command(launch_command_parser().parse_args(words))
+    fields = [*defaults.deepspeed_config, *(["mixed_precision"] if mixed else [])]
+    options.deepspeed_fields_from_accelerate_config = ",".join(fields)
+    _, environ = prepare_deepspeed_cmd_env(options)
+    return {name: value for name, value in environ.items() if name.startswith("ACCELERATE_")}
+
+
+def test_both_forms_of_an_accelerate_config_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, Accelerate's plugin raised over the fields that stay in the environment."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    from phi3_dist.training.runtime import forget_launchers_settings
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 3}}')
+    texts = {"inline": AS_ACCELERATE_CONFIG_WRITES, "file": BESIDE_A_FILE.format(stage=3)}
+    for name, text in texts.items():
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(text)
+        for variable, value in handed_on(config).items():
+            monkeypatch.setenv(variable, value)
+        assert launch_facts({**os.environ, **RANKS}, request=REQUEST).strategy == "zero3"
+        whole = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+        with pytest.raises(ValueError, match="will be ignored"):
+            DeepSpeedPlugin(hf_ds_config=whole, zero3_init_flag=False)
+        forget_launchers_settings()
+        DeepSpeedPlugin(hf_ds_config=whole, zero3_init_flag=False)
+        for variable in [variable for variable in os.environ if variable.startswith("ACCELERATE_")]:
+            monkeypatch.delenv(variable)
+
+
+def test_fields_that_contradict_the_file_beside_them_are_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from phi3_dist.training.preflight.launcher_settings import refuse_contradictions
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}')
+    (tmp_path / "two.yaml").write_text(BESIDE_A_FILE.format(stage=2) + "")
+    environ = {**RANKS, **handed_on(tmp_path / "two.yaml")}
+    launch = launch_facts(environ, request=REQUEST)
+    with pytest.raises(PlanError) as raised:
+        refuse_contradictions({**environ, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none"}, launch)
+    assert [(problem.where, problem.what) for problem in raised.value.problems] == [
+        ("Accelerate config: zero_stage", "is 2, and mine.json beside it says 3"),
+        ("Accelerate config: offload_param_device", "is none, and mine.json beside it says cpu"),
+    ]
+    refuse_contradictions({**environ, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, launch)
