@@ -216,9 +216,13 @@ class TrainConfig(Section):
     max_steps: Count | None = None
     """Optimizer steps."""
     global_batch: Count = 16
-    """Packs in one optimizer step, over all ranks. Accumulation follows: global_batch / (micro_batch * ranks)."""
+    """Packs in one optimizer step, over all ranks. Accumulation follows: global_batch / (micro_batch * ranks),
+    where ranks that share their packs count as one."""
     micro_batch: Count = 1
     """Packs in one forward pass of one rank, joined into one ragged row."""
+    sequence_parallel: Count = 1
+    """Neighbouring ranks that share each pack, for rows too long for one: each holds its part of the tokens and attends
+    over the whole pack for its part of the heads (DeepSpeed's Ulysses). Divides ranks, heads and key/value heads."""
     eval_every: Annotated[StrictInt, Field(ge=0, le=2**40)] = 0
     """Steps between two measurements of the held-out loss. 0: only at the end."""
     patience: Annotated[StrictInt, Field(ge=0, le=2**40)] = 0
