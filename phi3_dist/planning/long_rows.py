@@ -6,6 +6,7 @@ docs/long-rows.md has the engine and what others lack.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import gcd
 from typing import Any
 
@@ -13,9 +14,11 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import Problem
 from phi3_dist.family.variants import Shape
 from phi3_dist.planning.facts import Choice, LaunchFacts
+from phi3_dist.planning.memory import Workload
 from phi3_dist.planning.support import No, support_sharing
+from phi3_dist.planning.traffic import Traffic
 
-__all__ = ["exchanged_bytes", "sharing_choice", "sharing_problems", "why_not_kernels"]
+__all__ = ["exchanged_bytes", "sharing_choice", "sharing_problems", "why_not_kernels", "with_exchanges"]
 
 _KEY = "train.sequence_parallel"
 _DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
@@ -92,3 +95,16 @@ def exchanged_bytes(shape: Shape, parts: int, tokens: int, *, precision: str, re
     passes = 3 if recompute else 2
     width = 4 if precision == "fp32" else 2
     return shape.layers * passes * tokens / parts * each * width * (parts - 1) / parts
+
+
+def with_exchanges(traffic: Traffic, shape: Shape, load: Workload) -> Traffic:
+    """What a rank sends in a step, with the exchanges of shared packs."""
+    parts = load.sequence_parallel
+    if parts == 1:
+        return traffic
+    recompute, tokens = load.activation_checkpointing, load.micro_batch * load.pack_length
+    exchanged = exchanged_bytes(shape, parts, tokens, precision=load.precision, recompute=recompute)
+    # there and back in forward, and again in backward
+    calls = load.accumulation * shape.layers * (6 if recompute else 4)
+    collectives = traffic.collectives + calls
+    return replace(traffic, exchanged=load.accumulation * exchanged, collectives=collectives)

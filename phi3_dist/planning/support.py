@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from string import ascii_lowercase, ascii_uppercase
+from string import ascii_lowercase
 
 __all__ = [
     "STRATEGIES",
@@ -200,10 +200,10 @@ def _table(
 
 
 def matrix_markdown() -> str:
-    """The tables as Markdown, one row for each strategy and quantisation, with the reasons below each.
+    """Both tables as Markdown, one row for each strategy and quantisation, with the reasons below each.
 
-    The second holds `support_adapter`'s answers and the third `support_sharing`'s, where the strategy and weights
-    themselves are supported.
+    The second one holds `support_adapter`'s and `support_sharing`'s answers, where the strategy and weights themselves
+    are supported.
     """
     every = list(product(STRATEGIES, QUANTIZATIONS))
     columns = list(product(DEVICES, PRECISIONS))
@@ -213,18 +213,16 @@ def matrix_markdown() -> str:
         [str(number) for number in range(1, 100)],
         "{}.",
     )
-    lines += ["", "Starts and kinds of LoRA (`lora.dora`, `lora.init`, `model.new_tokens`):", ""]
+    keys = "`lora.dora`, `lora.init`, `model.new_tokens`"
+    lines += ["", f"Starts and kinds of LoRA ({keys}), and packs shared by ranks (`train.sequence_parallel`):", ""]
     lines += _table(
-        ADAPTERS,
-        ((*row, [support_adapter(kind, *row) for kind in ADAPTERS]) for row in every if support(*row)),
+        (*ADAPTERS, "shared packs"),
+        (
+            (*row, [*(support_adapter(kind, *row) for kind in ADAPTERS), support_sharing(*row)])
+            for row in every
+            if support(*row)
+        ),
         ascii_lowercase,
-        "- {}:",
-    )
-    lines += ["", "Ranks that share packs of long rows (`train.sequence_parallel`):", ""]
-    lines += _table(
-        ["shared packs"],
-        ((*row, [support_sharing(*row)]) for row in every if support(*row)),
-        ascii_uppercase,
         "- {}:",
     )
     return "\n".join(lines) + "\n"
