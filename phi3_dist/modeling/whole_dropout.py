@@ -30,7 +30,9 @@ class ShareInUse:
         self.share: Share | None = None
 
     def rows(self, which: Literal["tokens", "supervised"]) -> Rows | None:
-        return None if self.share is None else getattr(self.share, which)
+        if self.share is None:
+            return None
+        return self.share.tokens if which == "tokens" else self.share.supervised
 
 
 def _with_dropout(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -50,5 +52,5 @@ def draw_dropout_for_whole_packs(model: PackedLoss) -> None:
     model.in_use = ShareInUse()
     for name, layer in _with_dropout(model):
         of_chosen = model.last_layer_selects and last in name and name.endswith(_OF_CHOSEN)
-        which = "supervised" if of_chosen or name.endswith("lm_head") else "tokens"
-        draw_for_rows(layer, partial(model.in_use.rows, which))
+        supervised = of_chosen or name.endswith("lm_head")
+        draw_for_rows(layer, partial(model.in_use.rows, "supervised" if supervised else "tokens"))

@@ -42,13 +42,15 @@ def join_group(rank: int, world: int, parts: int) -> Cut | None:
 
 def check_packs(parts: int, *packs: Packs | None) -> None:
     """Raises DataError for a pack with fewer tokens than the ranks that should share it."""
-    for one in packs if parts > 1 else ():
-        sizes = [int(one.rows.lengths[list(rows)].sum()) for rows in one.packs] if one else []
-        if sizes and min(sizes) < parts:
-            shortest = one.packs[sizes.index(min(sizes))] if one else ()
-            place = one.rows.places[shortest[0]] if one else ""
-            what = f"is {parts}, and the pack of {place} has {min(sizes)} tokens to share"
-            raise DataError(Problem("train.sequence_parallel", what, f"nearest: {min(sizes)}, or leave that row out"))
+    for one in packs:
+        if one is None or parts == 1:
+            continue
+        sizes = [int(one.rows.lengths[list(rows)].sum()) for rows in one.packs]
+        fewest = min(sizes)
+        if fewest < parts:
+            place = one.rows.places[one.packs[sizes.index(fewest)][0]]
+            what = f"is {parts}, and the pack of {place} has {fewest} tokens to share"
+            raise DataError(Problem("train.sequence_parallel", what, f"nearest: {fewest}, or leave that row out"))
 
 
 def cut_batch(batch: PackedBatch, cut: Cut) -> tuple[slice, slice, Share]:

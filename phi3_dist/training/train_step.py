@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,9 +70,7 @@ def seed_micro_batch(seed: int, step: int, slot: int) -> None:
     torch.manual_seed(micro_batch_seed(seed, step, slot))
 
 
-def to_device(
-    packs: Packs, which: Sequence[int], device: torch.device, cut: Cut | None = None
-) -> dict[str, Tensor | tuple[int, ...] | Share]:
+def to_device(packs: Packs, which: Sequence[int], device: torch.device, cut: Cut | None = None) -> dict[str, Any]:
     """The arguments of `PackedLoss.forward` for some packs joined into one ragged row, or this rank's part of it."""
     batch = assemble(packs, which)
     lengths = tuple(int(n) for n in np.diff(batch.cu_seqlens))
