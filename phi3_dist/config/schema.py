@@ -25,7 +25,9 @@ LORA_INITS = r"^(default|pissa|pissa_niter_[1-9][0-9]*|loftq|eva)$"
 Share = Annotated[Real, Field(ge=0, lt=1)]
 _Length = Annotated[StrictInt, Field(ge=16, le=2**31 - 1)]
 if TYPE_CHECKING:  # what readers see: planning/auto_fields.py puts a number in the place of `auto` before all else
-    AutoCount, AutoLength, AutoBool = int, int, bool
+    AutoCount = int
+    AutoLength = int
+    AutoBool = bool
 else:
     AutoCount, AutoLength, AutoBool = (Literal["auto"] | kind for kind in (Count, _Length, StrictBool))
 
@@ -224,10 +226,14 @@ class TrainConfig(Section):
     max_steps: Count | None = None
     """Optimizer steps."""
     global_batch: Count = 16
-    """Packs in one optimizer step, over all ranks. Accumulation follows: global_batch / (micro_batch * ranks)."""
+    """Packs in one optimizer step, over all ranks. Accumulation follows: global_batch / (micro_batch * ranks),
+    where ranks that share their packs count as one."""
     micro_batch: AutoCount = 1
     """Packs in one forward pass of one rank, joined into one ragged row. `auto`: as many as fit by the plan and gain
     time, the same on all ranks; the smallest card decides."""
+    sequence_parallel: Count = 1
+    """Neighbouring ranks that share each pack, for rows too long for one: each holds its part of the tokens and attends
+    over the whole pack for its part of the heads (DeepSpeed's Ulysses). Divides ranks, heads and key/value heads."""
     eval_every: Annotated[StrictInt, Field(ge=0, le=2**40)] = 0
     """Steps between two measurements of the held-out loss. 0: only at the end."""
     patience: Annotated[StrictInt, Field(ge=0, le=2**40)] = 0

@@ -67,7 +67,7 @@ def push(
 
     base: the hub id of the adapter's base, where it names a folder. license, languages, datasets: for the card's head;
     nothing stands there that nobody has said. An evaluation.json of the run becomes the card's model-index.
-    Raises ConfigError (a name that the hub refuses), AdapterError (a damaged adapter, a secret or a path in its files, a
+    Raises ConfigError (a name the hub refuses), AdapterError (a damaged adapter, a secret or a path in its files, a
     card that the hub would refuse), MachineError (a hub that can't be reached, or that refuses).
     """
     folder = adapter_folder(Path(where))

@@ -208,11 +208,12 @@ def _flag(environ: Mapping[str, str], name: str) -> bool:
 
 def _foreign(environ: Mapping[str, str]) -> list[Problem]:
     fix = "use one of configs/accelerate/"
+    rows = f"{fix}; ranks share long rows by train.sequence_parallel in the run file"
     return [
-        Problem("Accelerate config", f"asks for {what}, which this toolkit does not do", fix)
-        for name, what in (
-            ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
-            ("ACCELERATE_USE_PARALLELISM_CONFIG", "tensor, context or sequence parallelism (parallelism_config)"),
+        Problem("Accelerate config", f"asks for {what}, which this toolkit does not do", how)
+        for name, what, how in (
+            ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM", fix),
+            ("ACCELERATE_USE_PARALLELISM_CONFIG", "tensor, context or sequence parallelism (parallelism_config)", rows),
         )
         if _flag(environ, name)
     ]

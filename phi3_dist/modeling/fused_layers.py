@@ -232,10 +232,11 @@ def _attention_forward(
     dropout = attention.attention_dropout if attention.training else 0.0
     settings = Settings(attention.scaling, getattr(config, "sliding_window", None), dropout)
     documents = Documents(tuple(kwargs["lengths"]), kwargs.get("cu_seqlens"))
-    out_TND = attend(name, query, key, value, documents=documents, settings=settings)
+    out_TND = attend(name, query, key, value, documents=documents, settings=settings, share=kwargs.get("share"))
     if rows_S is not None:
         out_TND = out_TND.index_select(0, rows_S)
-    return attention.o_proj(out_TND.reshape(1, out_TND.shape[0], -1)), None
+    rows, heads, size = out_TND.shape  # no rows, where a rank has nothing to predict
+    return attention.o_proj(out_TND.reshape(1, rows, heads * size)), None
 
 
 def _recomputes(layer: Any) -> bool:

@@ -28,6 +28,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from phi3_dist.modeling.attention.exchange import Rows
 from phi3_dist.modeling.fp8 import Fp8Linear, Fp8Scale, fp8_grad_input, fp8_product
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "base_product",
     "declined",
     "dense",
+    "draw_for_rows",
     "dropped_positions",
     "install_forwards",
     "install_fused",
@@ -50,6 +52,7 @@ __all__ = [
 _DECLINED = "_fused_declined"
 _KEEPS = "_fused_keeps_weight"
 _KERNELS = "_fused_by_kernels"
+_DROPS_FOR = "_fused_drops_for"
 KERNEL_RANK = 128
 """The largest rank that Triton's kernels take: a tile holds all of it."""
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -140,9 +143,17 @@ class _LoraLinear(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b, None, None, None, None
 
 
-def dropped_positions(x: Tensor, dropout: float, generator: torch.Generator | None = None) -> Tensor:
-    """A byte an element: where zeros go. On a CPU the same as `F.dropout` puts there, which draws just so."""
-    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout, generator=generator)
+def dropped_positions(
+    x: Tensor, dropout: float, generator: torch.Generator | None = None, rows: Rows | None = None
+) -> Tensor:
+    """A byte an element: where zeros go. On a CPU the same as `F.dropout` puts there, which draws just so.
+
+    `rows`: x are those of a larger tensor, for all of which is drawn.
+    """
+    shape = x.shape if rows is None else (rows.total, x.shape[-1])
+    kept = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout, generator=generator)
+    if rows is not None:
+        kept = kept[rows.start : rows.stop].clone().view(x.shape)
     return kept.logical_not_()
 
 
@@ -158,6 +169,7 @@ def lora_linear(
     *,
     keep: bool = False,
     kernels: bool = False,
+    rows: Rows | None = None,
 ) -> Tensor:
     """`linear(x, weight, bias) + scaling · linear(linear(dropout(x), A), B)`; weight and bias get no gradient.
 
@@ -165,8 +177,9 @@ def lora_linear(
     Under autocast all is computed in its dtype, as `F.linear` does. With `dropout` a mask of one byte an element is
     kept, not a second copy of x; on a CPU the generator advances as by PEFT's `nn.Dropout`, so that the same seed drops
     the same positions. `keep`: hold a 4-bit weight's numbers until backward. `kernels`: by Triton's (in kernels/),
-    which draw the mask anew in backward, up to rank 128.
+    which draw the mask anew in backward, up to rank 128. `rows`: which of a larger x they are; not for the kernels.
     """
+    assert rows is None or not kernels
     by_kernels = kernels and a_RI.shape[0] <= KERNEL_RANK
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -183,7 +196,7 @@ def lora_linear(
         return kernel_lora_linear(x, weight, bias_O, a_RI, b_OR, scaling, dropout, quant_state, keep=keep)
     dropped = None
     if dropout > 0:
-        dropped = dropped_positions(x, dropout).reshape(-1, x.shape[-1])
+        dropped = dropped_positions(x, dropout, rows=rows).reshape(-1, x.shape[-1])
         # the survivors' scale is applied to R columns instead of I
         scaling = scaling / (1.0 - dropout)
     out_TO: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
@@ -279,8 +292,9 @@ def _fused_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     state = quant_state_of(base)
     keep = _is_nf4(layer) and vars(layer).get(_KEEPS, False)
     weights = (base.weight, base.bias, lora_a.weight, lora_b.weight)
-    kernels = vars(layer).get(_KERNELS, False)
-    return lora_linear(x, *weights, layer.scaling[name], drop, state, keep=keep, kernels=kernels)
+    kernels, rows_now = vars(layer).get(_KERNELS, False), vars(layer).get(_DROPS_FOR)
+    rows = rows_now() if rows_now else None
+    return lora_linear(x, *weights, layer.scaling[name], drop, state, keep=keep, kernels=kernels, rows=rows)
 
 
 def install_forwards(
@@ -332,6 +346,11 @@ def keep_dequantized(model: nn.Module, layers: int) -> int:
     return len(chosen)
 
 
+def draw_for_rows(layer: nn.Module, rows: Callable[[], Rows | None]) -> None:
+    """Let a fused layer draw dropout for all the rows of which `rows` names those that a call gets."""
+    setattr(layer, _DROPS_FOR, rows)
+
+
 def takes_rows(layer: nn.Module) -> bool:
     """Whether a layer computes by Triton's kernels, which look for FP8 rows on what they are given."""
     return "forward" in vars(layer) and bool(vars(layer).get(_KERNELS, False))
@@ -345,6 +364,7 @@ def remove_fused(model: nn.Module) -> None:
             layer.__dict__.pop(_DECLINED, None)
             layer.__dict__.pop(_KEEPS, None)
             layer.__dict__.pop(_KERNELS, None)
+            layer.__dict__.pop(_DROPS_FOR, None)
 
 
 def declined(model: nn.Module) -> dict[str, int]:

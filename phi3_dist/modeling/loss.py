@@ -17,6 +17,7 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from phi3_dist.modeling.attention.exchange import Share
 from phi3_dist.planning.facts import Choice
 
 __all__ = ["CHUNK_ROWS", "HeadLoss", "Kernel", "PackedLoss", "chunked_nll", "liger_nll", "plain_head"]
@@ -198,6 +199,7 @@ class PackedLoss(nn.Module):
         self.model = model
         self.head_loss = HeadLoss(chunk_rows, kernel)
         self.last_layer_selects = False
+        self.in_use: Any = None  # a whole_dropout.ShareInUse, where ranks share packs and draw dropout
 
     def loss_choice(self) -> Choice:
         """How the loss is computed and why, for the lines at start."""
@@ -223,12 +225,16 @@ class PackedLoss(nn.Module):
         target_S: Tensor | None,
         cu_seqlens: Tensor,
         lengths: Sequence[int],
+        share: Share | None = None,
     ) -> Tensor:
         """The summed negative log likelihood of `target_S`, a float32 scalar; for None the likeliest tokens (S,).
 
         `predict_S` indexes the positions whose next token is supervised; `positions_T` restart with each document;
-        `lengths` are the documents' lengths and `cu_seqlens` their running sum, from 0.
+        `lengths` are the documents' lengths and `cu_seqlens` their running sum, from 0. With `share` the tokens are a
+        part of a pack, `predict_S` counts within it, and the documents are the whole pack's.
         """
+        if self.in_use is not None:
+            self.in_use.share = share
         causal_lm = self.causal_lm
         hidden_TH = causal_lm.model(
             input_ids=ids_T[None],
@@ -236,6 +242,7 @@ class PackedLoss(nn.Module):
             use_cache=False,
             cu_seqlens=cu_seqlens,
             lengths=tuple(lengths),
+            **({} if share is None else {"share": share}),
             **({"predict_S": predict_S} if self.last_layer_selects else {}),
         ).last_hidden_state.squeeze(0)
         hidden_SH = hidden_TH if self.last_layer_selects else hidden_TH.index_select(0, predict_S)

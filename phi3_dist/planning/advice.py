@@ -17,6 +17,7 @@ from phi3_dist.family.variants import Family, Shape
 from phi3_dist.planning.auto_fields import RowLengths, auto_fields, get_field, settle
 from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
 from phi3_dist.planning.gpus import Gpu
+from phi3_dist.planning.long_rows import with_exchanges
 from phi3_dist.planning.memory import GIB, Term, fits, layer_gib, saved_bytes, stored_bytes, total_gib
 from phi3_dist.planning.plan import RunPlan, make_plan
 from phi3_dist.planning.render import deepspeed_json
@@ -197,6 +198,7 @@ def _option(cfg: RunConfig, cluster: Cluster, launch: LaunchFacts, plan: RunPlan
         precision=plan.precision,
         checkpointing=load.activation_checkpointing,
     )
+    traffic = with_exchanges(traffic, shape, load)
     time = _time(cfg, cluster, plan, shape, traffic)
     tokens_s = cfg.train.global_batch * cfg.data.pack_length / time.total_s
     run_s = _run_s(cfg, cluster, time.total_s)
@@ -228,7 +230,7 @@ def _time(cfg: RunConfig, cluster: Cluster, plan: RunPlan, shape: Shape, traffic
     machine = machine_of(cluster, {}, limit=False)
     load = workload_of(cfg, machine, launch, precision=plan.precision, kernels=plan.kernels)
     trainable, _ = adapter_counts(cfg, shape)
-    tokens = load.micro_batch * load.pack_length
+    tokens = load.micro_batch * load.pack_length // load.sequence_parallel
     again = 2 if plan.kept_layers < shape.layers else 1
     dense = layer_gib(shape, load.precision) * shape.layers * GIB * 1.25 * again if load.quantization == "nf4" else 0.0
     by = "library" if not load.fused else "triton" if load.kernels == "triton" else "torch"
@@ -252,6 +254,7 @@ def _time(cfg: RunConfig, cluster: Cluster, plan: RunPlan, shape: Shape, traffic
         dequantized_bytes=dense,
         nodes=cluster.nodes,
         on_gpu=True,
+        shared_inside=cluster.gpus_per_node % load.sequence_parallel == 0,
     )
 
 

@@ -96,6 +96,9 @@ def why_table(option: Option, cluster: Cluster) -> Table:
             "gathered weights", f"{moved.gathered / GIB:.3f} GiB", "received by a rank in a step, beside computing"
         )
         table.add_row("gradients", f"{moved.reduced / GIB:.3f} GiB", "sent by a rank at a step's end")
+        if moved.exchanged:
+            words = "sent by a rank in a step, of heads and tokens of shared packs; computing waits"
+            table.add_row("attention's exchanges", f"{moved.exchanged / GIB:.3f} GiB", words)
         table.add_row("between host and device", f"{moved.host / GIB:.3f} GiB", "a rank, a step")
         for name in ("arithmetic", "memory", "launches", "network", "host"):
             table.add_row(

@@ -172,7 +172,12 @@ def plan_with_auto(
 
 
 def _divides(cfg: RunConfig, launch: LaunchFacts, micro_batch: int) -> bool:
-    return cfg.train.global_batch % (micro_batch * launch.world_size) == 0
+    return cfg.train.global_batch % (micro_batch * _data_ranks(cfg, launch)) == 0
+
+
+def _data_ranks(cfg: RunConfig, launch: LaunchFacts) -> int:
+    """Ranks, where those that share their packs count as one."""
+    return max(1, launch.world_size // cfg.train.sequence_parallel)
 
 
 def _search(place: _Place, asked: tuple[str, ...], rows: RowLengths | None) -> tuple[dict[str, Any], dict[str, str]]:
@@ -263,7 +268,7 @@ def _window(model: Family | Shape | Mapping[str, Any]) -> int:
 
 def _micro_batch(place: _Place, values: Mapping[str, Any], one: _Try) -> tuple[int, str]:
     """The most packs of a rank's share of a step that fit, and why not more."""
-    batch, world = place.cfg.train.global_batch, place.launch.world_size
+    batch, world = place.cfg.train.global_batch, _data_ranks(place.cfg, place.launch)
     length = int(values.get("data.pack_length", place.cfg.data.pack_length))
     share = batch // world if batch % world == 0 else 1
     sizes = [size for size in range(1, share + 1) if share % size == 0]

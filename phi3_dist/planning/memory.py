@@ -81,6 +81,8 @@ class Workload:
     """Share of tokens that are learned. All, where the data is not counted: an upper bound."""
     fp8: bool = False
     """Whether 8 bits are FP8's, whose products need no copies of their inputs."""
+    sequence_parallel: int = 1
+    """Ranks that share each pack."""
     zero: Mapping[str, Any] = field(default_factory=lambda: SHIPPED_ZERO)
     """ZeRO's settings; DeepSpeed's own defaults for what is missing."""
 
@@ -136,11 +138,18 @@ def stored_bytes(shape: Shape, load: Workload) -> tuple[float, float]:
     return float(shape.linear_parameters + rest), scales  # one float32 for each output row
 
 
+def _tokens(load: Workload) -> int:
+    """One rank's of a micro batch."""
+    return -(-load.micro_batch * load.pack_length // load.sequence_parallel)
+
+
 def _step_of(shape: Shape, trainable: int, load: Workload) -> Step:
     deepspeed = load.strategy.startswith("zero")
     by = "library" if not load.fused else "triton" if load.kernels == "triton" else "torch"
     return Step(
-        tokens=load.micro_batch * load.pack_length,
+        tokens=_tokens(load),
+        exchanged=load.sequence_parallel > 1,
+        drawn_for=load.sequence_parallel,
         supervised=load.supervised,
         precision=load.precision,
         dropout=load.dropout,
@@ -275,7 +284,7 @@ def layer_gib(shape: Shape, precision: str) -> float:
 
 def _moment_terms(shape: Shape, load: Workload, moment: Moment, whole: float, bucket: float) -> list[Term]:
     """What a step adds at its highest moment. Full packs; all tokens supervised unless it is known better."""
-    tokens = load.micro_batch * load.pack_length
+    tokens = _tokens(load)
     place: Literal["device", "host"] = "host" if load.device == "cpu" else "device"
     how = "each layer's input and one layer's insides" if load.activation_checkpointing else "every layer's insides"
     at = f"; at its highest in {moment.name}"
@@ -292,7 +301,8 @@ def _moment_terms(shape: Shape, load: Workload, moment: Moment, whole: float, bu
         layer = layer_gib(shape, load.precision)
         words = f"{kept} layers × {layer:.2f} GiB" if kept else "one linear's at a time"
         out.append(Term("dequantised weights", dense / GIB, words, place))
-    kept_words = f"{tokens:,} tokens × {shape.layers} layers, {how}{at}"
+    shared = f" (1/{load.sequence_parallel} of a pack's)" if load.sequence_parallel > 1 else ""
+    kept_words = f"{tokens:,} tokens{shared} × {shape.layers} layers, {how}{at}"
     out.append(Term("activations (estimate)", parts["activations"] / GIB, kept_words, place, True))
     if "logits" in parts:
         rows = loss_rows(_step_of(shape, shape.layers, load))

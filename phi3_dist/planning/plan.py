@@ -17,6 +17,7 @@ from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
 from phi3_dist.planning.larger_than_lora import larger_than_lora
 from phi3_dist.planning.launch_rules import CPU_LAUNCH, launch_problems, zero_file_problems
 from phi3_dist.planning.layer_passes import choose_compile, choose_kernels, why_not_triton
+from phi3_dist.planning.long_rows import sharing_choice, sharing_problems, why_not_kernels
 from phi3_dist.planning.loss import choose_loss, why_not_liger
 from phi3_dist.planning.memory import Term, fits, total_gib
 from phi3_dist.planning.support import No, Yes, support, support_adapter, support_fp8, support_optimizer
@@ -36,7 +37,7 @@ class RunPlan:
 
     Passes are compiled in runs of `compile_from` tokens a rank or more; None: in none. The last `kept_layers` layers
     keep their dequantised weights for backward. `kernels` is what computes the layers' passes: `torch` or `triton`.
-    `deterministic`: the same run gives the same bits.
+    `deterministic`: the same run gives the same bits. `sequence_parallel` neighbouring ranks share each pack.
     """
 
     strategy: str
@@ -56,6 +57,7 @@ class RunPlan:
     loss: str = "chunked"
     deterministic: bool = True
     kernels: str = "torch"
+    sequence_parallel: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, ready for JSON."""
@@ -88,11 +90,13 @@ def make_plan(
     choices = [precision, attention, deterministic, loss, strategy, _optimizer_choice(cfg, machine, launch)]
     choices += [kernels, compiling]
     problems += _support_problems(cfg, machine, launch, precision.value)
-    accumulation = cfg.train.global_batch // (cfg.train.micro_batch * launch.world_size)
+    shape = None if family_or_shape is None else _shape(family_or_shape)
+    problems += sharing_problems(cfg, launch, family_or_shape, shape)
+    data_ranks = max(1, launch.world_size // cfg.train.sequence_parallel)
+    accumulation = cfg.train.global_batch // (cfg.train.micro_batch * data_ranks)
     problems += batch_problems(cfg, launch.world_size)
     memory, kept_layers = None, 0
-    if family_or_shape is not None:
-        shape = _shape(family_or_shape)
+    if shape is not None:
         load, memory, why = account(cfg, machine, launch, shape, precision=precision.value, kernels=kernels.value)
         kept_layers = load.kept_layers
         if why:
@@ -101,9 +105,11 @@ def make_plan(
         choices.append(_memory_choice(memory, machine, launch, problems))
     if problems:
         raise PlanError(*problems)
+    sharing = sharing_choice(cfg, launch)
     micro, world = cfg.train.micro_batch, launch.world_size
-    why = f"global_batch {cfg.train.global_batch} / (micro_batch {micro} × {world} ranks)"
-    choices.append(Choice("accumulation", str(accumulation), why))
+    ranks = f"{data_ranks} groups of {cfg.train.sequence_parallel} ranks" if sharing else f"{world} ranks"
+    why = f"global_batch {cfg.train.global_batch} / (micro_batch {micro} × {ranks})"
+    choices += [*([sharing] if sharing else []), Choice("accumulation", str(accumulation), why)]
     return RunPlan(
         strategy=launch.strategy,
         world_size=world,
@@ -121,6 +127,7 @@ def make_plan(
         memory=memory,
         compile_from=compile_from,
         kept_layers=kept_layers,
+        sequence_parallel=cfg.train.sequence_parallel,
         deterministic=deterministic.value == "yes",
     )
 
@@ -176,6 +183,8 @@ def _loss(cfg: RunConfig, machine: MachineFacts, problems: list[Problem]) -> Cho
 def _kernels(cfg: RunConfig, machine: MachineFacts, problems: list[Problem]) -> Choice:
     fused = cfg.model.fused_layers and cfg.model.fused_lora and cfg.model.compile is not True
     found = why_not_triton(machine.device, machine.packages, capability=machine.capability, fused=fused)
+    if not found[0] and (shared := why_not_kernels(cfg)):
+        found = (shared, "model.kernels=torch")
     if cfg.model.kernels == "triton" and found[0]:
         problems.append(Problem("model.kernels", f"is triton: {found[0]}", found[1]))
     return Choice("kernels", *choose_kernels(cfg.model.kernels, found[0], machine.measured))
@@ -261,8 +270,8 @@ def _support_problems(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts
 
 
 def batch_problems(cfg: RunConfig, world: int) -> list[Problem]:
-    """A global batch that doesn't divide into the micro batches of so many ranks."""
-    batch, micro = cfg.train.global_batch, cfg.train.micro_batch
+    """A global batch that doesn't divide into the micro batches of so many ranks; those that share packs are one."""
+    batch, micro, world = cfg.train.global_batch, cfg.train.micro_batch, max(1, world // cfg.train.sequence_parallel)
     if str(micro) == "auto":
         return []
     at_once = micro * world

@@ -27,6 +27,11 @@ def smaller(cfg: RunConfig, launch: LaunchFacts) -> Iterator[tuple[str, RunConfi
         yield "model.quantization=nf4", changed(model={"quantization": "nf4"}), launch
         both = {"quantization": "nf4", "activation_checkpointing": True}
         yield "model.quantization=nf4 model.activation_checkpointing=true", changed(model=both), launch
+    for parts in (2, 4, 8):
+        if parts > cfg.train.sequence_parallel and launch.world_size % parts == 0:
+            name, shared = f"train.sequence_parallel={parts}", {"sequence_parallel": parts}
+            name += "" if cfg.model.activation_checkpointing else " model.activation_checkpointing=true"
+            yield name, changed(train=shared, model={"activation_checkpointing": True}), launch
     for length in (2048, 1024, 512):
         if length < cfg.data.pack_length:
             yield f"data.pack_length={length}", changed(data={"pack_length": length}), launch

@@ -48,6 +48,10 @@ class Step:
     adapter_per_layer: int = 0
     inputs_again: int = 0
     """Further copies of each linear's input that are kept, as LLM.int8() and PEFT's own LoRA beside it do."""
+    exchanged: bool = False
+    """Whether attention sends its heads to the ranks that share the pack, and gets tokens back."""
+    drawn_for: int = 1
+    """Shares of a pack for which each rank draws dropout, one of which it keeps."""
 
     @property
     def width(self) -> int:
@@ -139,7 +143,7 @@ def saved_by_layer(shape: Shape, step: Step, rows: int | None = None) -> _Layer:
         x=t * h * w,
         normed=t * h * w,
         qkv=t * (q + 2 * k) * w,
-        attended=t * q * w * (2 if step.whole_attention and rows is None else 1),
+        attended=t * q * w * (2 if (step.whole_attention or step.exchanged) and rows is None else 1),
         chosen=0 if rows is None else m * q * w,
         middle=m * h * w,
         normed_mlp=m * h * w,
@@ -231,8 +235,12 @@ def _layer_backward(walk: _Walk, shape: Shape, step: Step, layer: _Layer, rows: 
         walk.take(t * q * w)
         walk.give(m * q * w)
     joined = t * (q + 2 * k) * w
+    if step.exchanged:  # the gradient as it is sent and as it comes
+        walk.borrow(2 * t * q * w)
     walk.take(joined)
     walk.give(t * q * w + layer.attended + layer.qkv)
+    if step.exchanged:
+        walk.borrow(2 * joined)
     walk.take(joined)
     walk.give(joined)
     linear("qkv_proj", 0, t, layer.normed)
@@ -247,6 +255,13 @@ def _kept_weights(shape: Shape, step: Step, layers: int) -> float:
 def _tables(shape: Shape, step: Step) -> float:
     """Cosines and sines, their halves, ids and positions."""
     return step.tokens * (3 * shape.head_dim * step.width + 3 * 8) + step.rows * 16
+
+
+def _drawn(shape: Shape, step: Step) -> float:
+    """The largest mask of a whole pack, of which a rank keeps its rows: a byte for each token and input."""
+    if step.dropout == 0 or step.drawn_for == 1:
+        return 0.0
+    return float(step.tokens * step.drawn_for * max(ins for ins, _ in shape.linear_sizes.values()))
 
 
 def step_moments(shape: Shape, step: Step, *, selects: bool) -> tuple[Moment, ...]:
@@ -276,7 +291,11 @@ def step_moments(shape: Shape, step: Step, *, selects: bool) -> tuple[Moment, ..
         Moment("the first layer's forward", {"activations": 2.0 * t * h * w + tables, "one dequantised": largest}),
         Moment(
             "the last layer's forward",
-            {"activations": ahead + 2 * t * h * w + tables, "kept weights": kept, "one dequantised": largest},
+            {
+                "activations": ahead + 2 * t * h * w + tables + _drawn(shape, step),
+                "kept weights": kept,
+                "one dequantised": largest,
+            },
         ),
         Moment(
             "the loss",
@@ -287,6 +306,8 @@ def step_moments(shape: Shape, step: Step, *, selects: bool) -> tuple[Moment, ..
     for number, (one, its_rows, held) in enumerate(((last, rows, after_last), (layer, None, after_two))[: min(n, 2)]):
         walk = _Walk()
         walk.take((out_rows if number == 0 else t) * h * w + (one.total if step.checkpointing else 0))
+        if step.checkpointing:
+            walk.borrow(_drawn(shape, step))
         keeps = step.dense and step.kept_layers > number
         _layer_backward(walk, shape, step, one, its_rows, keeps=keeps)
         still = _kept_weights(shape, step, 1 if step.checkpointing else n - number)

@@ -20,6 +20,7 @@ __all__ = [
     "support_adapter",
     "support_fp8",
     "support_optimizer",
+    "support_sharing",
     "matrix_markdown",
 ]
 
@@ -162,6 +163,21 @@ def support_adapter(  # noqa: PLR0911 -- one return for each refusal, as in `sup
     return Yes()
 
 
+def support_sharing(strategy: str, quantization: str = "none") -> Yes | No:
+    """Whether ranks can share packs (`train.sequence_parallel`) under this strategy and quantisation (or `fp8`).
+
+    What says yes gave one process's numbers on two CPU processes (tests/ranks/test_long_rows.py).
+    """
+    if strategy == "single":
+        return No("one process has no other to share its packs with", "ddp on as many processes")
+    if quantization == "int8":
+        what = "LLM.int8() looks for outlier columns over all tokens of a product, and a rank has a part of them"
+        return No(what, "model.quantization nf4")
+    if quantization == "fp8":
+        return No("FP8 weights have not been proven where ranks share packs", "model.fp8 false")
+    return Yes()
+
+
 def _table(
     heads: Iterable[str], rows: Iterable[tuple[str, str, list[Yes | No]]], marks: Sequence[str], listed: str
 ) -> list[str]:
@@ -186,7 +202,8 @@ def _table(
 def matrix_markdown() -> str:
     """Both tables as Markdown, one row for each strategy and quantisation, with the reasons below each.
 
-    The second one holds `support_adapter`'s answers, where the strategy and weights themselves are supported.
+    The second one holds `support_adapter`'s and `support_sharing`'s answers, where the strategy and weights themselves
+    are supported.
     """
     every = list(product(STRATEGIES, QUANTIZATIONS))
     columns = list(product(DEVICES, PRECISIONS))
@@ -196,10 +213,15 @@ def matrix_markdown() -> str:
         [str(number) for number in range(1, 100)],
         "{}.",
     )
-    lines += ["", "Starts and kinds of LoRA (`lora.dora`, `lora.init`, `model.new_tokens`):", ""]
+    keys = "`lora.dora`, `lora.init`, `model.new_tokens`"
+    lines += ["", f"Starts and kinds of LoRA ({keys}), and packs shared by ranks (`train.sequence_parallel`):", ""]
     lines += _table(
-        ADAPTERS,
-        ((*row, [support_adapter(kind, *row) for kind in ADAPTERS]) for row in every if support(*row)),
+        (*ADAPTERS, "shared packs"),
+        (
+            (*row, [*(support_adapter(kind, *row) for kind in ADAPTERS), support_sharing(*row)])
+            for row in every
+            if support(*row)
+        ),
         ascii_lowercase,
         "- {}:",
     )

@@ -97,8 +97,12 @@ def step_time(
     dequantized_bytes: float,
     nodes: int,
     on_gpu: bool,
+    shared_inside: bool = True,
 ) -> StepTime:
-    """`flops`, `saved_bytes` (what autograd keeps without recomputing) and `dequantized_bytes` are a micro batch's."""
+    """`flops`, `saved_bytes` (what autograd keeps without recomputing) and `dequantized_bytes` are a micro batch's.
+
+    `shared_inside`: ranks that share packs are in one node.
+    """
     again = RECOMPUTED if recompute else 1.0
     arithmetic = accumulation * flops / rates.flops
     memory = accumulation * (saved_bytes * PASSES[by] * again + dequantized_bytes) / rates.memory
@@ -106,7 +110,7 @@ def step_time(
     rate = rates.network if nodes == 1 else min(rates.network, rates.between)
     waits = traffic.collectives * (_RING_S + nodes * _HOP_S)
     gathered = traffic.gathered / rate + waits
-    reduced = traffic.reduced / rate
+    reduced = traffic.reduced / rate + traffic.exchanged / (rates.network if shared_inside else rate)
     host = traffic.host / (_PCIE_GBS * 1e9)
     device = arithmetic + memory
     total = max(device, launches, gathered) + reduced + host

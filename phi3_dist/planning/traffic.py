@@ -20,10 +20,12 @@ class Traffic:
     reduced: float
     host: float
     collectives: int
+    exchanged: float = 0.0
+    """Of attention's heads and tokens, where ranks share packs; computing waits for it."""
 
     @property
     def network(self) -> float:
-        return self.gathered + self.reduced
+        return self.gathered + self.reduced + self.exchanged
 
 
 def step_traffic(

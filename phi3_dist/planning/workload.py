@@ -55,7 +55,10 @@ def workload_of(
         chunked="lm_head" not in lora.targets,
         kernels=kernels,
         rank=max([lora.r, *lora.rank_pattern.values()]),
-        accumulation=max(1, cfg.train.global_batch // (cfg.train.micro_batch * launch.world_size)),
+        accumulation=max(
+            1, cfg.train.global_batch * cfg.train.sequence_parallel // (cfg.train.micro_batch * launch.world_size)
+        ),
+        sequence_parallel=cfg.train.sequence_parallel,
         fp8=cfg.model.fp8,
         zero=zero if isinstance(zero, Mapping) else SHIPPED_ZERO,
     )

@@ -37,6 +37,9 @@ def check_strategy(cfg: RunConfig, plan: RunPlan) -> None:
         problems.append(Problem("model.quantization", what, "nearest: fsdp2"))
     if cfg.model.fp8:
         problems.append(Problem("model.fp8", "is true: not built for sweeps", "nearest: false, in bf16"))
+    if cfg.train.sequence_parallel > 1:
+        what = f"is {cfg.train.sequence_parallel}: candidates are joined over whole packs"
+        problems.append(Problem("train.sequence_parallel", what, "nearest: 1, or phi3-dist train"))
     if problems:
         raise PlanError(*problems)
 

@@ -32,6 +32,7 @@ from phi3_dist.modeling.loss import Kernel, PackedLoss
 from phi3_dist.modeling.new_tokens import token_rows, whole_tables
 from phi3_dist.modeling.passes import BY_HAND, compiled_passes, kernel_passes
 from phi3_dist.modeling.rope import Regime, pin_longrope, pinned_regime, regime_for
+from phi3_dist.modeling.whole_dropout import draw_dropout_for_whole_packs, dropout_by_peft
 from phi3_dist.planning.facts import Choice
 from phi3_dist.planning.plan import RunPlan
 from phi3_dist.training.engines.fsdp2 import shard_fsdp2
@@ -138,6 +139,15 @@ def _rotary(cfg: RunConfig, regime: Regime | None, longest_row: int) -> tuple[Ch
     return (Choice("LongRoPE", f"{regime} factors", why),)
 
 
+def _share_dropout(model: PackedLoss) -> None:
+    """Raises ModelError where a module that the fused forward doesn't take would draw for a rank's own rows."""
+    others = dropout_by_peft(model)
+    if others:
+        what = f"PEFT's own forward draws it in {len(others)} modules ({others[0]}), for a rank's part of a pack alone"
+        raise ModelError(Problem("lora.dropout", what, "lora.dropout=0, or train.sequence_parallel=1"))
+    draw_dropout_for_whole_packs(model)
+
+
 def _with_lora(cfg: RunConfig, causal_lm: Any, base: Base, runtime: Runtime, token_ids: Sequence[int]) -> Any:
     if not token_ids or runtime.zero3 is None:
         return add_lora(causal_lm, cfg.lora, base.source, token_ids)
@@ -184,6 +194,8 @@ def build_model(
     model = PackedLoss(_with_lora(cfg, causal_lm, base, runtime, token_ids), kernel=kernel)
     regime = regime_for(causal_lm.config, longest_row, cfg.model.longrope)
     choices = (*_fused(cfg, model, runtime.plan, tokens), model.loss_choice(), *_rotary(cfg, regime, longest_row))
+    if runtime.cut is not None:
+        _share_dropout(model)
     if is_fsdp(runtime.plan.strategy):
         model = shard_fsdp2(model, runtime)
         if cfg.model.quantization == "none":  # a quantised base is whole, and cut as it is

@@ -84,7 +84,8 @@ def held_out_loss(
 
     Packs are joined for speed. Rank r takes groups r, r + w, …; all ranks make the same number of forward passes, since
     under ZeRO-3 and FSDP2 a forward pass is a collective: who has none left repeats its first group and does not count
-    it. `tell` gets the groups done and all of them, after each round. Before each, the ranks agree whether to stop.
+    it. Ranks that share packs take the same groups, and each counts its part. `tell` gets the groups done and all of
+    them, after each round. Before each, the ranks agree whether to stop.
     """
     start = time.perf_counter()
     total = torch.zeros(2, dtype=torch.float64, device=runtime.device)
@@ -93,18 +94,19 @@ def held_out_loss(
     stop = 0
     was_training = engine.model.training
     engine.model.eval()
-    for first in range(0, len(groups), runtime.world):
+    for first in range(0, len(groups), runtime.data_ranks):
         signals.append(_signals(runtime, flag))
         if len(signals) > _BEHIND[runtime.device.type] and (stop := int(signals.popleft())):
             break
-        mine = first + runtime.rank
+        mine = first + runtime.data_rank
         counted = mine < len(groups)
         group = groups[mine if counted else 0]
-        nll = engine.model(**to_device(packs, group, runtime.device))
+        batch = to_device(packs, group, runtime.device, runtime.cut)
+        nll = engine.model(**batch)
         if counted:
-            targets = float(packs.targets[group].sum())
+            targets = float(len(batch["target_S"]))
             total += torch.stack((nll.double(), torch.full_like(nll, targets, dtype=torch.float64)))
-        tell(min(first + runtime.world, len(groups)), len(groups))
+        tell(min(first + runtime.data_ranks, len(groups)), len(groups))
     engine.model.train(was_training)
     if stop:
         return None, stop

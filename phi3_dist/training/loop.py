@@ -70,6 +70,7 @@ from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.same_on_all_ranks import check_same_on_all_ranks
 from phi3_dist.training.sample_answers import sample_answers
 from phi3_dist.training.shared_init import computed_lora_init
+from phi3_dist.training.shares import check_packs
 from phi3_dist.training.signals import StopFlag, exit_code_of, state_of_stop
 
 __all__ = ["TrainResult", "train"]
@@ -152,6 +153,7 @@ def _train(
     session = Session(folder, clock, flag, WeightsWatch(base.folder), transcript)
     clock.mark("plan")
     inputs = RunInputs(cfg, base, tokenizer, token_ids, prepare_rows(cfg, tokenizer, cache))
+    check_packs(cfg.train.sequence_parallel, inputs.prepared.train, inputs.prepared.held_out)
     clock.mark("data")
     if launch.rank == 0:
         context = context_finding(cfg, base.config, longest_row(inputs.prepared))

@@ -20,6 +20,7 @@ from phi3_dist.errors import MachineError, Problem
 from phi3_dist.machine.doctor import stale_extension_locks
 from phi3_dist.machine.storage import shared_memory_bytes, shared_memory_problem
 from phi3_dist.planning.plan import RunPlan, check_reality
+from phi3_dist.training.shares import Cut, join_group
 
 __all__ = [
     "Runtime",
@@ -49,6 +50,8 @@ class Runtime:
     accelerator: Accelerator
     plan: RunPlan
     ds_config: Mapping[str, Any] | None
+    cut: Cut | None = None
+    """This rank's part of each pack, where ranks share them."""
 
     @property
     def rank(self) -> int:
@@ -57,6 +60,16 @@ class Runtime:
     @property
     def world(self) -> int:
         return int(self.accelerator.num_processes)
+
+    @property
+    def data_ranks(self) -> int:
+        """Groups of ranks that share their packs: as many as ranks, where none does."""
+        return self.world // (self.cut.parts if self.cut else 1)
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this rank's group."""
+        return self.rank // (self.cut.parts if self.cut else 1)
 
     @property
     def is_main(self) -> bool:
@@ -113,7 +126,8 @@ def deepspeed_config(plan: RunPlan, zero: Mapping[str, Any], max_grad_norm: floa
         **zero,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
-        "train_batch_size": plan.global_batch,
+        # DeepSpeed counts each rank's micro batches, also where several ranks share one
+        "train_batch_size": plan.micro_batch * plan.accumulation * plan.world_size,
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": plan.precision == "bf16"},
         # as the other strategies: micro batches are added up, and ranks, in float32
@@ -239,4 +253,5 @@ def start_runtime(
         strategy=plan.strategy if (found == "deepspeed") == is_deepspeed(plan.strategy) else found,
         device=accelerator.device.type,
     )
-    return Runtime(accelerator, plan, ds_config)
+    cut = join_group(accelerator.process_index, accelerator.num_processes, plan.sequence_parallel)
+    return Runtime(accelerator, plan, ds_config, cut)

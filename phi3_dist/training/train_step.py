@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 from phi3_dist.config.schema import OptimConfig
 from phi3_dist.data.batch import Order, assemble
 from phi3_dist.data.pack.packs import Packs
+from phi3_dist.modeling.attention.exchange import Share
 from phi3_dist.training.engines.engine import Engine
 from phi3_dist.training.runtime import Runtime
+from phi3_dist.training.shares import Cut, cut_batch
 
 __all__ = [
     "StepResult",
@@ -67,10 +70,15 @@ def seed_micro_batch(seed: int, step: int, slot: int) -> None:
     torch.manual_seed(micro_batch_seed(seed, step, slot))
 
 
-def to_device(packs: Packs, which: Sequence[int], device: torch.device) -> dict[str, Tensor | tuple[int, ...]]:
-    """The arguments of `PackedLoss.forward` for some packs joined into one ragged row."""
+def to_device(packs: Packs, which: Sequence[int], device: torch.device, cut: Cut | None = None) -> dict[str, Any]:
+    """The arguments of `PackedLoss.forward` for some packs joined into one ragged row, or this rank's part of it."""
     batch = assemble(packs, which)
     lengths = tuple(int(n) for n in np.diff(batch.cu_seqlens))
+    tokens = supervised = slice(None)
+    shared: dict[str, Share] = {}
+    if cut is not None:
+        tokens, supervised, share = cut_batch(batch, cut)
+        shared = {"share": share}
 
     def move(array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -78,12 +86,13 @@ def to_device(packs: Packs, which: Sequence[int], device: torch.device) -> dict[
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     return {
-        "ids_T": move(batch.ids_T),
-        "positions_T": move(batch.positions_T),
-        "predict_S": move(batch.predict_S),
-        "target_S": move(batch.target_S),
+        "ids_T": move(batch.ids_T[tokens]),
+        "positions_T": move(batch.positions_T[tokens]),
+        "predict_S": move(batch.predict_S[supervised] - (tokens.start or 0)),
+        "target_S": move(batch.target_S[supervised]),
         "cu_seqlens": move(batch.cu_seqlens),
         "lengths": lengths,
+        **shared,
     }
 
 
@@ -112,11 +121,11 @@ def train_step(
     everyone = order.packs_of_step(step)
     denominator = int(packs.targets[everyone].sum())
     nll = torch.zeros((), device=runtime.device)
-    slots = order.slots(step, runtime.rank, runtime.world, plan.micro_batch)
+    slots = order.slots(step, runtime.data_rank, runtime.data_ranks, plan.micro_batch)
     for number, which in enumerate(slots):
-        seed_micro_batch(seed, step, number * runtime.world + runtime.rank)
+        seed_micro_batch(seed, step, number * runtime.data_ranks + runtime.data_rank)
         engine.start_micro_batch(last=number == len(slots) - 1)
-        loss = engine.model(**to_device(packs, which, runtime.device))
+        loss = engine.model(**to_device(packs, which, runtime.device, runtime.cut))
         engine.backward(share_of_step(loss, denominator))
         nll += loss.detach()
     return StepResult(

@@ -59,7 +59,7 @@ def learn(model: Any, ids_1T: torch.Tensor = IDS, steps: int = 3) -> None:
 
 
 ALONE = SimpleNamespace(
-    rank=0, world=1, is_main=True, device=torch.device("cpu"), dtype=torch.float32, plan=SimpleNamespace()
+    rank=0, world=1, cut=None, is_main=True, device=torch.device("cpu"), dtype=torch.float32, plan=SimpleNamespace()
 )
 
 

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from phi3_dist.errors import ModelError, Problem
 from phi3_dist.machine.probe import package_versions, varlen_arguments
 from phi3_dist.modeling.attention.documents import Documents, Settings
+from phi3_dist.modeling.attention.exchange import Share, attend_shared
 from phi3_dist.modeling.attention.kernels import KERNELS, WITH_DROPOUT
 from phi3_dist.planning.attention import Backend
 from phi3_dist.planning.attention import backends as backends_of_facts
@@ -38,19 +39,30 @@ _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def attend(
-    name: str, query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, *, documents: Documents, settings: Settings
+    name: str,
+    query_TND: Tensor,
+    key_TKD: Tensor,
+    value_TKD: Tensor,
+    *,
+    documents: Documents,
+    settings: Settings,
+    share: Share | None = None,
 ) -> Tensor:
     """A pack through backend `name`, which may end in `_deterministic`; gives (T, N, D).
 
+    With `share` the tokens here are that part of the pack, and the documents those of the whole of it.
     Raises ValueError when the lengths do not cover the pack: then documents would see each other.
     """
-    if sum(documents.lengths) != query_TND.shape[0]:
-        what = f"cover {query_TND.shape[0]} tokens, got {sum(documents.lengths)}"
+    tokens = query_TND.shape[0] if share is None else share.tokens.total
+    if sum(documents.lengths) != tokens:
+        what = f"cover {tokens} tokens, got {sum(documents.lengths)}"
         raise ValueError(f"packed attention wants document lengths that {what}")
     kernel = name.removesuffix(_DETERMINISTIC)
     if settings.dropout and kernel not in WITH_DROPOUT:
         raise ValueError(f"{kernel} has no dropout, and the base's attention_dropout is {settings.dropout}")
     settings = replace(settings, deterministic=kernel != name)
+    if share is not None:
+        return attend_shared(KERNELS[kernel], query_TND, key_TKD, value_TKD, documents, settings, share)
     return KERNELS[kernel](query_TND, key_TKD, value_TKD, documents, settings)
 
 
@@ -69,6 +81,7 @@ def _packed(name: str) -> Callable[..., tuple[Tensor, None]]:
         sliding_window: int | None = None,
         lengths: Sequence[int] = (),
         cu_seqlens: Tensor | None = None,
+        share: Share | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """query (1, N, T, D), key and value (1, K, T, D); `lengths` sum to T. Returns (1, T, N, D).
@@ -80,7 +93,7 @@ def _packed(name: str) -> Callable[..., tuple[Tensor, None]]:
         settings = Settings(scaling, sliding_window, dropout if module.training else 0.0)
         query_TND, key_TKD, value_TKD = (t[0].transpose(0, 1) for t in (query, key, value))
         documents = Documents(tuple(lengths), cu_seqlens)
-        out_TND = attend(name, query_TND, key_TKD, value_TKD, documents=documents, settings=settings)
+        out_TND = attend(name, query_TND, key_TKD, value_TKD, documents=documents, settings=settings, share=share)
         return out_TND[None].contiguous(), None
 
     return attention

@@ -74,6 +74,7 @@ FREE = (
     "eval.",
     "train.max_bad_steps",
     "train.micro_batch",
+    "train.sequence_parallel",
     "train.profile",
 )
 # Keys of a base's config.json that make no number of it.

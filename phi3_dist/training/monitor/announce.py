@@ -41,8 +41,13 @@ def announce(
     metrics.say(f"model: {counts}")
     metrics.say(
         f"batch: {plan.global_batch} packs a step = {plan.micro_batch} a forward pass "
-        f"x {plan.accumulation} accumulation x {plan.world_size} ranks; {total} steps"
+        f"x {plan.accumulation} accumulation x {_ranks(plan)}; {total} steps"
     )
+
+
+def _ranks(plan: RunPlan) -> str:
+    shared = plan.sequence_parallel
+    return f"{plan.world_size} ranks" if shared == 1 else f"{plan.world_size // shared} groups of {shared} ranks"
 
 
 def record_start(ctx: RunContext, of_model: Sequence[Choice], first: int) -> None:
