@@ -95,7 +95,7 @@ def test_a_new_project_has_all_that_a_clone_has(tmp_path: Path, monkeypatch: pyt
     folder = tmp_path / "my project"
     monkeypatch.chdir(folder)
     run = load_run(Path(RUN_FILE))
-    assert (run.model.source, run.save.folder) == (MINI, "runs/{name}")
+    assert (run.model.source, run.save.folder) == (MINI, "runs/first")
     assert len(read_chats(run.data).train) > 40
     assert "prompt and completion" in (folder / RUN_FILE).read_text("utf-8")
     for name, path in shipped_files().items():
@@ -129,7 +129,9 @@ def test_a_projects_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ModelError, match=r"did you mean microsoft/Phi-3\.5-mini-instruct\?"):
         new_project(tmp_path / "a", "phi-3.5-mini")
     assert not (tmp_path / "a").exists()
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     base = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "max_position_embeddings": 4096}
+    base |= {**dict.fromkeys(sizes, 64), "num_attention_heads": 4}
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps(base))
     monkeypatch.chdir(tmp_path)
