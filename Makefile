@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 	@echo "[setup] done"
 
-lint: setup ## ruff, import contracts, shellcheck
+lint: setup ## ruff, import contracts, shellcheck, hadolint
 	@echo "[lint] ruff check, ruff format"
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check . || { echo "formatting differs; mend it with: $(BIN)/ruff format ."; exit 1; }
@@ -50,6 +50,8 @@ lint: setup ## ruff, import contracts, shellcheck
 	@out=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$out"; exit 1; }
 	@echo "[lint] shellcheck"
 	@$(BIN)/shellcheck --external-sources .ci/run tests/slurm/packages.sh tests/versions/run.sh $$(find launch -type f \( -name "*.sh" -o -name "*.sbatch" \))
+	@echo "[lint] hadolint"
+	@$(BIN)/hadolint launch/containers/*.Dockerfile
 
 types: setup ## mypy --strict
 	@echo "[types] mypy --strict"

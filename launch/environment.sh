@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the launchers. Sets ROOT (the repository) and puts its .venv first on PATH, unless an environment is active.
+# Sourced by the launchers. Sets ROOT (the folder above launch/: a clone, or a project that `phi3-dist init` laid out) and puts its .venv first on PATH, unless an environment is active.
 
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 

@@ -19,7 +19,7 @@ import typer
 from phi3_dist.cli import training  # noqa: F401 -- each adds its verbs to the app, in the order of the help
 
 # isort: split
-from phi3_dist.cli import cache, show  # noqa: F401
+from phi3_dist.cli import cache, project, show  # noqa: F401
 
 # isort: split
 from phi3_dist.cli import convert, handing_on, planning, reporting, slurm, sweeping, using  # noqa: F401
@@ -72,7 +72,7 @@ def main() -> None:
     early = answered(words) if starts_a_run(words) else nullcontext()
     with early, unfailing_streams() if words and words[0] in _LONG else nullcontext():
         try:
-            app()
+            app(prog_name="phi3-dist")
         except Stopped as stop:
             if os.environ.get("RANK", "0") == "0":
                 typer.echo(f"phi3-dist: {stop}", err=True)

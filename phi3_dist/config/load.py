@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from phi3_dist.config import mistakes
 from phi3_dist.config.cross_checks import cross_checks
 from phi3_dist.config.schema import RunConfig
+from phi3_dist.config.shipped_files import here_or_shipped
 from phi3_dist.config.unsafe_texts import expanded, text_faults
 from phi3_dist.config.yaml_text import DEEPEST, LARGEST_BYTES, YamlFault, read_yaml
 from phi3_dist.errors import ConfigError, Problem, kind, shown
@@ -84,7 +85,10 @@ def _read_file(path: Path) -> _Source:
 def _nearby(path: Path) -> str:
     folder = path.parent
     near = sorted(p.name for p in folder.glob("*.yaml")) if folder.is_dir() else []
-    return f"run files in {folder}: {', '.join(near[:8])}" if near else ""
+    if near:
+        return f"run files in {folder}: {', '.join(near[:8])}"
+    shipped = here_or_shipped(path) != path
+    return "phi3-dist init FOLDER lays a project out that has it; run the command in there" if shipped else ""
 
 
 def _apply_override(source: _Source, text: str) -> None:

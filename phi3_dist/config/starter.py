@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 
@@ -77,8 +78,20 @@ def _preset(source: str) -> tuple[Family | None, Preset]:
     family = next((f for f in FAMILIES if source.lower() in map(str.lower, f.hub_ids)), None)
     if family is None:
         what = "is neither a folder with a config.json nor a model of the family"
-        raise ModelError(Problem(source, what, f"name a folder, or one of {HUB_IDS}"))
+        raise ModelError(Problem(source, what, f"{_meant(source)}name a folder, or one of {HUB_IDS}"))
     return family, PRESETS[family.name]
+
+
+def _meant(source: str) -> str:
+    """The hub id of the family nearest to what was written, as a question; with or without its owner."""
+    ids = {
+        spelled.lower(): hub_id
+        for f in FAMILIES
+        for hub_id in f.hub_ids
+        for spelled in (hub_id, hub_id.rpartition("/")[2])
+    }
+    near = difflib.get_close_matches(source.lower(), ids, n=1, cutoff=0.6)
+    return f"did you mean {ids[near[0]]}? Else " if near else ""
 
 
 def _of_another_size(values: dict[str, object]) -> Preset:

@@ -28,6 +28,7 @@ from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.blocks import BLOCK_BYTES, BLOCK_ROWS, Totals, blocks_of, encode_blocks_of
 from phi3_dist.data.cache.array_folders import read_whole, remove_unfinished, write_whole
 from phi3_dist.data.cache.block_files import encode_to_block_files
+from phi3_dist.data.cache.in_use import USED, hold_while_alive
 from phi3_dist.data.pack.notices import cut_notice, fewer_notice
 from phi3_dist.data.pack.packs import Packed, Packs, evenly, load_packed, pack, save_packed
 from phi3_dist.data.read.arrow_tables import arrow_files
@@ -189,8 +190,9 @@ def _through_cache(
             folder.mkdir(exist_ok=True)
             tokens, cached = _tokens_in(folder, cfg, tokenizer, workers, tell, before=before)
             with contextlib.suppress(OSError):  # a help for `phi3-dist cache` alone
-                (folder / "used").touch()
+                (folder / USED).touch()
             packed = [_packed(folder, name, tokens, cfg) for name in ("train", "validation")]
+            hold_while_alive(folder, packed[0].packs.rows if packed[0] else tokens.train)
     except OSError as error:
         # another user's cache, a read-only disk, a file server without locks: what is finished there is read
         found = _only_read(cache_dir / key, cfg) if key and error.errno in DENIED | NO_LOCKS else None
@@ -206,6 +208,7 @@ def _only_read(folder: Path, cfg: DataConfig) -> tuple[_Tokens, Packed | None, P
     try:
         tokens = _load(folder)
         train, held = (_packed_or_made(folder, name, tokens, cfg) for name in ("train", "validation"))
+        hold_while_alive(folder, train.packs.rows if train else tokens.train)
     except DataError:
         return None
     return tokens, train, held

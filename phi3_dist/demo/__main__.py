@@ -27,8 +27,9 @@ from rich.table import Table
 from rich.text import Text
 
 from phi3_dist.config.schema import DataConfig
+from phi3_dist.config.shipped_files import shipped_file
 from phi3_dist.demo.chats import write_chats
-from phi3_dist.errors import ConfigError, Phi3DistError, Problem, RunFolderError, TrainingError
+from phi3_dist.errors import Phi3DistError, Problem, RunFolderError, TrainingError
 from phi3_dist.machine.print_encoding import print_in_any_encoding
 from phi3_dist.machine.probe import cpu_count
 
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from phi3_dist.data.read.row_formats import Chat
     from phi3_dist.demo.score import Score
 
-REPO = Path(__file__).resolve().parents[2]
 LAUNCH_CONFIG, RUN_FILE = Path("configs/accelerate/cpu_2.yaml"), Path("configs/run/demo.yaml")
 PROCESSES = 2
 STAGES = 5
@@ -127,12 +127,8 @@ def _quiet() -> None:
 
 
 def _shipped(name: Path) -> Path:
-    """A file of the repository, relative to the working directory where that is the repository."""
-    path = name if name.is_file() else REPO / name
-    if not path.is_file():
-        fix = "run the demo in a clone of the repository: the wheel holds no run files"
-        raise ConfigError(Problem(str(name), "no such file", fix))
-    return path
+    """A file that comes with the package, by its short name where the working directory is the repository."""
+    return name if name.is_file() else shipped_file(name.as_posix())
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
@@ -13,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from phi3_dist.config.shipped_files import here_or_shipped
 from phi3_dist.errors import MachineError, PlanError, Problem
-from phi3_dist.machine.launcher import deepspeed_file_beside
 from phi3_dist.planning.slurm import SlurmJob, SlurmTopology, render_sbatch
 
 __all__ = ["Check", "Rendered", "SlurmFacts", "check_script", "slurm_command", "slurm_facts", "submit_script"]
@@ -168,21 +167,15 @@ def _submit(scripts: Sequence[Path], tell: Callable[[str], None]) -> list[str]:
 def _config_from(workdir: Path, config: str) -> tuple[str, list[Problem]]:
     """The Accelerate config as the job finds it, from its folder or in full; what of it the job would not find.
 
-    A shipped config is found from anywhere, where this toolkit runs out of its repository.
+    A shipped config is found from anywhere; each rank finds the DeepSpeed file beside it.
     """
-    path = workdir / config
-    if not path.is_file():
-        path = Path(__file__).resolve().parents[2] / config
-        if not path.is_file():
-            what = f"{config} is not in {workdir}, where the job runs"
-            return config, [Problem("--config_file", what, "name it from there, or in full")]
-        config = str(path)
-    with contextlib.chdir(workdir):
-        beside = deepspeed_file_beside(path)
-    if beside is None:
+    if (workdir / config).is_file():
         return config, []
-    what = f"{config} names a DeepSpeed file that is not in {workdir}, where the job runs, but {beside}"
-    return config, [Problem("--config_file", what, "submit from there, or write that path into a config of your own")]
+    shipped = here_or_shipped(Path(config))
+    if not shipped.is_absolute() or not shipped.is_file():
+        what = f"{config} is not in {workdir}, where the job runs"
+        return config, [Problem("--config_file", what, "name it from there, or in full")]
+    return str(shipped.resolve()), []
 
 
 def _chain_problems(job: SlurmJob, chain: int) -> Sequence[Problem]:

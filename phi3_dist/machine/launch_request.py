@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from phi3_dist.config.shipped_files import here_or_shipped
 from phi3_dist.config.yaml_text import YamlFault, read_yaml_file
 
-__all__ = ["LaunchRequest", "cpu_was_asked", "launch_request", "read_command_line"]
+__all__ = ["LaunchRequest", "config_of_launch", "cpu_was_asked", "launch_request", "read_command_line"]
 
 
 class LaunchRequest(NamedTuple):
@@ -62,6 +63,13 @@ def cpu_was_asked(environ: Mapping[str, str]) -> bool:
             config = _config_file(launcher, environ)
             return config is not None and _load(config).get("use_cpu") is True
     return False
+
+
+def config_of_launch(environ: Mapping[str, str]) -> Path | None:
+    """The Accelerate config that the nearest launcher above this process reads; None where there is none."""
+    found = (_recognise(command, folder) for command, folder in _ancestors())
+    launcher = next((one for one in found if one is not None), None)
+    return _config_file(launcher, environ) if launcher is not None and launcher.kind == "accelerate" else None
 
 
 def read_command_line(command: Sequence[str], folder: Path, environ: Mapping[str, str]) -> LaunchRequest | None:
@@ -166,7 +174,9 @@ def _config_file(launcher: _Launcher, environ: Mapping[str, str]) -> Path | None
     """The config that `accelerate launch` reads: the one named, or the default one where it exists and no `--cpu`."""
     named = _option(launcher, "config_file")
     if named is not None:
-        return launcher.folder / named
+        path = launcher.folder / named
+        shipped = here_or_shipped(Path(named))  # as `phi3-dist launch` finds it
+        return shipped if shipped.is_absolute() and not path.exists() else path
     if "--cpu" in launcher.options:
         return None
     cache = environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import yaml
 
+from phi3_dist.config.shipped_files import here_or_shipped
 from phi3_dist.errors import MachineError, Problem
 from phi3_dist.planning.job_script import STOPPED_EARLY
 
@@ -159,21 +160,26 @@ def _name(number: int) -> str:
 
 
 def _with_deepspeed_file(arguments: list[str]) -> list[str]:
-    """The shipped configs name DeepSpeed's file from the repository's root: from elsewhere it is found beside them."""
+    """A shipped config is found by its name in any folder, and the DeepSpeed file of a config beside it."""
     own = list(itertools.takewhile(lambda word: word not in ("-m", "--module"), arguments))
     names = [word.partition("=")[0].replace("-", "_") for word in own]
-    if "__deepspeed_config_file" in names or "__config_file" not in names:
+    if "__config_file" not in names:
         return arguments
     place = names.index("__config_file")
-    config = own[place].partition("=")[2] or "".join(own[place + 1 : place + 2])
-    beside = deepspeed_file_beside(Path(config))
+    option, _, value = own[place].partition("=")
+    named = value or "".join(own[place + 1 : place + 2])
+    config = here_or_shipped(Path(named))
+    if named and str(config) != named:
+        arguments = [*arguments[:place], option, str(config), *arguments[place + (1 if value else 2) :]]
+    beside = None if "__deepspeed_config_file" in names else deepspeed_file_beside(config)
     return arguments if beside is None else ["--deepspeed_config_file", str(beside), *arguments]
 
 
 def deepspeed_file_beside(config: Path) -> Path | None:
     """The DeepSpeed file of an Accelerate config, where it lies beside that and not where Accelerate looks for it.
 
-    Accelerate looks from the folder it is run in. None where it finds the file, or there is none to be found.
+    Accelerate looks from the folder it is run in. Beside: the path counted from the folder above `configs/`, as in the
+    shipped configs, or from the config's own folder. None where Accelerate finds the file, or nobody does.
     """
     try:
         values = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -181,7 +187,8 @@ def deepspeed_file_beside(config: Path) -> Path | None:
         return None  # Accelerate will say so
     section = values.get("deepspeed_config") if isinstance(values, dict) else None
     file = section.get("deepspeed_config_file") if isinstance(section, dict) else None
-    if not isinstance(file, str) or Path(file).is_file():
+    if not isinstance(file, str) or "\0" in file or Path(file).is_file():
         return None
-    beside = config.resolve().parent.parent.parent / file
-    return beside if beside.is_file() else None
+    folder = config.resolve().parent
+    places = (above / file for above in (folder.parent.parent, folder))
+    return next((path for path in places if path.is_file()), None)

@@ -25,6 +25,7 @@ from phi3_dist.machine import launch_request
 from phi3_dist.machine.card_measurements import measured_on
 from phi3_dist.machine.incomplete_launch import refuse_half_a_launch, whole_number
 from phi3_dist.machine.launch_request import LaunchRequest
+from phi3_dist.machine.launcher import deepspeed_file_beside
 from phi3_dist.planning.attention import PACKAGES as ATTENTION_PACKAGES
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.render import SHIPPED
@@ -224,10 +225,12 @@ def _zero_settings(environ: Mapping[str, str], problems: list[Problem]) -> dict[
     file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file != "none":
         try:
-            settings = json.loads(_zero_text(file))
+            settings = json.loads(_zero_text(file, environ))
         except (OSError, UnicodeDecodeError) as error:
             what = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-            problems.append(Problem(file, what, "the path counts from the folder where the command is run"))
+            problems.append(
+                Problem(file, what, "a path counts from this folder, or from the one that holds the Accelerate config")
+            )
             return {}
         except json.JSONDecodeError as error:
             problems.append(Problem(f"{file}:{error.lineno}", f"is not JSON: {error.msg}"))
@@ -249,9 +252,16 @@ def _zero_settings(environ: Mapping[str, str], problems: list[Problem]) -> dict[
     return {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
 
 
-def _zero_text(file: str) -> str:
-    """The file's text. A shipped one is known by its name in any folder."""
+def _zero_text(file: str, environ: Mapping[str, str]) -> str:
+    """The file's text, from where the command runs or beside the Accelerate config. A shipped one is known by its name.
+
+    Accelerate hands on the path as the config has it, and looks for it in the present folder alone.
+    """
     path = Path(file)
+    if not path.is_file() and not path.is_absolute():
+        config = launch_request.config_of_launch(environ)
+        beside = None if config is None else deepspeed_file_beside(config)
+        path = path if beside is None else beside
     shipped = SHIPPED.get("/".join(path.parts[-3:]))
     return shipped if shipped is not None and not path.is_file() else path.read_text(encoding="utf-8")
 

@@ -156,7 +156,7 @@ after_stop() {
 
 [ "$SLURM_JOB_NUM_NODES" = "$NODES" ] ||
     refuse "the job got $SLURM_JOB_NUM_NODES nodes, the plan is $NODES" "sbatch --nodes=$NODES"
-[ -f "$CONFIG" ] || refuse "no Accelerate config $CONFIG in $PWD" "submit from the repository, or give its full path"
+[ -f "$CONFIG" ] || refuse "no Accelerate config $CONFIG in $PWD" "submit from the folder it is named from"
 ((RESTARTS <= MAX_REQUEUES)) ||
     refuse "restarted $RESTARTS times, the limit is $MAX_REQUEUES" "look for the cause above"
 if ((NODES > 1)); then

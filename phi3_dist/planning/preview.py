@@ -14,6 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from phi3_dist.config.schema import RunConfig
+from phi3_dist.config.shipped_files import here_or_shipped
 from phi3_dist.config.unsafe_texts import is_folder
 from phi3_dist.config.yaml_text import YamlFault, read_yaml_file
 from phi3_dist.errors import DataError, PlanError, Problem
@@ -38,6 +39,7 @@ def launch_of_config(config: Path | None, processes: int | None, nodes: int | No
     if config is None:
         world = processes or 1
         return LaunchFacts(world_size=world, nodes=nodes or 1, strategy="single" if world == 1 else "ddp")
+    config = here_or_shipped(config)
     try:
         values = read_yaml_file(config)
     except (OSError, YamlFault) as error:

@@ -24,6 +24,10 @@ ZERO3_LIVE = 300_000_000
 largest linear of Phi-4 beside the one before it. DeepSpeed's default of 1e9 keeps 1.86 GiB in bf16, and with its reuse
 distance of 1e9 all of a small model from forward to backward, whose memory is what ZeRO-3 is chosen for."""
 
+_LOOKED_UP = """\
+# deepspeed_config_file: first from the folder the command runs in, then from the folder above configs/, where it lies.
+# The second is this toolkit's doing; for another script pass --deepspeed_config_file."""
+
 
 def deepspeed_json(strategy: str) -> str:
     """The DeepSpeed config of a ZeRO strategy, as JSON text.
@@ -74,16 +78,11 @@ def _header(strategy: str, num_processes: int, num_machines: int, cpu: bool) -> 
         lines.append("Another number of processes: accelerate launch --config_file FILE --num_processes N …")
     if cpu and strategy == "ddp":
         lines.append("MULTI_GPU with use_cpu is meant: MULTI_CPU and `--cpu` silently start one process.")
-    if strategy in _ZERO:
-        lines += [
-            "deepspeed_config_file is looked up from the folder the command runs in: the repository's root is meant.",
-            f"From elsewhere pass --deepspeed_config_file PATH/TO/{strategy}.json.",
-        ]
     return lines
 
 
-def _deepspeed_section(strategy: str, num_machines: int) -> dict[str, Any]:
-    section: dict[str, Any] = {"deepspeed_config_file": f"configs/deepspeed/{strategy}.json"}
+def _deepspeed_section(strategy: str, num_machines: int, file: str) -> dict[str, Any]:
+    section: dict[str, Any] = {"deepspeed_config_file": file}
     if strategy.startswith("zero3"):
         section["zero3_init_flag"] = True
     if num_machines > 1:
@@ -114,16 +113,28 @@ def _yaml_lines(values: Mapping[str, Any], indent: str = "") -> list[str]:
         if isinstance(value, dict):
             lines += [f"{indent}{key}:", *_yaml_lines(value, f"{indent}  ")]
         else:
-            text = json.dumps(value) if isinstance(value, bool) or value == "NO" else str(value)
+            text = json.dumps(value) if isinstance(value, bool) or value == "NO" else _plain_or_quoted(str(value))
             lines.append(f"{indent}{key}: {text}")
     return lines
 
 
-def accelerate_yaml(strategy: str, *, num_processes: int, num_machines: int = 1, cpu: bool = False) -> str:
+def _plain_or_quoted(text: str) -> str:
+    return text if all(char.isalnum() or char in "/._-" for char in text) else "'" + text.replace("'", "''") + "'"
+
+
+def accelerate_yaml(
+    strategy: str,
+    *,
+    num_processes: int,
+    num_machines: int = 1,
+    cpu: bool = False,
+    deepspeed_file: str | None = None,
+) -> str:
     """The Accelerate config of a strategy, as YAML text with a comment that says how to run it.
 
     `num_processes` counts all nodes' processes. `cpu` sets `use_cpu` for DDP; DeepSpeed and FSDP2 find a CPU by
-    themselves, and would be replaced by plain DDP if Accelerate were told of it. Raises `ValueError` for an unknown
+    themselves, and would be replaced by plain DDP if Accelerate were told of it. `deepspeed_file` is the path of the
+    DeepSpeed config, `configs/deepspeed/STRATEGY.json` where none is given. Raises `ValueError` for an unknown
     strategy, for a number of processes that does not spread evenly, and for `single` with more than one process.
     """
     if strategy not in STRATEGIES:
@@ -146,10 +157,12 @@ def accelerate_yaml(strategy: str, *, num_processes: int, num_machines: int = 1,
     elif num_processes > 1:
         values["main_process_port"] = 0  # a free port, so that two runs on one machine don't meet
     if strategy in _ZERO:
-        values |= _deepspeed_section(strategy, num_machines)
+        values |= _deepspeed_section(strategy, num_machines, deepspeed_file or f"configs/deepspeed/{strategy}.json")
     elif strategy.startswith("fsdp2"):
         values |= _fsdp_section(strategy)
     comments = [f"# {line}" for line in _header(strategy, num_processes, num_machines, cpu)]
+    if strategy in _ZERO and deepspeed_file is None:
+        comments.append(_LOOKED_UP)
     return "\n".join([*comments, *_yaml_lines(values)]) + "\n"
 
 

@@ -25,14 +25,14 @@ def write_run(
     values.append(f"model.quantization={option.quantization}")
     values += [f"{path}={str(value).lower()}" for path, value in option.settled.items()]
     config = folder / "accelerate.yaml"
-    text = accelerate_yaml(option.strategy, num_processes=cluster.world, num_machines=cluster.nodes)
-    files = {config: text}
+    zero = folder / "deepspeed.json"
+    files = {
+        config: accelerate_yaml(
+            option.strategy, num_processes=cluster.world, num_machines=cluster.nodes, deepspeed_file=str(zero)
+        )
+    }
     if option.strategy.startswith("zero"):
-        zero = folder / "deepspeed.json"
         files[zero] = deepspeed_json(option.strategy)
-        shipped = f"configs/deepspeed/{option.strategy}.json"
-        lines = [line for line in text.splitlines() if not line.startswith(("# deepspeed_config_file", "# From else"))]
-        files[config] = "\n".join(lines).replace(shipped, _yaml_text(str(zero))) + "\n"
     files[folder / "launch.sh"] = _launch(config, run, values, cluster)
     job = SlurmJob.of(load_run(run_file, values), str(run), [*values, "--resume"])
     topology = SlurmTopology(nodes=cluster.nodes, gpus_per_node=cluster.gpus_per_node, config=str(config), time="1d")
@@ -46,10 +46,6 @@ def write_run(
         what = f"cannot be written: {error.strerror or error}"
         raise PlanError(Problem(str(folder), what, "name another folder with --write")) from error
     return tuple(files)
-
-
-def _yaml_text(text: str) -> str:
-    return text if all(char.isalnum() or char in "/._-" for char in text) else "'" + text.replace("'", "''") + "'"
 
 
 def _launch(config: Path, run: Path, values: Sequence[str], cluster: Cluster) -> str:

@@ -1,7 +1,8 @@
-"""The verbs of the cache: what is there, and taking out what nobody uses; nothing else is touched."""
+"""The verb of the cache: what is there, and taking out what nobody uses; nothing else is touched."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -13,8 +14,9 @@ from typer.testing import CliRunner
 
 from phi3_dist.cli import app
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.cache.prune import cached, computed_lora_inits, prune
+from phi3_dist.data.cache.prune import by_data_set, cached, computed_lora_inits, days_of, prune
 from phi3_dist.data.prepare import prepare
+from phi3_dist.errors import ConfigError
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -92,12 +94,79 @@ def test_computed_starts_of_finished_runs_alone(tmp_path: Path, cache: Path) -> 
 def test_the_verbs(cache: Path, tmp_path: Path) -> None:
     entry = made(cache, "rows")
     run_folder(tmp_path / "runs", "done", '{"state": "finished"}')
-    listed = CliRunner().invoke(app, ["cache", "list", "--runs", str(tmp_path / "runs")])
-    assert listed.exit_code == 0
-    assert f"{cache}: " in listed.output
-    assert entry.name in listed.output
-    assert "3 rows of rows.jsonl" in listed.output
-    assert "start.safetensors" in listed.output
-    assert "removed 0 entries" in CliRunner().invoke(app, ["cache", "prune"]).output
-    assert "removed 1 entries" in CliRunner().invoke(app, ["cache", "prune", "--days", "0"]).output
+    listed = cache_verb("--runs", str(tmp_path / "runs"))
+    assert f"{cache}: " in listed
+    assert entry.name in listed
+    assert "rows.jsonl" in listed
+    assert "3 rows" in listed
+    assert "start.safetensors" in listed
+    assert "of hashes, measurements and locks" in listed
+    assert "removed 0 entries" in cache_verb("--prune")
+    would = cache_verb("--prune", "--older-than", "0", "--dry-run")
+    assert "would remove 1 entry" in would
+    assert "rows.jsonl" in would
+    assert entry.exists()
+    assert "removed 1 entry" in cache_verb("--prune", "--older-than", "0")
     assert not entry.exists()
+    (tmp_path / "other").mkdir()
+    assert f"{tmp_path / 'other'}: 0.0 MiB in 0 entries" in cache_verb("--folder", str(tmp_path / "other"))
+
+
+def cache_verb(*words: str) -> str:
+    done = CliRunner().invoke(app, ["cache", *words])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_the_verbs_mistakes(cache: Path) -> None:
+    for words, says in (
+        (("--dry-run",), "cache --prune --dry-run"),
+        (("--prune", "--older-than", "soon"), "'soon' is not an age"),
+        (("--folder", str(cache / "nowhere")), "is not a folder"),
+    ):
+        done = CliRunner().invoke(app, ["cache", *words])
+        assert isinstance(done.exception, ConfigError)
+        assert says in str(done.exception)
+
+
+@pytest.mark.parametrize(("text", "days"), [("30d", 30), ("2w", 14), ("12h", 0.5), ("1d12h", 1.5), ("0", 0), ("7", 7)])
+def test_ages(text: str, days: float) -> None:
+    assert days_of(text) == days
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-1d", "d", "30m", "1 month"])
+def test_what_is_no_age(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not an age"):
+        days_of(text)
+
+
+def test_an_entry_stays_while_its_rows_are_mapped(cache: Path) -> None:
+    """The lock is the system's, so that another process sees it too."""
+    entry = made(cache, "mapped")
+    cfg = DataConfig(train=str(cache.parent / "mapped.jsonl"), validation_share=0, pack_length=64)
+    data = prepare(cfg, TOKENIZER, cache)
+    packs = data.train
+    del data
+    assert [one.in_use for one in cached(cache)] == [True]
+    assert [held.path for held in prune(cache, None, 0)[1]] == [entry]
+    said = cache_verb("--prune", "--older-than", "0")
+    assert "removed 0 entries" in said
+    assert f"kept {entry}: in use" in said
+    assert "in use" in cache_verb()
+    assert len(packs.rows) == 3
+    del packs
+    gc.collect()
+    assert [one.in_use for one in cached(cache)] == [False]
+    assert [gone.path for gone in prune(cache, None, 0)[0]] == [entry]
+
+
+def test_entries_of_one_data_set_stand_together(cache: Path) -> None:
+    source = cache.parent / "a.jsonl"
+    source.write_text("\n".join(json.dumps({"prompt": f"a {i}", "completion": "a" * 200}) for i in range(3)))
+    for share in (0.0, 0.4):
+        prepare(DataConfig(train=str(source), validation_share=share, pack_length=512), TOKENIZER, cache)
+    made(cache, "b")
+    found = by_data_set(cached(cache))
+    assert sorted((one.name, len(one.entries)) for one in found) == [("a.jsonl", 2), ("b.jsonl", 1)]
+    assert [one.bytes for one in found] == sorted((one.bytes for one in found), reverse=True)
+    assert found[0].used == max(entry.used for entry in found[0].entries)

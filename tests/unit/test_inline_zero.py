@@ -143,3 +143,31 @@ def test_fields_that_contradict_the_file_beside_them_are_one_message(
         ("Accelerate config: offload_param_device", "is none, and mine.json beside it says cpu"),
     ]
     refuse_contradictions({**environ, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, launch)
+
+
+def test_a_file_of_ones_own_is_found_beside_its_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch` hands on a relative path as it is, and libraries look in the present folder alone."""
+    from phi3_dist.machine import launch_request
+
+    config, zero = tmp_path / "configs/accelerate/mine.yaml", tmp_path / "configs/deepspeed/zero2.json"
+    for file in (config, zero):
+        file.parent.mkdir(parents=True)
+    config.write_text(
+        "distributed_type: DEEPSPEED\ndeepspeed_config:\n  deepspeed_config_file: configs/deepspeed/zero2.json\n"
+    )
+    zero.write_text('{"zero_optimization": {"stage": 1}}')  # edited: not the shipped one of that name
+    away = tmp_path / "away"
+    away.mkdir()
+    monkeypatch.chdir(away)
+    command = ["accelerate", "launch", "--config_file", "../configs/accelerate/mine.yaml", "-m", "phi3_dist", "train"]
+    monkeypatch.setattr(launch_request, "_ancestors", lambda: iter([(["bash", "-c", "x"], away), (command, away)]))
+    environ = {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "configs/deepspeed/zero2.json"}
+    assert launch_facts(environ, request=REQUEST).strategy == "zero1"
+    config.write_text("distributed_type: DEEPSPEED\ndeepspeed_config:\n  deepspeed_config_file: my_zero.json\n")
+    (config.parent / "my_zero.json").write_text('{"zero_optimization": {"stage": 3}}')
+    environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = "my_zero.json"
+    assert launch_facts(environ, request=REQUEST).strategy == "zero3"
+    (config.parent / "my_zero.json").unlink()
+    with pytest.raises(PlanError, match=r"my_zero\.json: cannot be read") as caught:
+        launch_facts(environ, request=REQUEST)
+    assert len(caught.value.problems) == 1

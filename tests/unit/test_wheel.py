@@ -1,9 +1,10 @@
-"""The wheel: it builds from what is committed, holds the package and its licence, and runs outside the clone."""
+"""The wheel: it builds from what is committed, holds the package and its licence, and suffices outside the clone."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,13 +13,16 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+from phi3_dist.config.shipped_files import shipped_files
 
 REPO = Path(__file__).resolve().parents[2]
 
 
-def run(*command: str | Path, cwd: Path, home: Path) -> str:
-    """Output of a command with nothing of this session's environment but the path."""
-    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
+def run(*command: str | Path, cwd: Path, home: Path, **more: str) -> str:
+    """Output of a command with nothing of this session's environment but the path, and `more`."""
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", **more}
     done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -28,7 +32,8 @@ def run(*command: str | Path, cwd: Path, home: Path) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, since setuptools leaves folders behind where it builds."""
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    shutil.copytree(REPO / "phi3_dist", source / "phi3_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("phi3_dist", "configs", "launch"):
+        shutil.copytree(REPO / name, source / name, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPO / name, source / name)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
@@ -37,34 +42,79 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+@pytest.fixture(scope="module")
+def program(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`phi3-dist` in a clean environment, whose dependencies come from this one through a .pth file."""
+    clean = tmp_path_factory.mktemp("clean")
+    run(sys.executable, "-m", "venv", "--without-pip", clean, cwd=clean, home=clean)
+    python = clean / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
+    run(*install, wheel, cwd=clean, home=clean)
+    asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(run(python, "-c", asked, cwd=clean, home=clean).strip())
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    where = run(python, "-c", "import phi3_dist; print(phi3_dist.__file__)", cwd=clean, home=clean)
+    assert Path(where.strip()).is_relative_to(clean)
+    return clean / "bin" / "phi3-dist"
+
+
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
+        shipped = {f"phi3_dist/config/shipped/{name}": path for name, path in shipped_files().items()}
+        assert all(archive.read(name) == path.read_bytes() for name, path in shipped.items())
     on_disk = {
         path.relative_to(REPO).as_posix()
         for path in (REPO / "phi3_dist").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and "shipped" not in path.parts
     }
     packed = {name for name in names if ".dist-info/" not in name}
-    assert packed == on_disk
+    assert packed == on_disk | set(shipped)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_it_runs_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
-    """Its dependencies come from this environment through a .pth file; the package itself only from the wheel."""
-    clean = tmp_path / "clean"
-    run(sys.executable, "-m", "venv", "--without-pip", clean, cwd=tmp_path, home=tmp_path)
-    python = clean / "bin" / "python"
-    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
-    run(*install, wheel, cwd=tmp_path, home=tmp_path)
-    packages = Path(
-        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path, home=tmp_path).strip()
-    )
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+def test_it_suffices_in_an_empty_folder(program: Path, tmp_path: Path) -> None:
+    def said(*words: str | Path) -> str:
+        return run(program, *words, cwd=tmp_path, home=tmp_path)
 
-    where = run(python, "-c", "import phi3_dist; print(phi3_dist.__file__)", cwd=tmp_path, home=tmp_path)
-    assert Path(where.strip()).is_relative_to(clean)
-    program = clean / "bin" / "phi3-dist"
-    assert "Usage: phi3-dist" in run(program, "--help", cwd=tmp_path, home=tmp_path)
-    schema = json.loads(run(program, "config", "schema", cwd=tmp_path, home=tmp_path))
-    assert {"model", "data"} <= set(schema["properties"])
+    assert "Usage: phi3-dist" in said("--help")
+    assert {"model", "data"} <= set(json.loads(said("config", "schema"))["properties"])
+    said("init", "project")
+    for name, path in shipped_files().items():
+        if name.name != "demo.yaml":
+            assert (tmp_path / "project" / name).read_bytes() == path.read_bytes()
+    command = shlex.split(said("config", "accelerate", "zero2", "--processes", "2", "--out", "own").splitlines()[-1])
+    config = yaml.safe_load(Path(command[command.index("--config_file") + 1]).read_text("utf-8"))
+    zero = Path(config["deepspeed_config"]["deepspeed_config_file"])
+    assert json.loads(zero.read_text("utf-8"))["zero_optimization"]["stage"] == 2
+
+
+@pytest.mark.full
+@pytest.mark.ranks
+@pytest.mark.timeout(600)
+def test_zero2_on_two_processes_with_what_the_package_wrote(program: Path, tmp_path: Path, deepspeed_ops: Path) -> None:
+    """From an empty folder: `init`, `config accelerate`, and the launch that it prints; then `accelerate launch`, with
+    the project's own relative config, from another folder."""
+    more = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_EXTENSIONS_DIR": str(deepspeed_ops)}
+    more["PATH"] = f"{program.parent}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    run(program, "init", "project", cwd=tmp_path, home=tmp_path)
+    project = tmp_path / "project"
+    words = ["config", "accelerate", "zero2", "--processes", "2", "--overwrite"]
+    command = shlex.split(run(program, *words, cwd=project, home=tmp_path).splitlines()[-1])
+    assert command[-1] == "RUN.yaml"
+    small = ["model.source=tiny-random", "data.pack_length=512", "train.max_steps=2", "train.global_batch=4"]
+    small += ["model.precision=fp32"]
+    run(program, *command[1:-1], "first.yaml", *small, cwd=project, home=tmp_path, **more)
+    plan = json.loads((project / "runs/first/plan.json").read_text("utf-8"))
+    assert (plan["strategy"], plan["world_size"]) == ("zero2", 2)
+    assert (project / "runs/first/adapter/adapter_model.safetensors").is_file()
+
+    shutil.copy(project / "configs/accelerate/zero3.yaml", project / "configs/accelerate/mine.yaml")
+    away = tmp_path / "away"
+    away.mkdir()
+    start = [program.parent / "python", "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+    start += ["../project/configs/accelerate/mine.yaml", "--num_processes", "2", "-m", "phi3_dist", "train"]
+    rows = f"data.train={project / 'data/chats.jsonl'}"
+    run(*start, "../project/first.yaml", rows, *small, "save.folder=run", cwd=away, home=tmp_path, **more)
+    plan = json.loads((away / "run/plan.json").read_text("utf-8"))
+    assert (plan["strategy"], plan["world_size"]) == ("zero3", 2)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_dist.bench.card.checks import say
+from phi3_dist.config.shipped_files import shipped_file
 
 __all__ = ["Run", "Runner", "run_all", "runs_of"]
 
@@ -89,10 +90,12 @@ class Runner:
         start = [sys.executable]
         if run.config:
             start += ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
-            start += [f"configs/accelerate/{run.config}.yaml", "--num_processes", str(run.ranks)]
+            start += [str(shipped_file(f"configs/accelerate/{run.config}.yaml")), "--num_processes", str(run.ranks)]
             start += ["--main_process_port", "0"]
         again = "--resume" if run.resumed else "--overwrite"
-        words = ["-m", module, "train", "configs/run/debug.yaml", *COMMON, *run.overrides]
+        rows = shipped_file("configs/run/debug_chats.jsonl")
+        words = ["-m", module, "train", str(shipped_file("configs/run/debug.yaml")), f"data.train={rows}"]
+        words += [*COMMON, *run.overrides]
         return [*start, *words, f"save.folder={self.folder(run)}", again]
 
     def start(self, run: Run) -> None:
