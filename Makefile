@@ -128,8 +128,8 @@ bench-scaling: setup ## the cost of a token by pack length, model size and proce
 bench-sharding: setup ## what ZeRO-3's and FSDP2's prefetch settings are worth: steps under each, in turns
 	@$(BIN)/python -m phi3_dist.bench.sharding
 
-bench-generate: setup ## answers per second, beside transformers.generate on the same prompts (after make demo)
-	@$(BIN)/python -m phi3_dist.bench.generate
+bench-generate: setup ## answers per second, beside transformers.generate and vLLM where it is (after make demo)
+	@$(BIN)/python -m phi3_dist.bench.generate $(if $(wildcard .venv-serve/.installed),--server-python .venv-serve/bin/python)
 
 bench-gpu: setup ## Phi-3-mini's real shape on one GPU: LoRA, QLoRA, FP8
 	@$(BIN)/python -m phi3_dist.bench.gpu
