@@ -32,7 +32,8 @@ def run_tasks(opened: Opened, tasks: Sequence[str], *, limit: int | None, batch_
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
+    of_files = all(_is_file(name) for name in tasks)  # lm-eval's own thousands take it many seconds to list
+    manager = TaskManager(include_defaults=not of_files)
     wanted = [_task(name, manager) for name in tasks]
     model = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=batch_size)
     found: Any = simple_evaluate(model=model, tasks=wanted, task_manager=manager, limit=limit, log_samples=False)
@@ -41,11 +42,15 @@ def run_tasks(opened: Opened, tasks: Sequence[str], *, limit: int | None, batch_
 
 def _task(name: str, manager: Any) -> Any:
     """What lm-eval takes for it: a name that it knows, or the contents of a file."""
-    if name.endswith((".yaml", ".yml")):
+    if _is_file(name):
         return _of_file(Path(name))
     if name not in manager.all_tasks:
         raise ConfigError(Problem("--task", f"lm-eval knows no task {name!r}", _LIST))
     return name
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
 
 
 def _of_file(path: Path) -> dict[str, Any]:

@@ -47,7 +47,8 @@ class HFLM:
 """,
     "tasks/__init__.py": """
 class TaskManager:
-    all_tasks = ["gsm8k"]
+    def __init__(self, include_defaults=True):
+        self.all_tasks = ["gsm8k"] if include_defaults else []
 """,
 }
 
