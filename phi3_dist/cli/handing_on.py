@@ -26,24 +26,24 @@ def adapter(
     best: Annotated[bool, typer.Option("--best", help="The checkpoint with the least held-out loss.")] = False,
 ) -> None:
     """Write the adapter that a checkpoint of a run holds, as a folder that PEFT loads."""
-    if best and step is not None:
-        raise ConfigError(Problem("--best --step", "cannot be combined", "give one of them"))
-    from phi3_dist.export.from_checkpoint import adapter_of_checkpoint
+    from phi3_dist.api import adapter_of_checkpoint
 
-    receipt, checkpoint = adapter_of_checkpoint(run, out, step=step, best=best)
-    loss = checkpoint.trainer.get("heldout_loss")
-    said = f", held-out loss {loss:.5f}" if loss is not None else ""
-    typer.echo(f"written: {out} (step {checkpoint.step}{said}; {receipt.tensors} tensors)")
+    taken = adapter_of_checkpoint(run, out, step=step, best=best)
+    said = f", held-out loss {taken.held_out_loss:.5f}" if taken.held_out_loss is not None else ""
+    typer.echo(f"written: {taken.folder} (step {taken.step}{said}; {taken.tensors} tensors)")
 
 
 @app.command()
 def export(
     source: Source,
     out: Annotated[Path, typer.Argument(help="New folder.", show_default=False)],
-    form: Annotated[str, typer.Option("--as", help="merged, split, one-rank, gguf or combine.")],
+    form: Annotated[str, typer.Option("--as", help="merged, split, one-rank, gguf, gguf-merged or combine.")],
     base: Base = None,
     into: Annotated[
         str | None, typer.Option(help="merged: base or nf4 weights; by default what it was trained on.")
+    ] = None,
+    stored: Annotated[
+        str | None, typer.Option("--dtype", help="gguf-merged: f32, f16 or bf16; by default the base's.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Rows to compare on; by default the run's held-out ones.")] = None,
     others: Annotated[
@@ -54,20 +54,16 @@ def export(
     density: Annotated[float | None, typer.Option(help="combine: share of values that TIES and DARE keep.")] = None,
 ) -> None:
     """Write an adapter in another form, checked against the live model's logits: a merged model, llama.cpp's, …"""
-    from phi3_dist.export.exporting import KINDS
-    from phi3_dist.export.exporting import export as run_export
+    from phi3_dist.api import export as run_export
 
-    if form not in KINDS:
-        raise ConfigError(Problem("--as", f"{form!r} is not a form", f"one of {', '.join(KINDS)}"))
-    if into not in (None, "base", "nf4"):
-        raise ConfigError(Problem("--into", f"{into!r} is neither base nor nf4", "base or nf4"))
     shares = _numbers(weights)
     done = run_export(
         source,
         out,
-        form,
+        form,  # type: ignore[arg-type] -- looked at in there, as the next two
         base=base,
         into=into,  # type: ignore[arg-type]
+        stored=stored,  # type: ignore[arg-type]
         data=data,
         others=others or (),
         weights=shares,
@@ -99,23 +95,23 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Say whether a server will load an adapter, be right with it, and with which flags. Exits with 6 if not."""
-    import sys
+    from phi3_dist.api import check as run_check
+    from phi3_dist.exports.checking import as_json as json_of
+    from phi3_dist.exports.checking import report_lines
 
-    from phi3_dist.export import checking
-    from phi3_dist.serving.rules import SERVERS
-
-    if server not in SERVERS:
-        raise ConfigError(Problem("--for", f"{server!r} is not a server that is known", f"one of {', '.join(SERVERS)}"))
-    opened, verdict = checking.check(source, server, base=base)
-    trial = None
-    if run:
-        python = server_python or sys.executable
-        checking.require(server, python)
-        trial = checking.try_server(opened, server, python, server_base=server_base, data=data)
-    typer.echo(checking.as_json(verdict, trial) if as_json else "\n".join(checking.report_lines(verdict)))
-    if trial is not None and not as_json:
-        typer.echo(f"\nasked: {trial}")
-    if not verdict.right or (trial is not None and not trial.right):
+    found = run_check(
+        source,
+        server,  # type: ignore[arg-type] -- looked at in there
+        base=base,
+        run=run,
+        server_python=server_python,
+        server_base=server_base,
+        data=data,
+    )
+    typer.echo(json_of(found.verdict, found.trial) if as_json else "\n".join(report_lines(found.verdict)))
+    if found.trial is not None and not as_json:
+        typer.echo(f"\nasked: {found.trial}")
+    if not found.right:
         raise typer.Exit(AdapterError.exit_code)
 
 
@@ -134,7 +130,7 @@ def push(
     ] = False,
 ) -> None:
     """Show what would be uploaded to the hub; with --upload, upload it to a private repository."""
-    from phi3_dist.export.pushing import push as run_push
+    from phi3_dist.api import push as run_push
 
     done = run_push(
         source,

@@ -9,28 +9,25 @@ from typing import Annotated
 import typer
 
 from phi3_dist.cli.app import app
-from phi3_dist.errors import ConfigError, Problem
 
 
 @app.command()
 def report(
     run_folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN_FOLDER...", help="One run folder, or several to overlay.")
+        list[Path],
+        typer.Argument(metavar="RUN_FOLDER...", help="A run's folder, a sweep's, or several runs to overlay."),
     ],
     output: Annotated[
         Path | None, typer.Option("--output", help="Page of several runs.", show_default="comparison.html")
     ] = None,
 ) -> None:
-    """Write a run's page and curves, also while it runs; for several runs, one page with what differs as the legend."""
-    from phi3_dist.report.page import write_comparison, write_page
+    """Write a run's page and curves, also while it runs; a sweep's page; or several runs' in one."""
+    from phi3_dist.api import report_page
+    from phi3_dist.report.sweep_file import is_sweep
 
-    if len(run_folders) > 1:
-        typer.echo(f"page: {write_comparison(run_folders, output or Path('comparison.html'))}")
+    typer.echo(f"page: {report_page(run_folders, output)}")
+    if len(run_folders) > 1 or is_sweep(run_folders[0]):
         return
-    if output is not None:
-        what = "is for the page of several runs"
-        raise ConfigError(Problem("--output", what, f"the page of one is {run_folders[0]}/report.html"))
-    typer.echo(f"page: {write_page(run_folders[0])}")
     from phi3_dist.report.curves import draw_curves  # matplotlib: last, so that the page does without
 
     typer.echo(f"curves: {draw_curves(run_folders[0])}")

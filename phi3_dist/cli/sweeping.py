@@ -44,9 +44,9 @@ def sweep(
         if result.best:
             typer.echo(f"best: {result.best}, its adapter in {result.folder / 'best'}")
         folders = [result.folder / name for name in result.states if (result.folder / name / "metrics.jsonl").is_file()]
-        if len(folders) > 1:
-            from phi3_dist.report.page import write_comparison
+        if folders:
+            from phi3_dist.report.sweeps import write_sweep_page
 
-            typer.echo(f"page: {write_comparison(folders, result.folder / 'sweep.html')}")
+            typer.echo(f"page: {write_sweep_page(result.folder)}")
     if result.exit_code:
         raise typer.Exit(result.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -129,18 +130,27 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """Measure held-out loss and answers, beside the base or another one; on one process or a launcher's several."""
-    from phi3_dist.evaluation.evaluate import Asking
-    from phi3_dist.evaluation.evaluate import evaluate as measure
-    from phi3_dist.evaluation.ranks import joined
-    from phi3_dist.inference.files import How
-    from phi3_dist.inference.opening import Options
+    from phi3_dist.api import evaluate as measure
 
-    asking = Asking(data, split, base, against, rows, tuple(metric or ()), tuple(task or ()), limit)
-    options = Options(base_model, None, precision, quantization, device)
-    with joined(device) as ranks:
-        found = measure(target, asking, how=How(max_new_tokens, batch_size), options=options, ranks=ranks)
-        if ranks.is_main:
-            _show(found, output, target)
+    found = measure(
+        target,
+        data,
+        base=base,
+        against=against,
+        generate=rows,
+        metrics=metric or (),
+        tasks=task or (),
+        limit=limit,
+        split=split,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        base_model=base_model,
+        precision=precision,
+        quantization=quantization,
+        device=device,
+    )
+    if os.environ.get("RANK", "0") == "0":
+        _show(found, output, target)
 
 
 def _show(found: Evaluation, output: Path | None, target: str) -> None:

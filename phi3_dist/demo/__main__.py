@@ -8,7 +8,6 @@ least halves and exact match rises by at least 50 points.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import shlex
@@ -118,8 +117,6 @@ def _quiet() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     # peft asks transformers for a property that transformers 5 renamed
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    # bitsandbytes, which peft imports, names a kernel package that it could use for 4-bit bases
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -28,7 +28,7 @@ _WITH_AN_ADAPTER = (
         "phi3-dist check {run} --for vllm",
         "phi3_dist.serving",
     ),
-    ("Make one model of base and adapter", "phi3-dist export {run} {run}-merged --as merged", "phi3_dist.export"),
+    ("Make one model of base and adapter", "phi3-dist export {run} {run}-merged --as merged", "phi3_dist.exports"),
     (
         "Hand the adapter on: a copy without a path of this machine",
         "phi3-dist publish {run}/adapter {run}-published --base HUB_ID",

@@ -31,10 +31,13 @@ __all__ = [
     "UPLOT_VERSION",
     "board_page",
     "comparison_page",
+    "is_page",
     "parts_of_run",
+    "rendered",
     "run_page",
     "write_comparison",
     "write_page",
+    "write_text",
 ]
 
 ASSETS = Path(__file__).parent / "assets"
@@ -50,7 +53,7 @@ def write_page(run_folder: Path) -> Path:
     Parts whose file a run has not written are left out. Returns the page's path. Raises RunFolderError without
     metrics, and for a file that is not what a run writes.
     """
-    return _write(run_folder / "report.html", run_page(read_view(run_folder)))
+    return write_text(run_folder / "report.html", run_page(read_view(run_folder)))
 
 
 def write_comparison(run_folders: Sequence[Path], output: Path) -> Path:
@@ -58,17 +61,22 @@ def write_comparison(run_folders: Sequence[Path], output: Path) -> Path:
 
     Raises RunFolderError for a damaged run, and where `output` is something else than such a page.
     """
-    try:
-        ours = not output.exists() or MARK in output.read_text(encoding="utf-8", errors="replace")[:400]
-    except OSError as error:
-        raise RunFolderError(Problem(str(output), f"cannot be read: {error.strerror or error}", "--output")) from error
-    if not ours:
+    if not is_page(output):
         what = "is there already, and is not a page of this toolkit: nothing is replaced"
         raise RunFolderError(Problem(str(output), what, "name another file with --output"))
-    return _write(output, comparison_page([read_view(folder) for folder in run_folders]))
+    return write_text(output, comparison_page([read_view(folder) for folder in run_folders]))
 
 
-def _write(path: Path, text: str) -> Path:
+def is_page(path: Path) -> bool:
+    """Whether a page may be written there: nothing is, or a page of this toolkit. Raises RunFolderError."""
+    try:
+        return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")[:400]
+    except OSError as error:
+        raise RunFolderError(Problem(str(path), f"cannot be read: {error.strerror or error}", "--output")) from error
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a page whole, or leave what was there. Raises RunFolderError."""
     with written(path) as partial:
         # what JSON may hold and UTF-8 may not, such as half of a pair of code units
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -79,7 +87,7 @@ def run_page(view: RunView, live: Mapping[str, Any] | None = None) -> str:
     """The page of one run. `live` says where to ask for news (`url`) and how often (`every_ms`)."""
     data = {**drawn([view], [view.name]), "live": live}
     parts = parts_of_run(view, live=live is not None)
-    return _page("run.html", data, title=view.name, view=view, live=live, **parts)
+    return rendered("run.html", data, title=view.name, view=view, live=live, **parts)
 
 
 def parts_of_run(view: RunView, *, live: bool = True) -> dict[str, Markup]:
@@ -129,7 +137,7 @@ def _bars(spans: Sequence[series.Span]) -> list[tables.Bar]:
 def comparison_page(views: Sequence[RunView], live: Mapping[str, Any] | None = None) -> str:
     """Several runs over one another."""
     names, above = parts_of_comparison(views)
-    return _page(
+    return rendered(
         "comparison.html",
         {**drawn(views, names), "live": live},
         title=f"{len(views)} runs",
@@ -155,7 +163,7 @@ def board_page(rows: Sequence[Mapping[str, Any]], folder: Path, live: Mapping[st
     """The list of runs that `phi3-dist board` shows."""
     table = _TEMPLATES.get_template("runs.html").render(rows=rows)
     data = {"charts": [], "runs": [], "live": live}
-    return _page("board.html", data, title=f"Runs in {folder}", live=live, table=Markup(table))
+    return rendered("board.html", data, title=f"Runs in {folder}", live=live, table=Markup(table))
 
 
 def runs_part(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -178,7 +186,8 @@ def data_json(data: Mapping[str, Any]) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _page(template: str, data: Mapping[str, Any], **context: Any) -> str:
+def rendered(template: str, data: Mapping[str, Any], **context: Any) -> str:
+    """A page of `template`: its styles, scripts and data, all in one file."""
     uplot = _asset("uPlot.iife.min.js")
     scripts = [*([uplot] if template != "board.html" else []), _asset("charts.js"), _asset("page.js")]
     live = bool(context.get("live"))

@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rich.text import Text
 from phi3_dist.errors import Problem, RunFolderError
 from phi3_dist.machine.processes import lives
 from phi3_dist.report.reading import count, finite, number, parse, printable, read_object
+from phi3_dist.report.sweep_file import sweep_line
 
 __all__ = ["RunRow", "list_runs", "read_run", "run_cells", "runs_table", "watch_runs"]
 
@@ -30,7 +31,7 @@ STALE_S = 900
 """Age from which a heartbeat from elsewhere counts as dead."""
 TAIL_BYTES = 65536
 _STYLES = {"running": "cyan", "finished": "green", "failed": "red", "lost": "red"}
-_STYLES |= dict.fromkeys(("interrupted", "preempted"), "yellow")
+_STYLES |= dict.fromkeys(("interrupted", "preempted", "ended early"), "yellow")
 _OF_A_RUN = {"plan.json", "heartbeat.json", "exit.json"}
 _NAME_AT_LEAST = 24
 _FIRST_TO_GO = ("nodes", "tokens/s", "job", "saved", "seen", "loss")
@@ -159,8 +160,11 @@ def _last_row(path: Path) -> dict[str, Any]:
 
 
 def runs_table(rows: Sequence[RunRow], *, base: Path | None = None, width: int | None = None) -> Group:
-    """A table of runs in `width` columns (None: as many as it needs); names are given from `base` on."""
-    cells = [run_cells(row, base) for row in rows]
+    """A table of runs in `width` columns (None: as many as it needs); names are given from `base` on.
+
+    A sweep's candidates stand below a line about it, in the order of its ranking.
+    """
+    cells = list(_cells(rows, base))
     heads = ["run", "state", "step", "loss", "tokens/s", "saved", "job", "nodes", "seen"]
     heads = [head for head in heads if head in {"run", "state", "step", "seen"} or any(cell[head] for cell in cells)]
     if width is not None:
@@ -183,6 +187,23 @@ def runs_table(rows: Sequence[RunRow], *, base: Path | None = None, width: int |
     return Group(table, *notes)
 
 
+def _cells(rows: Sequence[RunRow], base: Path | None) -> Iterator[dict[str, str]]:
+    """What the table shows, row by row."""
+    sweeps = {folder: sweep_line(folder) for folder in dict.fromkeys(row.folder.parent for row in rows)}
+    told: set[Path] = set()
+    for row in rows:
+        folder, line = row.folder.parent, sweeps[row.folder.parent]
+        if line is None or row.folder.name not in line.places:
+            yield run_cells(row, base)
+        elif folder not in told:
+            told.add(folder)
+            mine = [one for one in rows if one.folder.parent == folder and one.folder.name in line.places]
+            yield {**dict.fromkeys(run_cells(row, base), ""), "run": f"{_path(folder, base)}: sweep of {line.said}"}
+            for one in sorted(mine, key=lambda one: line.places[one.folder.name]):
+                place = line.places[one.folder.name]
+                yield {**run_cells(one, base), "run": f"  {place:>2} {printable(one.folder.name)}"}
+
+
 def _width(cells: Sequence[dict[str, str]], heads: Sequence[str]) -> int:
     """Columns that a table needs, with a run's name folded once it is long."""
     widths = {head: max([len(head), *(Text(cell[head]).cell_len for cell in cells)]) for head in heads}
@@ -191,8 +212,12 @@ def _width(cells: Sequence[dict[str, str]], heads: Sequence[str]) -> int:
 
 
 def _name(row: RunRow, base: Path | None) -> str:
-    inside = base is not None and row.folder != base and row.folder.is_relative_to(base)
-    return printable(row.folder.relative_to(base) if inside and base is not None else row.folder)
+    return _path(row.folder, base)
+
+
+def _path(folder: Path, base: Path | None) -> str:
+    inside = base is not None and folder != base and folder.is_relative_to(base)
+    return printable(folder.relative_to(base) if inside and base is not None else folder)
 
 
 def run_cells(row: RunRow, base: Path | None) -> dict[str, str]:

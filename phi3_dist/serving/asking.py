@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 from phi3_dist.errors import MachineError, Problem
 
-__all__ = ["ASKABLE", "Answer", "ask", "is_here"]
+__all__ = ["ASKABLE", "Answer", "Askable", "ask", "ask_plainly", "why_absent"]
 
 Askable = Literal["vllm", "llama.cpp"]
 ASKABLE: tuple[Askable, ...] = ("vllm", "llama.cpp")
@@ -34,15 +35,23 @@ class Answer:
     logprobs: tuple[float, ...]
 
 
-def is_here(server: Askable, python: str) -> bool:
-    """Whether that Python can load the server."""
+def why_absent(server: Askable, python: str) -> str:
+    """Why that Python can't load the server, in one line; empty where it can."""
+    command = [python, "-P", "-c", _LOADS[server]]
     try:
-        return (
-            subprocess.run([python, "-c", _LOADS[server]], capture_output=True, check=False, timeout=300).returncode
-            == 0
-        )
-    except OSError:
-        return False
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=300)
+    except OSError as error:
+        return f"{python} cannot be started: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        return f"{python} had not loaded it after 300 s"
+    if done.returncode == 0:
+        return ""
+    last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+    old = re.search(r"version `(GLIBC_[\d.]+)' not found", last)
+    if old:
+        return f"is installed for {python}, and wants {old[1]}: the C library of this system is older"
+    absent = f"No module named '{_LOADS[server].split()[1]}'"
+    return f"is not installed for {python}" if absent in last else f"{python} does not load it: {last[:300]}"
 
 
 def ask(
@@ -53,6 +62,18 @@ def ask(
     request: `base`, `adapters` (None: the base alone), `prompts` (ids), `new_tokens`, `context` (tokens), for
     vLLM `max_lora_rank`. Raises MachineError where the server can't be started.
     """
+    return [
+        " ".join(str(one["error"]).split())
+        if "error" in one
+        else [Answer(tuple(answer["ids"]), tuple(answer["logprobs"])) for answer in one["answers"]]
+        for one in ask_plainly(server, python, request, timeout_s=timeout_s)
+    ]
+
+
+def ask_plainly(
+    server: Askable, python: str, request: Mapping[str, Any], *, timeout_s: int = 1800
+) -> list[dict[str, Any]]:
+    """As `ask`, with what the server's script has written for each adapter (`vllm_script.py` says what)."""
     script = Path(__file__).with_name(_SCRIPT[server])
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
@@ -79,10 +100,5 @@ def ask(
             what = f"ended with {done.returncode} before it answered: {tail}"
             fix = f"--server-python PATH, a Python that has {_PACKAGE[server]}"
             raise MachineError(Problem(server, what, fix))
-        said = json.loads(answered.read_text("utf-8"))
-    return [
-        " ".join(str(one["error"]).split())
-        if "error" in one
-        else [Answer(tuple(answer["ids"]), tuple(answer["logprobs"])) for answer in one["answers"]]
-        for one in said
-    ]
+        said: list[dict[str, Any]] = json.loads(answered.read_text("utf-8"))
+    return said

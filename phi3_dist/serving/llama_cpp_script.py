@@ -2,9 +2,9 @@
 
     python llama_cpp_script.py REQUEST.json ANSWER.json
 
-REQUEST: base (GGUF), adapters (GGUF files, or null), prompts (lists of ids), new_tokens, context. ANSWER: for each
-adapter `answers`, by prompt the ids and the logarithm of each one's probability, or `error`, what went wrong. Needs
-nothing else of this project.
+REQUEST: base (GGUF), adapters (GGUF files, or null), prompts (lists of ids), new_tokens, context, perhaps texts.
+ANSWER: for each adapter `answers`, by prompt the ids and the logarithm of each one's probability, and `tokens`, the ids
+of each text as its tokenizer reads it; or `error`, what went wrong. Needs nothing else of this project.
 """
 
 from __future__ import annotations
@@ -64,6 +64,15 @@ def _answer(ffi: Any, lib: Any, made: tuple[Any, Any], prompt: list[int], new_to
     return {"ids": chosen, "logprobs": logprobs}
 
 
+def _tokens(ffi: Any, lib: Any, model: Any, text: str) -> list[int]:
+    """The ids of a text as llama-server reads it: role tokens are tokens, and a beginning is put before it if asked."""
+    raw = text.encode()
+    room = len(raw) + 8
+    out = ffi.new("llama_token[]", room)
+    count = lib.llama_tokenize(lib.llama_model_get_vocab(model), raw, len(raw), out, room, True, True)
+    return list(ffi.unpack(out, count))
+
+
 def answers(request: dict[str, Any]) -> list[dict[str, Any]]:
     """What llama.cpp answers with each adapter, or `error`."""
     from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
@@ -73,7 +82,9 @@ def answers(request: dict[str, Any]) -> list[dict[str, Any]]:
     for path in request["adapters"]:
         try:
             made = _context(ffi, lib, request, path)
-            found.append({"answers": [_answer(ffi, lib, made, p, request["new_tokens"]) for p in request["prompts"]]})
+            said = [_answer(ffi, lib, made, prompt, request["new_tokens"]) for prompt in request["prompts"]]
+            tokens = [_tokens(ffi, lib, made[0], text) for text in request.get("texts", [])]
+            found.append({"answers": said, "tokens": tokens})
         except RuntimeError as error:
             found.append({"error": str(error)})
     return found

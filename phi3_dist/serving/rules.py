@@ -21,6 +21,7 @@ Effect = Literal["refused", "wrong", "flag", "note"]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM 0.32 takes as --max-lora-rank (vllm/config/lora.py, MaxLoRARanks)."""
 _MERGE = "phi3-dist export {folder} OUT --as merged"
+_MERGE_GGUF = "phi3-dist export {folder} OUT --as gguf-merged"
 _LLAMA_NAMES = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
 
 
@@ -145,14 +146,15 @@ RULES: tuple[Rule, ...] = (
         "it was trained on the base in {trained_on}: on another the answers drift (export --as merged measures it)",
     ),
     # llama.cpp
-    Rule(_LLAMA, "refused", lambda s: s.dora, "llama.cpp computes no DoRA", _MERGE, source=_ADAPTER_CPP),
+    Rule(_LLAMA, "refused", lambda s: s.dora, "llama.cpp computes no DoRA", _MERGE_GGUF, source=_ADAPTER_CPP),
     Rule(
         _LLAMA, "refused", lambda s: bool(s.whole),
-        "llama.cpp's adapters hold A and B, and no modules trained in full ({whole})", _MERGE, source=_ADAPTER_CPP,
+        "llama.cpp's adapters hold A and B, and no modules trained in full ({whole})", _MERGE_GGUF, source=_ADAPTER_CPP,
     ),
     Rule(
         _LLAMA, "refused", lambda s: s.taught > 0,
-        "the tokenizer in the base's GGUF file knows none of the {taught} new tokens", _MERGE, source=_ADAPTER_CPP,
+        "the tokenizer in the base's GGUF file knows none of the {taught} new tokens", _MERGE_GGUF,
+        source=_ADAPTER_CPP,
     ),
     Rule(
         _LLAMA, "flag", lambda s: True, "llama.cpp reads GGUF: phi3-dist export {folder} OUT --as gguf",
@@ -181,7 +183,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         _LLAMA, "wrong", lambda s: s.start == "loftq",
         "LoftQ made up for what NF4 loses of the base, and llama.cpp has other quantisations",
-        "phi3-dist export {folder} OUT --as merged --into nf4", source="arXiv 2310.08659",
+        "phi3-dist export {folder} OUT --as gguf-merged --into nf4", source="arXiv 2310.08659",
     ),
     # in Python
     Rule(

@@ -3,8 +3,9 @@
     python vllm_script.py REQUEST.json ANSWER.json
 
 REQUEST: base (folder or hub id), adapters (a list of folders, or null for the base alone), prompts (lists of ids),
-new_tokens, context, max_lora_rank. ANSWER: for each adapter `answers`, by prompt the ids and the logarithm of each
-one's probability, or `error`, what went wrong. Needs nothing else of this project.
+new_tokens, context, max_lora_rank. To be timed: stops (ids that end an answer), rounds, together (rows at a time),
+threads. ANSWER: for each adapter `answers`, by prompt the ids and the logarithm of each one's probability, and
+`seconds` of each round; or `error`, what went wrong. Needs nothing else of this project.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from typing import Any
 def _engine(request: dict[str, Any]) -> Any:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    if "threads" in request:  # as many as the other side has, and where the system puts them
+        os.environ |= {"OMP_NUM_THREADS": str(request["threads"]), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     from vllm import LLM
 
     with_lora = any(request["adapters"])
@@ -30,10 +34,11 @@ def _engine(request: dict[str, Any]) -> Any:
         max_model_len=request["context"],
         enable_lora=with_lora,
         **({"max_lora_rank": request["max_lora_rank"]} if with_lora else {}),
+        **({"max_num_seqs": request["together"]} if "together" in request else {}),
     )
 
 
-def _answers(llm: Any, request: dict[str, Any], number: int) -> list[dict[str, Any]]:
+def _answers(llm: Any, request: dict[str, Any], number: int) -> dict[str, Any]:
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -42,16 +47,24 @@ def _answers(llm: Any, request: dict[str, Any], number: int) -> list[dict[str, A
     if adapter is not None:
         # by itself first: one that is refused within a request leaves that in the scheduler, for ever
         llm.llm_engine.add_lora(adapter)
+    timed = "rounds" in request
+    ends = {"stop_token_ids": request["stops"]} if "stops" in request else {"ignore_eos": True}
     sampling = SamplingParams(
-        temperature=0, max_tokens=request["new_tokens"], ignore_eos=True, logprobs=1, detokenize=False
+        temperature=0, max_tokens=request["new_tokens"], logprobs=None if timed else 1, detokenize=False, **ends
     )
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+    seconds, outputs = [], []
+    for _ in range(request.get("rounds", 1)):
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, sampling, lora_request=adapter, use_tqdm=False)
+        seconds.append(time.perf_counter() - start)
     found = []
-    for out in llm.generate(prompts, sampling, lora_request=adapter, use_tqdm=False):
+    for out in outputs:
         first = out.outputs[0]
         ids = list(first.token_ids)
-        found.append({"ids": ids, "logprobs": [p[i].logprob for i, p in zip(ids, first.logprobs, strict=True)]})
-    return found
+        logprobs = [] if timed else [p[i].logprob for i, p in zip(ids, first.logprobs, strict=True)]
+        found.append({"ids": ids, "logprobs": logprobs})
+    return {"answers": found, "seconds": seconds}
 
 
 def answers(request: dict[str, Any]) -> list[dict[str, Any]]:
@@ -63,7 +76,7 @@ def answers(request: dict[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for number in range(len(request["adapters"])):
         try:
-            found.append({"answers": _answers(llm, request, number)})
+            found.append(_answers(llm, request, number))
         except Exception as error:  # noqa: BLE001
             found.append({"error": f"{type(error).__name__}: {error}"})
     return found

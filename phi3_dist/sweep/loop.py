@@ -34,6 +34,7 @@ from phi3_dist.training.checkpoints.resume import find_resume_point
 from phi3_dist.training.early_checks import inputs_of
 from phi3_dist.training.inputs import find_model, prepare_rows
 from phi3_dist.training.monitor.start_clock import StartClock
+from phi3_dist.training.process_state import own_process_state
 from phi3_dist.training.run_folder import RunFolder, versions
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.same_on_all_ranks import check_same_on_all_ranks
@@ -249,7 +250,7 @@ def run_sweep(
     """
     _check_names(sweep, revive)
     cache = cache or cache_folder(sweep.cfg.data.cache)
-    with StopFlag() as flag, ExitStack() as stack:
+    with StopFlag() as flag, own_process_state(), ExitStack() as stack:
         clock = StartClock()
         clock.mark("imports")
         folders = {one.name: _folder(one, launch, overwrite=overwrite, resume=resume) for one in sweep.candidates}
@@ -276,7 +277,8 @@ def run_sweep(
             sweep.together, len(going), plan.memory, machine, ranks=launch.ranks_per_node, a_pass=a_pass
         )
         board.announce(plan, len(going), at_once, a_pass, why)
-        _rounds(_Sweep(sweep, runs, board, flag), going, (at_once, a_pass), ready, runtime, clock)
+        with board:
+            _rounds(_Sweep(sweep, runs, board, flag), going, (at_once, a_pass), ready, runtime, clock)
         stopped = next((run.stopped_by for run in runs if run.stopped_by), 0)
         best = None if stopped else board.keep_best(where)
         board.write(where)

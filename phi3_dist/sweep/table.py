@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 
 from phi3_dist.adapters.reading import CONFIG, read_adapter
@@ -23,8 +24,8 @@ from phi3_dist.sweep.file import Sweep
 __all__ = ["BEST", "SWEEP_FILE", "Board", "decisions_of", "ranking"]
 
 SWEEP_FILE, BEST = "sweep.json", "best"
-SHOW_S = 15.0
-"""Seconds between two lines of a sweep whose output is not a terminal."""
+SHOW_S, REWRITE_S = 15.0, 0.5
+"""Seconds between two lines of a sweep whose output is not a terminal, and between two tables where it is one."""
 
 
 def ranking(runs: Sequence[CandidateRun]) -> list[CandidateRun]:
@@ -59,6 +60,7 @@ class Board:
         self.decisions: list[Decision] = []
         self.console = Console(highlight=False, soft_wrap=True)
         self._told = 0.0
+        self._live: Live | None = None
 
     def say(self, text: str) -> None:
         if self.active:
@@ -72,13 +74,28 @@ class Board:
         for choice in plan.choices:
             self.say(f"{choice.name}: {choice.value} ({choice.why})")
 
+    def __enter__(self) -> Board:
+        """On a terminal the table is written anew in its place until the block ends; lines come above it."""
+        if self.active and self.console.is_terminal and not self.console.is_dumb_terminal:
+            self._live = Live(console=self.console, auto_refresh=False, transient=True, redirect_stderr=False)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
     def step(self) -> None:
-        """A line now and then: the steps made, and the three with the lowest held-out losses."""
+        """Now and then the table on a terminal; elsewhere a line, the steps made and the lowest held-out losses."""
         now = time.perf_counter()
-        if not self.active or now - self._told < SHOW_S:
+        if not self.active or now - self._told < (REWRITE_S if self._live else SHOW_S):
             return
         self._told = now
-        self.say(self.line())
+        if self._live:
+            self._live.update(self.table(at_most=self.console.height - 4), refresh=True)
+        else:
+            self.say(self.line())
 
     def line(self) -> str:
         running = [run for run in self.runs if run.state == "running"]
@@ -87,13 +104,18 @@ class Board:
         best = ", ".join(f"{run.name} {run.losses()[1]:.4f}" for run in ranking(self.runs)[:3])
         return f"sweep: {done:,} of at most {total:,} steps, {len(running)} running; lowest held-out loss: {best}"
 
-    def table(self) -> Table:
+    def table(self, at_most: int | None = None) -> Table:
+        """The candidates in the order of the ranking, of which at most so many."""
         table = Table(box=None, pad_edge=False)
         for column in ("", "candidate", "state", "step", "loss", "held-out loss"):
             table.add_column(column, justify="right" if column in ("", "step", "loss", "held-out loss") else "left")
-        for place, run in enumerate(ranking(self.runs), 1):
+        ranked = ranking(self.runs)
+        shown = ranked if at_most is None or len(ranked) <= at_most else ranked[: max(1, at_most - 1)]
+        for place, run in enumerate(shown, 1):
             numbers = ["-" if math.isnan(x) else f"{x:.4f}" for x in run.losses()]
             table.add_row(str(place), run.name, run.state, f"{run.done}/{run.total}", *numbers)
+        if len(shown) < len(ranked):
+            table.add_row("", f"and {len(ranked) - len(shown)} more", "", "", "", "")
         return table
 
     def show(self) -> None:

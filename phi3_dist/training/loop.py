@@ -64,6 +64,7 @@ from phi3_dist.training.plan_proof import prove_built_dtypes
 from phi3_dist.training.preflight.across_ranks import node_view, seen_from_all_nodes
 from phi3_dist.training.preflight.at_start import plan_start
 from phi3_dist.training.preflight.context_window import context_finding
+from phi3_dist.training.process_state import own_process_state
 from phi3_dist.training.run_folder import RunFolder, versions
 from phi3_dist.training.run_steps import run_steps
 from phi3_dist.training.runtime import Runtime, start_runtime
@@ -114,7 +115,7 @@ def train(
     Raises the errors of the tree in phi3_dist.errors; a user's mistakes come before the process group exists. A signal
     before the first step raises Stopped.
     """
-    with StopFlag() as flag:
+    with StopFlag() as flag, own_process_state():
         return _train(
             cfg,
             machine,

@@ -6,19 +6,22 @@ weights, by token ids. Where one is not there, its tests are skipped by name.
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from phi3_dist.export.checking import compared, greedy, served_of
-from phi3_dist.export.exporting import export
-from phi3_dist.export.measuring import Rows, compute_dtype, live_model
-from phi3_dist.export.opening import open_adapter
-from phi3_dist.serving.asking import ask, is_here
+from phi3_dist.exports.checking import compared, greedy, served_of
+from phi3_dist.exports.exporting import export
+from phi3_dist.exports.measuring import Rows, compute_dtype, live_model
+from phi3_dist.exports.opening import open_adapter
+from phi3_dist.modeling.tokenizer import load_tokenizer, tiny_tokenizer
+from phi3_dist.serving.asking import ask, ask_plainly, why_absent
 from phi3_dist.serving.rules import judge
 from tests.export_cases import CASES, LONGROPE, small_adapter, small_base
+from tests.unit.test_gguf_model import TEXTS, llama_tokenizer
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(1800)]
 
@@ -36,9 +39,16 @@ FACTORS = {
 ORIGINAL = 4096
 
 
+@functools.cache
+def missing(server: Any) -> str:
+    if not Path(PYTHON).exists():
+        return "is not installed: make test-serve installs it"
+    return why_absent(server, PYTHON)
+
+
 def skip_without(server: Any) -> None:
-    if not is_here(server, PYTHON):
-        pytest.skip(f"{server} is not installed for {PYTHON}: make test-serve installs it")
+    if why := missing(server):
+        pytest.skip(f"{server} {why}")
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +175,37 @@ def test_llama_cpp_takes_longropes_factors_by_its_context(
         (said,) = ask("llama.cpp", PYTHON, {**request, "new_tokens": 8, "context": context})
         trial = compared(said, open_adapter(adapter), PROMPTS, ROWS)
         assert trial.right is ((factors == "long") == (context > ORIGINAL)), (factors, trial)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "tokens", "whole_head", "embedding"])
+def test_llama_cpp_serves_the_merged_model(name: str, base: Path, adapters: dict[str, Path]) -> None:
+    skip_without("llama.cpp")
+    out = base.parent / f"{name}_gguf_merged"
+    export(adapters[name], out, "gguf-merged")
+    request = {"base": str(out / "model.gguf"), "adapters": [None], "prompts": PROMPTS, "new_tokens": 8}
+    (said,) = ask("llama.cpp", PYTHON, {**request, "context": 256})
+    trial = compared(said, open_adapter(adapters[name]), PROMPTS, ROWS)
+    assert trial.right, trial
+
+
+@pytest.mark.parametrize("form", ["phi3", "bytes", "taught"])
+def test_llama_cpp_reads_texts_as_in_training(form: str, tmp_path: Path) -> None:
+    """Scores for SentencePiece's pieces, and merges for bytes, give the ids of tokenizer.json: roles, spaces, bytes."""
+    skip_without("llama.cpp")
+    tokenizer = llama_tokenizer() if form == "phi3" else tiny_tokenizer()
+    base = small_base(tmp_path / "base", vocab_size=640, **HEAD_32)
+    tokenizer.save_pretrained(str(base))
+    adapter = small_adapter(tmp_path / "adapter", base, new_tokens=("<|a|>",) if form == "taught" else ())
+    export(adapter, tmp_path / "out", "gguf-merged")
+    ours = load_tokenizer(str(adapter))
+    texts = [*TEXTS, "slowest  newer\n\nlow ", "Grüße, 你好 🙂 12345", " a b"]
+    texts += ["low<|a|>wide", "<|a|>\nlow"] if form == "taught" else []
+    turns = [{"role": "system", "content": "low"}, {"role": "user", "content": " Wide? \n"}]
+    texts.append(ours.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    request = {"base": str(tmp_path / "out" / "model.gguf"), "adapters": [None], "prompts": [[5]], "new_tokens": 1}
+    (said,) = ask_plainly("llama.cpp", PYTHON, {**request, "context": 256, "texts": texts})
+    wanted = {text: list(ours(text, add_special_tokens=False)["input_ids"]) for text in texts}
+    found = dict(zip(texts, said["tokens"], strict=True))
+    if form == "taught":  # the one thing that the export says llama.cpp does otherwise
+        assert found.pop("<|a|>\nlow") != wanted.pop("<|a|>\nlow")
+    assert found == wanted

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from phi3_dist.adapters.reading import read_adapter, read_metadata
 from phi3_dist.cli import app
 from phi3_dist.errors import AdapterError, RunFolderError
-from phi3_dist.export.from_checkpoint import adapter_of_checkpoint, choose_checkpoint
+from phi3_dist.exports.from_checkpoint import adapter_of_checkpoint, choose_checkpoint
 from phi3_dist.modeling.tokenizer import load_tokenizer
 from tests.unit.test_folder_runs import train
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -10,8 +11,19 @@ from pathlib import Path
 import pytest
 
 import phi3_dist
-from phi3_dist import evaluate, generate, load_run, plan, train
-from phi3_dist.errors import ConfigError, DataError, RunFolderError, TrainingError
+from phi3_dist import (
+    adapter_of_checkpoint,
+    check,
+    evaluate,
+    export,
+    generate,
+    load_run,
+    plan,
+    push,
+    report_page,
+    train,
+)
+from phi3_dist.errors import AdapterError, ConfigError, DataError, PlanError, RunFolderError, TrainingError
 from phi3_dist.training import loop
 from phi3_dist.training.signals import Stopped
 from tests.ranks.launcher import REPO
@@ -47,6 +59,45 @@ def test_from_rows_to_an_answer(tmp_path: Path) -> None:
     assert train(folder, resume=True).steps == 0
     with pytest.raises(DataError, match=r"prompts\[1\]"):
         generate(folder, ["a", "b <|end|>"])
+    hand_on(folder, tmp_path)
+    # a second run of this process, in another precision
+    second = train(DEBUG, {**SHORT, "model.precision": "bf16", "save.folder": str(tmp_path / "second")})
+    assert (second.state, second.steps) == ("finished", 3)
+    assert json.loads((tmp_path / "second" / "plan.json").read_text())["precision"] == "bf16"
+    assert report_page([folder, tmp_path / "second"], tmp_path / "both.html") == tmp_path / "both.html"
+
+
+def hand_on(folder: Path, tmp_path: Path) -> None:
+    """What there is to do with a run's adapter."""
+    taken = adapter_of_checkpoint(folder, tmp_path / "taken", step=3)
+    assert (taken.folder, taken.step) == (tmp_path / "taken", 3)
+    done = export(folder, tmp_path / "one", "one-rank")
+    assert done.folder == tmp_path / "one"
+    assert done.drift.error < 1e-4
+    assert check(tmp_path / "one", "vllm").right
+    assert "vllm serve" in check(folder, "vllm").verdict.command
+    pushed = push(folder, "somebody/adapter", base="microsoft/Phi-3-mini-4k-instruct")
+    assert not pushed.url
+    assert pushed.private
+    assert report_page(folder) == folder / "report.html"
+    with pytest.raises(AdapterError, match="exists"):
+        export(folder, tmp_path / "one", "one-rank")
+
+
+def test_a_run_in_a_process_with_an_accelerator_of_its_own_is_refused(tmp_path: Path) -> None:
+    """Its device and precision would be the run's."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState, is_initialized
+
+    assert not is_initialized()  # no test's run has left anything
+    Accelerator(cpu=True)
+    try:
+        with pytest.raises(PlanError, match="has made an Accelerator already"):
+            train(DEBUG, {**SHORT, "save.folder": str(tmp_path / "run")})
+        assert is_initialized()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert not PartialState._shared_state
 
 
 def test_a_plan_says_what_would_run() -> None:
@@ -66,6 +117,11 @@ def test_a_plan_says_what_would_run() -> None:
         (lambda: generate("tiny-random", "Hi."), "a list of prompts"),
         (lambda: generate("tiny-random", ["Hi."], top_p=0), "top_p"),
         (lambda: generate("tiny-random", ["Hi."], batch_size=0), "below 1"),
+        (lambda: export("run", "out", "onnx"), "one of merged, split"),  # type: ignore[arg-type]
+        (lambda: check("run", "tgi"), "is not a server that is known"),  # type: ignore[arg-type]
+        (lambda: adapter_of_checkpoint("run", "out", step=1, best=True), "cannot be combined"),
+        (lambda: report_page("run", "page.html"), "is for the page of several runs"),
+        (lambda: report_page([]), "is empty"),
     ],
 )
 def test_mistakes_are_errors_of_the_tree(call: object, said: str) -> None:
@@ -85,9 +141,24 @@ def test_a_signal_ends_no_process(
         train(DEBUG, {**SHORT, "save.folder": str(tmp_path / "run")})
 
 
-def test_the_functions_are_there_without_torch() -> None:
-    names = "evaluate, generate, load_run, plan, train"
-    code = f"import sys; from phi3_dist import {names}; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
-    assert {"evaluate", "generate", "load_run", "plan", "train"} <= set(phi3_dist.__all__)
-    assert all(getattr(phi3_dist, name).__doc__ for name in ("evaluate", "generate", "load_run", "plan", "train"))
+VERBS = {
+    "adapter_of_checkpoint", "check", "evaluate", "export", "generate", "load_run", "plan", "push", "report_page",
+    "train",
+}  # fmt: skip
+
+
+def test_the_functions_are_there_without_torch_and_stay_functions() -> None:
+    """No package of the same name takes a function's place, and bitsandbytes' notice about a kernel is not shown."""
+    code = (
+        f"import sys; from phi3_dist import {', '.join(sorted(VERBS))}\n"
+        "import logging, pkgutil, phi3_dist\n"
+        f"assert not {VERBS} & {{module.name for module in pkgutil.iter_modules(phi3_dist.__path__)}}\n"
+        "assert 'torch' not in sys.modules\n"
+        "ops = logging.getLogger('bitsandbytes.backends.cpu.ops')\n"
+        "ops.warning('Failed to load CPU gemm_4bit_forward from kernels-community: %s.', 'x')\n"
+        "ops.warning('something else')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO, capture_output=True, text=True)
+    assert done.stderr == "something else\n"
+    assert set(phi3_dist.__all__) >= VERBS
+    assert all(getattr(phi3_dist, name).__doc__ for name in VERBS)

@@ -16,12 +16,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3ForCausalLM
 
 from phi3_dist.adapters.loading import load_adapter
 from phi3_dist.errors import AdapterError, RunFolderError
-from phi3_dist.export import exporting, merged
-from phi3_dist.export.exporting import export
-from phi3_dist.export.gguf_file import read_gguf_adapter
-from phi3_dist.export.measuring import rows_for, tokenizer_of
-from phi3_dist.export.opening import open_adapter
-from phi3_dist.export.updates import Update
+from phi3_dist.exports import exporting, merged
+from phi3_dist.exports.exporting import export
+from phi3_dist.exports.gguf_file import read_gguf_adapter
+from phi3_dist.exports.measuring import rows_for, tokenizer_of
+from phi3_dist.exports.opening import open_adapter
+from phi3_dist.exports.updates import Update
 from phi3_dist.modeling.lora import quiet_peft
 from phi3_dist.modeling.rope import pin_longrope
 from tests.export_cases import CASES, LONGROPE, small_adapter, small_base
@@ -208,7 +208,7 @@ def test_an_export_that_is_stopped_leaves_nothing_and_clears_what_dead_ones_left
 def test_a_killed_export_leaves_nothing_that_looks_finished(lora: Path, tmp_path: Path) -> None:
     """Killed while it compares: all weights are there by then."""
     code = (
-        "import os, signal, sys; from phi3_dist.export import exporting\n"
+        "import os, signal, sys; from phi3_dist.exports import exporting\n"
         "exporting.live_logits = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
         "exporting.export(sys.argv[1], sys.argv[2], 'merged')"
     )
@@ -361,7 +361,7 @@ def test_what_llama_cpp_can_not_say_is_refused_with_the_way_that_works(
     adapter = small_adapter(tmp_path / "adapter", base, **more)
     with pytest.raises(AdapterError, match=said) as refused:
         export(adapter, tmp_path / "out", "gguf")
-    assert "--as merged" in refused.value.problems[0].fix
+    assert "--as gguf-merged" in refused.value.problems[0].fix
     assert not (tmp_path / "out").exists()
 
 

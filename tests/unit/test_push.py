@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.files import save_adapter
 from phi3_dist.errors import AdapterError, ConfigError, MachineError
-from phi3_dist.export.pushing import push
+from phi3_dist.exports.pushing import push
 from phi3_dist.modeling.lora import quiet_peft
 from tests.small_models import small_phi3
 

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from phi3_dist.cli import app
 from phi3_dist.errors import ConfigError, MachineError
-from phi3_dist.export import checking
-from phi3_dist.export.checking import check, served_of, try_server
-from phi3_dist.export.opening import open_adapter
-from phi3_dist.serving.asking import Answer, ask
+from phi3_dist.exports import checking
+from phi3_dist.exports.checking import check, served_of, try_server
+from phi3_dist.exports.opening import open_adapter
+from phi3_dist.serving.asking import Answer, ask, why_absent
 from phi3_dist.serving.facts import Served
 from phi3_dist.serving.rules import RULES, SERVERS, Server, judge
 from tests.export_cases import CASES, LONGROPE, small_adapter, small_base
@@ -120,7 +120,7 @@ def server(folder: Path, answers: str) -> str:
     """A Python that writes `answers`, an expression over the request, in place of a server."""
     path = folder / "python"
     path.write_text(
-        f"#!{sys.executable}\nimport json, sys\nif sys.argv[1] == '-c':\n    sys.exit(0)\n"
+        f"#!{sys.executable}\nimport json, sys\nif '-c' in sys.argv[1:3]:\n    sys.exit(0)\n"
         f"request = json.load(open(sys.argv[-2]))\njson.dump({answers}, open(sys.argv[-1], 'w'))\n"
     )
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -165,9 +165,27 @@ def test_what_a_server_refuses_is_its_answer_and_what_fails_to_start_is_an_error
         ask("vllm", server(tmp_path, "1 / 0"), request)
     with pytest.raises(MachineError, match="cannot be started: No such file"):
         ask("vllm", str(tmp_path / "none"), request)
-    with pytest.raises(MachineError, match="is not installed for"):
+    with pytest.raises(MachineError, match="cannot be started"):
         checking.require("vllm", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="needs the base as a GGUF file"):
         try_server(opened, "llama.cpp", sys.executable)
     with pytest.raises(ConfigError, match="starts no server for peft"):
         try_server(opened, "peft", sys.executable)
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ("ModuleNotFoundError: No module named 'vllm'", "is not installed for"),
+        ("RuntimeError: libc.so.6: version `GLIBC_2.38' not found (required by x)", "wants GLIBC_2.38: the C library"),
+        ("ImportError: libnuma.so.1: cannot open shared object file", "does not load it: ImportError: libnuma.so.1"),
+    ],
+)
+def test_why_a_server_is_not_there_is_told(last: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/sh\ncat >&2 <<'END'\nTraceback\n{last}\nEND\nexit 1\n")
+    path.chmod(0o755)
+    assert said in why_absent("vllm", str(path))
+    with pytest.raises(MachineError, match="make test-serve makes one"):
+        checking.require("vllm", str(path))
+    assert "cannot be started: No such file" in why_absent("vllm", str(tmp_path / "none"))

@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from phi3_dist.export.measuring import Drift
-from phi3_dist.export.opening import Opened
+from phi3_dist.exports.measuring import Drift
+from phi3_dist.exports.opening import Opened
 
-__all__ = ["export_card", "merged_card"]
+__all__ = ["export_card", "gguf_card", "merged_card"]
 
 _NOTES = {
     "split": "with q_proj, k_proj, v_proj, gate_proj and up_proj of their own, for servers that want Llama's names: "
@@ -37,9 +37,39 @@ def export_card(opened: Opened, kind: str, more: str = "") -> str:
 
 def merged_card(opened: Opened, what: str, drift: Drift) -> str:
     """The card of a merged model. A local base is named by its folder alone."""
+    return (
+        _merged_head(opened, what, drift, "transformers")
+        + """
+```python
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+tokenizer = PreTrainedTokenizerFast.from_pretrained("path/to/this/folder")
+```
+"""
+    )
+
+
+def gguf_card(opened: Opened, what: str, drift: Drift) -> str:
+    """The card of a merged model in llama.cpp's form."""
+    factors = opened.facts.get("longrope")
+    original = opened.base.config.rope_parameters.get("original_max_position_embeddings", 4096)
+    context = {None: "", "short": f" -c {original} -np 1", "long": f" -c {2 * original} -np 1"}[factors]
+    return (
+        _merged_head(opened, what, drift, "gguf")
+        + f"""
+```bash
+llama-server -m model.gguf{context}
+ollama create my-model -f Modelfile
+```
+"""
+    )
+
+
+def _merged_head(opened: Opened, what: str, drift: Drift, library: str) -> str:
     local = opened.base.folder is not None and Path(opened.base.source).is_dir()
     base = Path(opened.base.source).resolve().name if local else opened.base.source
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if not local and "/" in base:
         front["base_model"], front["base_model_relation"] = base, "finetune"
     front["tags"] = ["phi3", "lora", "merged"]
@@ -58,11 +88,4 @@ def merged_card(opened: Opened, what: str, drift: Drift) -> str:
 `{base}` with a LoRA adapter merged into it by phi3_dist: {what}.
 
 Compared with the adapter on its base: {drift}.
-{rope}
-```python
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
-tokenizer = PreTrainedTokenizerFast.from_pretrained("path/to/this/folder")
-```
-"""
+{rope}"""

@@ -7,46 +7,27 @@ written into its B, which says rsLoRA and alphas by module too (llama.cpp, src/l
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from phi3_dist.errors import AdapterError, MachineError, Problem
-from phi3_dist.export.opening import Opened
-from phi3_dist.export.updates import Parts, Update
+from phi3_dist.errors import AdapterError, Problem
+from phi3_dist.exports.gguf_names import ARCHITECTURE, gguf_library, gguf_name, module_of
+from phi3_dist.exports.modelfile import MODELFILE, modelfile
+from phi3_dist.exports.opening import Opened
+from phi3_dist.exports.updates import Parts, Update
 
-__all__ = ["ADAPTER", "MODELFILE", "read_gguf_adapter", "refuse_for_gguf", "write_gguf_adapter"]
+__all__ = ["ADAPTER", "read_gguf_adapter", "refuse_for_gguf", "write_gguf_adapter"]
 
-ADAPTER, MODELFILE = "adapter.gguf", "Modelfile"
-ARCHITECTURE = "phi3"
-_NAMES = {
-    "self_attn.qkv_proj": "attn_qkv",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_OUTSIDE = {"lm_head": "output", "model.embed_tokens": "token_embd"}
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
-_STOPS = ("<|end|>", "<|endoftext|>")
-
-
-def _gguf() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        what = "writes GGUF files, and is not installed"
-        raise MachineError(Problem("gguf", what, "pip install gguf")) from error
-    return gguf
+ADAPTER = "adapter.gguf"
 
 
 def refuse_for_gguf(opened: Opened) -> None:
     """Raises AdapterError with all that an adapter of llama.cpp can't say."""
     parts, where = opened.parts, str(opened.folder)
-    merge = "phi3-dist export … --as merged, then llama.cpp's convert_hf_to_gguf.py on that folder"
+    merge = "phi3-dist export … --as gguf-merged: base and adapter as one GGUF file"
     problems = []
     if parts.dora:
         problems.append(Problem(where, "is of DoRA, whose norms llama.cpp does not compute", merge))
@@ -59,34 +40,17 @@ def refuse_for_gguf(opened: Opened) -> None:
     if opened.base.config.tie_word_embeddings and "lm_head" in parts.updates:
         what = "adapts a head that shares its weights with the embedding: llama.cpp has no tensor of that name"
         problems.append(Problem(where, what, merge))
-    unknown = [m for m in parts.updates if _name(m) is None]
+    unknown = [m for m in parts.updates if gguf_name(m) is None]
     if unknown:
         problems.append(Problem(where, f"adapts {unknown[0]}, for which llama.cpp's Phi-3 has no name", merge))
     if problems:
         raise AdapterError(*problems)
 
 
-def _name(module: str) -> str | None:
-    """llama.cpp's name of a module's weight."""
-    if module in _OUTSIDE:
-        return f"{_OUTSIDE[module]}.weight"
-    match = _LAYER.fullmatch(module)
-    inside = _NAMES.get(match[2]) if match else None
-    return f"blk.{match[1]}.{inside}.weight" if match and inside else None
-
-
-def _module(name: str) -> str:
-    plain = name.removesuffix(".weight")
-    match = _BLOCK.fullmatch(plain)
-    if match:
-        return f"model.layers.{match[1]}.{next(ours for ours, theirs in _NAMES.items() if theirs == match[2])}"
-    return next(ours for ours, theirs in _OUTSIDE.items() if theirs == plain)
-
-
-def write_gguf_adapter(opened: Opened, folder: Path) -> None:
-    """Write adapter.gguf and Modelfile into `folder`. Raises AdapterError, OSError."""
+def write_gguf_adapter(opened: Opened, folder: Path, tokenizer: Any = None) -> None:
+    """Write adapter.gguf into `folder`, and with the tokenizer Ollama's Modelfile. Raises AdapterError, OSError."""
     refuse_for_gguf(opened)
-    gguf = _gguf()
+    gguf = gguf_library()
     writer = gguf.GGUFWriter(str(folder / ADAPTER), ARCHITECTURE)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
@@ -97,19 +61,22 @@ def write_gguf_adapter(opened: Opened, folder: Path) -> None:
         # rows of an embedding are looked up in A: llama.cpp wants it turned
         pair = (a.T, b) if update.embedding else (a, b)
         for letter, tensor in zip("ab", pair, strict=True):
-            writer.add_tensor(f"{_name(module)}.lora_{letter}", tensor.contiguous().numpy())
+            writer.add_tensor(f"{gguf_name(module)}.lora_{letter}", tensor.contiguous().numpy())
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
         writer.close()
-    (folder / MODELFILE).write_text(modelfile(opened), encoding="utf-8")
+    if tokenizer is not None:
+        made_of = f"# The base: a GGUF file made of {_said(opened)}, or an Ollama model of it."
+        head = (made_of, "FROM ./base.gguf", f"ADAPTER ./{ADAPTER}")
+        (folder / MODELFILE).write_text(modelfile(opened, tokenizer, head), encoding="utf-8")
 
 
 def read_gguf_adapter(path: Path) -> Parts:
     """What such a file says, as llama.cpp computes with it."""
-    reader = _gguf().GGUFReader(str(path))
+    reader = gguf_library().GGUFReader(str(path))
     halves: dict[str, dict[str, Tensor]] = {}
     for tensor in reader.tensors:
         name, _, letter = str(tensor.name).rpartition(".lora_")
@@ -117,29 +84,12 @@ def read_gguf_adapter(path: Path) -> Parts:
     said = reader.fields.get("adapter.lora.alpha")
     parts = Parts()
     for name, half in halves.items():
-        module = _module(name)
+        module = module_of(name)
         embedding = module == "model.embed_tokens"
         rank = half["b"].shape[1]
         scale = float(said.parts[-1][0]) / rank if said is not None else 1.0
         parts.updates[module] = Update(half["a"].T if embedding else half["a"], half["b"], scale, None, embedding)
     return parts
-
-
-def modelfile(opened: Opened) -> str:
-    """Ollama's. FROM names the base: a GGUF file of the very model that was trained on."""
-    lines = [
-        f"# The base: a GGUF file made of {_said(opened)}, or an Ollama model of it.",
-        "FROM ./base.gguf",
-        f"ADAPTER ./{ADAPTER}",
-        "PARAMETER temperature 0",
-        *(f'PARAMETER stop "{stop}"' for stop in _STOPS),
-    ]
-    if opened.facts.get("longrope") == "short":
-        rope = opened.base.config.rope_parameters
-        original = rope.get("original_max_position_embeddings", opened.base.config.max_position_embeddings)
-        lines += ["# LongRoPE: llama.cpp takes the short factors, which it was trained with, up to this context",
-                  f"PARAMETER num_ctx {original}"]  # fmt: skip
-    return "\n".join(lines) + "\n"
 
 
 def _said(opened: Opened) -> str:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from phi3_dist.errors import ConfigError, MachineError, Problem
-from phi3_dist.export.gguf_file import ADAPTER, write_gguf_adapter
-from phi3_dist.export.measuring import Rows, compute_dtype, live_model, rows_for, tokenizer_of
-from phi3_dist.export.opening import Opened, open_adapter
-from phi3_dist.export.target import new_folder
-from phi3_dist.serving.asking import ASKABLE, Answer, ask
+from phi3_dist.exports.gguf_file import ADAPTER, write_gguf_adapter
+from phi3_dist.exports.measuring import Rows, compute_dtype, live_model, rows_for, tokenizer_of
+from phi3_dist.exports.opening import Opened, open_adapter
+from phi3_dist.exports.target import new_folder
+from phi3_dist.serving.asking import ASKABLE, Answer, ask, why_absent
 from phi3_dist.serving.facts import Served, served_of_folder
 from phi3_dist.serving.rules import SERVERS, VLLM_RANKS, Server, Verdict, judge
 
@@ -183,9 +183,10 @@ def as_json(verdict: Verdict, trial: Trial | None) -> str:
 
 
 def require(server: Server, python: str) -> None:
-    """Raises MachineError where that Python has no such server."""
-    from phi3_dist.serving.asking import is_here
-
-    if server in ASKABLE and not is_here(server, python):
+    """Raises MachineError where that Python has no such server, or one that it can't load, with the reason."""
+    if server not in ASKABLE:
+        return
+    why = why_absent(server, python)
+    if why:
         fix = "--server-python PATH, the Python of the environment that has it (make test-serve makes one)"
-        raise MachineError(Problem(server, f"is not installed for {python}", fix))
+        raise MachineError(Problem(server, why, fix))

@@ -14,10 +14,18 @@ from phi3_dist.adapters.files import write_adapter
 from phi3_dist.adapters.loading import load_adapter
 from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.errors import AdapterError, Problem
-from phi3_dist.export.cards import export_card, merged_card
-from phi3_dist.export.combining import combine
-from phi3_dist.export.gguf_file import ADAPTER, MODELFILE, read_gguf_adapter, refuse_for_gguf, write_gguf_adapter
-from phi3_dist.export.measuring import (
+from phi3_dist.exports.cards import export_card, gguf_card, merged_card
+from phi3_dist.exports.combining import combine
+from phi3_dist.exports.gguf_file import ADAPTER, read_gguf_adapter, refuse_for_gguf, write_gguf_adapter
+from phi3_dist.exports.gguf_model import (
+    MODEL,
+    Stored,
+    read_gguf_model,
+    refuse_for_gguf_model,
+    stored_as,
+    write_gguf_model,
+)
+from phi3_dist.exports.measuring import (
     Drift,
     Rows,
     compare,
@@ -29,18 +37,19 @@ from phi3_dist.export.measuring import (
     rows_for,
     tokenizer_of,
 )
-from phi3_dist.export.merged import Into, settle_into, write_merged
-from phi3_dist.export.opening import Opened, open_adapter
-from phi3_dist.export.reshaped import joined, one_rank, split_names
-from phi3_dist.export.target import new_folder, seal
-from phi3_dist.export.updates import Parts, parts_of
+from phi3_dist.exports.merged import Into, settle_into, write_merged
+from phi3_dist.exports.modelfile import MODELFILE
+from phi3_dist.exports.opening import Opened, open_adapter
+from phi3_dist.exports.reshaped import joined, one_rank, split_names
+from phi3_dist.exports.target import new_folder, seal
+from phi3_dist.exports.updates import Parts, parts_of
 from phi3_dist.modeling.base import find_base
 from phi3_dist.modeling.rope import pin_longrope
 
 __all__ = ["EXACT", "KINDS", "Exported", "Kind", "export"]
 
-Kind = Literal["merged", "split", "one-rank", "gguf", "combine"]
-KINDS: tuple[Kind, ...] = ("merged", "split", "one-rank", "gguf", "combine")
+Kind = Literal["merged", "split", "one-rank", "gguf", "gguf-merged", "combine"]
+KINDS: tuple[Kind, ...] = ("merged", "split", "one-rank", "gguf", "gguf-merged", "combine")
 EXACT = 1e-4
 """Most that the logits of the same update in another form may be off, over their spread, computed in float32."""
 ROUNDED = 0.05
@@ -64,6 +73,7 @@ def export(
     *,
     base: str | None = None,
     into: Into | None = None,
+    stored: Stored | None = None,
     data: str | None = None,
     others: Sequence[str | Path] = (),
     weights: Sequence[float] = (),
@@ -73,9 +83,10 @@ def export(
     """Write the adapter of a run, or of a folder, to the new folder `out` in another form.
 
     kind: `merged`, a whole model; `split`, an adapter with Llama's module names; `one-rank`, an adapter without
-    patterns and rsLoRA; `gguf`, llama.cpp's adapter and an Ollama Modelfile; `combine`, several adapters (`others`,
-    `weights`, PEFT's `method`) as one. base: in place of the one that the adapter names. into: the weights that
-    `merged` starts from. data: rows to compare on; by default the run's held-out ones.
+    patterns and rsLoRA; `gguf`, llama.cpp's adapter and an Ollama Modelfile; `gguf-merged`, llama.cpp's whole model,
+    its matrices `stored` as f32, f16 or bf16 (by default as the base's); `combine`, several adapters (`others`,
+    `weights`, PEFT's `method`) as one. base: in place of the one that the adapter names. into: the weights that a
+    merged form starts from. data: rows to compare on; by default the run's held-out ones.
     Raises AdapterError (an adapter that is damaged, of another base or can't be said in that form; an export that is
     not the live model), RunFolderError (an unfinished run), ModelError, DataError. Nothing is left of `out` then.
     """
@@ -85,13 +96,15 @@ def export(
     tokenizer = tokenizer_of(opened)
     if kind == "gguf":
         refuse_for_gguf(opened)
-    settled = settle_into(opened, into) if kind == "merged" else "base"
+    settled = settle_into(opened, into) if kind in ("merged", "gguf-merged") else "base"
     both = [opened, *(open_adapter(other, base) for other in others)]
     rows = rows_for(opened, tokenizer, data)
     with new_folder(out) as folder:
         work = _Work(opened, folder, out, tokenizer, rows)
         if kind == "merged":
             return _merged(work, settled)
+        if kind == "gguf-merged":
+            return _gguf_merged(work, settled, stored_as(opened, stored))
         if kind == "combine":
             return _combined(work, both, list(weights) or [1 / len(both)] * len(both), method, density)
         return _reshaped(work, kind)
@@ -146,13 +159,44 @@ def _merged(work: _Work, into: Into) -> Exported:
     if opened.trained_on in {"none", into}:
         refuse_drift(drift, EXACT if stored == "float32" else ROUNDED, work.out)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
-    trained = {"none": "the base as it is", "nf4": "the base in NF4", "int8": "the base in int8"}[opened.trained_on]
-    weights = "the dequantised NF4 weights" if into == "nf4" else "the base's own weights"
     files = "1 file" if shards == 1 else f"{shards} files"
-    what = f"{files}, {size:.2f} GiB, {stored}; trained on {trained}, merged into {weights}"
+    what = f"{files}, {size:.2f} GiB, {stored}; {_into_words(opened, into)}"
     (folder / "README.md").write_text(merged_card(opened, what, drift), encoding="utf-8")
     seal(folder)
     return Exported(work.out, "merged", what, drift)
+
+
+def _into_words(opened: Opened, into: Into) -> str:
+    trained = {"none": "the base as it is", "nf4": "the base in NF4", "int8": "the base in int8"}[opened.trained_on]
+    weights = "the dequantised NF4 weights" if into == "nf4" else "the base's own weights"
+    return f"trained on {trained}, merged into {weights}"
+
+
+def _gguf_merged(work: _Work, into: Into, stored: Stored) -> Exported:
+    opened, folder, rows = work.opened, work.folder, work.rows
+    words = refuse_for_gguf_model(opened, work.tokenizer)
+    live, plain = live_logits(opened, rows)
+    write_gguf_model(opened, folder, words, work.tokenizer, into=into, stored=stored)
+    model = read_gguf_model(folder / MODEL, compute_dtype(opened.base))
+    _pin(model, opened)
+    drift = compare(live, plain, logits_of(model, rows), rows)
+    del model
+    if opened.trained_on in {"none", into}:
+        refuse_drift(drift, EXACT if stored == "f32" else ROUNDED, work.out)
+    size = (folder / MODEL).stat().st_size / 2**30
+    notes = [*words.notes, *([_WINDOW.format(opened.base.config.sliding_window)] if _window(opened) else [])]
+    what = "; ".join([f"{MODEL}, {size:.2f} GiB, {stored}", _into_words(opened, into), *notes])
+    (folder / "README.md").write_text(gguf_card(opened, what, drift), encoding="utf-8")
+    seal(folder)
+    return Exported(work.out, "gguf-merged", what, drift)
+
+
+_WINDOW = "llama.cpp ignores the base's attention window of {} tokens: longer texts are read differently"
+
+
+def _window(opened: Opened) -> bool:
+    window = opened.base.config.sliding_window
+    return bool(window) and window < opened.base.config.max_position_embeddings
 
 
 def _pin(model: Any, opened: Opened) -> None:
@@ -166,7 +210,7 @@ def _reshaped(work: _Work, kind: Kind) -> Exported:
     opened, folder = work.opened, work.folder
     live, plain = live_logits(opened, work.rows)
     if kind == "gguf":
-        write_gguf_adapter(opened, folder)
+        write_gguf_adapter(opened, folder, work.tokenizer)
         (folder / "README.md").write_text(export_card(opened, kind), encoding="utf-8")
         back = read_gguf_adapter(folder / ADAPTER)
         what = f"{ADAPTER}, {len(back.updates)} modules, each scale in B; {MODELFILE} for Ollama"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from phi3_dist.errors import AdapterError, Problem
-from phi3_dist.export.opening import Opened
-from phi3_dist.export.updates import PREFIX, Parts, Update, padded
+from phi3_dist.exports.opening import Opened
+from phi3_dist.exports.updates import PREFIX, Parts, Update, padded
 
 __all__ = ["joined", "one_rank", "split_names"]
 

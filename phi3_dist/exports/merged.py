@@ -18,10 +18,10 @@ from torch import Tensor
 
 from phi3_dist.adapters.disk import write_tensors
 from phi3_dist.errors import AdapterError, MachineError, Problem
-from phi3_dist.export.opening import Opened
+from phi3_dist.exports.opening import Opened
 from phi3_dist.modeling.base import Base
 
-__all__ = ["Into", "settle_into", "write_merged"]
+__all__ = ["Into", "merger", "settle_into", "unties", "weight_names", "write_merged"]
 
 Into = Literal["base", "nf4"]
 SHARD_BYTES = 2 * 2**30
@@ -50,11 +50,11 @@ def settle_into(opened: Opened, into: Into | None) -> Into:
 
 def write_merged(opened: Opened, folder: Path, into: Into, tokenizer: Any) -> int:
     """Fill `folder`; config.json comes last. Returns the number of shards. Raises OSError, AdapterError."""
-    untied = _unties(opened)
-    plan = list(_shards(opened, untied, SHARD_BYTES))
+    untied = unties(opened)
+    plan = list(_shards(opened, SHARD_BYTES))
     weight_map: dict[str, str] = {}
     total = 0
-    merge = _merger(opened, into)
+    merge = merger(opened, into)
     for number, names in enumerate(plan, start=1):
         file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         shard = {name: merge(name) for name in names}
@@ -74,7 +74,7 @@ def write_merged(opened: Opened, folder: Path, into: Into, tokenizer: Any) -> in
     return len(plan)
 
 
-def _unties(opened: Opened) -> bool:
+def unties(opened: Opened) -> bool:
     """Whether a tied head must get weights of its own: only one of the two tables has changed.
 
     Taught rows are in both: PEFT's head follows the embedding.
@@ -88,14 +88,21 @@ def _unties(opened: Opened) -> bool:
     )
 
 
-def _shards(opened: Opened, untied: bool, most: int) -> Iterator[list[str]]:
+def weight_names(opened: Opened) -> list[str]:
+    """The weights of the merged model, sorted."""
+    names = {n for n in opened.base.weights.names() if not n.endswith("rotary_emb.inv_freq")}
+    if unties(opened):
+        names |= {_HEAD}
+    elif opened.base.config.tie_word_embeddings:
+        names -= {_HEAD}
+    return sorted(names)
+
+
+def _shards(opened: Opened, most: int) -> Iterator[list[str]]:
     weights = opened.base.weights
-    names = {n for n in weights.names() if not n.endswith("rotary_emb.inv_freq")}
-    tied = bool(opened.base.config.tie_word_embeddings)
-    names = names | {_HEAD} if untied else names - {_HEAD} if tied else names
     shard: list[str] = []
     used = 0
-    for name in sorted(names):
+    for name in weight_names(opened):
         stored = _stored(opened.base, name)
         size = max(opened.rows if name in (_EMBED, _HEAD) else 0, weights.shape(stored)[0])
         size = size * math.prod(weights.shape(stored)[1:]) * weights.rows(stored, 0, 0).dtype.itemsize
@@ -111,8 +118,8 @@ def _stored(base: Base, name: str) -> str:
     return _EMBED if name == _HEAD and _HEAD not in base.weights.names() else name
 
 
-def _merger(opened: Opened, into: Into) -> Callable[[str], Tensor]:
-    """From a weight's name to the merged weight, in the dtype that the base has it in."""
+def merger(opened: Opened, into: Into, dtype: torch.dtype | None = None) -> Callable[[str], Tensor]:
+    """From a weight's name to the merged weight, in `dtype`, by default the one that the base has it in."""
     parts, weights = opened.parts, opened.base.weights
     dequantized = _nf4() if into == "nf4" else None
     tied = bool(opened.base.config.tie_word_embeddings)
@@ -136,9 +143,9 @@ def _merger(opened: Opened, into: Into) -> Callable[[str], Tensor]:
             if rows is not None:
                 weight = weight.clone()
                 weight[ids] = rows.to(weight.dtype)
-        merged = weight.to(stored.dtype).contiguous()
+        merged = weight.to(dtype or stored.dtype).contiguous()
         if not torch.isfinite(merged).all():
-            what = f"{name} would hold numbers that {str(stored.dtype).removeprefix('torch.')} can't"
+            what = f"{name} would hold numbers that {str(merged.dtype).removeprefix('torch.')} can't"
             raise AdapterError(Problem(str(opened.folder), what, "serve the adapter beside its base"))
         return merged
 

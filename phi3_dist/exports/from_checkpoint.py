@@ -19,7 +19,7 @@ from phi3_dist.adapters.residual import on_plain_base
 from phi3_dist.adapters.select import choose
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import AdapterError, Problem, RunFolderError
-from phi3_dist.export.opening import run_config
+from phi3_dist.exports.opening import run_config
 from phi3_dist.modeling.base import Base, find_base, meta_model
 from phi3_dist.modeling.lora import add_lora, initial_value
 from phi3_dist.modeling.new_tokens import enlarged, new_token_ids
