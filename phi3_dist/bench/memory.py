@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -54,15 +55,27 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _run(how: str, cells: Sequence[MemoryCell], results: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    before = time.perf_counter()
     for cell, found in zip(cells, results, strict=True):
-        row = {"how": how, "cell": str(cell), **found}
+        now = time.perf_counter()
+        row = {"how": how, "cell": str(cell), "seconds": round(now - before, 1), **found}
+        before = now
         if "measured_gib" in found:
             sizes = f"{found['predicted_gib']:8.3f} {found['measured_gib']:8.3f} {found['error']:+7.2%}"
         else:
             sizes = f"failed: {found['error'][:120]}"
-        sys.stdout.write(f"{how:<10} {cell!s:<78} {sizes}\n")
+        sys.stdout.write(f"{how:<10} {cell!s:<78} {sizes} {row['seconds']:5.1f} s\n")
         sys.stdout.flush()
         yield row
+
+
+def _measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    if not options.rehearsed:
+        cells = [cell for cell in CPU if options.only in str(cell)]
+        yield from _run("CPU", cells, _on_cpu(cells))
+    if not options.cpu:
+        cells = [cell for cell in REHEARSED if options.only in str(cell)]
+        yield from _run("fake CUDA", cells, _rehearse(cells, options.jobs))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,14 +91,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--under", type=float, default=0.01)
     options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
-    if not options.rehearsed:
-        cells = [cell for cell in CPU if options.only in str(cell)]
-        rows += _run("CPU", cells, _on_cpu(cells))
-    if not options.cpu:
-        cells = [cell for cell in REHEARSED if options.only in str(cell)]
-        rows += _run("fake CUDA", cells, _rehearse(cells, options.jobs))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    for row in _measure(options):
+        rows.append(row)
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     if options.markdown:
         options.markdown.write_text(markdown(rows), encoding="utf-8")
     errors = [row["error"] for row in rows if "measured_gib" in row]

@@ -22,7 +22,7 @@ from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.memory import memory_terms, total_gib
 from phi3_dist.planning.workload import account, adapter_counts
 
-__all__ = ["CPU", "REHEARSED", "SHORT", "MemoryCell", "measure_on_cpu", "predicted_gib", "rehearse_cell"]
+__all__ = ["CPU", "REHEARSED", "SHORT", "MemoryCell", "measure_on_cpu", "predicted_gib", "real_base", "rehearse_cell"]
 
 GIB = 2**30
 SUPERVISED = 0.5
@@ -144,7 +144,7 @@ def _result(measured: dict[str, float], predicted: dict[str, float]) -> dict[str
     }
 
 
-def _real_base(config: Any, folder: Path) -> Any:
+def real_base(config: Any, folder: Path) -> Any:
     """A base of this shape with weights of zeros that are there."""
     import numpy as np
     import torch
@@ -169,7 +169,7 @@ def measure_on_cpu(cell: MemoryCell, rank: int = 0, port: int = 0) -> dict[str, 
     import torch
 
     from phi3_dist.bench.counting import RealWatch
-    from phi3_dist.bench.rehearsal import _packs, _Phases
+    from phi3_dist.bench.rehearsal import _Phases, ragged_packs
     from phi3_dist.data.batch import Order
     from phi3_dist.planning.plan import make_plan
     from phi3_dist.training.build import build_model
@@ -187,14 +187,14 @@ def measure_on_cpu(cell: MemoryCell, rank: int = 0, port: int = 0) -> dict[str, 
     cfg, watch = cell.run(), RealWatch(resizes=cell.strategy.startswith("fsdp2"))
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        base = _real_base(config, scratch)
+        base = real_base(config, scratch)
         cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"source": str(scratch)})})
         plan = make_plan(cfg, host, launch, family_or_shape=config.to_dict())
         stack.enter_context(watch)
         runtime = start_runtime(plan, {}, max_grad_norm=1.0, trackers=(), folder=scratch)
         model = build_model(cfg, base, runtime, longest_row=cell.length).model
         engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
-        packs = _packs(cfg.train.global_batch, cell.length)
+        packs = ragged_packs(cfg.train.global_batch, cell.length)
         order, phases = Order(len(packs), cfg.train.global_batch, 0, False), _Phases(engine, watch)
         watch.phase = "step"
         train_step(phases, runtime, packs, order, 0, lr=1e-4, seed=0)

@@ -25,8 +25,9 @@ from phi3_dist.planning.memory import (
     memory_terms,
     total_gib,
 )
+from phi3_dist.planning.moments import step_moments
 from phi3_dist.planning.render import deepspeed_json
-from phi3_dist.planning.step_memory import Step, saved_by_layer, step_moments
+from phi3_dist.planning.step_memory import Step, saved_by_layer
 
 # peft 0.21 asks transformers 5.24 for a property under its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
