@@ -26,7 +26,6 @@ __all__ = [
     "loss_rows",
     "saved_by_layer",
     "table_bytes",
-    ,
 ]
 
 CHUNK_ROWS = {"cuda": 512, "cpu": 128}
