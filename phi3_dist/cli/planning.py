@@ -38,6 +38,9 @@ def plan(
     processes: Annotated[int | None, typer.Option("--num_processes", min=1, help="With --config_file: ranks.")] = None,
     machines: Annotated[int | None, typer.Option("--num_machines", min=1, help="With --config_file: nodes.")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    learn: Annotated[
+        bool, typer.Option("--learn", help="The arguments are folders of finished runs: learn this card's overheads.")
+    ] = False,
 ) -> None:
     """Print every way to run this on so many GPUs, the best first: memory, network, time. Imports no torch.
 
@@ -47,6 +50,9 @@ def plan(
     from phi3_dist.planning.gpus import gib_of
     from phi3_dist.planning.preview import check_rows
 
+    if learn:
+        _learn([run_file, *map(Path, overrides or ())])
+        return
     memory_gib = None if memory is None else gib_of(memory)
     launch = (config, processes or gpus, machines or nodes, device, memory_gib or 80.0)
     if read_section(run_file, "sweep")[0] is not None:
@@ -76,6 +82,8 @@ def plan(
 
 
 def _every_way(cfg: Any, **options: Any) -> None:
+    from dataclasses import replace
+
     from phi3_dist.machine.card_measurements import measured_on
     from phi3_dist.machine.own_cards import own_cards
     from phi3_dist.machine.probe import package_versions
@@ -84,7 +92,35 @@ def _every_way(cfg: Any, **options: Any) -> None:
     named = options["gpu"] is not None or options["memory_gib"] is not None
     asked = Asked(**options, own_cards=() if named else own_cards())
     card = cluster_of(asked)[0].gpu
+    asked = replace(asked, overheads=_overheads(card, asked))
     answer(cfg, asked, package_versions(), measured_on(card.driver_name) if card else {}, typer.echo)
+
+
+def _overheads(card: Any, asked: Any) -> Any:
+    """What was learned on this machine of the card that is planned for, by either of its names."""
+    from phi3_dist.machine.learned_overheads import overheads_of
+
+    names = [card.driver_name, card.name] if card else []
+    names = [*(name for name, _ in asked.own_cards[:1]), *names]
+    return next((found for name in names if (found := overheads_of(name)) is not None), None)
+
+
+def _learn(folders: list[Path]) -> None:
+    """Fit a card's overheads from finished runs and keep them."""
+    from datetime import date
+
+    from phi3_dist.machine.learned_overheads import keep_overheads
+    from phi3_dist.planning.learned import fit_overheads
+    from phi3_dist.report.learning import finished_runs
+
+    found = fit_overheads(finished_runs(folders), date.today().isoformat())
+    file = keep_overheads(found)
+    typer.echo(f"{found.device}: {found.words}")
+    if found.tensors is not None:
+        typer.echo(f"tensors: at most {found.tensors:.1%} of what was planned")
+    if found.step_time_spread is not None and found.runs > 1:
+        typer.echo(f"step time: the runs' factors differ by {found.step_time_spread - 1:.0%}")
+    typer.echo(f"kept in {file}; the plans of this card use it. Remove it to forget")
 
 
 def _a_sweep(
