@@ -100,8 +100,7 @@ def _overheads(card: Any, asked: Any) -> Any:
     """What was learned on this machine of the card that is planned for, by either of its names."""
     from phi3_dist.machine.learned_overheads import overheads_of
 
-    names = [card.driver_name, card.name] if card else []
-    names = [*(name for name, _ in asked.own_cards[:1]), *names]
+    names = [*(name for name, _ in asked.own_cards[:1]), *([card.name] if card else [])]
     return next((found for name in names if (found := overheads_of(name)) is not None), None)
 
 

@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 
 from phi3_dist.config.json_text import parse_json
-from phi3_dist.errors import MachineError, Problem
+from phi3_dist.errors import MachineError, PlanError, Problem
 from phi3_dist.machine.card_measurements import card_file
 from phi3_dist.machine.storage import home_folder, storage_fault
+from phi3_dist.planning.gpus import find_gpu
 from phi3_dist.planning.learned import Overheads
 
 __all__ = ["config_folder", "keep_overheads", "overheads_file", "overheads_of"]
@@ -45,11 +46,24 @@ def keep_overheads(found: Overheads) -> Path:
 
 
 def overheads_of(device: str) -> Overheads | None:
-    """What was learned of a card of this name; None where nothing was, or what lies there is no such file."""
+    """What was learned of a card, by any of its names; None where nothing was, or what lies there is no such file."""
     file = overheads_file(device)
     if file is None:
         return None
+    wanted = _card(device)
+    for one in (file, *sorted(file.parent.glob("*.json"))):
+        try:
+            found = Overheads.of(parse_json(one.read_text("utf-8")))
+        except (OSError, ValueError):
+            continue
+        if found is not None and (found.device == device or (wanted and _card(found.device) == wanted)):
+            return found
+    return None
+
+
+def _card(device: str) -> str:
+    """Its name among the data sheets; empty for a card without one."""
     try:
-        return Overheads.of(parse_json(file.read_text("utf-8")))
-    except (OSError, ValueError):
-        return None
+        return find_gpu(device).name
+    except PlanError:
+        return ""

@@ -71,9 +71,7 @@ def cuda_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
         }
         (folder / "plan.json").write_text(json.dumps(values | plan))
         row = {"kind": "train", "tokens": 4 * 2048, "loss": 1.0, "peak_gib": 19.0}
-        rows = [
-            {**row, "step": step, "step_s": slow * (9 if step == 1 else 0.5)} for step in range(1, steps + 1)
-        ]
+        rows = [{**row, "step": step, "step_s": slow * (9 if step == 1 else 0.5)} for step in range(1, steps + 1)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
         return folder
 
