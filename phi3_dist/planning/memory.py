@@ -38,6 +38,7 @@ SHIPPED_ZERO: Mapping[str, Any] = {
     "stage3_max_live_parameters": 300_000_000,
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_max_reuse_distance": 0,
+    "stage3_param_persistence_threshold": 0,
 }
 """What decides memory in the shipped DeepSpeed files (planning/render.py)."""
 

@@ -28,6 +28,6 @@ def test_there_are_enough_cells_and_their_table_is_sorted_by_error() -> None:
         for name, error in (("small", 0.001), ("large", -0.02))
     ]
     assert markdown(rows).splitlines()[2:] == [
-        "| CPU | large | 1.000 | 1.000 | -2.0% |",
-        "| CPU | small | 1.000 | 1.000 | +0.1% |",
+        "| CPU | large | 1.000 | 1.000 | -2.00% | - | - |",
+        "| CPU | small | 1.000 | 1.000 | +0.10% | - | - |",
     ]
