@@ -71,7 +71,7 @@ def plan(
         gpus_per_node=gpus,
         gpu=gpu,
         memory_gib=memory_gib,
-        host_memory_gib=None if host_memory is None else gib_of(host_memory),
+        host_memory_gib=None if host_memory is None else gib_of(host_memory, "--host-memory-gib"),
         network_gbit=network,
         price=price,
         tokens=None if tokens is None else int(tokens),
