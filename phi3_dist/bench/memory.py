@@ -20,6 +20,7 @@ from typing import Any
 
 from phi3_dist.bench.fitcheck_side import answers, ask_fitcheck, fitcheck_python
 from phi3_dist.bench.memory_cells import CPU, REHEARSED, MemoryCell, free_port, measure_on_cpu, quietly, rehearse_cell
+from phi3_dist.bench.page_table import put_table
 
 __all__ = ["main", "markdown"]
 
@@ -105,6 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="rehearsals at a time")
     parser.add_argument("--json", type=Path, help="write everything there")
     parser.add_argument("--markdown", type=Path, help="write the table there")
+    parser.add_argument("--page", type=Path, help="a page whose table is replaced by this one")
     parser.add_argument(
         "--fitcheck", metavar="PYTHON", help="an interpreter that has fitcheck-llm, if this one has not"
     )
@@ -118,6 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
             options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     if options.markdown:
         options.markdown.write_text(markdown(rows), encoding="utf-8")
+    if options.page:
+        put_table(options.page, "bench-memory", markdown(rows))
     errors = [row["error"] for row in rows if "measured_gib" in row]
     if not errors:
         return 1

@@ -244,9 +244,10 @@ def _rehearsed() -> Iterator[MemoryCell]:
         yield replace(one, quantization="nf4")
         yield replace(one, quantization="nf4", checkpointing=True, kernels="triton")
         yield replace(one, micro_batch=2, dropout=0.0, length=1024)
-        for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
-            # how far ZeRO-3 has fetched ahead differs from layer to layer, and its buffers repeat after some
-            yield replace(one, strategy=strategy, world=8, layers={"zero3": 6, "ddp": 2, "zero1": 2}.get(strategy, 3))
+        for strategy in ("ddp", "zero1", "zero2", "fsdp2"):
+            yield replace(one, strategy=strategy, world=8, layers=2 if strategy[-1] in "p1" else 3)
+        # how far ZeRO-3 has fetched ahead differs from layer to layer, and its buffers repeat after some
+        yield replace(one, strategy="zero3", world=8, length=4096, layers=6)
         yield replace(one, strategy="zero3", world=8, checkpointing=True, layers=6)
         yield replace(one, strategy="fsdp2", world=16, checkpointing=True, kernels="triton")
     one = MemoryCell(mini)

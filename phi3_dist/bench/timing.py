@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from phi3_dist.bench.page_table import put_table
 from phi3_dist.bench.timing_runs import RUNS, SHAPES, SUPERVISED, TimedRun, launch_of, time_steps, timed_machine
 from phi3_dist.planning.cpu_time import CpuRates, CpuStep, cpu_step_time
 from phi3_dist.planning.memory import saved_bytes, stored_bytes
@@ -195,6 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="runs whose line holds this text")
     parser.add_argument("--json", type=Path, help="write everything there")
     parser.add_argument("--markdown", type=Path, help="write the table there")
+    parser.add_argument("--page", type=Path, help="a page whose table is replaced by this one")
     parser.add_argument("--worst", type=float, default=0.15)
     options = parser.parse_args(arguments)
     load = os.getloadavg()[0]
@@ -211,6 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.json.write_text(json.dumps({"runs": rows, "rates": rates, "load": load}, indent=1), encoding="utf-8")
     if options.markdown:
         options.markdown.write_text(markdown(rows), encoding="utf-8")
+    if options.page:
+        put_table(options.page, "bench-timing", markdown(rows))
     return 0 if worst <= options.worst else 1
 
 

@@ -306,7 +306,7 @@ def _notes(able: list[Option], best: Option) -> tuple[str, ...]:
         if one.quantization == "none" or full is None or one.peak_gib < 1.02 * full.peak_gib:
             continue
         if one.quantization == "int8":
-            why = "LLM.int8() and PEFT's LoRA beside it keep two more copies of each linear's input"
+            why = "PEFT's LoRA beside LLM.int8() keeps each linear's input once more, with its dropout"
         else:
             why = f"{one.kept_layers} layers keep dequantised weights; model.dequantized_layers=0 keeps none"
         notes.append(f"{one.name} takes {one.peak_gib:.1f} GiB, more than {full.name} with {full.peak_gib:.1f}: {why}")

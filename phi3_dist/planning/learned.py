@@ -59,7 +59,7 @@ class Overheads:
         if not isinstance(values, dict) or not isinstance(values.get("device"), str):
             return None
         known = {field.name for field in fields(cls)} - {"device", "learned_at"}
-        numbers = {
+        numbers: dict[str, Any] = {
             key: value
             for key, value in values.items()
             if key in known and isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e6

@@ -157,7 +157,7 @@ def _step_of(shape: Shape, trainable: int, load: Workload) -> Step:
         copies=load.precision == "bf16" and load.strategy.startswith(("single", "ddp", "zero3")),
         first_input=load.strategy.startswith("zero3"),
         adapter_per_layer=trainable // shape.layers,
-        inputs_again=0 if load.quantization != "int8" or load.fp8 else 2 if load.dropout else 1,
+        inputs_again=1 if load.quantization == "int8" and not load.fp8 and load.dropout else 0,
     )
 
 

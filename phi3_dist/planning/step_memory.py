@@ -61,7 +61,7 @@ class Step:
     first_input: bool = False
     """Whether the first layer's input is kept, as ZeRO-3's hooks do."""
     inputs_again: int = 0
-    """Further copies of each linear's input that are kept, as LLM.int8() and PEFT's own LoRA beside it do."""
+    """Further copies of each linear's input that are kept, as PEFT's own LoRA beside LLM.int8() does with dropout."""
 
     @property
     def width(self) -> int:

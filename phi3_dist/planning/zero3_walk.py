@@ -80,7 +80,7 @@ class Zero3Settings(NamedTuple):
 
 
 class _Weight(NamedTuple):
-    count: int
+    values: int
     size: float
 
 
@@ -108,7 +108,7 @@ class _Coordinator:
 
     def __post_init__(self) -> None:
         self.queue = deque((step, name) for step, (_, names) in enumerate(self.order) for name in names)
-        kept = [name for name, weight in self.weights.items() if weight.count <= self.settings.persistent]
+        kept = [name for name, weight in self.weights.items() if weight.values <= self.settings.persistent]
         self.whole |= set(kept)
         self.now = self.top = sum(self.weights[name].size for name in kept)
 
@@ -121,7 +121,7 @@ class _Coordinator:
         copied = size if len(names) > 1 else 0.0  # one alone is its own buffer
         group = _Group(set(names), copied, copied)
         self.flying |= dict.fromkeys(names, group)
-        self.live += sum(self.weights[name].count for name in names)
+        self.live += sum(self.weights[name].values for name in names)
         self._take(size)
 
     def fetch(self, step: int, names: tuple[str, ...]) -> None:
@@ -158,7 +158,7 @@ class _Coordinator:
             self.wanted[name] = max(self.wanted.get(name, -1), at)
             if name not in self.whole and name not in self.flying and name not in names:
                 names.append(name)
-                ahead += self.weights[name].count
+                ahead += self.weights[name].values
         if names:
             self._gather(names)
 
@@ -169,7 +169,7 @@ class _Coordinator:
             if passed >= self.settings.reuse:
                 break
             found |= set(names)
-            passed += sum(self.weights[name].count for name in names)
+            passed += sum(self.weights[name].values for name in names)
         return found
 
     def release(self, step: int, names: tuple[str, ...], *, forced: tuple[str, ...] = ()) -> None:
@@ -178,9 +178,9 @@ class _Coordinator:
         free = [name for name in names if self.wanted.get(name, -1) <= step + 1 and name not in soon]
         for name in {*free, *forced}:
             weight = self.weights[name]
-            if name in self.whole and name not in self.flying and weight.count > self.settings.persistent:
+            if name in self.whole and name not in self.flying and weight.values > self.settings.persistent:
                 self.whole.discard(name)
-                self.live -= weight.count
+                self.live -= weight.values
                 self.now -= weight.size
 
 

@@ -54,11 +54,11 @@ def finished_run(folder: Path) -> FinishedRun:
     if plan.get("device") != "cuda":
         what = f"ran on {plan.get('device') or 'an unknown device'}: a plan has overheads of GPUs alone"
         raise PlanError(Problem(str(folder), what, "name runs that were made on a GPU"))
-    hardware = plan.get("hardware") if isinstance(plan.get("hardware"), dict) else {}
+    hardware = _object(plan, "hardware")
     device = hardware.get("device")
     if not isinstance(device, str) or not device:
         raise PlanError(Problem(str(folder), "plan.json does not name the card", "run it again with this release"))
-    first = plan.get("first_step") if isinstance(plan.get("first_step"), dict) else {}
+    first = _object(plan, "first_step")
     rows = [row for row in read_metrics(folder) if row.get("kind") == "train"]
     option = _planned_again(folder, plan, device)
     full = _tokens_of_a_step(plan)
@@ -80,6 +80,11 @@ def finished_run(folder: Path) -> FinishedRun:
     return run
 
 
+def _object(plan: dict[str, Any], key: str) -> dict[str, Any]:
+    value = plan.get(key)
+    return value if isinstance(value, dict) else {}
+
+
 def _planned_gib(plan: dict[str, Any]) -> float | None:
     terms = plan.get("memory")
     if not isinstance(terms, list):
@@ -93,9 +98,7 @@ def _largest(rows: Sequence[dict[str, Any]], key: str) -> float | None:
 
 
 def _tokens_of_a_step(plan: dict[str, Any]) -> float | None:
-    lengths = plan.get("lengths")
-    train = lengths.get("train") if isinstance(lengths, dict) else None
-    length = finite(train.get("pack_length")) if isinstance(train, dict) else None
+    length = finite(_object(_object(plan, "lengths"), "train").get("pack_length"))
     batch = finite(plan.get("global_batch"))
     return length * batch if length and batch else None
 
