@@ -1,6 +1,7 @@
 """transformers' and PEFT's own step on fake CUDA tensors, counted as ours is: what fitcheck plans.
 
-One row of tokens, all of them labels, LoRA on every linear, AdamW; no packs, no fused layers, all logits at once.
+One row of tokens, all of them labels, LoRA on every linear, AdamW, and what is not quantised in float32, as PEFT's
+guide has it; no packs, no fused layers, all logits at once.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ def rehearse_stock(cell: MemoryCell) -> dict[str, float]:
             model: Any = load_full(base, torch.bfloat16, device)
         else:
             model = load_quantized(base, cell.quantization, torch.bfloat16, device)
+            for param in model.parameters():  # as PEFT's prepare_model_for_kbit_training does
+                if not hasattr(param, "quant_state"):
+                    param.data = param.data.float()
         model.config._attn_implementation = "sdpa"
         if cell.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
