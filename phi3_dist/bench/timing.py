@@ -166,7 +166,7 @@ def measure(runs: Sequence[TimedRun], rounds: int, steps: int) -> tuple[list[dic
     from phi3_dist.bench.memory_cells import free_port, quietly
 
     torch.set_num_threads(1)
-    seen: dict[TimedRun, dict[str, list[float]]] = {run: {"wall_s": [], "processor_s": []} for run in runs}
+    seen: dict[str, dict[str, list[float]]] = {str(run): {"wall_s": [], "processor_s": []} for run in runs}
     rates: list[dict[str, float]] = []
     for _ in range(rounds):
         port = free_port()
@@ -176,8 +176,8 @@ def measure(runs: Sequence[TimedRun], rounds: int, steps: int) -> tuple[list[dic
             port = free_port()
             ranks = [partial(quietly, time_steps, run, steps, rank, port) for rank in range(run.world)]
             for name, values in _slowest(list(forked(ranks, run.world))).items():
-                seen[run][name] += values
-    return [_row(run, seen[run], rates) for run in runs], rates
+                seen[str(run)][name] += values
+    return [_row(run, seen[str(run)], rates) for run in runs], rates
 
 
 def _slowest(found: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:

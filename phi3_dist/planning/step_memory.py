@@ -239,10 +239,9 @@ def layer_forward(walk: Walk, shape: Shape, step: Step, layer: Layer, rows: int 
         ins, outs = shape.linear_sizes[name]
         walk.begin(name)
         aside = layer.masks[number] + layer.low[number] + layer.copies / 4
-        walk.take(aside)
+        walk.take(aside + rows * outs * w)
         if layer.masks[number]:
             walk.borrow(rows * ins * w)
-        walk.take(rows * outs * w)
         if not saves:
             walk.give(aside + saved)
 
@@ -258,7 +257,8 @@ def layer_forward(walk: Walk, shape: Shape, step: Step, layer: Layer, rows: int 
     linear("o_proj", 1, m, m * q * w)
     walk.begin("norm2")
     walk.take(layer.middle)
-    walk.give(m * h * w)
+    if rows is None:  # the last layer's forward has a name for what o_proj gave
+        walk.give(m * h * w)
     walk.borrow(m * h * 4 * wide)
     walk.take(layer.normed_mlp)
     linear("gate_up_proj", 2, m, layer.normed_mlp)

@@ -127,13 +127,12 @@ class _Coordinator:
     def fetch(self, step: int, names: tuple[str, ...]) -> None:
         """As `fetch_sub_module` does: gather what is missing, wait for it, look ahead.
 
-        A module waits for its parameters in the order of a Python set, of their addresses: it may copy the next buffer
-        before or after it frees the last. Of many layers some copy first, which is taken here for all.
+        A module waits for its parameters in the order of a Python set, of their addresses: as measured, for the weight
+        before its adapter, so that the weight's buffer is free when the adapter's is copied.
         """
         missing = [name for name in names if name not in self.whole and name not in self.flying]
         if missing:
             self._gather(missing)
-        over = 0.0
         for name in names:
             group = self.flying.pop(name, None)
             if group is None:
@@ -143,8 +142,7 @@ class _Coordinator:
             self.whole |= group.waiting
             group.waiting.discard(name)
             if not group.waiting:
-                over += group.buffer
-        self.now -= over
+                self.now -= group.buffer
         self._look_ahead(step)
 
     def _look_ahead(self, step: int) -> None:

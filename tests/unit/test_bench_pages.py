@@ -29,7 +29,7 @@ def test_a_table_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
 
 
 def test_ten_run_files_are_timed_and_each_field_that_costs_time_is_planned_to() -> None:
-    assert len(set(RUNS)) == len(RUNS) == 10
+    assert len(set(map(str, RUNS))) == len(RUNS) == 10
     assert {run.world for run in RUNS} == {1, 2}
     plain = TimedRun()
     seconds = predicted(plain, RATES).total_s
