@@ -305,11 +305,10 @@ def _moment_terms(
         out.append(Term("gathered weights", whole / GIB, words, place))
     if bucket:
         out.append(Term("reduce buckets", bucket / GIB, "reduce_bucket_size values, in backward", place))
-    dense = parts.get("kept weights", 0.0) + parts.get("one dequantised", 0.0)
+    dense = parts.get("kept weights", 0.0)
     if dense:
         kept = min(load.kept_layers, 1) if load.activation_checkpointing else load.kept_layers
-        layer = layer_gib(shape, load.precision)
-        words = f"{kept} layers × {layer:.2f} GiB" if kept else "one linear's at a time"
+        words = f"{kept} layers × {layer_gib(shape, load.precision):.2f} GiB"
         out.append(Term("dequantised weights", dense / GIB, words, place))
     kept_words = f"{tokens:,} tokens × {shape.layers} layers, {how}{at}"
     out.append(Term("activations (estimate)", parts["activations"] / GIB, kept_words, place, True))

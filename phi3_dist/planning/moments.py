@@ -59,10 +59,10 @@ class _Kind:
 
     layer: Layer
     rows: int | None
-    forward: tuple[Segment, ...]
-    again: tuple[Segment, ...]
+    forward: Mapping[bool, tuple[Segment, ...]]
+    again: Mapping[bool, tuple[Segment, ...]]
     backward: Mapping[bool, tuple[Segment, ...]]
-    """By whether its dequantised weights are kept."""
+    """Each by whether its dequantised weights are kept."""
 
     @classmethod
     def of(cls, shape: Shape, step: Step, rows: int | None, out_rows: int) -> _Kind:
@@ -76,12 +76,13 @@ class _Kind:
             return walk.end()
 
         start = grad + (layer.total if step.checkpointing else 0)
+        saves, both = not step.checkpointing, (False, True)
         return cls(
             layer,
             rows,
-            walked(0, layer_forward, saves=not step.checkpointing),
-            walked(grad, layer_forward, saves=True) if step.checkpointing else (),
-            {keeps: walked(start, layer_backward, keeps=keeps) for keeps in (False, True)},
+            {keeps: walked(0, layer_forward, saves=saves, keeps=keeps) for keeps in both},
+            {keeps: walked(grad, layer_forward, saves=True, keeps=keeps) for keeps in both},
+            {keeps: walked(start, layer_backward, keeps=keeps) for keeps in both},
         )
 
 
@@ -95,7 +96,7 @@ def step_moments(shape: Shape, step: Step, *, selects: bool) -> tuple[Moment, ..
     plain = _Kind.of(shape, step, None, t)
     last = _Kind.of(shape, step, s if selects else None, out_rows)
     kept = 0.0 if step.checkpointing else kept_weights(shape, step, n)
-    dense = max(ins * outs for ins, outs in shape.linear_sizes.values()) * w if step.dense else 0.0
+    first_kept = n - step.kept_layers if step.dense else n
 
     def before(layer: int) -> float:
         """What backward wants of the layers below this one; the first one's input needs no gradient."""
@@ -104,12 +105,16 @@ def step_moments(shape: Shape, step: Step, *, selects: bool) -> tuple[Moment, ..
         total = layer * plain.layer.total if layer < n else (n - 1) * plain.layer.total + last.layer.total
         return total - (plain.layer.x if layer and not step.first_input else 0)
 
-    first = {"activations": t * h * w + tables, "one dequantised": dense}
+    first = {"activations": t * h * w + tables}
     moments = [Moment("the embedding", Place("forward", -1, "embedding"), first)]
     for number in range(n):
         kind = last if number == n - 1 else plain
-        held = {"activations": before(number) + t * h * w + tables, "kept weights": kept, "one dequantised": dense}
-        moments.append(Moment(_name(number, n, "forward"), Place("forward", number, ""), held, segments=kind.forward))
+        keeps = number >= first_kept and not step.checkpointing
+        so_far = kept_weights(shape, step, number + 1 - first_kept) if keeps else 0.0
+        held = {"activations": before(number) + t * h * w + tables, "kept weights": so_far}
+        moments.append(
+            Moment(_name(number, n, "forward"), Place("forward", number, ""), held, segments=kind.forward[keeps])
+        )
     # the last layer's output, its norm, the loss's gradient of it
     end = out_rows * (2 * h * w + 4) + (0 if selects else s * h * w) + s * h * w
     held = {"activations": before(n) + end + tables, "kept weights": kept}
@@ -119,14 +124,13 @@ def step_moments(shape: Shape, step: Step, *, selects: bool) -> tuple[Moment, ..
     moments.append(Moment("the last norm's backward", Place("backward", n, ""), held, "backward's own", own))
     for number in range(n - 1, -1, -1):
         kind = last if number == n - 1 else plain
-        keeps = step.dense and step.kept_layers > n - 1 - number
+        keeps = number >= first_kept
         still = kept_weights(shape, step, 1 if step.checkpointing else number + 1)
         below = before(number if step.checkpointing else number + 1)
         held = {"activations": below + tables, "kept weights": still}
         if step.checkpointing:
             name, place = f"{_name(number, n, 'forward')} again", Place("again", number, "")
-            one_more = 0.0 if keeps else dense  # a layer that keeps its weights takes them one by one
-            moments.append(Moment(name, place, {**held, "one dequantised": one_more}, "backward's own", kind.again))
+            moments.append(Moment(name, place, held, "backward's own", kind.again[keeps]))
         place = Place("backward", number, "")
         moments.append(Moment(_name(number, n, "backward"), place, held, "backward's own", kind.backward[keeps]))
     return tuple(moments)

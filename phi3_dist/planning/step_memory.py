@@ -229,8 +229,13 @@ def _norm_backward(walk: Walk, step: Step, size: float, saved: float) -> None:
     walk.give(saved)
 
 
-def layer_forward(walk: Walk, shape: Shape, step: Step, layer: Layer, rows: int | None, *, saves: bool) -> None:
-    """From a layer's input, which is there and stays, to its output. `saves`: what backward wants is kept."""
+def layer_forward(
+    walk: Walk, shape: Shape, step: Step, layer: Layer, rows: int | None, *, saves: bool, keeps: bool
+) -> None:
+    """From a layer's input, which is there and stays, to its output.
+
+    `saves`: what backward wants is kept; `keeps`: the dequantised weights too, which are counted elsewhere.
+    """
     t, w = step.tokens, step.width
     m = t if rows is None else rows
     h, q = shape.hidden, shape.q_out
@@ -240,6 +245,7 @@ def layer_forward(walk: Walk, shape: Shape, step: Step, layer: Layer, rows: int 
         walk.begin(name)
         aside = layer.masks[number] + layer.low[number] + layer.copies / 4
         walk.take(aside + rows * outs * w)
+        walk.borrow(ins * outs * w if step.dense and not keeps else 0)
         if layer.masks[number]:
             walk.borrow(rows * ins * w)
         if not saves:
