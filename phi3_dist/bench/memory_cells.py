@@ -248,7 +248,7 @@ def _rehearsed() -> Iterator[MemoryCell]:
             yield replace(one, strategy=strategy, world=8, layers=2 if strategy[-1] in "p1" else 3)
         # how far ZeRO-3 has fetched ahead differs from layer to layer, and its buffers repeat after some
         yield replace(one, strategy="zero3", world=8, length=4096, layers=6)
-        yield replace(one, strategy="zero3", world=8, checkpointing=True, layers=6)
+        yield replace(one, strategy="zero3", world=8, checkpointing=True, length=4096, layers=8)
         yield replace(one, strategy="fsdp2", world=16, checkpointing=True, kernels="triton")
     one = MemoryCell(mini)
     yield replace(one, length=512, accumulation=2, layers=3)

@@ -170,7 +170,7 @@ def measure(runs: Sequence[TimedRun], rounds: int, steps: int) -> tuple[list[dic
     rates: list[dict[str, float]] = []
     for _ in range(rounds):
         port = free_port()
-        rates += forked([partial(measure_rates, rank, port, 2) for rank in (0, 1)], 2)
+        rates += forked([partial(quietly, measure_rates, rank, port, 2) for rank in (0, 1)], 2)
         rates += forked([measure_rates], 1)
         for run in runs:
             port = free_port()

@@ -127,12 +127,13 @@ class _Coordinator:
     def fetch(self, step: int, names: tuple[str, ...]) -> None:
         """As `fetch_sub_module` does: gather what is missing, wait for it, look ahead.
 
-        A module waits for its parameters in the order of a Python set, of their addresses: as measured, for the weight
-        before its adapter, so that the weight's buffer is free when the adapter's is copied.
+        A module waits for its parameters in the order of a Python set, by address: it may copy the next buffer before it
+        frees the last or after. Both were seen; the worse one is taken, which is one linear's weight more.
         """
         missing = [name for name in names if name not in self.whole and name not in self.flying]
         if missing:
             self._gather(missing)
+        over = 0.0
         for name in names:
             group = self.flying.pop(name, None)
             if group is None:
@@ -142,7 +143,8 @@ class _Coordinator:
             self.whole |= group.waiting
             group.waiting.discard(name)
             if not group.waiting:
-                self.now -= group.buffer
+                over += group.buffer
+        self.now -= over
         self._look_ahead(step)
 
     def _look_ahead(self, step: int) -> None:

@@ -30,7 +30,7 @@ ENOUGH_STEPS = 3
 
 def finished_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     """All of one card. Raises PlanError with every folder that says nothing, and where the cards differ."""
-    found, problems = [], []
+    found, problems = list[FinishedRun](), list[Problem]()
     for folder in folders:
         try:
             found.append(finished_run(folder))
