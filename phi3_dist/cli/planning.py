@@ -11,6 +11,14 @@ from phi3_dist.cli.app import Overrides, RunFile, app
 
 __all__ = ["plan"]
 
+Network = Annotated[float | None, typer.Option("--network-gbit", min=0.1, help="What a node sends to others, Gbit/s.")]
+Tokens = Annotated[
+    float | None, typer.Option("--tokens", min=1, help="Tokens of the training rows, where train.max_steps is not set.")
+]
+Learn = Annotated[
+    bool, typer.Option("--learn", help="The arguments are folders of finished runs: learn this card's overheads.")
+]
+
 
 @app.command()
 def plan(
@@ -21,14 +29,9 @@ def plan(
     gpu: Annotated[str | None, typer.Option("--gpu", help="The card, such as h100-80gb.")] = None,
     memory: Annotated[str | None, typer.Option("--memory-gib", help="Memory of one device: 80, 80GiB.")] = None,
     host_memory: Annotated[str | None, typer.Option("--host-memory-gib", help="Memory of a node's host.")] = None,
-    network: Annotated[
-        float | None, typer.Option("--network-gbit", min=0.1, help="What a node sends to others, Gbit/s.")
-    ] = None,
+    network: Network = None,
     price: Annotated[float | None, typer.Option("--price", min=0, help="Of one GPU for an hour.")] = None,
-    tokens: Annotated[
-        float | None,
-        typer.Option("--tokens", min=1, help="Tokens of the training rows, where train.max_steps is not set."),
-    ] = None,
+    tokens: Tokens = None,
     why: Annotated[str | None, typer.Option("--why", help="Every term of this strategy, such as 'zero3 nf4'.")] = None,
     write: Annotated[
         Path | None, typer.Option("--write", help="Write configs, launch command and job script of the best there.")
@@ -38,9 +41,7 @@ def plan(
     processes: Annotated[int | None, typer.Option("--num_processes", min=1, help="With --config_file: ranks.")] = None,
     machines: Annotated[int | None, typer.Option("--num_machines", min=1, help="With --config_file: nodes.")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    learn: Annotated[
-        bool, typer.Option("--learn", help="The arguments are folders of finished runs: learn this card's overheads.")
-    ] = False,
+    learn: Learn = False,
 ) -> None:
     """Print every way to run this on so many GPUs, the best first: memory, network, time. Imports no torch.
 

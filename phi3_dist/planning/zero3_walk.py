@@ -127,8 +127,8 @@ class _Coordinator:
     def fetch(self, step: int, names: tuple[str, ...]) -> None:
         """As `fetch_sub_module` does: gather what is missing, wait for it, look ahead.
 
-        A module waits for its parameters in the order of a Python set, by address: it may copy the next buffer before it
-        frees the last or after. Both were seen; the worse one is taken, which is one linear's weight more.
+        A module waits for its parameters in the order of a Python set, by address: it may copy the next buffer before
+        it frees the last or after. Both were seen; the worse one is taken, which is one linear's weight more.
         """
         missing = [name for name in names if name not in self.whole and name not in self.flying]
         if missing:

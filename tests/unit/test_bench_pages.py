@@ -43,7 +43,7 @@ def test_ten_run_files_are_timed_and_each_field_that_costs_time_is_planned_to() 
         "gathers": replace(plain, world=2, strategy="zero3"),
     }
     for name, run in slower.items():
-        assert predicted(run, RATES).total_s > 1.005 * seconds, name
+        assert predicted(run, RATES).total_s > 1.001 * seconds, name
     assert predicted(plain, replace(RATES, matrix_fp32_tflops=0.2)).arithmetic_s == pytest.approx(
         predicted(plain, RATES).arithmetic_s / 2
     )

@@ -109,7 +109,7 @@ def test_what_each_strategy_shards(strategy: str, sharded: set[str]) -> None:
         ("mini-4k", 3, False, 1.600),
         ("mini-4k", 4, True, 1.260),
         ("Phi-4-mini", 2, True, 2.994),
-        ("Phi-4", 3, False, 3.724),
+        ("Phi-4-mini", 6, True, 3.095),
     ],
 )
 def test_zero3_holds_what_was_measured_on_fake_cuda_tensors(
