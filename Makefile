@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types check test test-full test-gpu test-oldest test-py312 test-py313 test-slurm test-serve torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-generate bench-gpu bench-memory card card-rehearsal card-carry bench-prepare bench-sweep rehearse docs wheel clean
+.PHONY: help setup lint types check test test-full test-gpu test-oldest test-py312 test-py313 test-slurm test-serve torture fuzz audit demo bench-gather bench-throughput bench-scaling bench-sharding bench-generate bench-gpu bench-memory bench-timing card card-rehearsal card-carry bench-prepare bench-sweep rehearse docs wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name what; do \
@@ -137,7 +137,10 @@ bench-gpu: setup ## Phi-3-mini's real shape on one GPU: LoRA, QLoRA, FP8
 	@$(BIN)/python -m phi3_dist.bench.gpu
 
 bench-memory: setup ## memory as planned against real steps, on fake CUDA tensors and on this CPU
-	@$(BIN)/python -m phi3_dist.bench.memory
+	@$(BIN)/python -m phi3_dist.bench.memory --page docs/memory.md
+
+bench-timing: setup ## a step's time as planned and as measured, ten run files on this CPU
+	@$(BIN)/python -m phi3_dist.bench.timing --page docs/memory.md
 
 card: setup ## check everything on the GPU of this machine: strategies, attention, kernels, speed (seven minutes)
 	@$(BIN)/python -m phi3_dist.bench.card --out runs/card

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,20 @@ from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.memory import memory_terms, total_gib
 from phi3_dist.planning.workload import account, adapter_counts
 
-__all__ = ["CPU", "REHEARSED", "SHORT", "MemoryCell", "measure_on_cpu", "predicted_gib", "rehearse_cell"]
+__all__ = [
+    "CPU",
+    "GIB",
+    "REHEARSED",
+    "SHORT",
+    "MemoryCell",
+    "config_of",
+    "free_port",
+    "measure_on_cpu",
+    "predicted_gib",
+    "quietly",
+    "real_base",
+    "rehearse_cell",
+]
 
 GIB = 2**30
 SUPERVISED = 0.5
@@ -144,7 +157,7 @@ def _result(measured: dict[str, float], predicted: dict[str, float]) -> dict[str
     }
 
 
-def _real_base(config: Any, folder: Path) -> Any:
+def real_base(config: Any, folder: Path) -> Any:
     """A base of this shape with weights of zeros that are there."""
     import numpy as np
     import torch
@@ -169,7 +182,7 @@ def measure_on_cpu(cell: MemoryCell, rank: int = 0, port: int = 0) -> dict[str, 
     import torch
 
     from phi3_dist.bench.counting import RealWatch
-    from phi3_dist.bench.rehearsal import _packs, _Phases
+    from phi3_dist.bench.rehearsal import _Phases, ragged_packs
     from phi3_dist.data.batch import Order
     from phi3_dist.planning.plan import make_plan
     from phi3_dist.training.build import build_model
@@ -187,14 +200,14 @@ def measure_on_cpu(cell: MemoryCell, rank: int = 0, port: int = 0) -> dict[str, 
     cfg, watch = cell.run(), RealWatch(resizes=cell.strategy.startswith("fsdp2"))
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        base = _real_base(config, scratch)
+        base = real_base(config, scratch)
         cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"source": str(scratch)})})
         plan = make_plan(cfg, host, launch, family_or_shape=config.to_dict())
         stack.enter_context(watch)
         runtime = start_runtime(plan, {}, max_grad_norm=1.0, trackers=(), folder=scratch)
         model = build_model(cfg, base, runtime, longest_row=cell.length).model
         engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
-        packs = _packs(cfg.train.global_batch, cell.length)
+        packs = ragged_packs(cfg.train.global_batch, cell.length)
         order, phases = Order(len(packs), cfg.train.global_batch, 0, False), _Phases(engine, watch)
         watch.phase = "step"
         train_step(phases, runtime, packs, order, 0, lr=1e-4, seed=0)
@@ -205,6 +218,14 @@ def measure_on_cpu(cell: MemoryCell, rank: int = 0, port: int = 0) -> dict[str, 
         if cell.world > 1:
             torch.distributed.destroy_process_group()
     return _result(measured, predicted_gib(cell, host, launch, config))
+
+
+def quietly(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """In a forked process: what libraries say there goes nowhere."""
+    with Path(os.devnull).open("w") as nowhere:
+        for stream in (1, 2):
+            os.dup2(nowhere.fileno(), stream)
+    return function(*arguments)
 
 
 def free_port() -> int:
@@ -223,9 +244,11 @@ def _rehearsed() -> Iterator[MemoryCell]:
         yield replace(one, quantization="nf4")
         yield replace(one, quantization="nf4", checkpointing=True, kernels="triton")
         yield replace(one, micro_batch=2, dropout=0.0, length=1024)
-        for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
+        for strategy in ("ddp", "zero1", "zero2", "fsdp2"):
             yield replace(one, strategy=strategy, world=8, layers=2 if strategy[-1] in "p1" else 3)
-        yield replace(one, strategy="zero3", world=8, checkpointing=True)
+        # how far ZeRO-3 has fetched ahead differs from layer to layer, and its buffers repeat after some
+        yield replace(one, strategy="zero3", world=8, length=4096, layers=6)
+        yield replace(one, strategy="zero3", world=8, checkpointing=True, length=4096, layers=8)
         yield replace(one, strategy="fsdp2", world=16, checkpointing=True, kernels="triton")
     one = MemoryCell(mini)
     yield replace(one, length=512, accumulation=2, layers=3)
@@ -235,10 +258,10 @@ def _rehearsed() -> Iterator[MemoryCell]:
     yield replace(one, r=64)
     yield replace(one, quantization="int8")
     yield replace(one, strategy="zero2_offload", world=8)
-    yield replace(one, strategy="zero3_offload", world=8)
-    yield replace(one, strategy="zero3", world=64, layers=4)
+    yield replace(one, strategy="zero3_offload", world=8, layers=4)
+    yield replace(one, strategy="zero3", world=64, layers=8)
     yield replace(one, strategy="fsdp2", world=8, quantization="nf4", accumulation=2)
-    yield replace(one, strategy="zero3", world=8, quantization="nf4")
+    yield replace(one, strategy="zero3", world=8, quantization="nf4", layers=4)
     yield replace(one, strategy="ddp", world=8, kernels="triton", micro_batch=2, accumulation=2)
     yield replace(one, strategy="zero2", world=8, checkpointing=True)
 

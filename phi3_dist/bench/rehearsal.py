@@ -39,7 +39,7 @@ from phi3_dist.training.plan_proof import prove_built_dtypes, prove_updated_dtyp
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.train_step import train_step
 
-__all__ = ["Report", "import_all", "launch_of", "load_on_host", "machine", "rehearse"]
+__all__ = ["Report", "import_all", "launch_of", "load_on_host", "machine", "ragged_packs", "rehearse"]
 
 GIB = 2**30
 
@@ -134,7 +134,7 @@ def load_on_host(cfg: RunConfig, config: Any) -> str:
     return f"weights on {' and '.join(found)}"
 
 
-def _packs(count: int, length: int) -> Packs:
+def ragged_packs(count: int, length: int) -> Packs:
     """Packs of ragged documents, half of whose tokens are supervised."""
     documents = [length // 2, length // 4, length // 8, length // 8]
     packs: Packs = make_token_packs([([5] * tokens, tokens // 2) for tokens in documents] * count, length)
@@ -229,7 +229,7 @@ def rehearse(cfg: RunConfig, config: Any, strategy: str, *, world: int) -> Repor
         engine = make_engine(model, runtime, cfg.optim, cfg.lora.plus_ratio)
         prove_built_dtypes(engine, runtime)
         _answer_buckets(engine.model)
-        packs = _packs(cfg.train.global_batch, length)
+        packs = ragged_packs(cfg.train.global_batch, length)
         phases, collectives, peak = _steps(engine, runtime, watch, packs, cfg.train.global_batch)
         held = _devices(engine)
     layer = {name: phases.pop(name) for name in ("layer forward", "layer backward") if name in phases}

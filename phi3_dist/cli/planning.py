@@ -11,6 +11,14 @@ from phi3_dist.cli.app import Overrides, RunFile, app
 
 __all__ = ["plan"]
 
+Network = Annotated[float | None, typer.Option("--network-gbit", min=0.1, help="What a node sends to others, Gbit/s.")]
+Tokens = Annotated[
+    float | None, typer.Option("--tokens", min=1, help="Tokens of the training rows, where train.max_steps is not set.")
+]
+Learn = Annotated[
+    bool, typer.Option("--learn", help="The arguments are folders of finished runs: learn this card's overheads.")
+]
+
 
 @app.command()
 def plan(
@@ -21,14 +29,9 @@ def plan(
     gpu: Annotated[str | None, typer.Option("--gpu", help="The card, such as h100-80gb.")] = None,
     memory: Annotated[str | None, typer.Option("--memory-gib", help="Memory of one device: 80, 80GiB.")] = None,
     host_memory: Annotated[str | None, typer.Option("--host-memory-gib", help="Memory of a node's host.")] = None,
-    network: Annotated[
-        float | None, typer.Option("--network-gbit", min=0.1, help="What a node sends to others, Gbit/s.")
-    ] = None,
+    network: Network = None,
     price: Annotated[float | None, typer.Option("--price", min=0, help="Of one GPU for an hour.")] = None,
-    tokens: Annotated[
-        float | None,
-        typer.Option("--tokens", min=1, help="Tokens of the training rows, where train.max_steps is not set."),
-    ] = None,
+    tokens: Tokens = None,
     why: Annotated[str | None, typer.Option("--why", help="Every term of this strategy, such as 'zero3 nf4'.")] = None,
     write: Annotated[
         Path | None, typer.Option("--write", help="Write configs, launch command and job script of the best there.")
@@ -38,6 +41,7 @@ def plan(
     processes: Annotated[int | None, typer.Option("--num_processes", min=1, help="With --config_file: ranks.")] = None,
     machines: Annotated[int | None, typer.Option("--num_machines", min=1, help="With --config_file: nodes.")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    learn: Learn = False,
 ) -> None:
     """Print every way to run this on the given GPUs, best first: memory, network, time. Does not import torch.
 
@@ -47,6 +51,9 @@ def plan(
     from phi3_dist.planning.gpus import gib_of
     from phi3_dist.planning.preview import check_rows
 
+    if learn:
+        _learn([run_file, *map(Path, overrides or ())])
+        return
     memory_gib = None if memory is None else gib_of(memory)
     launch = (config, processes or gpus, machines or nodes, device, memory_gib or 80.0)
     if read_section(run_file, "sweep")[0] is not None:
@@ -65,7 +72,7 @@ def plan(
         gpus_per_node=gpus,
         gpu=gpu,
         memory_gib=memory_gib,
-        host_memory_gib=None if host_memory is None else gib_of(host_memory),
+        host_memory_gib=None if host_memory is None else gib_of(host_memory, "--host-memory-gib"),
         network_gbit=network,
         price=price,
         tokens=None if tokens is None else int(tokens),
@@ -91,6 +98,7 @@ def _every_way(cfg: Any, **options: Any) -> None:
     rates = rates_measured_here(own)
     if rates is not None:
         asked = replace(asked, rates=rates.to_dict())
+    asked = replace(asked, overheads=_overheads(card, asked))
     answer(cfg, asked, package_versions(), measured_on(card.driver_name) if card else {}, typer.echo)
 
 
@@ -104,6 +112,32 @@ def _rows(cfg: Any) -> Any:
     from phi3_dist.machine.storage import cache_folder
 
     return noted_lengths(cache_folder(cfg.data.cache), cfg)
+
+
+def _overheads(card: Any, asked: Any) -> Any:
+    """What was learned on this machine of the card that is planned for, by either of its names."""
+    from phi3_dist.machine.learned_overheads import overheads_of
+
+    names = [*(name for name, _ in asked.own_cards[:1]), *([card.name] if card else [])]
+    return next((found for name in names if (found := overheads_of(name)) is not None), None)
+
+
+def _learn(folders: list[Path]) -> None:
+    """Fit a card's overheads from finished runs and keep them."""
+    from datetime import date
+
+    from phi3_dist.machine.learned_overheads import keep_overheads
+    from phi3_dist.planning.learned import fit_overheads
+    from phi3_dist.report.learning import finished_runs
+
+    found = fit_overheads(finished_runs(folders), date.today().isoformat())
+    file = keep_overheads(found)
+    typer.echo(f"{found.device}: {found.words}")
+    if found.tensors is not None:
+        typer.echo(f"tensors: at most {found.tensors:.1%} of what was planned")
+    if found.step_time_spread is not None and found.runs > 1:
+        typer.echo(f"step time: the runs' factors differ by {found.step_time_spread - 1:.0%}")
+    typer.echo(f"kept in {file}; the plans of this card use it. Remove it to forget")
 
 
 def _a_sweep(

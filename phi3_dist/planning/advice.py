@@ -6,7 +6,7 @@ No device is looked at and torch is not imported: 1,024 GPUs are planned on a lo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -17,6 +17,7 @@ from phi3_dist.family.variants import Family, Shape
 from phi3_dist.planning.auto_fields import RowLengths, auto_fields, get_field, settle
 from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
 from phi3_dist.planning.gpus import Gpu
+from phi3_dist.planning.learned import RESERVE, Overheads
 from phi3_dist.planning.long_rows import with_exchanges
 from phi3_dist.planning.memory import GIB, Term, fits, layer_gib, saved_bytes, stored_bytes, total_gib
 from phi3_dist.planning.plan import RunPlan, make_plan
@@ -29,8 +30,6 @@ from phi3_dist.planning.workload import adapter_counts, workload_of
 
 __all__ = ["Advice", "Cluster", "Option", "advise", "launch_on", "machine_of", "time_of_plan"]
 
-RESERVE = 0.1
-"""Of a card: its CUDA context, communication buffers and the allocator's rounding. Measured on no card."""
 PROCESS_GIB = 3.0
 """Host memory of a process with torch and its libraries: about that on Linux, weights aside."""
 _SIMPLEST = ("single", "ddp", "zero1", "zero2", "fsdp2", "zero3", "zero2_offload", "fsdp2_offload", "zero3_offload")
@@ -52,6 +51,14 @@ class Cluster:
     price: float | None = None
     tokens: int | None = None
     measured: Mapping[str, Any] = field(default_factory=dict)
+    overheads: Overheads | None = None
+    """What finished runs on such a card said (`phi3-dist plan --learn`)."""
+
+    def holds(self, terms: Sequence[Term]) -> bool:
+        """Whether a rank's tensors fit on its card, beside what the card wants for itself."""
+        if self.overheads is None:
+            return fits(terms, self.memory_gib, RESERVE)
+        return self.overheads.leaves_room(terms, self.memory_gib)
 
     @property
     def world(self) -> int:
@@ -204,7 +211,7 @@ def _option(cfg: RunConfig, cluster: Cluster, launch: LaunchFacts, plan: RunPlan
     run_s = _run_s(cfg, cluster, time.total_s)
     cost = None if run_s is None or cluster.price is None else run_s / 3600 * cluster.world * cluster.price
     state, why = "fits", ""
-    if not fits(terms, cluster.memory_gib, RESERVE):
+    if not cluster.holds(terms):
         state, why = "too large", _change(cfg, cluster, launch, shape)
     elif host > cluster.host_memory_gib:
         state, why = "too large", f"a node's host has {cluster.host_memory_gib:.0f} GiB; without offload, or more nodes"
@@ -276,7 +283,7 @@ def _change(cfg: RunConfig, cluster: Cluster, launch: LaunchFacts, shape: Shape)
             plan = make_plan(changed, machine, other, family_or_shape=shape)
         except PlanError:
             continue
-        if fits(plan.memory or (), cluster.memory_gib, RESERVE):
+        if cluster.holds(plan.memory or ()):
             return f"fits with {name}"
     return "nothing smaller fits: more ranks, or a card with more memory"
 
@@ -320,7 +327,7 @@ def _notes(able: list[Option], best: Option) -> tuple[str, ...]:
         if one.settled != full.settled:  # more packs at a time, in memory that the weights left free
             continue
         if one.quantization == "int8":
-            why = "LLM.int8() and PEFT's LoRA beside it keep two more copies of each linear's input"
+            why = "PEFT's LoRA beside LLM.int8() keeps each linear's input once more, with its dropout"
         else:
             why = f"{one.kept_layers} layers keep dequantised weights; model.dequantized_layers=0 keeps none"
         notes.append(f"{one.name} takes {one.peak_gib:.1f} GiB, more than {full.name} with {full.peak_gib:.1f}: {why}")

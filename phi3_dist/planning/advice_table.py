@@ -6,6 +6,7 @@ from rich.table import Table
 
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.planning.advice import Advice, Cluster, Option
+from phi3_dist.planning.learned import RESERVE
 from phi3_dist.planning.memory import GIB, total_gib
 
 __all__ = ["advice_table", "find_option", "seconds", "why_table"]
@@ -70,6 +71,14 @@ def find_option(advice: Advice, name: str) -> Option:
     return found
 
 
+def _kept_free(option: Option, cluster: Cluster) -> tuple[str, str]:
+    learned = cluster.overheads
+    if learned is not None and learned.context_gib is not None and learned.allocator is not None:
+        return f"{learned.context_gib + learned.allocator * option.peak_gib:.1f} GiB", learned.words
+    why = "a tenth: the CUDA context, communication buffers, kernels' workspace, the allocator's rounding"
+    return f"{cluster.memory_gib * RESERVE:.1f} GiB", f"{why} (not measured; plan --learn)"
+
+
 def why_table(option: Option, cluster: Cluster) -> Table:
     """Every term of one option: memory, what a step's time goes to, and what is moved."""
     table = Table(box=None, pad_edge=False, header_style="bold", title=option.name, title_justify="left")
@@ -80,11 +89,7 @@ def why_table(option: Option, cluster: Cluster) -> Table:
     for term in option.terms:
         table.add_row(f"{term.name} ({term.place})", f"{term.gib:.3f} GiB", term.formula)
     table.add_row("peak of the worst rank", f"{option.peak_gib:.2f} GiB", "the sum of what is on the device")
-    kept = cluster.memory_gib * 0.1
-    why = (
-        "a tenth: the CUDA context, communication buffers, kernels' workspace, the allocator's rounding (not measured)"
-    )
-    table.add_row("kept free", f"{kept:.1f} GiB", why)
+    table.add_row("kept free", *_kept_free(option, cluster))
     offloaded = total_gib(option.terms, "host") * cluster.gpus_per_node
     processes = option.host_gib - offloaded
     table.add_row(

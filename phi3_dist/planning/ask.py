@@ -16,6 +16,7 @@ from phi3_dist.planning.advice import Advice, Cluster, Option, advise
 from phi3_dist.planning.advice_table import advice_table, find_option, why_table
 from phi3_dist.planning.auto_fields import RowLengths
 from phi3_dist.planning.gpus import Gpu, find_gpu
+from phi3_dist.planning.learned import Overheads
 from phi3_dist.planning.memory import total_gib
 from phi3_dist.planning.preview import shape_of_source
 from phi3_dist.planning.rates_of_machine import with_measured
@@ -48,6 +49,8 @@ class Asked:
     rows: RowLengths | None = None
     rates: Mapping[str, Any] = field(default_factory=dict)
     """What `phi3-dist doctor --bandwidth` measured on such a card; empty where nothing was."""
+    overheads: Overheads | None = None
+    """What `phi3-dist plan --learn` kept of such a card."""
 
 
 def cluster_of(asked: Asked) -> tuple[Cluster, str]:
@@ -72,8 +75,18 @@ def cluster_of(asked: Asked) -> tuple[Cluster, str]:
         price=asked.price,
         tokens=asked.tokens,
     )
+    cluster = _with_overheads(cluster, asked.overheads)
     words = f"{cluster.nodes} × {per_node} {gpu.name} of {memory:.0f} GiB ({where}); {cluster.rates.source}"
+    if asked.overheads is not None:
+        words += f"; {asked.overheads.words}"
     return cluster, words
+
+
+def _with_overheads(cluster: Cluster, overheads: Overheads | None) -> Cluster:
+    """What was learned of a card of this name; the memory that `--memory-gib` says is still the one that is filled."""
+    if overheads is None:
+        return cluster
+    return replace(cluster, overheads=overheads, rates=overheads.slower(cluster.rates))
 
 
 def _own(cards: tuple[tuple[str, float], ...]) -> Gpu:
@@ -143,7 +156,9 @@ def _nothing_fits(advice: Advice, cluster: Cluster, quantization: str) -> Proble
     what = (
         f"with model.quantization={quantization} every strategy needs more than {cluster.memory_gib:.1f} GiB a device"
     )
-    what += ", of which a tenth is kept free"
+    what += (
+        ", of which a tenth is kept free" if cluster.overheads is None else f" has room for ({cluster.overheads.words})"
+    )
     what += f"; the smallest, {least.name}, {total_gib(least.terms):.1f} GiB"
     fix = next((one.why for one in large if one.why.startswith("fits with")), least.why)
     return Problem("memory", what, fix)

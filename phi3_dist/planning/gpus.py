@@ -97,15 +97,19 @@ def find_gpu(name: str) -> Gpu:
     raise PlanError(Problem("--gpu", what, f"nearest: {nearest}; or --memory-gib for any other card"))
 
 
-def gib_of(text: str) -> float:
+_MOST_GIB = {"--host-memory-gib": 65536}
+"""A plain number that is larger is one of MiB."""
+
+
+def gib_of(text: str, option: str = "--memory-gib") -> float:
     """GiB of `80`, `80GiB`, `80G`, `80 GB` or `81920MiB`; a card's GB are GiB. Raises PlanError for anything else."""
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT]?)(i?[bB]?)\s*", text)
     factor = {"": 1.0, "m": 1 / 1024, "g": 1.0, "t": 1024.0}.get(found[2].lower() if found else "?")
     if found is None or factor is None or (not found[2] and found[3]) or not float(found[1]):
         what = f"is {text[:40]!r}, which is not an amount of memory"
-        raise PlanError(Problem("--memory-gib", what, "a number of GiB, as in --memory-gib 80, or 80GiB"))
+        raise PlanError(Problem(option, what, f"a number of GiB, as in {option} 80, or 80GiB"))
     value = float(found[1]) * factor
-    if not found[2] and value > 4096:
-        what = f"is {text[:40]}, and no card has that many GiB"
-        raise PlanError(Problem("--memory-gib", what, f"with its unit, as in {text.strip()[:20]}MiB"))
+    if not found[2] and value > _MOST_GIB.get(option, 4096):
+        what = f"is {text[:40]}, and nothing has that many GiB"
+        raise PlanError(Problem(option, what, f"with its unit, as in {text.strip()[:20]}MiB"))
     return value

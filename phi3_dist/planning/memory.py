@@ -8,13 +8,15 @@ buffers were read off its real steps on fake CUDA tensors: `python -m phi3_dist.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from phi3_dist.family.variants import Shape
-from phi3_dist.planning.gathering import fsdp2_gathered, zero3_gathered
-from phi3_dist.planning.step_memory import Moment, Step, loss_rows, saved_by_layer, step_moments
+from phi3_dist.planning.gathering import fsdp2_gathered
+from phi3_dist.planning.moments import Moment, step_moments
+from phi3_dist.planning.step_memory import Step, loss_rows, saved_by_layer
+from phi3_dist.planning.zero3_walk import Level, Place, zero3_levels
 
 __all__ = [
     "Term",
@@ -36,6 +38,7 @@ SHIPPED_ZERO: Mapping[str, Any] = {
     "stage3_max_live_parameters": 300_000_000,
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_max_reuse_distance": 0,
+    "stage3_param_persistence_threshold": 0,
 }
 """What decides memory in the shipped DeepSpeed files (planning/render.py)."""
 
@@ -144,7 +147,6 @@ def _tokens(load: Workload) -> int:
 
 
 def _step_of(shape: Shape, trainable: int, load: Workload) -> Step:
-    deepspeed = load.strategy.startswith("zero")
     by = "library" if not load.fused else "triton" if load.kernels == "triton" else "torch"
     return Step(
         tokens=_tokens(load),
@@ -161,9 +163,10 @@ def _step_of(shape: Shape, trainable: int, load: Workload) -> Step:
         whole_attention=load.device == "cpu" or load.precision == "fp32",
         dense=load.quantization == "nf4",
         kept_layers=load.kept_layers,
-        copies=load.precision == "bf16" and not deepspeed and not load.strategy.startswith("fsdp2"),
+        copies=load.precision == "bf16" and load.strategy.startswith(("single", "ddp", "zero3")),
+        first_input=load.strategy.startswith("zero3"),
         adapter_per_layer=trainable // shape.layers,
-        inputs_again=0 if load.quantization != "int8" or load.fp8 else 2 if load.dropout else 1,
+        inputs_again=1 if load.quantization == "int8" and not load.fp8 and load.dropout else 0,
     )
 
 
@@ -172,9 +175,10 @@ def saved_bytes(shape: Shape, trainable: int, load: Workload) -> float:
     return shape.layers * saved_by_layer(shape, _step_of(shape, trainable, load)).total
 
 
-def _gathered(shape: Shape, trainable: int, load: Workload) -> tuple[float, ...]:
+def _gathered(shape: Shape, trainable: int, load: Workload) -> Callable[[Place], Level]:
+    """Bytes of whole weights while a module runs."""
     if not _is_sharded(load.strategy) or load.world_size == 1:
-        return (0.0,) * 5
+        return lambda _: Level(0.0, 0.0, 0.0)
     width = _width(load.precision)
     if load.strategy.startswith("fsdp2"):
         stored = 0.5 if load.quantization == "nf4" else width
@@ -182,8 +186,18 @@ def _gathered(shape: Shape, trainable: int, load: Workload) -> tuple[float, ...]
         return fsdp2_gathered(shape, layer, width)
     adapters = {name: load.rank * (ins + outs) for name, (ins, outs) in shape.linear_sizes.items()}
     packed = 2 * width if load.quantization == "nf4" else 1
-    counts = zero3_gathered(shape, adapters, load.zero, recompute=load.activation_checkpointing, packed=packed)
-    return tuple(count * width for count in counts)
+    recompute = load.activation_checkpointing
+    levels = zero3_levels(shape, adapters, load.zero, recompute=recompute, packed=packed, width=width)
+    return levels.__getitem__
+
+
+def _highest_of(moment: Moment, gathered: Callable[[Place], Level]) -> tuple[float, float]:
+    """Bytes of the moment's own and of gathered weights where both together are most."""
+    found = (0.0, gathered(moment.place).there) if moment.place.module else (0.0, 0.0)
+    for module, late, entry, peak in moment.segments:
+        level = gathered(moment.place._replace(module=module))
+        found = max(found, (entry, level.fetching), (peak, level.after if late else level.there), key=sum)
+    return found
 
 
 def memory_terms(shape: Shape, trainable: int, load: Workload, frozen: int = 0) -> tuple[Term, ...]:
@@ -197,17 +211,20 @@ def memory_terms(shape: Shape, trainable: int, load: Workload, frozen: int = 0) 
     bucket, gathered = _backward_bucket(load), _gathered(shape, trainable, load)
     # of one micro batch, autograd's gradients come while activations go
     late = load.accumulation == 1 and not load.strategy.startswith("zero")
-    gradients = sum(term.gib for term in held if term.name == "gradients") * GIB if late else 0.0
-    highest = (gradients, Moment("the update", {"activations": 0.0}), 0.0, 0.0, 1.0)
-    for number, moment in enumerate(moments):  # in the order of gathering.ByMoment
-        there = bucket if number > 2 else 0.0
-        share = 0.0 if late and number < 4 else 1 / shape.layers if late else 1.0
-        total = moment.total + gathered[number] + there + gradients * share
-        highest = max(highest, (total, moment, gathered[number], there, share), key=lambda one: one[0])
-    _, moment, whole, there, share = highest
+    gradients = sum(term.gib for term in held if term.name == "gradients") * GIB
+    update = Moment("the update", Place("update", 0, ""), {"activations": 0.0})
+    highest = (gradients, update, 0.0, 0.0, 0.0, 1.0)
+    for moment in moments:
+        phase, layer, _ = moment.place
+        there = bucket if phase == "backward" else 0.0
+        share = 1.0 if not late else 1 - (layer + 1) / shape.layers if phase != "forward" else 0.0
+        own, whole = _highest_of(moment, gathered)
+        total = sum(moment.held.values()) + own + whole + there + gradients * max(share, 0.0)
+        highest = max(highest, (total, moment, own, whole, there, max(share, 0.0)), key=lambda one: one[0])
+    _, moment, own, whole, there, share = highest
     if share < 1:
         held = [replace(term, gib=term.gib * share) if term.name == "gradients" else term for term in held]
-    return (*held, *_moment_terms(shape, load, moment, whole, there))
+    return (*held, *_moment_terms(shape, load, moment, own, whole=whole, bucket=there))
 
 
 def _held_terms(shape: Shape, trainable: int, load: Workload, frozen: int) -> list[Term]:
@@ -282,24 +299,25 @@ def layer_gib(shape: Shape, precision: str) -> float:
     return shape.linear_parameters / shape.layers * _width(precision) / GIB
 
 
-def _moment_terms(shape: Shape, load: Workload, moment: Moment, whole: float, bucket: float) -> list[Term]:
+def _moment_terms(
+    shape: Shape, load: Workload, moment: Moment, own: float, *, whole: float, bucket: float
+) -> list[Term]:
     """What a step adds at its highest moment. Full packs; all tokens supervised unless it is known better."""
     tokens = _tokens(load)
     place: Literal["device", "host"] = "host" if load.device == "cpu" else "device"
     how = "each layer's input and one layer's insides" if load.activation_checkpointing else "every layer's insides"
     at = f"; at its highest in {moment.name}"
-    parts = moment.parts
+    parts = moment.parts_with(own)
     out = []
     if whole:
         words = f"whole while they are used or fetched ahead{at}"
         out.append(Term("gathered weights", whole / GIB, words, place))
     if bucket:
         out.append(Term("reduce buckets", bucket / GIB, "reduce_bucket_size values, in backward", place))
-    dense = parts.get("kept weights", 0.0) + parts.get("one dequantised", 0.0)
+    dense = parts.get("kept weights", 0.0)
     if dense:
         kept = min(load.kept_layers, 1) if load.activation_checkpointing else load.kept_layers
-        layer = layer_gib(shape, load.precision)
-        words = f"{kept} layers × {layer:.2f} GiB" if kept else "one linear's at a time"
+        words = f"{kept} layers × {layer_gib(shape, load.precision):.2f} GiB"
         out.append(Term("dequantised weights", dense / GIB, words, place))
     shared = f" (1/{load.sequence_parallel} of a pack's)" if load.sequence_parallel > 1 else ""
     kept_words = f"{tokens:,} tokens{shared} × {shape.layers} layers, {how}{at}"
@@ -309,8 +327,7 @@ def _moment_terms(shape: Shape, load: Workload, moment: Moment, whole: float, bu
         at_a_time = "at a time " if load.chunked else ""
         words = f"at most {rows:,} supervised tokens {at_a_time}× {shape.vocab:,}"
         out.append(Term("logits (upper bound)", parts["logits"] / GIB, words, place, True))
-    own = parts.get("backward's own", 0.0)
-    if own:
+    if moment.own == "backward's own" and own:
         out.append(Term("backward's own (estimate)", own / GIB, "gradients of activations, and copies", place, True))
     return out
 

@@ -28,6 +28,8 @@ from phi3_dist.planning.smaller import smaller
 
 __all__ = ["assumed_machine", "check_fit", "check_rows", "launch_of_config", "plan_table", "shape_of_source"]
 
+_OF_ACCELERATE = frozenset({"distributed_type", "compute_environment", "num_processes", "deepspeed_config"})
+"""Without any of these Accelerate starts one process, whatever else the file says."""
 _ROW_FILES = r"\.(jsonl?|csv|parquet|txt|gz|zst)$"
 
 
@@ -46,6 +48,11 @@ def launch_of_config(config: Path | None, processes: int | None, nodes: int | No
         raise PlanError(Problem(str(config), f"cannot be read: {error}", "one of configs/accelerate/")) from error
     if not isinstance(values, dict):
         raise PlanError(Problem(str(config), "is not an Accelerate config", "one of configs/accelerate/"))
+    if not _OF_ACCELERATE & values.keys():
+        keys = ", ".join(str(key)[:40] for key in list(values)[:5]) or "none"
+        what = f"is not an Accelerate config: it has neither distributed_type nor num_processes; its keys are {keys}"
+        fix = "one of configs/accelerate/; `phi3-dist import` reads run files of other tools"
+        raise PlanError(Problem(str(config), what, fix))
     kind = str(values.get("distributed_type", "NO"))
     world = processes or (1 if kind == "NO" else _count(config, values, "num_processes"))
     strategy, settings = _strategy(config, kind, values)

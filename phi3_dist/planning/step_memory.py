@@ -1,9 +1,8 @@
 """What a micro batch holds on one rank, byte for byte: what autograd keeps, and what each backward borrows.
 
-A step's memory is highest in one of a few moments: while the loss is computed, or in the backward of the last decoder
-layer, or of the one before it (the last one's MLP sees supervised rows alone, and may be the smaller). Each moment is
-walked through here as the fused functions of modeling/ run it; `python -m phi3_dist.bench.memory` holds the walk
-against the real step on fake CUDA tensors and on a CPU.
+A layer's forward and backward are walked through here as the fused functions of modeling/ run them, in segments: one
+for each module that may gather its weights. `python -m phi3_dist.bench.memory` holds the walk against the real step on
+fake CUDA tensors and on a CPU; moments.py puts it together.
 
 Shapes: T tokens of a micro batch, S of them supervised, H hidden, Q queries, K keys, I inner, R rank, V vocabulary.
 """
@@ -11,10 +10,23 @@ Shapes: T tokens of a micro batch, S of them supervised, H hidden, Q queries, K 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from phi3_dist.family.variants import Shape
 
-__all__ = ["Moment", "Step", "loss_rows", "saved_by_layer", "step_moments"]
+__all__ = [
+    "Layer",
+    "Segment",
+    "Step",
+    "Walk",
+    "kept_weights",
+    "layer_backward",
+    "layer_forward",
+    "logits_bytes",
+    "loss_rows",
+    "saved_by_layer",
+    "table_bytes",
+]
 
 CHUNK_ROWS = {"cuda": 512, "cpu": 128}
 """Rows of logits that exist at a time, as modeling/loss.py has it."""
@@ -46,8 +58,10 @@ class Step:
     kept_layers: int = 0
     copies: bool = False
     adapter_per_layer: int = 0
+    first_input: bool = False
+    """Whether the first layer's input is kept, as ZeRO-3's hooks do."""
     inputs_again: int = 0
-    """Further copies of each linear's input that are kept, as LLM.int8() and PEFT's own LoRA beside it do."""
+    """Further copies of each linear's input that are kept, as PEFT's own LoRA beside LLM.int8() does with dropout."""
     exchanged: bool = False
     """Whether attention sends its heads to the ranks that share the pack, and gets tokens back."""
     drawn_for: int = 1
@@ -63,12 +77,35 @@ class Step:
         return max(1, round(self.tokens * self.supervised))
 
 
+class Segment(NamedTuple):
+    """Bytes beside a moment's own while a module runs: as it begins, and at most. `late`: when its weights are free."""
+
+    module: str
+    late: bool
+    entry: float
+    peak: float
+
+
 @dataclass
-class _Walk:
-    """Bytes that live beside what was there at its start, and the most there were."""
+class Walk:
+    """Bytes that live beside what was there at its start, and the most there were since the last `begin`."""
 
     now: float = 0.0
     peak: float = 0.0
+    module: str = ""
+    late: bool = False
+    entry: float = 0.0
+    done: list[Segment] = field(default_factory=list)
+
+    def begin(self, module: str, *, late: bool = False) -> None:
+        self.end()
+        self.module, self.late, self.entry, self.peak = module, late, self.now, self.now
+
+    def end(self) -> tuple[Segment, ...]:
+        if self.module:
+            self.done.append(Segment(self.module, self.late, self.entry, self.peak))
+        self.module = ""
+        return tuple(self.done)
 
     def take(self, size: float) -> None:
         self.now += size
@@ -82,31 +119,19 @@ class _Walk:
         self.give(size)
 
 
-@dataclass(frozen=True)
-class Moment:
-    """Bytes by what they are for, at one moment of a step."""
-
-    name: str
-    parts: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def total(self) -> float:
-        return sum(self.parts.values())
-
-
 def loss_rows(step: Step) -> int:
     """Rows of logits that exist at a time."""
     return min(step.rows, CHUNK_ROWS.get(step.device, 512)) if step.chunked else step.rows
 
 
-def _logits_bytes(shape: Shape, step: Step) -> float:
+def logits_bytes(shape: Shape, step: Step) -> float:
     """In chunks: the logits and, in 16 bits, their float32 copy. At once: those, the log-softmax, and gradients."""
     each = step.width + (4 if step.width == 2 else 0)
     return loss_rows(step) * shape.vocab * (each if step.chunked else 12 if step.width == 4 else 16)
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """What one decoder layer keeps from forward to backward, in bytes."""
 
     x: float
@@ -132,14 +157,14 @@ class _Layer:
         )
 
 
-def saved_by_layer(shape: Shape, step: Step, rows: int | None = None) -> _Layer:
+def saved_by_layer(shape: Shape, step: Step, rows: int | None = None) -> Layer:
     """What a layer keeps; `rows`: that many go on after its attention, as in the last one."""
     t, w, r = step.tokens, step.width, step.ranks
     m = t if rows is None else rows
     h, q, k, i = shape.hidden, shape.q_out, shape.kv_out, shape.intermediate
     mask = 1 if step.dropout > 0 and step.by != "triton" else 0
     copied = 2 * step.adapter_per_layer if step.copies and step.by != "triton" else 0
-    layer = _Layer(
+    layer = Layer(
         x=t * h * w,
         normed=t * h * w,
         qkv=t * (q + 2 * k) * w,
@@ -164,7 +189,7 @@ def saved_by_layer(shape: Shape, step: Step, rows: int | None = None) -> _Layer:
 
 
 def _lora_backward(  # noqa: PLR0917 -- what of a layer it is about
-    walk: _Walk, shape: Shape, step: Step, name: str, rows: int, saved: float, *, mask: float, low: float, keeps: bool
+    walk: Walk, shape: Shape, step: Step, name: str, rows: int, saved: float, *, mask: float, low: float, keeps: bool
 ) -> None:
     """Backward of one LoRA linear. The output's gradient is there before, and the caller's to give back."""
     inputs, outputs = shape.linear_sizes[name]
@@ -193,7 +218,7 @@ def _lora_backward(  # noqa: PLR0917 -- what of a layer it is about
         walk.give(inputs * outputs * w)
 
 
-def _norm_backward(walk: _Walk, step: Step, size: float, saved: float) -> None:
+def _norm_backward(walk: Walk, step: Step, size: float, saved: float) -> None:
     """`size`: bytes of its rows. Two sums of gradients meet in one."""
     if step.by == "triton":
         walk.take(size)
@@ -208,16 +233,67 @@ def _norm_backward(walk: _Walk, step: Step, size: float, saved: float) -> None:
     walk.give(saved)
 
 
-def _layer_backward(walk: _Walk, shape: Shape, step: Step, layer: _Layer, rows: int | None, *, keeps: bool) -> None:
+def layer_forward(
+    walk: Walk, shape: Shape, step: Step, layer: Layer, rows: int | None, *, saves: bool, keeps: bool
+) -> None:
+    """From a layer's input, which is there and stays, to its output.
+
+    `saves`: what backward wants is kept; `keeps`: the dequantised weights too, which are counted elsewhere.
+    """
+    t, w = step.tokens, step.width
+    m = t if rows is None else rows
+    h, q = shape.hidden, shape.q_out
+
+    def linear(name: str, number: int, rows: int, saved: float) -> None:
+        ins, outs = shape.linear_sizes[name]
+        walk.begin(name)
+        aside = layer.masks[number] + layer.low[number] + layer.copies / 4
+        walk.take(aside + rows * outs * w)
+        walk.borrow(ins * outs * w if step.dense and not keeps else 0)
+        if layer.masks[number]:
+            walk.borrow(rows * ins * w)
+            if step.drawn_for > 1:  # the whole pack's mask, of which a rank keeps its rows
+                walk.borrow(step.tokens * step.drawn_for * ins)
+        if not saves:
+            walk.give(aside + saved)
+
+    wide = 0 if step.by == "triton" or w == 4 else 2
+    walk.begin("norm1")
+    walk.borrow(t * h * 4 * wide)
+    walk.take(layer.normed)
+    linear("qkv_proj", 0, t, layer.normed)
+    walk.begin("qkv_proj", late=True)
+    walk.take(layer.attended + layer.chosen)
+    if not saves:
+        walk.give(layer.qkv + layer.attended + layer.chosen - m * q * w)
+    linear("o_proj", 1, m, m * q * w)
+    walk.begin("norm2")
+    walk.take(layer.middle)
+    if rows is None:  # the last layer's forward has a name for what o_proj gave
+        walk.give(m * h * w)
+    walk.borrow(m * h * 4 * wide)
+    walk.take(layer.normed_mlp)
+    linear("gate_up_proj", 2, m, layer.normed_mlp)
+    walk.begin("gate_up_proj", late=True)
+    walk.take(layer.inner)
+    walk.borrow(0 if step.by == "triton" else layer.inner)
+    if not saves:
+        walk.give(layer.gate_up)
+    linear("down_proj", 3, m, layer.inner)
+
+
+def layer_backward(walk: Walk, shape: Shape, step: Step, layer: Layer, rows: int | None, *, keeps: bool) -> None:
     """From the gradient of a layer's output, which is there, to that of its input."""
     t, w = step.tokens, step.width
     m = t if rows is None else rows
     h, q, k, i = shape.hidden, shape.q_out, shape.kv_out, shape.intermediate
 
     def linear(name: str, number: int, rows: int, saved: float) -> None:
+        walk.begin(name)
         _lora_backward(
             walk, shape, step, name, rows, saved, mask=layer.masks[number], low=layer.low[number], keeps=keeps
         )
+        walk.begin(name, late=True)
 
     linear("down_proj", 3, m, layer.inner)
     walk.take(2 * m * i * w)
@@ -226,6 +302,7 @@ def _layer_backward(walk: _Walk, shape: Shape, step: Step, layer: _Layer, rows: 
     walk.give(m * i * w + layer.gate_up)
     linear("gate_up_proj", 2, m, layer.normed_mlp)
     walk.give(2 * m * i * w)
+    walk.begin("norm2")
     _norm_backward(walk, step, m * h * w, layer.middle)
     if rows is not None:
         walk.take(t * h * w)
@@ -245,72 +322,14 @@ def _layer_backward(walk: _Walk, shape: Shape, step: Step, layer: _Layer, rows: 
     walk.give(joined)
     linear("qkv_proj", 0, t, layer.normed)
     walk.give(joined)
+    walk.begin("norm1")
     _norm_backward(walk, step, t * h * w, layer.x)
 
 
-def _kept_weights(shape: Shape, step: Step, layers: int) -> float:
+def kept_weights(shape: Shape, step: Step, layers: int) -> float:
     return min(layers, step.kept_layers) * shape.linear_parameters / shape.layers * step.width
 
 
-def _tables(shape: Shape, step: Step) -> float:
+def table_bytes(shape: Shape, step: Step) -> float:
     """Cosines and sines, their halves, ids and positions."""
     return step.tokens * (3 * shape.head_dim * step.width + 3 * 8) + step.rows * 16
-
-
-def _drawn(shape: Shape, step: Step) -> float:
-    """The largest mask of a whole pack, of which a rank keeps its rows: a byte for each token and input."""
-    if step.dropout == 0 or step.drawn_for == 1:
-        return 0.0
-    return float(step.tokens * step.drawn_for * max(ins for ins, _ in shape.linear_sizes.values()))
-
-
-def step_moments(shape: Shape, step: Step, *, selects: bool) -> tuple[Moment, ...]:
-    """The moments at which a micro batch's bytes may be highest.
-
-    `selects`: whether the last layer's MLP sees supervised rows alone.
-    """
-    t, w, s, h = step.tokens, step.width, step.rows, shape.hidden
-    rows = s if selects else None
-    layer, last = saved_by_layer(shape, step), saved_by_layer(shape, step, rows)
-    tables, n = _tables(shape, step), shape.layers
-    out_rows = s if selects else t
-    # the last layer's output, its norm, the loss's gradient of it
-    end = out_rows * (2 * h * w + 4) + (0 if selects else s * h * w) + s * h * w
-    before: float
-    after_last: float
-    after_two: float
-    if step.checkpointing:
-        before, after_last, after_two = n * t * h * w, (n - 1) * t * h * w, max(n - 2, 0) * t * h * w
-    else:  # the first one's input needs no gradient
-        before = (n - 1) * layer.total + last.total - layer.x
-        after_last, after_two = before, before - last.total
-    largest = max(ins * outs for ins, outs in shape.linear_sizes.values()) * w if step.dense else 0.0
-    ahead = before - (0 if step.checkpointing else last.total)
-    kept = 0.0 if step.checkpointing else _kept_weights(shape, step, n)
-    moments = [
-        Moment("the first layer's forward", {"activations": 2.0 * t * h * w + tables, "one dequantised": largest}),
-        Moment(
-            "the last layer's forward",
-            {
-                "activations": ahead + 2 * t * h * w + tables + _drawn(shape, step),
-                "kept weights": kept,
-                "one dequantised": largest,
-            },
-        ),
-        Moment(
-            "the loss",
-            {"activations": before + end + tables, "logits": _logits_bytes(shape, step), "kept weights": kept},
-        ),
-    ]
-    names = ("the last layer's backward", "the backward of the layer before the last")
-    for number, (one, its_rows, held) in enumerate(((last, rows, after_last), (layer, None, after_two))[: min(n, 2)]):
-        walk = _Walk()
-        walk.take((out_rows if number == 0 else t) * h * w + (one.total if step.checkpointing else 0))
-        if step.checkpointing:
-            walk.borrow(_drawn(shape, step))
-        keeps = step.dense and step.kept_layers > number
-        _layer_backward(walk, shape, step, one, its_rows, keeps=keeps)
-        still = _kept_weights(shape, step, 1 if step.checkpointing else n - number)
-        parts = {"activations": held + tables, "backward's own": walk.peak, "kept weights": still}
-        moments.append(Moment(names[number], parts))
-    return tuple(moments)

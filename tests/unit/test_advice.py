@@ -263,3 +263,27 @@ def test_fields_of_zero_inline_in_an_accelerate_config(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump({**values, "deepspeed_config": shipped}))
     found = launch_of_config(file, None)  # no such folder beside it
     assert (found.strategy, found.zero_settings["zero_optimization"]["stage"]) == ("zero3", 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("base_model: m\nadapter: lora\nmicro_batch_size: 2\n", "base_model, adapter, micro_batch_size"),
+        ('{"zero_optimization": {"stage": 3}}', "zero_optimization"),
+        ("resources: {accelerators: 'H100:8'}\nnum_nodes: 2\n", "resources, num_nodes"),
+        ("{}", "none"),
+    ],
+)
+def test_a_file_of_another_tool_is_no_launch_of_one_process(text: str, keys: str, tmp_path: Path) -> None:
+    file = tmp_path / "other.yaml"
+    file.write_text(text)
+    with pytest.raises(PlanError, match=f"no Accelerate config.*its keys are {keys}"):
+        launch_of_config(file, None)
+
+
+def test_memory_of_a_host_is_named_as_such() -> None:
+    assert gib_of("6144", "--host-memory-gib") == 6144  # a host may have more than any card
+    for text in ("much", "1048576"):
+        with pytest.raises(PlanError, match="--host-memory-gib") as caught:
+            gib_of(text, "--host-memory-gib")
+        assert "--memory-gib" not in str(caught.value).replace("--host-memory-gib", "")

@@ -25,8 +25,9 @@ from phi3_dist.planning.memory import (
     memory_terms,
     total_gib,
 )
+from phi3_dist.planning.moments import step_moments
 from phi3_dist.planning.render import deepspeed_json
-from phi3_dist.planning.step_memory import Step, saved_by_layer, step_moments
+from phi3_dist.planning.step_memory import Step, saved_by_layer
 
 # peft 0.21 asks transformers 5.24 for a property under its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -102,18 +103,47 @@ def test_what_each_strategy_shards(strategy: str, sharded: set[str]) -> None:
         assert four[name] == pytest.approx(alone[name] / 4 if name in sharded else alone[name]), name
 
 
-def test_what_is_whole_for_a_while_where_weights_are_shared_out() -> None:
-    """Measured on fake CUDA tensors for four layers of Phi-3-mini (`python -m phi3_dist.bench.memory`)."""
-    layers = Shape(4, 3072, 8192, 32, 32, 96, 32064)
+@pytest.mark.parametrize(
+    ("name", "layers", "checkpointing", "measured_gib"),
+    [
+        ("mini-4k", 3, False, 1.600),
+        ("mini-4k", 4, True, 1.260),
+        ("Phi-4-mini", 2, True, 2.994),
+        ("Phi-4-mini", 6, True, 3.095),
+    ],
+)
+def test_zero3_holds_what_was_measured_on_fake_cuda_tensors(
+    name: str, layers: int, checkpointing: bool, measured_gib: float
+) -> None:
+    """Eight ranks, 2,048 tokens of which half are supervised, dropout 0.05 (`python -m phi3_dist.bench.memory`)."""
+    shape = replace(BY_NAME[name], layers=layers)
+    trainable = adapter_parameters(shape, 16)
+    zero = json.loads(deepspeed_json("zero3"))["zero_optimization"]
+    load = Workload(
+        "zero3",
+        8,
+        "bf16",
+        supervised=0.5,
+        dropout=0.05,
+        accumulation=1,
+        activation_checkpointing=checkpointing,
+        zero=zero,
+    )
+    found = total_gib(memory_terms(shape, trainable, load))
+    assert -0.01 <= found / measured_gib - 1 <= 0.03
 
+
+def test_what_is_whole_for_a_while_where_weights_are_shared_out() -> None:
     def whole(shape: Shape, load: Workload) -> float:
         terms = memory_terms(shape, 786_432 * shape.layers, load)
         return next(term.gib for term in terms if term.name == "gathered weights")
 
     zero3 = Workload("zero3", 8, "bf16", supervised=0.5, dropout=0.05)
-    assert whole(layers, zero3) * 1024 == pytest.approx(808, rel=0.02)
     keeps_all = replace(zero3, zero={"stage3_max_live_parameters": 10**9, "stage3_max_reuse_distance": 10**9})
-    assert whole(MINI, keeps_all) > 2 * whole(MINI, zero3)
+    assert whole(MINI, keeps_all) > 1.8 * whole(MINI, zero3)
+    # buffers and copies beside what may be whole at once, and no more with a deeper model
+    assert whole(MINI, zero3) * GIB < 2 * 2 * 300e6
+    assert whole(MINI, zero3) == pytest.approx(whole(replace(MINI, layers=16), zero3), rel=0.02)
     tables = 2 * 32064 * 3072 * 2 / GIB
     assert whole(MINI, Workload("fsdp2", 8, "bf16")) > tables + 2 * 113_246_208 * 2 / GIB
 
