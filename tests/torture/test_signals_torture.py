@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from phi3_dist.training.signals import state_of_stop
+from tests import warm
 from tests.ranks.launcher import REPO
 from tests.ranks.processes import descendants, lives
 from tests.ranks.test_resume import same_bits
@@ -177,8 +178,10 @@ def test_a_signal_to_a_launcher_is_one_to_its_ranks(
     command: tuple[str, ...], number: signal.Signals, tmp_path: Path
 ) -> None:
     words = ("bash", *command, RUN, *SAME, "train.max_steps=100000", "save.every=0", f"save.folder={tmp_path / 'run'}")
+    env = clean_environment() | {"VIRTUAL_ENV": "active"}  # the script takes the Python that it finds
+    env["PATH"] = f"{Path(warm.python()).parent}{os.pathsep}{env['PATH']}"
     with (tmp_path / "log").open("wb") as out:
-        process = subprocess.Popen(words, cwd=REPO, env=clean_environment(), stdout=out, stderr=out)
+        process = subprocess.Popen(words, cwd=REPO, env=env, stdout=out, stderr=out)
     left: list[int] = []
     try:
         await_line(tmp_path / "log", "step 3/", process)

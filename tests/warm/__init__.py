@@ -19,8 +19,8 @@ What differs from a process of its own, so that tests about it start a real one,
 - destructors at the end of an interpreter: exit handlers run, then the process ends.
 
 Real processes throughout are kept by a test of each form: `accelerate launch` with DDP (the last of
-`test_strategies.py`) and ZeRO-3 (`test_two_launchers.py`; FSDP2 and two nodes there in `make test-full`),
-`launch/local.sh` (`test_restarts.py`), and the commands of the README, among them one process (`test_readme.py`).
+`test_strategies.py`; ZeRO-3, FSDP2 and two nodes in `test_two_launchers.py`, in `make test-full`), `launch/local.sh`
+(`test_restarts.py`), and the commands of the README, among them one process (`test_readme.py`).
 """
 
 from __future__ import annotations
@@ -58,6 +58,12 @@ def python() -> str:
             partial.chmod(0o700)
             partial.rename(program)
     return str(program)
+
+
+def log() -> str:
+    """What the server has written: a line for each process that ended. Empty where no test has asked for it yet."""
+    path = Path(python()).parent / "log" if python.cache_info().currsize else None
+    return path.read_text(errors="replace") if path and path.exists() else ""
 
 
 def forked(client: int) -> int | None:
