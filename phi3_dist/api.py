@@ -99,8 +99,8 @@ def train(
         raise ConfigError(Problem("overwrite, resume", "exclude each other", "give one of them"))
     from phi3_dist.machine.probe import launch_facts, probe
     from phi3_dist.training.early_checks import check_early
-    from phi3_dist.training.loop import train as run_training
     from phi3_dist.training.signals import Stopped
+    from phi3_dist.training.whole_run import train as run_training
 
     check_early(cfg, os.environ, overwrite=overwrite, resume=resume)
     try:

@@ -37,12 +37,12 @@ SMALL = (
 BEFORE = {
     "the base": "inputs.find_base",
     "the data": "inputs.prepare",
-    "the processes": "loop.start_runtime",
-    "the agreement": "loop.check_same_on_all_ranks",
-    "the model": "loop.build_model",
-    "the optimizer": "loop.make_engine",
+    "the processes": "whole_run.start_runtime",
+    "the agreement": "whole_run.check_same_on_all_ranks",
+    "the model": "whole_run.build_model",
+    "the optimizer": "whole_run.make_engine",
 }
-STEPS = "run_steps"
+STEPS = "step_loop"
 DURING = {
     "a step": f"{STEPS}.train_step",
     "an evaluation": f"{STEPS}.held_out_loss",
@@ -149,7 +149,7 @@ def test_once_the_last_step_is_made(
     same_bits(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize("place", ["loop.start_runtime", "loop.build_model", f"{STEPS}.train_step"])
+@pytest.mark.parametrize("place", ["whole_run.start_runtime", "whole_run.build_model", f"{STEPS}.train_step"])
 def test_a_run_that_was_to_be_replaced_is_there_until_the_new_one_has_made_a_step(
     place: str, context: ForkServerContext, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 import phi3_dist
 from phi3_dist import evaluate, generate, load_run, plan, train
 from phi3_dist.errors import ConfigError, DataError, RunFolderError, TrainingError
-from phi3_dist.training import loop
+from phi3_dist.training import whole_run
 from phi3_dist.training.signals import Stopped
 from tests.ranks.launcher import REPO
 
@@ -80,7 +80,7 @@ def test_a_signal_ends_no_process(
     def stopped(*_: object, **__: object) -> None:
         raise Stopped(number)
 
-    monkeypatch.setattr(loop, "train", stopped)
+    monkeypatch.setattr(whole_run, "train", stopped)
     with pytest.raises(kind):
         train(DEBUG, {**SHORT, "save.folder": str(tmp_path / "run")})
 

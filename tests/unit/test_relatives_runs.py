@@ -33,7 +33,7 @@ from phi3_dist.modeling.base import tiny_config
 from phi3_dist.modeling.lora import quiet_peft
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.memory import GIB
-from phi3_dist.training import final_adapter, loop
+from phi3_dist.training import final_adapter, whole_run
 from tests.ranks.launcher import REPO
 from tests.ranks.test_resume import interrupted, same_bits
 from tests.ranks.test_strategies import rows, tiny_base
@@ -115,7 +115,7 @@ def here() -> MachineFacts:
 
 def train(overrides: tuple[str, ...], folder: Path, *, resume: bool = False, allow: tuple[str, ...] = ()) -> None:
     cfg = load_run(REPO / "configs" / "run" / "debug.yaml", [*COMMON, *overrides, f"save.folder={folder}"])
-    loop.train(cfg, here(), LaunchFacts(), resume=resume, allow_changed=allow, cache=folder.parent / "cache")
+    whole_run.train(cfg, here(), LaunchFacts(), resume=resume, allow_changed=allow, cache=folder.parent / "cache")
 
 
 def logits(model: Any, **packed: Any) -> torch.Tensor:

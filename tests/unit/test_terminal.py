@@ -16,13 +16,13 @@ from pathlib import Path
 from tests.ranks.test_strategies import REPO, clean_environment
 
 STOPPED_AT_STEP_3 = """
-import phi3_dist.training.run_steps as run_steps
-original = run_steps.train_step
+import phi3_dist.training.step_loop as step_loop
+original = step_loop.train_step
 def train_step(engine, runtime, packs, order, step, **rest):
     if step == 2:
         breakpoint()
     return original(engine, runtime, packs, order, step, **rest)
-run_steps.train_step = train_step
+step_loop.train_step = train_step
 from phi3_dist.cli import main
 main()
 """

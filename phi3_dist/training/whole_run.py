@@ -3,7 +3,7 @@
 Read in this order, one step from the command to the update of its weights:
 
 1. this file          what a run does before its first step and after its last
-2. run_steps.py       the steps in their order, what comes between two of them, and what ends them
+2. step_loop.py       the steps in their order, what comes between two of them, and what ends them
 3. train_step.py      one step: its packs, forward and backward of each micro batch, one update
 4. engines/engine.py  what backward and update mean under each strategy
 
@@ -39,9 +39,9 @@ from phi3_dist.training.batch_counts import (
     tokens_of_rank,
 )
 from phi3_dist.training.build import Built, build_model
+from phi3_dist.training.checkpoints.compatibility import base_fingerprint, identity
 from phi3_dist.training.checkpoints.files import Checkpoint
-from phi3_dist.training.checkpoints.identity import base_fingerprint, identity
-from phi3_dist.training.checkpoints.resume import ResumePoint, find_resume_point
+from phi3_dist.training.checkpoints.resume_point import ResumePoint, find_resume_point
 from phi3_dist.training.checkpoints.saver import Saver
 from phi3_dist.training.checkpoints.state import restore
 from phi3_dist.training.context import RunContext, Session
@@ -61,12 +61,12 @@ from phi3_dist.training.monitor.transcript import Transcript
 from phi3_dist.training.patience import Patience
 from phi3_dist.training.plan_proof import prove_built_dtypes
 from phi3_dist.training.run_folder import RunFolder, versions
-from phi3_dist.training.run_steps import run_steps
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.same_on_all_ranks import check_same_on_all_ranks
 from phi3_dist.training.sample_answers import sample_answers
 from phi3_dist.training.shared_init import computed_lora_init
 from phi3_dist.training.signals import StopFlag, exit_code_of, state_of_stop
+from phi3_dist.training.step_loop import run_steps
 
 __all__ = ["TrainResult", "train"]
 
