@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import signal
 import sys
@@ -86,6 +87,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     first = {item.path: item for item in reversed(items) if "deepspeed_ops" in getattr(item, "fixturenames", ())}
     for item in first.values():
         item.add_marker(pytest.mark.timeout(FIRST_BUILD_TIMEOUT_S))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_lives_is_not_searched_for_garbage() -> None:
+    """A run ends with three collections of garbage, which would look through all that the session has imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

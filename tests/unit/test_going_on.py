@@ -24,9 +24,7 @@ from phi3_dist.training.train_step import learning_rate
 from tests.ranks.launcher import REPO
 from tests.ranks.test_resume import interrupted, same_bits
 from tests.ranks.test_strategies import rows, tiny_base
-from tests.unit.test_relatives_runs import COMMON, STEPS, few_objects_to_look_through, train
-
-__all__ = ["few_objects_to_look_through"]
+from tests.unit.test_relatives_runs import COMMON, STEPS, train
 
 WEIGHTS = "adapter_model.safetensors"
 

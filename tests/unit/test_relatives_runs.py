@@ -9,10 +9,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import gc
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +86,6 @@ RELATIVES["loftq"] = ("lora.init=loftq", "model.quantization=nf4")
 
 def relatives(*in_make_test: str) -> list[object]:
     return [pytest.param(name, marks=() if name in in_make_test else pytest.mark.full) for name in RELATIVES]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects_to_look_through() -> Iterator[None]:
-    """A run ends with collections of garbage, which would look through all that the session has imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @dataclasses.dataclass(frozen=True)
