@@ -109,57 +109,50 @@ def train(
     Raises the errors of the tree in phi3_dist.errors; a user's mistakes come before the process group exists. A signal
     before the first step raises Stopped.
     """
+    asked = _Asked(overwrite, resume, allow_changed, cache or cache_folder(cfg.data.cache), transcript)
     with StopFlag() as flag:
-        return _train(
-            cfg,
-            machine,
-            launch,
-            overwrite=overwrite,
-            resume=resume,
-            allow_changed=allow_changed,
-            cache=cache or cache_folder(cfg.data.cache),
-            flag=flag,
-            transcript=transcript,
-        )
+        return _train(cfg, machine, launch, asked, flag)
 
 
-def _train(
-    cfg: RunConfig,
-    machine: MachineFacts,
-    launch: LaunchFacts,
-    *,
-    overwrite: bool,
-    resume: bool,
-    allow_changed: Collection[str],
-    cache: Path,
-    flag: StopFlag,
-    transcript: Transcript | None,
-) -> TrainResult:
+@dataclass(frozen=True)
+class _Asked:
+    """What the command says beside the run file, and where its lines are kept."""
+
+    overwrite: bool
+    resume: bool
+    allow_changed: Collection[str]
+    cache: Path
+    transcript: Transcript | None
+
+
+def _train(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, asked: _Asked, flag: StopFlag) -> TrainResult:
     clock = StartClock()
     clock.mark("imports")
     folder = RunFolder(Path(cfg.save.folder), inputs=inputs_of(cfg))
     if launch.rank == 0:
-        folder.check(overwrite=overwrite, resume=resume)
+        folder.check(overwrite=asked.overwrite, resume=asked.resume)
     check_trackers(cfg.log, launch.rank)
     base, tokenizer, token_ids = find_model(cfg)
-    session = Session(folder, clock, flag, WeightsWatch(base.folder), transcript)
+    session = Session(folder, clock, flag, WeightsWatch(base.folder), asked.transcript)
     plan = make_plan(cfg, machine, launch, family_or_shape=base.config.to_dict())
     clock.mark("plan")
-    inputs = RunInputs(cfg, base, tokenizer, token_ids, prepare_rows(cfg, tokenizer, cache))
+    inputs = RunInputs(cfg, base, tokenizer, token_ids, prepare_rows(cfg, tokenizer, asked.cache))
     clock.mark("data")
     if launch.rank == 0:
-        folder.reopen() if resume else folder.claim(overwrite=overwrite)
+        folder.reopen() if asked.resume else folder.claim(overwrite=asked.overwrite)
     with folder.recording_failure(active=launch.rank == 0):  # what was to be replaced comes back from here on
         runtime = _join_processes(cfg, plan, launch, folder)
-        ours = _agreed_identity(inputs, runtime, cache)
-        resume_point = find_resume_point(runtime, folder, ours, allow_changed, cfg.optim) if resume else ResumePoint()
+        ours = _agreed_identity(inputs, runtime, asked.cache)
+        resume_point = ResumePoint()
+        if asked.resume:
+            resume_point = find_resume_point(runtime, folder, ours, asked.allow_changed, cfg.optim)
         if resume_point.finished:
             _release(runtime)
             return TrainResult(folder.path, 0, None, None)
         if runtime.is_main:  # the first file: it makes the folder a run's, which --resume can go on in
             folder.write("config.yaml", resolved_yaml(cfg))
-        if transcript:
-            transcript.into(folder.held, runtime.rank)
+        if asked.transcript:
+            asked.transcript.into(folder.held, runtime.rank)
         start_trackers(runtime, cfg.log.trackers, project=cfg.log.project, run=cfg.name, folder=folder.path)
         clock.mark("processes")
         result = _run(inputs, session, runtime, ours, resume_point.checkpoint)

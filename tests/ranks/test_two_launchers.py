@@ -132,7 +132,6 @@ def test_nodes_with_different_configs_are_told_so_before_step_1(tmp_path: Path) 
     ("config", "real"),
     [
         ("fsdp2", False),
-        ("zero3", False),
         pytest.param("zero3", True, marks=pytest.mark.full),
         pytest.param("fsdp2", True, marks=pytest.mark.full),
     ],

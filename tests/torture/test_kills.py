@@ -167,7 +167,7 @@ def finish(victim: Victim, context: ForkServerContext, reference: Path) -> None:
 
 
 def test_a_few_kills_lose_nothing(context: ForkServerContext, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
-    counts = torture(4, 0, context, undisturbed, tmp_path, amid=1)
+    counts = torture(2, 0, context, undisturbed, tmp_path, amid=1)
     assert counts["amid a save"] >= 1, counts
 
 

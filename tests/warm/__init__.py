@@ -18,9 +18,10 @@ What differs from a process of its own, so that tests about it start a real one,
   same, and a rank that is killed there takes its client with it by the same signal);
 - destructors at the end of an interpreter: exit handlers run, then the process ends.
 
-Real processes throughout are kept by a test of each form: `accelerate launch` with DDP (the last of
-`test_strategies.py`; ZeRO-3, FSDP2 and two nodes in `test_two_launchers.py`, in `make test-full`), `launch/local.sh`
-(`test_restarts.py`), and the commands of the README, among them one process (`test_readme.py`).
+Real processes throughout are kept by a test of each form: `accelerate launch` (`test_strategies.py`, where it starts
+one process for two), `launch/local.sh` with two ranks of which one is killed (`test_restarts.py`), and the commands of
+the README, among them one process (`test_readme.py`). `accelerate launch` with ranks that die, under DDP, ZeRO-3 and
+FSDP2, and on two nodes, is real in `make test-full`.
 """
 
 from __future__ import annotations
