@@ -37,6 +37,7 @@ def checked() -> dict[str, dict[str, Any]]:
 
 def test_kernels_give_what_float32_gives(checked: dict[str, dict[str, Any]]) -> None:
     found = [line for name, line in checked.items() if name not in {"model", "liger's norm"}]
+    assert {line["check"] for line in found} >= {"norm backward", "rotary", "swiglu", "linear down, dropout 0.05"}
     assert {line["group"] for line in found} == {"passes", "lora"}
     assert [line for line in found if not line["ok"]] == []
 
@@ -45,6 +46,7 @@ def test_kernels_give_what_float32_gives(checked: dict[str, dict[str, Any]]) -> 
 @pytest.mark.parametrize(
     ("dtype", "groups"),
     [
+        ("fp32", "passes,lora"),
         ("fp32", "fp8"),
         ("bf16", "passes"),
         ("fp16", "lora"),  # the interpreter multiplies no bf16
