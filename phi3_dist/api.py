@@ -118,9 +118,9 @@ def train(
     if overwrite and resume:
         raise ConfigError(Problem("overwrite, resume", "cannot be combined", "give one of them"))
     from phi3_dist.machine.probe import launch_facts, probe
-    from phi3_dist.training.loop import train as run_training
     from phi3_dist.training.preflight.before_torch import check_before_torch
     from phi3_dist.training.signals import Stopped
+    from phi3_dist.training.whole_run import train as run_training
 
     check_before_torch(cfg, os.environ, overwrite=overwrite, resume=resume)
     try:

@@ -2,7 +2,8 @@
 
 Changed is what differs from the commit (HEAD, unless one is named) and what is new. A changed test file of
 `tests/unit` is run itself. A changed module is run by the test files that import it: of those the ones that import the
-fewest other modules of the package, since what all of them share would be the whole of `make test`.
+fewest other modules of the package, since what all of them share would be the whole of `make test`. Together they take
+no more CPU time than `BUDGET_S` says, by what `tests/cpu_seconds.txt` has of each; what is left out is named.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from tests import cpu_seconds
+
 REPO = Path(__file__).resolve().parents[1]
 NEAREST = 4  # test files for each changed module
+BUDGET_S = 60.0  # of CPU time, which two workers share
+UNKNOWN_S = 3.0  # what a file that nobody has measured is taken to cost
 ALWAYS = "tests/unit/test_house.py"
 
 
@@ -41,15 +46,26 @@ def imported(source: str) -> set[str]:
     return {name for name in found if name.startswith("phi3_dist")}
 
 
-def nearest(changed: Iterable[str], imports: Mapping[str, set[str]]) -> list[str]:
-    """Test files to run, of those whose imports are given."""
-    chosen = {path for path in changed if path in imports}
+def nearest(
+    changed: Iterable[str], imports: Mapping[str, set[str]], cost_s: Mapping[str, float]
+) -> tuple[list[str], list[str]]:
+    """Test files to run, of those whose imports are given, and those left out for their CPU time.
+
+    Always the house's and those that are changed themselves; then the nearest of each module, the second nearest, …
+    """
+    chosen = {ALWAYS, *(path for path in changed if path in imports)}
+    users: list[list[str]] = []
     for path in changed:
         if path.startswith("phi3_dist/") and path.endswith(".py"):
             module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-            users = sorted((len(names), test) for test, names in imports.items() if module in names)
-            chosen |= {test for _, test in users[:NEAREST]}
-    return sorted({ALWAYS, *chosen})
+            by_nearness = sorted((len(names), test) for test, names in imports.items() if module in names)
+            users.append([test for _, test in by_nearness[:NEAREST]])
+    left_out = set[str]()
+    for place in range(NEAREST):
+        for test in [tests[place] for tests in users if place < len(tests)]:
+            fits = sum(cost_s.get(one, UNKNOWN_S) for one in {*chosen, test}) <= BUDGET_S
+            (chosen if fits or test in chosen else left_out).add(test)
+    return sorted(chosen), sorted(left_out)
 
 
 if __name__ == "__main__":
@@ -57,4 +73,9 @@ if __name__ == "__main__":
         path.relative_to(REPO).as_posix(): imported(path.read_text(encoding="utf-8"))
         for path in (REPO / "tests" / "unit").glob("test_*.py")
     }
-    print(*nearest(changed_files((sys.argv[1:] or ["HEAD"])[0]), tests), sep="\n")
+    cost_s = cpu_seconds.kept()
+    chosen, left_out = nearest(changed_files((sys.argv[1:] or ["HEAD"])[0]), tests, cost_s)
+    said = f"[check] {len(chosen)} test files, about {sum(cost_s.get(test, UNKNOWN_S) for test in chosen):.0f} s of CPU"
+    more = f"; left to make test: {', '.join(Path(test).stem for test in left_out)}" if left_out else ""
+    print(said + more, file=sys.stderr)
+    print(*chosen, sep="\n")

@@ -1,11 +1,14 @@
-"""What every test session shares: the order of tests, and one folder for DeepSpeed's compiled operators."""
+"""What every test session shares: the order of tests, what they cost, one folder for DeepSpeed's compiled operators."""
 
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO
@@ -14,18 +17,20 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
+from tests import cpu_seconds
 from tests.ranks.launcher import run_ranks
 
 REPO = Path(__file__).resolve().parent.parent
 # A folder for each Python and torch: torch asks neither which one an operator was compiled for
 EXTENSIONS = REPO / ".cache" / f"torch_extensions_py{sys.version_info[0]}{sys.version_info[1]}_{version('torch')}"
 ORDER = ("unit", "ranks")  # quick ones first; folders not named here come last
-BESIDE_OTHERS = ("ranks", "unit")  # long files first, so that the last ones that workers take are short
+UNKNOWN_S = 10.0  # what a file that nobody has measured is taken to cost
 FIRST_BUILD_TIMEOUT_S = 900
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # as machines may be
 settings.load_profile("busy")
 settings.register_profile("fuzz", max_examples=2500)  # of each kind of input: see tests/unit/test_fuzz.py
 _SESSION_LOCK = pytest.StashKey[IO[str]]()
+_COSTS = cpu_seconds.Costs()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,6 +51,18 @@ def pytest_configure(config: pytest.Config) -> None:
     fcntl.flock(session_lock, fcntl.LOCK_SH)
     config.stash[_SESSION_LOCK] = session_lock
     os.environ["TORCH_EXTENSIONS_DIR"] = str(EXTENSIONS)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's background, and tests send this signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    with _COSTS.of(item.nodeid):
+        return (yield)
+
+
+def pytest_sessionfinish() -> None:
+    _COSTS.note()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -53,20 +70,30 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Unit tests first, then ranks, each in the order they stand in; workers of xdist begin with what takes long.
+    """Unit tests first, then ranks, each in the order they stand in; workers of xdist take the dearest files first.
 
-    The first user of `deepspeed_ops` in each file may have to build, or to wait for a worker that does.
+    So the last files that workers take are small, and all workers end at about the same time. The first user of
+    `deepspeed_ops` in each file may have to build, or to wait for a worker that does.
     """
-    order = BESIDE_OTHERS if "PYTEST_XDIST_WORKER" in os.environ else ORDER
+    kept = cpu_seconds.kept()
 
-    def place(item: pytest.Item) -> int:
+    def place(item: pytest.Item) -> float:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            return -kept.get(item.path.relative_to(REPO).as_posix(), UNKNOWN_S)
         folder = item.path.relative_to(REPO / "tests").parts[0]
-        return order.index(folder) if folder in order else len(order)
+        return ORDER.index(folder) if folder in ORDER else len(ORDER)
 
     items.sort(key=place)
     first = {item.path: item for item in reversed(items) if "deepspeed_ops" in getattr(item, "fixturenames", ())}
     for item in first.values():
         item.add_marker(pytest.mark.timeout(FIRST_BUILD_TIMEOUT_S))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_lives_is_not_searched_for_garbage() -> None:
+    """A run ends with three collections of garbage, which would look through all that the session has imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from phi3_dist.adapters.front_matter import divided, front_matter, with_front
+from phi3_dist.machine.installed_versions import versions_of
 from phi3_dist.serving.facts import served_of_card
 from phi3_dist.serving.rules import judge
 from phi3_dist.version import __version__
@@ -229,13 +229,8 @@ def _of_quantised(facts: Mapping[str, Any]) -> str:
 
 
 def _installed() -> dict[str, str]:
-    found = {"python": platform.python_version(), "phi3-dist": __version__}
-    for package in ("torch", "transformers", "peft", "accelerate"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    packages = versions_of(("torch", "transformers", "peft", "accelerate"))
+    return {"python": platform.python_version(), "phi3-dist": __version__, **packages}
 
 
 def with_hub_base(card: str, before: str, base: str, revision: str | None) -> str:

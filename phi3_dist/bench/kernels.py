@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--toy", action="store_true", help="toy sizes on the CPU, with TRITON_INTERPRET=1")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="bf16; with --toy fp32")
     parser.add_argument("--groups", default=",".join(GROUPS), help="which groups, joined by commas")
+    parser.add_argument("--checks", default="", help="a regular expression: the checks whose names it finds; --here")
     parser.add_argument("--here", action="store_true", help="in this process")
     options = parser.parse_args(arguments)
     if not options.toy and not torch.cuda.is_available():
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = options.groups.split(",")
     if options.here:
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype_name]
-        table = Table(toy=options.toy, dtype=dtype)
+        table = Table(toy=options.toy, dtype=dtype, checks=options.checks)
         for name in names:
             table.group = name
             GROUPS[name](table)

@@ -34,7 +34,7 @@ _LONG = ("train", "prepare", "sweep")
 """Verbs that go on whatever becomes of the terminal."""
 
 
-def _tell(error: Phi3DistError) -> None:
+def _print_error(error: Phi3DistError) -> None:
     """One message: on rank 0 in full, on a launcher's other ranks the first problem in one line with the rank.
 
     Every line has the fix: the rank that ends first has rank 0 stopped by the launcher before it has spoken.
@@ -49,7 +49,7 @@ def _tell(error: Phi3DistError) -> None:
 
 
 def _end(error: Phi3DistError) -> NoReturn:
-    _tell(error)
+    _print_error(error)
     sys.stdout.flush()
     sys.exit(error.exit_code)
 

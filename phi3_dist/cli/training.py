@@ -48,8 +48,8 @@ def train(
     check_before_torch(cfg, os.environ, overwrite=overwrite, resume=resume)
     with Transcript() as transcript:
         from phi3_dist.machine.probe import launch_facts, probe
-        from phi3_dist.training.loop import train as run_training
         from phi3_dist.training.signals import finishing
+        from phi3_dist.training.whole_run import train as run_training
 
         result = run_training(
             cfg,
@@ -125,7 +125,7 @@ def prepare_run(
     from phi3_dist.machine.probe import cpu_count
     from phi3_dist.machine.storage import cache_folder
     from phi3_dist.planning.auto_fields import is_auto
-    from phi3_dist.training.checkpoints.identity import base_fingerprint
+    from phi3_dist.training.checkpoints.compatibility import base_fingerprint
     from phi3_dist.training.early_checks import check_trackers
     from phi3_dist.training.inputs import count_rows, find_model, prepare_rows
 

@@ -114,14 +114,14 @@ class _Reader(yaml.SafeLoader):
         if self.values > MOST_VALUES or len(self.above) > DEEPEST:  # by way of aliases
             raise YamlFault(f"expands to over {MOST_VALUES:,} values or {DEEPEST} levels, by aliases", _line(node))
         if any(node is other for other in self.above):
-            self.tell(self.where(path, node), "an alias that contains itself")
+            self.add_problem(self.where(path, node), "an alias that contains itself")
             return None
         self.above.append(node)
         try:
             if isinstance(node, yaml.ScalarNode):
                 return self.scalar(node)
             if node.tag not in (_KEYED, _LISTED):
-                self.tell(self.where(path, node), f"the tag {_short_tag(node.tag)} is not read", "leave it out")
+                self.add_problem(self.where(path, node), f"the tag {_short_tag(node.tag)} is not read", "leave it out")
                 return None
             if isinstance(node, yaml.MappingNode):
                 return self.mapping(node, path)
@@ -150,7 +150,7 @@ class _Reader(yaml.SafeLoader):
                 continue
             line = self.place(_line(key_node))
             if not isinstance(key_node, yaml.ScalarNode):
-                self.tell(f"{path or self.name} ({line})", "a key must be plain text")
+                self.add_problem(f"{path or self.name} ({line})", "a key must be plain text")
                 continue
             key = key_node.value
             if len(key) > LONGEST_KEY:
@@ -158,7 +158,7 @@ class _Reader(yaml.SafeLoader):
             full = f"{path}.{key}" if path else key
             if key in out:
                 first = self.document.places[full]
-                self.tell(f"{full} ({line})", f"the key appears twice, first at {first}", "keep one of them")
+                self.add_problem(f"{full} ({line})", f"the key appears twice, first at {first}", "keep one of them")
             self.document.places[full] = line
             out[key] = self.value(value_node, full)
         return {**merged, **out} if merged else out
@@ -167,7 +167,7 @@ class _Reader(yaml.SafeLoader):
         place = self.document.places.get(path) or self.place(_line(node))
         return f"{path} ({place})" if path else place
 
-    def tell(self, where: str, what: str, fix: str = "") -> None:
+    def add_problem(self, where: str, what: str, fix: str = "") -> None:
         if len(self.document.problems) < _TOLD_AT_MOST:
             self.document.problems.append(Problem(where, what, fix))
         else:

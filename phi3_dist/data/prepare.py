@@ -11,7 +11,6 @@ CACHE/KEY/
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import json
 import shutil
@@ -27,7 +26,7 @@ from filelock import FileLock, Timeout
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.blocks import BLOCK_BYTES, BLOCK_ROWS, Totals, blocks_of, encode_blocks_of
 from phi3_dist.data.cache.array_folders import read_whole, remove_unfinished, write_whole
-from phi3_dist.data.cache.block_files import encode_to_block_files
+from phi3_dist.data.cache.block_files import encode_to_block_files, old_objects_not_searched_for_garbage
 from phi3_dist.data.cache.in_use import USED, hold_while_alive
 from phi3_dist.data.pack.notices import cut_notice, fewer_notice
 from phi3_dist.data.pack.packs import Packed, Packs, evenly, load_packed, pack, save_packed
@@ -279,15 +278,12 @@ def _encode(
     _begin_parts(folder / "parts", before)
     fresh = None if settled(before) else _contents(before)
     with RowsWriter(folder / "train") as train, RowsWriter(folder / "validation") as validation:
-        gc.freeze()  # rows are many small objects: what was there before must not be searched for garbage again
-        try:
+        with old_objects_not_searched_for_garbage():
             for done in encode_to_block_files(folder / "parts", cfg, fmt, tokenizer, workers):
                 train.add(done.train)
                 validation.add(done.held_out)
                 totals.add(done.facts)
                 tell("tokenize", totals.rows)
-        finally:
-            gc.unfreeze()
         _refuse_changed(folder, before, fresh)
         totals.check()
         for name, writer in (("train", train), ("validation", validation)):

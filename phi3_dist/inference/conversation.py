@@ -55,7 +55,7 @@ class Conversation:
         Raises DataError for a message that can't be asked, or a conversation that has become too long.
         """
         self.turns.append({"role": "user", "content": text})
-        opened, tokenizer, told = self.opened, self.opened.tokenizer, ""
+        opened, tokenizer, given = self.opened, self.opened.tokenizer, ""
         try:
             (ids,) = prompt_ids(tokenizer, [Prompt(self.messages, place="the message")])
             refuse_too_long(opened, ["the conversation"], [ids], self.how.max_new_tokens)
@@ -70,15 +70,15 @@ class Conversation:
                 for token in stream(opened.model, ids, stops, **options):  # type: ignore[arg-type]
                     new.append(token)
                     text = text_of(tokenizer, new)
-                    if text.startswith(told) and not text.endswith(_HALF) and text != told:
-                        yield text[len(told) :]
-                        told = text
+                    if text.startswith(given) and not text.endswith(_HALF) and text != given:
+                        yield text[len(given) :]
+                        given = text
             text = text_of(tokenizer, new)
-            if text != told and text.startswith(told):
-                yield text[len(told) :]
-            told = text
+            if text != given and text.startswith(given):
+                yield text[len(given) :]
+            given = text
         finally:
-            self.turns.append({"role": "assistant", "content": told})
+            self.turns.append({"role": "assistant", "content": given})
 
     def command(self, line: str) -> str:
         """Do what a line that begins with a slash says, and answer it. Raises OSError where a file refuses."""

@@ -256,7 +256,7 @@ def answers(
     batch = _Batch(_inner(model), sampling, stops, max_new_tokens)
     was_training = model.training
     model.eval()
-    told: set[int] = set()
+    handed_out: set[int] = set()
     try:
         while waiting or batch.rows:
             alive = sum(not row.done for row in batch.rows)
@@ -272,8 +272,8 @@ def answers(
             else:
                 batch.step()
             for row in batch.rows:
-                if row.done and row.number not in told:
-                    told.add(row.number)
+                if row.done and row.number not in handed_out:
+                    handed_out.add(row.number)
                     ended = row.new[-1] in batch.stops
                     ids = row.new[:-1] if ended else row.new
                     yield (

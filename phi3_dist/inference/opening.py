@@ -35,8 +35,8 @@ from phi3_dist.modeling.new_tokens import enlarged, new_token_ids, token_rows
 from phi3_dist.modeling.rope import pin_longrope
 from phi3_dist.modeling.tokenizer import load_tokenizer
 from phi3_dist.training.build import adapter_values
+from phi3_dist.training.checkpoints.compatibility import base_fingerprint
 from phi3_dist.training.checkpoints.files import MANIFEST, STATE, Checkpoint, find_checkpoint, read_state, verify
-from phi3_dist.training.checkpoints.identity import base_fingerprint
 from phi3_dist.training.engines.optimizer import trained
 from phi3_dist.training.run_folder import RunFolder
 from phi3_dist.training.run_folder_contents import is_run

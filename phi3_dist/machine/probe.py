@@ -13,7 +13,6 @@ import sys
 import sysconfig
 from collections.abc import Mapping
 from functools import cache
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from phi3_dist.errors import PlanError, Problem
 from phi3_dist.machine import launch_request
 from phi3_dist.machine.card_measurements import measured_on
 from phi3_dist.machine.incomplete_launch import refuse_half_a_launch, whole_number
+from phi3_dist.machine.installed_versions import versions_of
 from phi3_dist.machine.launch_request import LaunchRequest
 from phi3_dist.machine.launcher import deepspeed_file_beside
 from phi3_dist.planning.attention import PACKAGES as ATTENTION_PACKAGES
@@ -48,14 +48,8 @@ PACKAGES = (
 
 
 def package_versions() -> dict[str, str]:
-    """Version of each of `PACKAGES` that is installed, without importing any."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    """Version of each of `PACKAGES` that is installed."""
+    return versions_of(PACKAGES)
 
 
 def probe(*, use_cpu: bool | None = None) -> MachineFacts:

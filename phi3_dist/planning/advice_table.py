@@ -55,7 +55,7 @@ def _settled(option: Option) -> str:
     found = option.settled
     micro, length = found.get("train.micro_batch"), found.get("data.pack_length")
     both = " × ".join(f"{number:,}" for number in (micro, length) if number is not None)
-    again = {True: "recomputing", False: "not recomputing"}.get(found.get("model.activation_checkpointing"), "")
+    again = {True: "recomputing", False: "not recomputing", None: ""}[found.get("model.activation_checkpointing")]
     return ", ".join(part for part in (both, again) if part)
 
 

@@ -145,8 +145,8 @@ def settle(
         why = "the default: the shape of model.source is not known here"
         return set_fields(cfg, usual), (*choices, *(_choice(path, value, why) for path, value in usual.items()))
     if asked and model is not None:
-        values, why = _search(_Place(cfg, machine, launch, model), asked, rows)
-        choices += [_choice(path, values[path], why[path]) for path in asked]
+        values, reasons = _search(_Place(cfg, machine, launch, model), asked, rows)
+        choices += [_choice(path, values[path], reasons[path]) for path in asked]
         cfg = set_fields(cfg, values)
     return cfg, tuple(choices)
 

@@ -27,16 +27,16 @@ def account_for_data_sets(draft: Draft, entry: Entry) -> None:
     if isinstance(inner, dict) and "datasets" in inner:
         for key in inner:
             if key != "datasets":
-                _tell(draft, Entry(f"{entry.key}.{key}", inner[key], entry.place, entry.section), key)
+                _take_or_report(draft, Entry(f"{entry.key}.{key}", inner[key], entry.place, entry.section), key)
         inner = inner["datasets"]
     for number, item in enumerate(inner if isinstance(inner, list) else [inner]):
         for key, value in item.items() if isinstance(item, dict) else ():
             held_out = name == "test_datasets"
             one = Entry(f"{entry.key}[{number}].{key}", value, entry.place, "held-out" if held_out else "data")
-            _tell(draft, one, str(key))
+            _take_or_report(draft, one, str(key))
 
 
-def _tell(draft: Draft, entry: Entry, key: str) -> None:
+def _take_or_report(draft: Draft, entry: Entry, key: str) -> None:
     if entry.value is None:
         draft.note(entry, "taken", "changes nothing")
     elif entry.section == "held-out" and key not in _OF_HELD_OUT:

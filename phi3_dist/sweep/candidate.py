@@ -49,9 +49,9 @@ from phi3_dist.training.monitor.time_left import TimeLeft
 from phi3_dist.training.patience import Patience
 from phi3_dist.training.plan_proof import prove_built_dtypes
 from phi3_dist.training.run_folder import RunFolder
-from phi3_dist.training.run_steps import Steps, steps_in_order
 from phi3_dist.training.runtime import Runtime
 from phi3_dist.training.signals import StopFlag, exit_code_of, state_of_stop
+from phi3_dist.training.step_loop import Steps, steps_in_order
 
 __all__ = ["CandidateMetrics", "CandidateRun", "CandidateView", "Given", "build_adapter", "updates_of"]
 

@@ -29,8 +29,8 @@ from phi3_dist.sweep.memory import candidates_a_pass, candidates_at_once
 from phi3_dist.sweep.step import joint_step
 from phi3_dist.sweep.table import Board, decisions_of
 from phi3_dist.training.batch_counts import longest_row, tokens_of_rank
-from phi3_dist.training.checkpoints.identity import base_fingerprint, identity
-from phi3_dist.training.checkpoints.resume import find_resume_point
+from phi3_dist.training.checkpoints.compatibility import base_fingerprint, identity
+from phi3_dist.training.checkpoints.resume_point import find_resume_point
 from phi3_dist.training.early_checks import inputs_of
 from phi3_dist.training.inputs import find_model, prepare_rows
 from phi3_dist.training.monitor.start_clock import StartClock

@@ -1,2 +1,2 @@
-"""loop.py is the outline of a run, run_steps.py what happens between its steps, train_step.py one step; engines/,
+"""whole_run.py is the outline of a run, step_loop.py what happens between its steps, train_step.py one step; engines/,
 checkpoints/, monitor/."""

@@ -38,7 +38,7 @@ class Session:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What the steps share. `identity` is what a checkpoint carries (training/checkpoints/identity.py)."""
+    """What the steps share. `identity` is what a checkpoint carries (training/checkpoints/compatibility.py)."""
 
     cfg: RunConfig
     runtime: Runtime

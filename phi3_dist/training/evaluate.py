@@ -78,14 +78,14 @@ def _signals(runtime: Runtime, flag: StopFlag) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(
-    engine: Engine, runtime: Runtime, packs: Packs, flag: StopFlag, tell: Callable[[int, int], None]
+    engine: Engine, runtime: Runtime, packs: Packs, flag: StopFlag, progress: Callable[[int, int], None]
 ) -> tuple[HeldOut | None, int]:
     """The held-out loss on every rank, or None and the signal that broke it off. Collective.
 
     Packs are joined for speed. Rank r takes groups r, r + w, …; all ranks make the same number of forward passes, since
     under ZeRO-3 and FSDP2 a forward pass is a collective: who has none left repeats its first group and does not count
-    it. Ranks that share packs take the same groups, and each counts its part. `tell` gets the groups done and all of
-    them, after each round. Before each, the ranks agree whether to stop.
+    it. Ranks that share packs take the same groups, and each counts its part. `progress` gets the groups done and
+    all of them, after each round. Before each, the ranks agree whether to stop.
     """
     start = time.perf_counter()
     total = torch.zeros(2, dtype=torch.float64, device=runtime.device)
@@ -106,7 +106,7 @@ def held_out_loss(
         if counted:
             targets = float(len(batch["target_S"]))
             total += torch.stack((nll.double(), torch.full_like(nll, targets, dtype=torch.float64)))
-        tell(min(first + runtime.data_ranks, len(groups)), len(groups))
+        progress(min(first + runtime.data_ranks, len(groups)), len(groups))
     engine.model.train(was_training)
     if stop:
         return None, stop

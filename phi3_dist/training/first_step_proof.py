@@ -64,8 +64,9 @@ def _held(param: Any) -> Tensor | None:
         part: Tensor | None = safe_get_local_fp32_param(param)
         return part
     if hasattr(param, "_hp_mapping"):
-        mapping = param._hp_mapping
-        return None if mapping is None else mapping.hp_fragment.detach()
+        mapping: Any = param._hp_mapping
+        master: Tensor | None = None if mapping is None else mapping.hp_fragment.detach()
+        return master
     return _local(param)
 
 
@@ -73,7 +74,8 @@ def _largest(tensor: Tensor | None) -> Tensor:
     """The largest absolute value, nan where there is one; 0 of nothing."""
     if tensor is None or not tensor.numel():
         return torch.zeros(())
-    return torch.linalg.vector_norm(tensor, math.inf).float()
+    largest: Tensor = torch.linalg.vector_norm(tensor, math.inf)
+    return largest.float()
 
 
 def _bits(tensor: Tensor | None) -> Tensor:
@@ -109,7 +111,11 @@ class WatchedEngine:
         self._frozen: tuple[str, ...] = ()
         # DeepSpeed takes a gradient away as soon as it is there
         early = isinstance(engine, DeepSpeedEngine)
-        self._handles = [p.register_hook(partial(self._saw, name)) for name, p in self._trained.items() if early]
+        self._handles = [
+            p.register_hook(partial(self._saw, name))  # type: ignore[no-untyped-call]
+            for name, p in self._trained.items()
+            if early
+        ]
 
     def _saw(self, name: str, gradient: Tensor) -> None:
         found, known = _largest(_local(gradient)), self._gradient.get(name)

@@ -11,13 +11,13 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from phi3_dist.config.json_text import parse_json
 from phi3_dist.errors import Phi3DistError, Problem, RunFolderError
 from phi3_dist.machine.cluster import slurm_facts
+from phi3_dist.machine.installed_versions import versions_of
 from phi3_dist.machine.processes import who
 from phi3_dist.machine.storage import NO_LOCKS, storage_fault
 from phi3_dist.machine.terminal import lost_lines
@@ -54,13 +54,7 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of what a run's numbers depend on; packages that are not installed are left out."""
-    found = {"python": platform.python_version(), "phi3_dist": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version(), "phi3_dist": __version__, **versions_of(PACKAGES)}
 
 
 def _is(path: Path, ours: os.stat_result) -> bool:

@@ -18,9 +18,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 ALARMED = """
 import torch
 from phi3_dist.cli import main
-from phi3_dist.training import run_steps
+from phi3_dist.training import step_loop
 
-stepped, added = run_steps.train_step, run_steps.StepReadout.add
+stepped, added = step_loop.train_step, step_loop.StepReadout.add
 
 def alarmed(function, step):
     torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")
@@ -37,7 +37,7 @@ def add(self, done, result, begun):
     alarmed(lambda: added(self, done, result, begun), done - 1)
     self.read(1)
 
-run_steps.train_step, run_steps.StepReadout.add = train_step, add
+step_loop.train_step, step_loop.StepReadout.add = train_step, add
 main()
 """
 

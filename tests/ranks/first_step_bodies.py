@@ -18,7 +18,7 @@ from phi3_dist.machine.probe import probe
 from phi3_dist.planning.auto_fields import AUTO
 from phi3_dist.planning.facts import LaunchFacts
 from phi3_dist.planning.render import deepspeed_json
-from phi3_dist.training import build, loop
+from phi3_dist.training import build, whole_run
 from tests.ranks.launcher import REPO
 
 PART = "layers.1.mlp.down_proj"
@@ -47,7 +47,7 @@ def detached(strategy: str, folder: str) -> list[str]:
     install = build.install_fused
     build.install_fused = without_one
     try:
-        loop.train(_cfg(folder), probe(use_cpu=True), _launch(strategy))
+        whole_run.train(_cfg(folder), probe(use_cpu=True), _launch(strategy))
     except PlanError as error:
         return [f"{p.where}: {p.what}" for p in error.problems]
     return []
@@ -58,6 +58,6 @@ def auto(strategy: str, folder: str) -> list[Any]:
     rank = int(os.environ["RANK"])
     machine = replace(probe(use_cpu=True), host_memory_gib=64.0 if rank == 0 else 0.05)
     cfg = _cfg(folder, *(f"{path}=auto" for path in AUTO), "train.global_batch=8", "model.precision=fp32")
-    result = loop.train(cfg, machine, _launch(strategy))
+    result = whole_run.train(cfg, machine, _launch(strategy))
     ours = load_run(Path(folder) / "config.yaml")
     return [ours.data.pack_length, ours.model.activation_checkpointing, ours.train.micro_batch, result.steps]

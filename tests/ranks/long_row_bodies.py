@@ -18,7 +18,7 @@ from phi3_dist.modeling.attention.documents import Documents, Settings
 from phi3_dist.modeling.attention.exchange import Rows, Share, equal_parts
 from phi3_dist.planning.facts import LaunchFacts
 from phi3_dist.planning.render import deepspeed_json
-from phi3_dist.training import loop
+from phi3_dist.training import whole_run
 from tests.ranks.launcher import REPO
 
 LENGTHS, HEADS, KV_HEADS, SIZE = (5, 1, 7), 4, 2, 8
@@ -32,7 +32,7 @@ def train(folder: str, strategy: str, overrides: Sequence[str], *, resume: bool 
     asked = (world, "this test") if world > 1 else (None, "")
     facts = LaunchFacts(world, 1, strategy, *asked, zero, True, rank)
     cfg = load_run(REPO / "configs" / "run" / "debug.yaml", [*overrides, f"save.folder={folder}"])
-    loop.train(cfg, probe(use_cpu=True), facts, resume=resume, cache=Path(folder).parent / f"cache_{rank}")
+    whole_run.train(cfg, probe(use_cpu=True), facts, resume=resume, cache=Path(folder).parent / f"cache_{rank}")
 
 
 def _share(rank: int, world: int, tokens: int) -> tuple[slice, Share]:

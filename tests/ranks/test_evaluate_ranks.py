@@ -17,9 +17,9 @@ pytestmark = pytest.mark.ranks
 KILLED = """
 import os, signal, sys
 from phi3_dist.cli import main
-from phi3_dist.training import evaluate, run_steps
+from phi3_dist.training import evaluate, step_loop
 
-made, evaluated, passes = evaluate.to_device, run_steps._evaluate, []
+made, evaluated, passes = evaluate.to_device, step_loop._evaluate, []
 evaluate.JOINED = 1
 
 def to_device(*args):
@@ -35,7 +35,7 @@ def _evaluate(stage, step):
         print(f"rank {os.environ['RANK']} made {len(passes)} passes", flush=True)
     return result
 
-run_steps._evaluate = _evaluate
+step_loop._evaluate = _evaluate
 main()
 """
 OPTIONS = (

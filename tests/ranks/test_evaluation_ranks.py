@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from phi3_dist.evaluation.evaluate import Asking, evaluate
 from phi3_dist.evaluation.ranks import Ranks, joined
 from phi3_dist.inference.files import How
+from tests import warm
 from tests.ranks.launcher import REPO, run_ranks
 from tests.ranks.test_strategies import clean_environment, launch, rows, tiny_base
 from tests.unit.test_inference import made
@@ -46,7 +46,7 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_the_verb_runs_under_a_launcher(tmp_path: Path) -> None:
     folder = made(tiny_base(tmp_path / "base"), tmp_path / "run", "data.validation_share=0.5", "data.max_rows=40")
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command = [warm.python(), "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", "configs/accelerate/cpu_2.yaml", "-m", "phi3_dist", "eval", str(folder)]
     done = subprocess.run(command, cwd=REPO, env=clean_environment(), text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr

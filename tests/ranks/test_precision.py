@@ -15,7 +15,7 @@ from tests.ranks.test_strategies import FUSED, NOT_FUSED, RUN, SAME, clean_envir
 
 pytestmark = pytest.mark.ranks
 
-BF16 = ("model.precision=bf16", "train.global_batch=8", "train.max_steps=20")
+BF16 = ("model.precision=bf16", "train.global_batch=8", "train.max_steps=8")
 TWO = ("--num_processes", "2")
 
 

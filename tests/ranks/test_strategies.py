@@ -102,7 +102,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("config", ["cpu_2", "ddp", "fsdp2"])
+@pytest.mark.parametrize("config", ["cpu_2", pytest.param("ddp", marks=pytest.mark.full), "fsdp2"])
 def test_two_processes_give_one_process_numbers(config: str, reference: Path, tmp_path: Path) -> None:
     done = launch(config, tmp_path / "run", options=("--num_processes", "2"))
     assert done.returncode == 0, done.stderr
@@ -190,7 +190,7 @@ def test_what_is_fused_gives_the_libraries_numbers_and_leaves_no_trace(dropout: 
     assert configs[0] == configs[1]
 
 
-@pytest.mark.parametrize("config", [None, "fsdp2", pytest.param("zero3", marks=pytest.mark.full)])
+@pytest.mark.parametrize("config", ["fsdp2", *(pytest.param(name, marks=pytest.mark.full) for name in (None, "zero3"))])
 def test_training_on_from_an_adapter_starts_where_it_ended(
     config: str | None, reference: Path, tmp_path: Path, deepspeed_ops: Path
 ) -> None:
@@ -240,8 +240,9 @@ def test_a_lock_of_a_killed_build_is_named_and_not_waited_for(tmp_path: Path) ->
     assert f"rm {lock}" in done.stderr
 
 
-def test_a_rank_that_dies_ends_the_others_and_leaves_no_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_a_rank_that_dies_ends_the_others_and_leaves_no_process(real: bool, tmp_path: Path) -> None:
+    command = [sys.executable if real else warm.python(), "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", "configs/accelerate/cpu_2.yaml", "-m", "phi3_dist", "train", RUN]
     process = subprocess.Popen(
         [*command, *SAME, "train.max_steps=100000", f"save.folder={tmp_path / 'run'}"],

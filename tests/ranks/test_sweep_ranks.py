@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import yaml
 
 from phi3_dist.bench.load import write_base
+from tests import warm
 from tests.ranks.launcher import run_ranks
 from tests.ranks.test_strategies import REPO, clean_environment, rows
 from tests.unit.test_sweep import RUN, run, sweep_of
@@ -25,7 +25,7 @@ SECTION: dict[str, Any] = {
 
 
 def over_two(config: str, file: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+    launcher = [warm.python(), "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
     options = [f"configs/accelerate/{config}.yaml", "--num_processes", "2", "--main_process_port", "0"]
     command = [*launcher, *options, "-m", "phi3_dist", "sweep", str(file), f"save.folder={folder}", *words]
     return subprocess.run(
@@ -71,14 +71,7 @@ def test_a_sweep_of_two_processes_is_cut_and_goes_on_in_one(tmp_path: Path) -> N
         for path in (folder / "checkpoints" / "step_000004").iterdir():
             path.unlink()
         (folder / "checkpoints" / "step_000004").rmdir()
-    command = [
-        sys.executable,
-        "-m",
-        "phi3_dist",
-        "sweep",
-        str(tmp_path / "two.yaml"),
-        f"save.folder={tmp_path / 'two'}",
-    ]
+    command = [warm.python(), "-m", "phi3_dist", "sweep", str(tmp_path / "two.yaml"), f"save.folder={tmp_path / 'two'}"]
     done = subprocess.run(
         [*command, "--resume"], cwd=REPO, env=clean_environment(), text=True, capture_output=True, check=False
     )

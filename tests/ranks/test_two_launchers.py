@@ -129,7 +129,12 @@ def test_nodes_with_different_configs_are_told_so_before_step_1(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("config", "real"), [("fsdp2", False), ("zero3", True), pytest.param("fsdp2", True, marks=pytest.mark.full)]
+    ("config", "real"),
+    [
+        ("fsdp2", False),
+        pytest.param("zero3", True, marks=pytest.mark.full),
+        pytest.param("fsdp2", True, marks=pytest.mark.full),
+    ],
 )
 def test_a_sharded_rank_that_dies_ends_the_others(config: str, real: bool, tmp_path: Path, deepspeed_ops: Path) -> None:
     """On one node: the launcher ends with an error that names the signal, and no rank is left."""

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from phi3_dist.training.signals import state_of_stop
+from tests import warm
 from tests.ranks.launcher import REPO
 from tests.ranks.processes import descendants, lives
 from tests.ranks.test_resume import same_bits
@@ -36,12 +37,12 @@ SMALL = (
 BEFORE = {
     "the base": "inputs.find_base",
     "the data": "inputs.prepare",
-    "the processes": "loop.start_runtime",
-    "the agreement": "loop.check_same_on_all_ranks",
-    "the model": "loop.build_model",
-    "the optimizer": "loop.make_engine",
+    "the processes": "whole_run.start_runtime",
+    "the agreement": "whole_run.check_same_on_all_ranks",
+    "the model": "whole_run.build_model",
+    "the optimizer": "whole_run.make_engine",
 }
-STEPS = "run_steps"
+STEPS = "step_loop"
 DURING = {
     "a step": f"{STEPS}.train_step",
     "an evaluation": f"{STEPS}.held_out_loss",
@@ -148,7 +149,7 @@ def test_once_the_last_step_is_made(
     same_bits(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize("place", ["loop.start_runtime", "loop.build_model", f"{STEPS}.train_step"])
+@pytest.mark.parametrize("place", ["whole_run.start_runtime", "whole_run.build_model", f"{STEPS}.train_step"])
 def test_a_run_that_was_to_be_replaced_is_there_until_the_new_one_has_made_a_step(
     place: str, context: ForkServerContext, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -177,8 +178,10 @@ def test_a_signal_to_a_launcher_is_one_to_its_ranks(
     command: tuple[str, ...], number: signal.Signals, tmp_path: Path
 ) -> None:
     words = ("bash", *command, RUN, *SAME, "train.max_steps=100000", "save.every=0", f"save.folder={tmp_path / 'run'}")
+    env = clean_environment() | {"VIRTUAL_ENV": "active"}  # the script takes the Python that it finds
+    env["PATH"] = f"{Path(warm.python()).parent}{os.pathsep}{env['PATH']}"
     with (tmp_path / "log").open("wb") as out:
-        process = subprocess.Popen(words, cwd=REPO, env=clean_environment(), stdout=out, stderr=out)
+        process = subprocess.Popen(words, cwd=REPO, env=env, stdout=out, stderr=out)
     left: list[int] = []
     try:
         await_line(tmp_path / "log", "step 3/", process)

@@ -24,7 +24,7 @@ from phi3_dist import (
     train,
 )
 from phi3_dist.errors import AdapterError, ConfigError, DataError, PlanError, RunFolderError, TrainingError
-from phi3_dist.training import loop
+from phi3_dist.training import whole_run
 from phi3_dist.training.signals import Stopped
 from tests.ranks.launcher import REPO
 
@@ -136,7 +136,7 @@ def test_a_signal_ends_no_process(
     def stopped(*_: object, **__: object) -> None:
         raise Stopped(number)
 
-    monkeypatch.setattr(loop, "train", stopped)
+    monkeypatch.setattr(whole_run, "train", stopped)
     with pytest.raises(kind):
         train(DEBUG, {**SHORT, "save.folder": str(tmp_path / "run")})
 

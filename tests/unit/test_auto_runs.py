@@ -13,7 +13,7 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.machine.probe import launch_facts, probe
 from phi3_dist.planning.auto_fields import AUTO
 from phi3_dist.planning.facts import MachineFacts
-from phi3_dist.training import loop
+from phi3_dist.training import whole_run
 from phi3_dist.training.auto_values import kept_values
 
 REPO = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def _auto(folder: Path, *overrides: str) -> RunConfig:
 def _train(folder: Path, *overrides: str, host_gib: float, resume: bool = False) -> RunConfig:
     machine: MachineFacts = replace(probe(use_cpu=True), host_memory_gib=host_gib)
     cache = folder.parent / "cache"
-    loop.train(_auto(folder, *overrides), machine, launch_facts({}), cache=cache, resume=resume)
+    whole_run.train(_auto(folder, *overrides), machine, launch_facts({}), cache=cache, resume=resume)
     return load_run(folder / "config.yaml")
 
 

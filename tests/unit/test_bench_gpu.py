@@ -14,6 +14,7 @@ from torch import Tensor
 from phi3_dist.bench import gpu
 from phi3_dist.bench.sides import SHAPE, Round, save_base
 from phi3_dist.family.variants import FAMILIES, Shape
+from tests.dying_worker import dies
 from tests.unit.test_fp8 import needs_fp8
 
 SMALL = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -57,13 +58,8 @@ def test_a_case_runs_and_tells_its_rate_memory_and_flops(name: str, tmp_path: Pa
     assert facts["weights_mib"] * 2**20 > 2 * 32064 * 64 * 4
 
 
-def _dies(pipe: Any, _folder: Path, _shape: Any, name: str, _length: int) -> None:
-    """A worker that ends as one does without bitsandbytes."""
-    raise ImportError(f"no module for {name}")
-
-
 def test_a_case_that_cannot_run_costs_only_its_own_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_serve", _dies)
+    monkeypatch.setattr(gpu, "_serve", dies)
     failed = gpu.run_case(tmp_path / "base", "QLoRA (nf4)", 2048, 1)
     assert isinstance(failed, gpu.NotRun)
     ran = gpu.Case("LoRA", 2048, [Round(2048, 10, 0.5, 1500.0)], 1e12, 4e12, 7300.0, "a card")

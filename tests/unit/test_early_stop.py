@@ -20,7 +20,7 @@ from phi3_dist.machine.probe import probe
 from phi3_dist.modeling.generate import stop_ids
 from phi3_dist.modeling.packed_answers import packed_answers
 from phi3_dist.planning.facts import LaunchFacts
-from phi3_dist.training import evaluate, loop, run_steps
+from phi3_dist.training import evaluate, step_loop, whole_run
 from phi3_dist.training.evaluate import HeldOut
 from phi3_dist.training.patience import Patience
 from tests.ranks.launcher import REPO
@@ -35,21 +35,21 @@ LOSSES = [5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 2.9, 2.8, 2.7]
 """After each step, from before the first on: two evaluations without improvement end the run after step 4."""
 
 
-def train(folder: Path, *overrides: str, resume: bool = False) -> loop.TrainResult:
+def train(folder: Path, *overrides: str, resume: bool = False) -> whole_run.TrainResult:
     cfg = load_run(REPO / "configs/run/debug.yaml", [*OPTIONS, *overrides, f"save.folder={folder}"])
-    return loop.train(cfg, probe(), LaunchFacts(), resume=resume, cache=folder.parent / "cache")
+    return whole_run.train(cfg, probe(), LaunchFacts(), resume=resume, cache=folder.parent / "cache")
 
 
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Held-out losses as given, in the order of the steps; the list may be changed."""
-    given, real = list(LOSSES), run_steps._evaluate
+    given, real = list(LOSSES), step_loop._evaluate
 
     def measured(stage: Any, step: int) -> tuple[HeldOut | None, int]:
-        monkeypatch.setattr(run_steps, "held_out_loss", lambda *_: (HeldOut(given[step], 10, 0.1), 0))
+        monkeypatch.setattr(step_loop, "held_out_loss", lambda *_: (HeldOut(given[step], 10, 0.1), 0))
         return real(stage, step)
 
-    monkeypatch.setattr(run_steps, "_evaluate", measured)
+    monkeypatch.setattr(step_loop, "_evaluate", measured)
     return given
 
 
@@ -112,13 +112,13 @@ def test_the_best_state_becomes_the_adapter(tmp_path: Path, losses: list[float])
 def test_a_best_checkpoint_that_is_damaged_is_no_adapter(
     tmp_path: Path, losses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settle = loop.Saver.settle_on_final
+    settle = whole_run.Saver.settle_on_final
 
     def damaged(self: Any, *facts: Any) -> Any:
         (tmp_path / "run/checkpoints/step_000002/state.safetensors").write_bytes(b"torn")
         return settle(self, *facts)
 
-    monkeypatch.setattr(loop.Saver, "settle_on_final", damaged)
+    monkeypatch.setattr(whole_run.Saver, "settle_on_final", damaged)
     with pytest.raises(TrainingError, match=r"step_000002: was the best.*\n.*save\.final=last"):
         train(tmp_path / "run", "save.final=best")
     monkeypatch.undo()

@@ -44,7 +44,7 @@ def test_a_verb_in_a_job_whose_language_is_c(tmp_path: Path) -> None:
 
 
 def test_a_message_moves_no_cursor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    cli._tell(ConfigError(Problem("\x1b[31mkey", "is \x9b2J", "two\nlines")))
+    cli._print_error(ConfigError(Problem("\x1b[31mkey", "is \x9b2J", "two\nlines")))
     text = capsys.readouterr().err
     assert "\\x1b[31mkey: is \\x9b2J" in text
     assert "two\nlines" in text
@@ -75,9 +75,9 @@ def test_a_leftover_rank_hides_no_fix(monkeypatch: pytest.MonkeyPatch, capsys: p
     for name in ("LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "1")
-    cli._tell(error)
+    cli._print_error(error)
     assert "fix: write it so" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    cli._tell(error)
+    cli._print_error(error)
     assert capsys.readouterr().err == "[rank 1] ConfigError: here: is wrong fix: write it so\n"

@@ -21,7 +21,7 @@ from phi3_dist.data.token_rows import TokenRows
 from phi3_dist.machine.probe import probe
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
-from phi3_dist.training import evaluate, loop
+from phi3_dist.training import evaluate, whole_run
 from phi3_dist.training.evaluate import joined_packs
 from phi3_dist.training.monitor import metrics as metrics_module
 from phi3_dist.training.monitor.metrics import Metrics
@@ -43,9 +43,9 @@ def here() -> MachineFacts:
     return probe()
 
 
-def train(folder: Path, *overrides: str, resume: bool = False) -> loop.TrainResult:
+def train(folder: Path, *overrides: str, resume: bool = False) -> whole_run.TrainResult:
     cfg = load_run(REPO / "configs" / "run" / "debug.yaml", [*OPTIONS, *overrides, f"save.folder={folder}"])
-    return loop.train(cfg, here(), LaunchFacts(), resume=resume, cache=folder.parent / "cache")
+    return whole_run.train(cfg, here(), LaunchFacts(), resume=resume, cache=folder.parent / "cache")
 
 
 def measured(folder: Path) -> list[tuple[int, float, int]]:

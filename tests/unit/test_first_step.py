@@ -22,7 +22,7 @@ from phi3_dist.planning.facts import LaunchFacts
 from phi3_dist.planning.plan import RunPlan, make_plan
 from phi3_dist.report.first_screen import first_screen
 from phi3_dist.training import build as build_module
-from phi3_dist.training import loop
+from phi3_dist.training import whole_run
 from phi3_dist.training.engines.engine import TorchEngine
 from phi3_dist.training.engines.optimizer import make_optimizer
 from phi3_dist.training.first_step_proof import FirstStepProof, Seen, faults, meant_to_train, shard_faults
@@ -232,7 +232,7 @@ def _train(folder: Path, cache: Path, *overrides: str) -> Any:
     words = [f"data.train={REPO / 'configs/run/debug_chats.jsonl'}", "train.max_steps=2", "model.precision=fp32"]
     words += [f"save.folder={folder}", "log.trackers=[]", "save.every=1", *overrides]
     cfg = load_run(REPO / "configs/run/debug.yaml", words)
-    return loop.train(cfg, probe(use_cpu=True), launch_facts({}), cache=cache)
+    return whole_run.train(cfg, probe(use_cpu=True), launch_facts({}), cache=cache)
 
 
 def test_a_run_keeps_the_proof_beside_its_plan_and_the_page_shows_it(

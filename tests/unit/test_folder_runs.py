@@ -20,8 +20,8 @@ from phi3_dist.machine.probe import probe
 from phi3_dist.planning.facts import LaunchFacts
 from phi3_dist.report.curves import draw_curves
 from phi3_dist.report.page import write_page
-from phi3_dist.training import loop
-from phi3_dist.training.checkpoints.identity import base_fingerprint
+from phi3_dist.training import whole_run
+from phi3_dist.training.checkpoints.compatibility import base_fingerprint
 from phi3_dist.training.early_checks import TRACKERS
 from phi3_dist.training.run_folder_contents import foreign_entries
 from phi3_dist.training.signals import Stopped
@@ -39,10 +39,10 @@ SMALL = (
 )
 
 
-def train(folder: Path, *overrides: str, **options: Any) -> loop.TrainResult:
+def train(folder: Path, *overrides: str, **options: Any) -> whole_run.TrainResult:
     cfg = load_run(REPO / "configs/run/debug.yaml", (*SMALL, f"save.folder={folder}", *overrides))
     launch = LaunchFacts(world_size=1, nodes=1, strategy="single", use_cpu=True)
-    return loop.train(cfg, probe(use_cpu=True), launch, cache=folder.parent / "cache", **options)
+    return whole_run.train(cfg, probe(use_cpu=True), launch, cache=folder.parent / "cache", **options)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_replaced_run_comes_back_where_the_new_one_makes_no_step(
     def build_model(*args: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr(loop, "build_model", build_model)
+    monkeypatch.setattr(whole_run, "build_model", build_model)
     with pytest.raises(type(error)) as raised:
         train(run, overwrite=True)
     assert contents(run) == before
@@ -106,8 +106,7 @@ def test_a_whole_run_follows_its_folder_and_leaves_the_next_one_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Moved between two steps, and another run begun under the name: neither gets a byte of the other."""
-    name = "phi3_dist.training." + ("run_steps" if find_spec("phi3_dist.training.run_steps") else "loop")
-    steps: Any = importlib.import_module(name)
+    steps: Any = importlib.import_module("phi3_dist.training.step_loop")
     original, second = steps.train_step, tmp_path / "run"
 
     def train_step(*args: Any, **options: Any) -> Any:

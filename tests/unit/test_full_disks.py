@@ -19,13 +19,13 @@ from phi3_dist.errors import AdapterError, DataError, RunFolderError
 from phi3_dist.modeling.base import Base, find_base
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 from phi3_dist.report.drawing import draw_report
-from phi3_dist.training import loop
-from phi3_dist.training.checkpoints.identity import base_fingerprint
+from phi3_dist.training import whole_run
+from phi3_dist.training.checkpoints.compatibility import base_fingerprint
 from phi3_dist.training.checkpoints.metrics_rows import cut_metrics
-from phi3_dist.training.loop import TrainResult
 from phi3_dist.training.monitor.metrics import Metrics
 from phi3_dist.training.monitor.transcript import Transcript
 from phi3_dist.training.run_folder import RunFolder
+from phi3_dist.training.whole_run import TrainResult
 from tests.disks import Disk, small_disk, unfinished
 
 TOKENIZER = tiny_tokenizer()
@@ -163,7 +163,7 @@ def test_an_end_that_cannot_be_recorded_is_said_and_is_no_failure(
     folder = RunFolder(disk.path)
     for name in ("config.yaml", "metrics.jsonl", "plan.json"):
         (disk.path / name).write_text("")
-    loop._record_exit(folder, TrainResult(disk.path, 3, None, None))
+    whole_run._record_exit(folder, TrainResult(disk.path, 3, None, None))
     assert "the run has ended, which could not be recorded" in capsys.readouterr().out
     assert not unfinished(disk.path)
 

@@ -45,8 +45,8 @@ from phi3_dist.report.logs import find_log
 from phi3_dist.report.page import write_page
 from phi3_dist.report.run_files import read_metrics
 from phi3_dist.report.runs import list_runs, runs_table
+from phi3_dist.training.checkpoints.compatibility import check_identity
 from phi3_dist.training.checkpoints.files import Checkpoint, find_checkpoint, read_state, write_checkpoint
-from phi3_dist.training.checkpoints.identity import check_identity
 from phi3_dist.training.checkpoints.metrics_rows import cut_metrics
 
 FUZZ = settings.get_current_profile_name() == "fuzz"

@@ -18,15 +18,13 @@ from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import OptimConfig
 from phi3_dist.errors import TrainingError
 from phi3_dist.modeling.base import find_base
+from phi3_dist.training.checkpoints.compatibility import _base_identity, changed_keys, identity
 from phi3_dist.training.checkpoints.files import find_checkpoint
-from phi3_dist.training.checkpoints.identity import _base_identity, changed_keys, identity
 from phi3_dist.training.train_step import learning_rate
 from tests.ranks.launcher import REPO
 from tests.ranks.test_resume import interrupted, same_bits
 from tests.ranks.test_strategies import rows, tiny_base
-from tests.unit.test_relatives_runs import COMMON, STEPS, few_objects_to_look_through, train
-
-__all__ = ["few_objects_to_look_through"]
+from tests.unit.test_relatives_runs import COMMON, STEPS, train
 
 WEIGHTS = "adapter_model.safetensors"
 

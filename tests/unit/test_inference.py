@@ -28,7 +28,7 @@ from phi3_dist.modeling.generate import stop_ids
 from phi3_dist.modeling.lora import quiet_peft
 from phi3_dist.modeling.tokenizer import load_tokenizer, tiny_tokenizer
 from phi3_dist.planning.facts import LaunchFacts
-from phi3_dist.training import loop
+from phi3_dist.training import whole_run
 from tests.ranks.launcher import REPO
 from tests.ranks.test_strategies import tiny_base
 from tests.small_models import small_phi3
@@ -215,7 +215,7 @@ def made(base: Path, folder: Path, *overrides: str) -> Path:
             "log.trackers=[]", f"save.folder={folder}", f"data.cache={folder.parent / 'cache'}", *overrides,
         ],
     )  # fmt: skip
-    loop.train(cfg, probe(), LaunchFacts())
+    whole_run.train(cfg, probe(), LaunchFacts())
     return folder
 
 

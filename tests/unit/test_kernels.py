@@ -29,24 +29,40 @@ def _lines(*command: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.fixture(scope="module")
+def checked() -> dict[str, dict[str, Any]]:
+    """The checks of passes and LoRA in float32, and of a model on them, by their names."""
+    return {line["check"]: line for line in _lines("-m", "tests.kernel_model")}
+
+
+def test_kernels_give_what_float32_gives(checked: dict[str, dict[str, Any]]) -> None:
+    found = [line for name, line in checked.items() if name not in {"model", "liger's norm"}]
+    assert {line["check"] for line in found} >= {"norm backward", "rotary", "swiglu", "linear down, dropout 0.05"}
+    assert {line["group"] for line in found} == {"passes", "lora"}
+    assert [line for line in found if not line["ok"]] == []
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("dtype", "groups"),
     [
         ("fp32", "passes,lora"),
-        pytest.param("fp32", "fp8", marks=pytest.mark.full),
-        pytest.param("bf16", "passes", marks=pytest.mark.full),
-        pytest.param("fp16", "lora", marks=pytest.mark.full),  # the interpreter multiplies no bf16
+        ("fp32", "fp8"),
+        ("bf16", "passes"),
+        ("fp16", "lora"),  # the interpreter multiplies no bf16
     ],
 )
-def test_kernels_give_what_float32_gives(dtype: str, groups: str) -> None:
+def test_kernels_give_what_float32_gives_in_each_dtype(dtype: str, groups: str) -> None:
     command = ("-m", "phi3_dist.bench.kernels", "--toy", "--here", "--dtype", dtype, "--groups", groups)
     found = {line["check"]: line for line in _lines(*command) if line["check"] != "liger's norm"}
     assert len(found) >= len(groups.split(","))
     assert [line for line in found.values() if not line["ok"]] == []
 
 
-def test_a_model_on_kernels_learns_what_it_learns_by_hand_and_draws_its_masks_again() -> None:
-    (line,) = _lines("-m", "tests.kernel_model")
+def test_a_model_on_kernels_learns_what_it_learns_by_hand_and_draws_its_masks_again(
+    checked: dict[str, dict[str, Any]],
+) -> None:
+    line = checked["model"]
     assert line["loss"] < 1e-6
     assert line["grads"] < 1e-5
     assert line["same_names"]

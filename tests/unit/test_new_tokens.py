@@ -26,7 +26,7 @@ from phi3_dist.modeling.tokenizer import load_tokenizer, tiny_tokenizer
 from phi3_dist.planning.memory import GIB, Workload, adapter_parameters, memory_terms
 from phi3_dist.planning.preview import shape_of_source
 from phi3_dist.training.build import adapter_values
-from phi3_dist.training.checkpoints.identity import base_fingerprint
+from phi3_dist.training.checkpoints.compatibility import base_fingerprint
 from tests.unit.test_relatives import learn, reloaded
 
 TOKENS = ("<|tool|>", "<|call|>")

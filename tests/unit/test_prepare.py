@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import multiprocessing
@@ -494,3 +495,24 @@ def test_progress_in_a_log_is_a_line_now_and_then() -> None:
         tell("write train", 5000)
     lines = out.getvalue().splitlines()
     assert [line.split(",")[0] for line in lines] == ["tokenize: 1 rows", "write train: 5"]
+
+
+def test_preparing_searches_no_old_object_for_garbage_and_leaves_the_collector_as_it_was(tmp_path: Path) -> None:
+    """What a server that forks has frozen stays so: else all that it has imported is copied in each process."""
+    cfg, before, searched = config(write(tmp_path / "rows.jsonl", 3000)), gc.get_threshold(), list[int]()
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        searched.append(info["generation"])
+
+    gc.callbacks.append(note)
+    try:
+        gc.set_threshold(100, 2, 2)
+        prepare.prepare(cfg, TOKENIZER, tmp_path / "cache", workers=1)
+        assert gc.get_threshold() == (100, 2, 2)
+    finally:
+        gc.callbacks.remove(note)
+        gc.set_threshold(*before)
+    assert gc.get_freeze_count() >= frozen - 1000
+    assert searched.count(1) > 10 * searched.count(2)

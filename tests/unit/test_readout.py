@@ -27,13 +27,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from phi3_dist.cli import main
 from phi3_dist.training.monitor import readout
-from phi3_dist.training import run_steps
+from phi3_dist.training import step_loop
 from phi3_dist.training.engines import engine as strategy
 
 behind, fused, killed_in = (int(word) for word in sys.argv[1:4])
 del sys.argv[1:4]
 readout.STEPS_BEHIND["cpu"] = behind
-made, stepped, added = strategy.make_optimizer, run_steps.train_step, run_steps.StepReadout.add
+made, stepped, added = strategy.make_optimizer, step_loop.train_step, step_loop.StepReadout.add
 
 class Reads(TorchDispatchMode):
     count = 0
@@ -57,7 +57,7 @@ def add(self, *args):
     with Reads():
         added(self, *args)
 
-strategy.make_optimizer, run_steps.train_step, run_steps.StepReadout.add = make_optimizer, train_step, add
+strategy.make_optimizer, step_loop.train_step, step_loop.StepReadout.add = make_optimizer, train_step, add
 try:
     main()
 finally:

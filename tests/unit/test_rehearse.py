@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from packaging.version import Version
 
 from phi3_dist.planning.support import PRECISIONS, QUANTIZATIONS, STRATEGIES, support
+from tests import warm
 from tests.rehearsal_bodies import PROBES
 
 pytestmark = [
@@ -24,8 +24,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def _run(which: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.rehearsal_bodies", which]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=880)
+    command = [warm.python(), "-m", "tests.rehearsal_bodies", which]
+    done = subprocess.run(
+        command, cwd=ROOT, env=warm.environment(), capture_output=True, text=True, check=False, timeout=880
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

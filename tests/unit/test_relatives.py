@@ -26,7 +26,7 @@ from phi3_dist.modeling.base import find_base, load_full, tiny_config
 from phi3_dist.modeling.lora import Adapted, adapted, add_lora, fill_adapter, peft_config, quiet_peft
 from phi3_dist.modeling.lora_init import eva_init, loftq_init, pissa_init, saved_names, subtract_from_base
 from phi3_dist.planning.memory import adapter_parameters
-from phi3_dist.training.checkpoints.identity import identity
+from phi3_dist.training.checkpoints.compatibility import identity
 from phi3_dist.training.engines.optimizer import make_optimizer, set_lr
 from phi3_dist.training.shared_init import LORA_INIT_FILE, computed_lora_init
 

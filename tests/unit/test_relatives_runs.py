@@ -9,10 +9,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import gc
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from phi3_dist.modeling.base import tiny_config
 from phi3_dist.modeling.lora import quiet_peft
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.memory import GIB
-from phi3_dist.training import final_adapter, loop
+from phi3_dist.training import final_adapter, whole_run
 from tests.ranks.launcher import REPO
 from tests.ranks.test_resume import interrupted, same_bits
 from tests.ranks.test_strategies import rows, tiny_base
@@ -89,15 +88,6 @@ def relatives(*in_make_test: str) -> list[object]:
     return [pytest.param(name, marks=() if name in in_make_test else pytest.mark.full) for name in RELATIVES]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_objects_to_look_through() -> Iterator[None]:
-    """A run ends with collections of garbage, which would look through all that the session has imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @dataclasses.dataclass(frozen=True)
 class Ran:
     """A run that has ended: its folder, its run file with overrides, and the logits of the live model at its end."""
@@ -115,7 +105,7 @@ def here() -> MachineFacts:
 
 def train(overrides: tuple[str, ...], folder: Path, *, resume: bool = False, allow: tuple[str, ...] = ()) -> None:
     cfg = load_run(REPO / "configs" / "run" / "debug.yaml", [*COMMON, *overrides, f"save.folder={folder}"])
-    loop.train(cfg, here(), LaunchFacts(), resume=resume, allow_changed=allow, cache=folder.parent / "cache")
+    whole_run.train(cfg, here(), LaunchFacts(), resume=resume, allow_changed=allow, cache=folder.parent / "cache")
 
 
 def logits(model: Any, **packed: Any) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import stat
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,9 +73,9 @@ def test_nothing_that_is_read_can_run() -> None:
 # --- secrets --------------------------------------------------------------------------------------------------------
 
 
-def phi3_dist(*arguments: str, cwd: Path, program: str = sys.executable) -> subprocess.CompletedProcess[str]:
+def phi3_dist(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     env = warm.environment(**SECRETS, PYTHONPATH=str(REPO), XDG_CACHE_HOME=str(cwd / "cache"))
-    command = [program, "-m", "phi3_dist", *arguments]
+    command = [warm.python(), "-m", "phi3_dist", *arguments]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, umask=0o027)
 
 
@@ -112,7 +111,7 @@ def test_secrets_are_in_no_error_script_or_diagnosis(tmp_path: Path) -> None:
         (("doctor",), None),
         (("plan", run, *SMALL, "--device", "cpu"), 0),
     ):
-        done = phi3_dist(*arguments, cwd=tmp_path, program=warm.python())
+        done = phi3_dist(*arguments, cwd=tmp_path)
         assert code is None or done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         assert done.stdout + done.stderr

@@ -20,7 +20,7 @@ from phi3_dist.machine import doctor
 from phi3_dist.machine.launch_request import read_command_line
 from phi3_dist.machine.storage import cache_folder, shared_memory_bytes, shared_memory_problem, storage_fault
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
-from phi3_dist.training.checkpoints.identity import FREE
+from phi3_dist.training.checkpoints.compatibility import FREE
 from phi3_dist.training.run_folder import RunFolder
 
 ERRORS = {

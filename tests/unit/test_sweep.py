@@ -23,7 +23,7 @@ from phi3_dist.sweep.early import Decision, decide, rung_step
 from phi3_dist.sweep.file import EarlyConfig, Sweep, load_sweep
 from phi3_dist.sweep.loop import SweepResult, run_sweep
 from phi3_dist.sweep.memory import candidates_a_pass, candidates_at_once
-from phi3_dist.training.loop import train
+from phi3_dist.training.whole_run import train
 
 REPO = Path(__file__).parents[2]
 RUN: dict[str, Any] = {

@@ -8,21 +8,21 @@ import pty
 import re
 import select
 import struct
-import sys
 import termios
 import time
 from pathlib import Path
 
+from tests import warm
 from tests.ranks.test_strategies import REPO, clean_environment
 
 STOPPED_AT_STEP_3 = """
-import phi3_dist.training.run_steps as run_steps
-original = run_steps.train_step
+import phi3_dist.training.step_loop as step_loop
+original = step_loop.train_step
 def train_step(engine, runtime, packs, order, step, **rest):
     if step == 2:
         breakpoint()
     return original(engine, runtime, packs, order, step, **rest)
-run_steps.train_step = train_step
+step_loop.train_step = train_step
 from phi3_dist.cli import main
 main()
 """
@@ -31,10 +31,11 @@ main()
 def test_breakpoint_works_and_the_progress_line_fits(tmp_path: Path) -> None:
     arguments = ["-c", STOPPED_AT_STEP_3, "train", "configs/run/debug.yaml", f"save.folder={tmp_path / 'run'}"]
     arguments += ["model.precision=fp32", "train.max_steps=5", "log.trackers=[]"]
+    python = warm.python()
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(REPO)
-        os.execve(sys.executable, [sys.executable, *arguments], {**clean_environment(), "TERM": "xterm"})
+        os.execve(python, [python, *arguments], {**clean_environment(), "TERM": "xterm"})
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     seen, answered, deadline = b"", False, time.monotonic() + 90
     while time.monotonic() < deadline:

@@ -20,10 +20,10 @@ from phi3_dist.modeling.base import find_base, load_full, tiny_config
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 from phi3_dist.modeling.weights_watch import WeightsWatch
 from phi3_dist.planning.facts import LaunchFacts
-from phi3_dist.training import loop, run_steps
+from phi3_dist.training import step_loop, whole_run
 from phi3_dist.training import train_step as step
-from phi3_dist.training.checkpoints import identity as resume
-from phi3_dist.training.checkpoints.identity import base_fingerprint
+from phi3_dist.training.checkpoints import compatibility
+from phi3_dist.training.checkpoints.compatibility import base_fingerprint
 from tests.ranks.launcher import REPO
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def test_weights_that_change_while_they_are_hashed(
         rewrite(path)
         return digest
 
-    monkeypatch.setattr(resume, "file_sha256", meanwhile)
+    monkeypatch.setattr(compatibility, "file_sha256", meanwhile)
     with pytest.raises(ModelError, match="was changed while it was hashed"):
         base_fingerprint(find_base(str(saved)), tmp_path / "cache")
     monkeypatch.undo()
@@ -120,12 +120,12 @@ def test_a_run_whose_base_is_cut_short_ends_before_it_saves(
             weights.truncate((saved / "model.safetensors").stat().st_size - 1)
         return result
 
-    monkeypatch.setattr(run_steps, "train_step", then_cut_short)
+    monkeypatch.setattr(step_loop, "train_step", then_cut_short)
     settings = [f"model.source={saved}", f"save.folder={tmp_path / 'run'}", "model.precision=fp32", "save.every=1"]
     settings += ["train.max_steps=2", "log.trackers=[]", "train.global_batch=1", "train.micro_batch=1"]
     cfg = load_run(REPO / "configs" / "run" / "debug.yaml", settings)
     with pytest.raises(ModelError, match=r"model\.safetensors: was written to while the run reads it"):
-        loop.train(cfg, probe(), LaunchFacts(), cache=tmp_path / "cache")
+        whole_run.train(cfg, probe(), LaunchFacts(), cache=tmp_path / "cache")
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
 
 

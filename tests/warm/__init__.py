@@ -60,6 +60,12 @@ def python() -> str:
     return str(program)
 
 
+def log() -> str:
+    """What the server has written: a line for each process that ended. Empty where no test has asked for it yet."""
+    path = Path(python()).parent / "log" if python.cache_info().currsize else None
+    return path.read_text(errors="replace") if path and path.exists() else ""
+
+
 def forked(client: int) -> int | None:
     """The process that a living client stands for; None if this is not a client."""
     return next((int(path.name.partition("_")[2]) for path in _living(f"{client}_*")), None)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import pkgutil
+import tempfile
+from pathlib import Path
 
 import phi3_dist
 
@@ -62,3 +65,18 @@ def import_all() -> None:
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
         get_checkpoint_conversion_mapping("phi3")
+    what_a_run_reads_once()
+
+
+def what_a_run_reads_once() -> None:
+    """Versions of packages, and fonts: a picture is drawn into nothing."""
+    from phi3_dist.machine.probe import package_versions
+    from phi3_dist.report.curves import draw_curves
+    from phi3_dist.training.run_folder import versions
+
+    package_versions()
+    versions()
+    row = {"kind": "train", "step": 1, "loss": 1.0, "lr": 1e-4, "grad_norm": 1.0, "tokens_per_s": 100.0}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        draw_curves(Path(folder))

@@ -52,6 +52,7 @@ class Forked:
     pidfd: int
     client: socket.socket
     words: str
+    test: str  # that asked for it; - if its environment does not say
     known_as: Path  # CLIENT_FORKED, their numbers, among the living
 
 
@@ -93,7 +94,9 @@ class Server:
         for fd in request["received"]:
             os.close(fd)
         words = " ".join(request["arguments"])[:LOGGED]
-        forked = Forked(pid, os.pidfd_open(pid), client, words, self.folder / "living" / f"{_number_of(client)}_{pid}")
+        test = request["environment"].get(b"PYTEST_CURRENT_TEST", b"- ").decode().rpartition(" ")[0]  # "a.py::b (call)"
+        known_as = self.folder / "living" / f"{_number_of(client)}_{pid}"
+        forked = Forked(pid, os.pidfd_open(pid), client, words, test, known_as)
         forked.known_as.touch()
         self.living.append(forked)
         self.selector.register(forked.pidfd, selectors.EVENT_READ, lambda: self._ended(forked))
@@ -106,7 +109,7 @@ class Server:
         if forked not in self.living:
             return
         _, status, used = os.wait4(forked.pid, 0)
-        print(f"{used.ru_utime + used.ru_stime:6.2f} s of CPU time: {forked.words}", flush=True)
+        print(f"{used.ru_utime + used.ru_stime:6.2f} s of CPU time\t{forked.test}\t{forked.words}", flush=True)
         with contextlib.suppress(OSError):
             forked.client.sendall(os.waitstatus_to_exitcode(status).to_bytes(8, "big", signed=True))
         self.living.remove(forked)

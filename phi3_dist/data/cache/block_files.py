@@ -36,13 +36,14 @@ from phi3_dist.machine.storage import as_os_error
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["encode_to_block_files", "load_block", "save_block", "workers_for"]
+__all__ = ["encode_to_block_files", "load_block", "old_objects_not_searched_for_garbage", "save_block", "workers_for"]
 
 _AHEAD = 2
 """Blocks that each worker has: the one that it works on, and the next."""
 _CORES_OF_ONE = 2
 _FEW_BLOCKS = 8
 """Fewer are done before a worker is up: that takes 0.7 s, about as long as eight blocks in this process alone."""
+_NEVER = 2**31 - 1
 
 
 def workers_for(cores: int) -> int:
@@ -82,6 +83,20 @@ class _Job:
         for number, done in encode_blocks_of(blocks, self.cfg, self.fmt, self.tokenizer):
             save_block(self.path(number), done)
             yield number, done
+
+
+@contextlib.contextmanager
+def old_objects_not_searched_for_garbage() -> Iterator[None]:
+    """Rows are many small objects, which none refers back to: what was there before is not searched for their sake.
+
+    Not by `gc.freeze`: its end would let go of what a caller has frozen, such as a server that forks.
+    """
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, _NEVER)
+    try:
+        yield
+    finally:
+        gc.set_threshold(young, middle, old)
 
 
 def encode_to_block_files(

@@ -1,1 +1,1 @@
-"""Saving (saver.py, files.py, state.py) and going on: resume.py finds where, identity.py says what may differ."""
+"""Saving (saver.py, files.py, state.py) and going on: resume_point.py finds where, compatibility.py what may differ."""

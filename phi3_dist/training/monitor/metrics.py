@@ -56,7 +56,7 @@ class Metrics:
         self.active, self.total, self.tracker, self._keep = active, total, tracker, keep
         self.started = self._evaluation_told = time.perf_counter()
         self.console = Console(file=cast(IO[str], unfailing(sys.stdout)), highlight=False, soft_wrap=True)
-        self._path, self._told = path, False
+        self._path, self._loss_was_said = path, False
         try:
             self._file = path.open("a", encoding="utf-8") if active else None
         except OSError as error:
@@ -91,7 +91,7 @@ class Metrics:
             try:
                 self._file.close()
             except OSError as error:
-                self._tell(error)
+                self._say_lost_rows(error)
 
     def say(self, text: str) -> None:
         """One line to the person, on rank 0."""
@@ -101,10 +101,10 @@ class Metrics:
             plain(redacted(text)), markup=False
         )
 
-    def _tell(self, error: OSError) -> None:
-        if not self._told:
+    def _say_lost_rows(self, error: OSError) -> None:
+        if not self._loss_was_said:
             self.say(f"{self._path.name}: rows can't be written now: {error.strerror or error}; training continues")
-        self._told = True
+        self._loss_was_said = True
 
     def _write(self, row: dict[str, Any]) -> None:
         """A disk that is full or gone is told once and ends no training. Rows wait in the file's buffer for room."""
@@ -116,7 +116,7 @@ class Metrics:
             self._file.flush()
             self.tracker.log(values, step=row["step"])
         except OSError as error:
-            self._tell(error)
+            self._say_lost_rows(error)
 
     def train(self, row: dict[str, Any], left_s: float) -> None:
         """A row of kind `train`: see the keys in readout.py. `elapsed_s` is added. `left_s`: seconds to the end."""

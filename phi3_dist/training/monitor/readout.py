@@ -53,7 +53,7 @@ class EvaluationWatch:
         self.ctx, self.step = ctx, step
         self._start_s = self._beaten = time.perf_counter()
 
-    def tell(self, done: int, groups: int) -> None:
+    def progress(self, done: int, groups: int) -> None:
         """`done` of `groups` are measured."""
         if not self.ctx.runtime.is_main:
             return

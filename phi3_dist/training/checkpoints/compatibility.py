@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 STEPS, HELD_OUT = "steps", "held-out data"
-"""Values of the identity that may change in a way of their own (training/checkpoints/resume.py)."""
+"""Values of the identity that may change in a way of their own (training/checkpoints/resume_point.py)."""
 
 # Keys that change no number of the run, or that another fact covers better: the content of a path, what `auto` became.
 FREE = (

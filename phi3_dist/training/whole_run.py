@@ -3,7 +3,7 @@
 Read in this order, one step from the command to the update of its weights:
 
 1. this file          what a run does before its first step and after its last
-2. run_steps.py       the steps in their order, what comes between two of them, and what ends them
+2. step_loop.py       the steps in their order, what comes between two of them, and what ends them
 3. train_step.py      one step: its packs, forward and backward of each micro batch, one update
 4. engines/engine.py  what backward and update mean under each strategy
 
@@ -40,9 +40,9 @@ from phi3_dist.training.batch_counts import (
     tokens_of_rank,
 )
 from phi3_dist.training.build import Built, build_model
+from phi3_dist.training.checkpoints.compatibility import base_fingerprint, identity
 from phi3_dist.training.checkpoints.files import Checkpoint
-from phi3_dist.training.checkpoints.identity import base_fingerprint, identity
-from phi3_dist.training.checkpoints.resume import ResumePoint, find_resume_point
+from phi3_dist.training.checkpoints.resume_point import ResumePoint, find_resume_point
 from phi3_dist.training.checkpoints.saver import Saver
 from phi3_dist.training.checkpoints.state import restore
 from phi3_dist.training.context import RunContext, Session
@@ -66,13 +66,13 @@ from phi3_dist.training.preflight.at_start import plan_start
 from phi3_dist.training.preflight.context_window import context_finding
 from phi3_dist.training.process_state import own_process_state
 from phi3_dist.training.run_folder import RunFolder, versions
-from phi3_dist.training.run_steps import run_steps
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.same_on_all_ranks import check_same_on_all_ranks
 from phi3_dist.training.sample_answers import sample_answers
 from phi3_dist.training.shared_init import computed_lora_init
 from phi3_dist.training.shares import check_packs
 from phi3_dist.training.signals import StopFlag, exit_code_of, state_of_stop
+from phi3_dist.training.step_loop import run_steps
 
 __all__ = ["TrainResult", "train"]
 
@@ -115,65 +115,58 @@ def train(
     Raises the errors of the tree in phi3_dist.errors; a user's mistakes come before the process group exists. A signal
     before the first step raises Stopped.
     """
+    asked = _Asked(overwrite, resume, allow_changed, cache or cache_folder(cfg.data.cache), transcript)
     with StopFlag() as flag, own_process_state():
-        return _train(
-            cfg,
-            machine,
-            launch,
-            overwrite=overwrite,
-            resume=resume,
-            allow_changed=allow_changed,
-            cache=cache or cache_folder(cfg.data.cache),
-            flag=flag,
-            transcript=transcript,
-        )
+        return _train(cfg, machine, launch, asked, flag)
 
 
-def _train(
-    cfg: RunConfig,
-    machine: MachineFacts,
-    launch: LaunchFacts,
-    *,
-    overwrite: bool,
-    resume: bool,
-    allow_changed: Collection[str],
-    cache: Path,
-    flag: StopFlag,
-    transcript: Transcript | None,
-) -> TrainResult:
+@dataclass(frozen=True)
+class _Asked:
+    """What the command says beside the run file, and where its lines are kept."""
+
+    overwrite: bool
+    resume: bool
+    allow_changed: Collection[str]
+    cache: Path
+    transcript: Transcript | None
+
+
+def _train(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, asked: _Asked, flag: StopFlag) -> TrainResult:
     clock = StartClock()
     clock.mark("imports")
     folder = RunFolder(Path(cfg.save.folder), inputs=inputs_of(cfg))
     if launch.rank == 0:
-        folder.check(overwrite=overwrite, resume=resume)
+        folder.check(overwrite=asked.overwrite, resume=asked.resume)
     check_trackers(cfg.log, launch.rank)
-    planned = plan_start(cfg, machine, launch, os.environ, cache, folder.path if resume else None)
+    planned = plan_start(cfg, machine, launch, os.environ, asked.cache, folder.path if asked.resume else None)
     for line in planned.lines if launch.rank == 0 else ():
         _print(line)
     cfg, plan, auto, (base, tokenizer, token_ids) = planned.cfg, planned.plan, planned.auto, planned.model
-    session = Session(folder, clock, flag, WeightsWatch(base.folder), transcript)
+    session = Session(folder, clock, flag, WeightsWatch(base.folder), asked.transcript)
     clock.mark("plan")
-    inputs = RunInputs(cfg, base, tokenizer, token_ids, prepare_rows(cfg, tokenizer, cache))
+    inputs = RunInputs(cfg, base, tokenizer, token_ids, prepare_rows(cfg, tokenizer, asked.cache))
     check_packs(cfg.train.sequence_parallel, inputs.prepared.train, inputs.prepared.held_out)
     clock.mark("data")
     if launch.rank == 0:
         context = context_finding(cfg, base.config, longest_row(inputs.prepared))
         if context.level != "ok":
             _print(f"context: {context.what}; {context.fix}")
-        folder.reopen() if resume else folder.claim(overwrite=overwrite)
+        folder.reopen() if asked.resume else folder.claim(overwrite=asked.overwrite)
     with folder.recording_failure(active=launch.rank == 0):  # what was to be replaced comes back from here on
-        inputs, runtime = auto.agree(inputs, _join_processes(cfg, plan, launch, folder), cache)
+        inputs, runtime = auto.agree(inputs, _join_processes(cfg, plan, launch, folder), asked.cache)
         cfg = inputs.cfg
-        ours = _agreed_identity(inputs, runtime, cache)
+        ours = _agreed_identity(inputs, runtime, asked.cache)
         _tell_of_nodes(runtime, folder)
-        resume_point = find_resume_point(runtime, folder, ours, allow_changed, cfg.optim) if resume else ResumePoint()
+        resume_point = ResumePoint()
+        if asked.resume:
+            resume_point = find_resume_point(runtime, folder, ours, asked.allow_changed, cfg.optim)
         if resume_point.finished:
             _release(runtime)
             return TrainResult(folder.path, 0, None, None)
         if runtime.is_main:  # the first file: it makes the folder a run's, which --resume can go on in
             folder.write("config.yaml", resolved_yaml(cfg))
-        if transcript:
-            transcript.into(folder.held, runtime.rank)
+        if asked.transcript:
+            asked.transcript.into(folder.held, runtime.rank)
         start_trackers(runtime, cfg.log.trackers, project=cfg.log.project, run=cfg.name, folder=folder.path)
         clock.mark("processes")
         result = _run(inputs, session, runtime, ours, resume_point.checkpoint)

@@ -14,8 +14,8 @@ from phi3_dist.adapters.files import recover
 from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.config.schema import OptimConfig
 from phi3_dist.errors import AdapterError, Problem, TrainingError
+from phi3_dist.training.checkpoints.compatibility import HELD_OUT, STEPS, changed_keys, check_identity
 from phi3_dist.training.checkpoints.files import Checkpoint, find_checkpoint
-from phi3_dist.training.checkpoints.identity import HELD_OUT, STEPS, changed_keys, check_identity
 from phi3_dist.training.checkpoints.metrics_rows import cut_metrics
 from phi3_dist.training.run_folder import RunFolder
 from phi3_dist.training.runtime import Runtime

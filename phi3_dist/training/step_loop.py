@@ -29,7 +29,7 @@ def _evaluate(ctx: RunContext, step: int) -> tuple[HeldOut | None, int]:
     if ctx.held_out is None:
         return None, 0
     watch = EvaluationWatch(ctx, step)
-    found, stop = held_out_loss(ctx.engine, ctx.runtime, ctx.held_out, ctx.flag, watch.tell)
+    found, stop = held_out_loss(ctx.engine, ctx.runtime, ctx.held_out, ctx.flag, watch.progress)
     if found is None:
         ctx.metrics.say(f"the held-out loss after step {step} was interrupted by {signal.Signals(stop).name}")
         return None, stop
