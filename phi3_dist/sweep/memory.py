@@ -14,7 +14,7 @@ _SHARED = ("base", "quantisation", "dequantised", "gathered", "logits")
 """How the terms begin that a sweep has once, however many candidates there are."""
 _OF_A_PASS = ("activations", "backward's own")
 """Those that a forward pass has for each candidate in it."""
-_PASS_TOKENS = {"cpu": 1024, "cuda": 8192}
+_PASS_TOKENS = {"cpu": 512, "cuda": 8192}
 RESERVE = 0.1
 """The share of a device's memory that the memory plan leaves free."""
 
