@@ -23,7 +23,7 @@ import yaml
 
 from phi3_dist.machine.print_encoding import print_in_any_encoding
 from phi3_dist.sweep.early import Decision, decide, rung_step
-from phi3_dist.sweep.file import EarlyConfig
+from phi3_dist.sweep.file import EarlyConfig, load_sweep
 
 __all__ = ["main", "replay"]
 
@@ -78,11 +78,10 @@ def _sweep(folder: Path, seed: int, args: argparse.Namespace, early: dict[str, A
 def _curves(folder: Path) -> dict[str, dict[int, float]]:
     """Held-out losses of each candidate by the steps made, in the order of the sweep file."""
     curves = {}
-    for rate in RATES:
-        for rank in RANKS:
-            name = f"lr={json.dumps(rate)},r={rank}"
-            rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-            curves[name] = {row["step"]: row["heldout_loss"] for row in rows if row["kind"] == "eval"}
+    for one in load_sweep(folder.with_suffix(".yaml")).candidates:
+        file = Path(one.cfg.save.folder) / "metrics.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        curves[one.name] = {row["step"]: row["heldout_loss"] for row in rows if row["kind"] == "eval"}
     return curves
 
 
