@@ -1,7 +1,7 @@
 """The commands and the Python of README.md, the docs and CONTRIBUTING.md run, in order, outside the clone.
 
 README's run in real processes: none of them imports torch. The docs' are forked from a process that has, but for the
-tutorial's first run. The tutorial runs in `make test`; the other pages, which may use what it made, in `make test-full`.
+tutorial's first run. The tutorial runs in `make test`; the others, which may use what it made, in `make test-full`.
 """
 
 from __future__ import annotations
