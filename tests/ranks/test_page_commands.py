@@ -18,8 +18,8 @@ import pytest
 from tests import pages, warm
 from tests.pages import REPO, Block
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
-COMMAND_TIMEOUT_S = 120
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(1200)]
+COMMAND_TIMEOUT_S = 300
 PROGRAMS = {"phi3-dist": "phi3_dist", "accelerate": "accelerate.commands.accelerate_cli"}
 TUTORIAL = "docs/tutorial.md"
 REAL = "phi3-dist train configs/run/debug.yaml"
