@@ -334,7 +334,8 @@ def test_rows_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_longest_row_and_longropes_factors(tmp_path: Path) -> None:
     scaling = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 10000.0}
     scaling["original_max_position_embeddings"] = 64
-    base = Phi3Config(hidden_size=64, num_attention_heads=4, max_position_embeddings=256, rope_parameters=scaling,
+    base = Phi3Config(hidden_size=64, num_attention_heads=4, max_position_embeddings=256,
+                      original_max_position_embeddings=64, rope_parameters=scaling,
                       pad_token_id=0)  # fmt: skip
     for longest, longrope, level, says in (
         (60, "auto", "ok", "one longer row turns the whole run"),

@@ -23,7 +23,7 @@ _SEEN_WITHIN_S = 3.0
 
 
 def node_view(path: Path, node: int) -> NodeView:
-    """Taken right after a barrier, so that all ranks take it at one time."""
+    """Taken right after a barrier: all ranks take it at one time."""
     now = time.time()
     return NodeView(node, socket.gethostname(), now, os.path.lexists(path) or _seen(path))
 

@@ -1,6 +1,6 @@
 """`train --dry-run` on one rank: base, tokenizer, first rows, plan and room. No weights are loaded, nothing is written.
 
-Rows are read up to `SAMPLE_ROWS`; what stands behind them is for `phi3-dist prepare`.
+Rows are read up to `SAMPLE_ROWS`; the rows behind them are for `phi3-dist prepare`.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _folder(cfg: RunConfig, *, overwrite: bool, resume: bool) -> str:
         what, fix = f"process {process} trains in here", "stop it first, or another save.folder"
         raise RunFolderError(Problem(cfg.save.folder, what, fix))
     there = Path(cfg.save.folder).is_dir()
-    verb = "goes on" if resume and there else "is replaced" if overwrite and there else "can be made"
+    verb = "is continued" if resume and there else "is replaced" if overwrite and there else "can be made"
     return f"{cfg.save.folder}: {verb}"
 
 
