@@ -251,6 +251,8 @@ def _rehearsed() -> Iterator[MemoryCell]:
         yield replace(one, strategy="zero3", world=8, checkpointing=True, length=4096, layers=8)
         yield replace(one, strategy="fsdp2", world=16, checkpointing=True, kernels="triton")
     one = MemoryCell(mini)
+    # all of the model, as fitcheck was fitted on: depth adds up
+    yield replace(one, quantization="nf4", checkpointing=True, dropout=0.0, length=1024, layers=32)
     yield replace(one, length=512, accumulation=2, layers=3)
     yield replace(one, length=4096, checkpointing=True, kernels="triton", layers=4)
     yield replace(one, quantization="nf4", kept=2, layers=3)

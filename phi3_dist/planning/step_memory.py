@@ -240,11 +240,10 @@ def layer_forward(
 
     `saves`: what backward wants is kept; `keeps`: the dequantised weights too, which are counted elsewhere.
     """
-    t, w = step.tokens, step.width
+    t, w, h = step.tokens, step.width, shape.hidden
     m = t if rows is None else rows
-    h, q = shape.hidden, shape.q_out
 
-    def linear(name: str, number: int, rows: int, saved: float) -> None:
+    def linear(name: str, number: int, rows: int) -> None:
         ins, outs = shape.linear_sizes[name]
         walk.begin(name)
         aside = layer.masks[number] + layer.low[number] + layer.copies / 4
@@ -255,31 +254,29 @@ def layer_forward(
             if step.drawn_for > 1:  # the whole pack's mask, of which a rank keeps its rows
                 walk.borrow(step.tokens * step.drawn_for * ins)
         if not saves:
-            walk.give(aside + saved)
+            walk.give(aside)
 
     wide = 0 if step.by == "triton" or w == 4 else 2
     walk.begin("norm1")
     walk.borrow(t * h * 4 * wide)
     walk.take(layer.normed)
-    linear("qkv_proj", 0, t, layer.normed)
+    linear("qkv_proj", 0, t)
     walk.begin("qkv_proj", late=True)
     walk.take(layer.attended + layer.chosen)
-    if not saves:
-        walk.give(layer.qkv + layer.attended + layer.chosen - m * q * w)
-    linear("o_proj", 1, m, m * q * w)
+    linear("o_proj", 1, m)
     walk.begin("norm2")
+    if not saves:  # the attention's variables live until it returns
+        walk.give(layer.normed + layer.qkv + layer.attended + layer.chosen)
     walk.take(layer.middle)
     if rows is None:  # the last layer's forward has a name for what o_proj gave
         walk.give(m * h * w)
     walk.borrow(m * h * 4 * wide)
     walk.take(layer.normed_mlp)
-    linear("gate_up_proj", 2, m, layer.normed_mlp)
+    linear("gate_up_proj", 2, m)
     walk.begin("gate_up_proj", late=True)
     walk.take(layer.inner)
     walk.borrow(0 if step.by == "triton" else layer.inner)
-    if not saves:
-        walk.give(layer.gate_up)
-    linear("down_proj", 3, m, layer.inner)
+    linear("down_proj", 3, m)
 
 
 def layer_backward(walk: Walk, shape: Shape, step: Step, layer: Layer, rows: int | None, *, keeps: bool) -> None:
