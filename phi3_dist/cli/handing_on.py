@@ -62,7 +62,7 @@ def export(
     done = run_export(
         source,
         out,
-        form,  # type: ignore[arg-type] -- looked at in there, as the next two
+        form,  # type: ignore[arg-type]  # looked at in there, as the next two
         base=base,
         into=into,  # type: ignore[arg-type]
         stored=stored,  # type: ignore[arg-type]
@@ -103,7 +103,7 @@ def check(
 
     found = run_check(
         source,
-        server,  # type: ignore[arg-type] -- looked at in there
+        server,  # type: ignore[arg-type]  # looked at in there
         base=base,
         run=run,
         server_python=server_python,

@@ -39,7 +39,9 @@ def stored_as(opened: Opened, asked: Stored | None) -> Stored:
     weights = opened.base.weights
     own = weights.rows("model.embed_tokens.weight", 0, 0).dtype
     weights.close()
-    return asked or next((name for name in STORED if _TORCH[name] == own), "f32")
+    if asked is not None:
+        return asked
+    return next((name for name in STORED if _TORCH[name] == own), STORED[0])
 
 
 def refuse_for_gguf_model(opened: Opened, tokenizer: Any) -> Vocabulary:
