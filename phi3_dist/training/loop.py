@@ -102,11 +102,12 @@ def train(
     allow_changed: Collection[str] = (),
     cache: Path | None = None,
     transcript: Transcript | None = None,
+    keep_group: bool = False,
 ) -> TrainResult:
     """Run what `cfg` asks for on the processes that `launch` describes. Every rank calls it.
 
     With `resume` the run goes on from its newest checkpoint that verifies, or starts where there is none. What
-    `transcript` has heard is kept in the run folder.
+    `transcript` has heard is kept in the run folder; `keep_group` leaves the process group to a next run.
     Raises the errors of the tree in phi3_dist.errors; a user's mistakes come before the process group exists. A signal
     before the first step raises Stopped.
     """
@@ -121,6 +122,7 @@ def train(
             cache=cache or cache_folder(cfg.data.cache),
             flag=flag,
             transcript=transcript,
+            keep_group=keep_group,
         )
 
 
@@ -135,6 +137,7 @@ def _train(
     cache: Path,
     flag: StopFlag,
     transcript: Transcript | None,
+    keep_group: bool,
 ) -> TrainResult:
     clock = StartClock()
     clock.mark("imports")
@@ -155,7 +158,7 @@ def _train(
         ours = _agreed_identity(inputs, runtime, cache)
         resume_point = find_resume_point(runtime, folder, ours, allow_changed, cfg.optim) if resume else ResumePoint()
         if resume_point.finished:
-            _release(runtime)
+            _release(runtime, keep_group=keep_group)
             return TrainResult(folder.path, 0, None, None)
         if runtime.is_main:  # the first file: it makes the folder a run's, which --resume can go on in
             folder.write("config.yaml", resolved_yaml(cfg))
@@ -166,7 +169,7 @@ def _train(
         result = _run(inputs, session, runtime, ours, resume_point.checkpoint)
         if runtime.is_main:  # before the last barrier: no rank has ended when this stands
             _record_exit(folder, result)
-    _release(runtime)
+    _release(runtime, keep_group=keep_group)
     return result
 
 
@@ -291,7 +294,7 @@ def _record_exit(folder: RunFolder, result: TrainResult) -> None:
         _print(f"the run has ended, which could not be recorded: {error.problems[0].where} {error.problems[0].what}")
 
 
-def _release(runtime: Runtime) -> None:
+def _release(runtime: Runtime, *, keep_group: bool) -> None:
     for line in finish_trackers(runtime):
         _print(line)
-    runtime.release()
+    runtime.release(keep_group=keep_group)
