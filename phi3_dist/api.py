@@ -111,7 +111,8 @@ def train(
 ) -> Trained:
     """Train an adapter, on one device or on every process of the launcher that started this one, which all call it.
 
-    `overwrite` replaces an existing run, `resume` goes on with it. Raises the errors of the tree: ConfigError,
+    `overwrite` replaces an existing run, `resume` goes on with it. The process group stays for the next run of these
+    processes, until they end. Raises the errors of the tree: ConfigError,
     DataError, ModelError, PlanError, RunFolderError, MachineError, TrainingError.
     """
     cfg = load_run(run, overrides)
@@ -124,7 +125,9 @@ def train(
 
     check_before_torch(cfg, os.environ, overwrite=overwrite, resume=resume)
     try:
-        result = run_training(cfg, probe(), launch_facts(os.environ), overwrite=overwrite, resume=resume)
+        result = run_training(
+            cfg, probe(), launch_facts(os.environ), overwrite=overwrite, resume=resume, keep_group=True
+        )
     except Stopped as stop:
         if stop.number == signal.SIGINT:
             raise KeyboardInterrupt from stop

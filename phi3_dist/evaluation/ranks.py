@@ -51,9 +51,15 @@ class Ranks:
 
 @contextmanager
 def joined(device: str | None = None) -> Iterator[Ranks]:
-    """The ranks of this launch, while the block runs. Without a launcher's RANK and WORLD_SIZE: one process."""
+    """The ranks of this launch, while the block runs; of a process group that is there already, its ranks.
+
+    Without a launcher's RANK and WORLD_SIZE: one process.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if "RANK" not in os.environ or world == 1 or torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():
+        yield Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        return
+    if "RANK" not in os.environ or world == 1:
         yield Ranks()
         return
     on_gpu = device != "cpu" and torch.cuda.is_available()

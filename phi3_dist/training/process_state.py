@@ -6,6 +6,7 @@ strategy: a second run with other ones would be refused, or train with the first
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from phi3_dist.errors import PlanError, Problem
 
-__all__ = ["own_process_state"]
+__all__ = ["keep_group_until_exit", "own_process_state"]
 
 _LAUNCHERS = ("ACCELERATE_", "FSDP_", "DS_")
 """Variables in which a launcher describes the strategy, and which a run takes away once it has its plan."""
@@ -27,24 +28,43 @@ _LAUNCHERS = ("ACCELERATE_", "FSDP_", "DS_")
 def own_process_state() -> Iterator[None]:
     """A run in here begins with no state of Accelerate's, and leaves none to the next run of this process.
 
-    After an error on several ranks the process group stays: others may wait in it, and no rank can train again.
+    After an error on several ranks all stays as it is: others may wait in a collective, and no rank can train again.
     Raises PlanError where the caller has an Accelerator of its own, whose settings the run would get.
     """
     if is_initialized():
         what = "has made an Accelerator already, whose device, precision and strategy a run here would get"
         raise PlanError(Problem("this process", what, "train in a process without one"))
-    given = torch.distributed.is_initialized()
     launched = {key: value for key, value in os.environ.items() if key.startswith(_LAUNCHERS)}
     try:
         yield
-    finally:
-        for key in [key for key in os.environ if key.startswith(_LAUNCHERS)]:
-            del os.environ[key]
-        os.environ.update(launched)
-        if not given and torch.distributed.is_initialized() and torch.distributed.get_world_size() == 1:
-            torch.distributed.destroy_process_group()
-        if given or not torch.distributed.is_initialized():
-            AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate has no public word for it
-            GradientState._reset_state()
-            unset_hf_deepspeed_config()
-            gc.collect()  # DeepSpeed's configuration is known to transformers as long as anybody holds it
+    except BaseException:
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            _forget(launched)
+        raise
+    _forget(launched)
+
+
+def _forget(launched: dict[str, str]) -> None:
+    for key in [key for key in os.environ if key.startswith(_LAUNCHERS)]:
+        del os.environ[key]
+    os.environ.update(launched)
+    AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate has no public word for it
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()
+    gc.collect()  # DeepSpeed's configuration is known to transformers as long as anybody holds it
+
+
+def keep_group_until_exit() -> None:
+    """Leave the process group to the next run of these ranks.
+
+    A second one can't be made through the same launcher: gloo finds the addresses of the first in the launcher's store
+    (torch 2.13), and DeepSpeed holds groups of the first.
+    """
+    if torch.distributed.is_initialized():
+        atexit.unregister(_destroy_group)
+        atexit.register(_destroy_group)
+
+
+def _destroy_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -20,6 +20,7 @@ from phi3_dist.errors import MachineError, Problem
 from phi3_dist.machine.doctor import stale_extension_locks
 from phi3_dist.machine.storage import shared_memory_bytes, shared_memory_problem
 from phi3_dist.planning.plan import RunPlan, check_reality
+from phi3_dist.training.process_state import keep_group_until_exit
 from phi3_dist.training.shares import Cut, join_group
 
 __all__ = [
@@ -108,8 +109,8 @@ class Runtime:
         if self.world > 1:
             torch.distributed.barrier()
 
-    def release(self) -> None:
-        """Free the wrapped model before the process group goes. Collective.
+    def release(self, *, keep_group: bool = False) -> None:
+        """Free the wrapped model before the process group goes, at once or with the process. Collective.
 
         DDP's reducer holds the group. Freed after it, its destructor joins gloo's thread while holding the lock of the
         interpreter that this thread waits for: the rank never exits (torch 2.13, seen on two nodes of two ranks).
@@ -117,7 +118,10 @@ class Runtime:
         self.accelerator.free_memory()
         gc.collect()
         self.barrier()
-        self.accelerator.end_training()
+        if keep_group:
+            keep_group_until_exit()
+        else:
+            self.accelerator.end_training()
 
 
 def deepspeed_config(plan: RunPlan, zero: Mapping[str, Any], max_grad_norm: float) -> dict[str, Any]:

@@ -107,15 +107,16 @@ def train(
     allow_changed: Collection[str] = (),
     cache: Path | None = None,
     transcript: Transcript | None = None,
+    keep_group: bool = False,
 ) -> TrainResult:
     """Run what `cfg` asks for on the processes that `launch` describes. Every rank calls it.
 
     With `resume` the run goes on from its newest checkpoint that verifies, or starts where there is none. What
-    `transcript` has heard is kept in the run folder.
+    `transcript` has heard is kept in the run folder; `keep_group` leaves the process group to a next run.
     Raises the errors of the tree in phi3_dist.errors; a user's mistakes come before the process group exists. A signal
     before the first step raises Stopped.
     """
-    asked = _Asked(overwrite, resume, allow_changed, cache or cache_folder(cfg.data.cache), transcript)
+    asked = _Asked(overwrite, resume, allow_changed, cache or cache_folder(cfg.data.cache), transcript, keep_group)
     with StopFlag() as flag, own_process_state():
         return _train(cfg, machine, launch, asked, flag)
 
@@ -129,6 +130,7 @@ class _Asked:
     allow_changed: Collection[str]
     cache: Path
     transcript: Transcript | None
+    keep_group: bool
 
 
 def _train(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, asked: _Asked, flag: StopFlag) -> TrainResult:
@@ -161,7 +163,7 @@ def _train(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, asked: _A
         if asked.resume:
             resume_point = find_resume_point(runtime, folder, ours, asked.allow_changed, cfg.optim)
         if resume_point.finished:
-            _release(runtime)
+            _release(runtime, keep_group=asked.keep_group)
             return TrainResult(folder.path, 0, None, None)
         if runtime.is_main:  # the first file: it makes the folder a run's, which --resume can go on in
             folder.write("config.yaml", resolved_yaml(cfg))
@@ -172,7 +174,7 @@ def _train(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, asked: _A
         result = _run(inputs, session, runtime, ours, resume_point.checkpoint)
         if runtime.is_main:  # before the last barrier: no rank has ended when this stands
             _record_exit(folder, result)
-    _release(runtime)
+    _release(runtime, keep_group=asked.keep_group)
     return result
 
 
@@ -310,7 +312,7 @@ def _record_exit(folder: RunFolder, result: TrainResult) -> None:
         _print(f"the run has ended, which could not be recorded: {error.problems[0].where} {error.problems[0].what}")
 
 
-def _release(runtime: Runtime) -> None:
+def _release(runtime: Runtime, *, keep_group: bool) -> None:
     for line in finish_trackers(runtime):
         _print(line)
-    runtime.release()
+    runtime.release(keep_group=asked.keep_group)

@@ -13,8 +13,10 @@ import pytest
 
 from phi3_dist.report.board import open_board
 from phi3_dist.report.page import write_comparison, write_page
+from phi3_dist.report.sweeps import write_sweep_page
 from tests.chromium import Chromium, Page, find_chromium
 from tests.unit.test_page import write_run
+from tests.unit.test_sweep_page import sweep_folder
 
 STEPS = 80
 CONTRAST = """(() => {
@@ -241,13 +243,32 @@ def test_text_and_lines_stand_out_from_their_ground(chromium: Chromium, address:
 
 def test_a_phone_of_400_pixels_scrolls_one_way_only(chromium: Chromium, address: str, run_folder: Path) -> None:
     both = write_comparison([run_folder, run_folder], run_folder.parent / "both.html").as_uri()
-    for url in (address, both):
+    sweep = write_sweep_page(sweep_folder(run_folder.parent / "rates")).as_uri()
+    for url in (address, both, sweep):
         page = chromium.open(url, width=400, height=800)
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
         assert page.evaluate("Math.max(...[...document.querySelectorAll('canvas')].map(c => c.clientWidth))") < 400
         assert page.evaluate("parseFloat(getComputedStyle(document.body).fontSize)") >= 14
         assert page.errors == []
         page.close()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_sweeps_page_is_read_and_its_lines_say_who_they_are(chromium: Chromium, tmp_path: Path, dark: bool) -> None:
+    address = write_sweep_page(sweep_folder(tmp_path / "rates")).as_uri()
+    page = chromium.open(address, dark=dark)
+    assert page.evaluate(CONTRAST)["bad"] == []
+    best = "document.querySelector('.parallel .best')"
+    assert page.evaluate(f"{best}.querySelector('title').textContent").startswith(
+        "lr_0.003_r_8: optim.lr 0.003; lora.r 8"
+    )
+    order = "[...document.querySelectorAll('.parallel .candidate')].at(-1) === " + best
+    assert page.evaluate(order)  # above the others
+    assert page.evaluate("document.querySelectorAll('.parallel .axis .name').length") == 3
+    assert page.evaluate("document.querySelectorAll('.charts .chart').length") >= 1
+    assert page.errors == []
+    assert page.requests == [address]
+    page.close()
 
 
 def test_a_script_in_a_row_is_text(chromium: Chromium, address: str) -> None:
