@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,17 +58,33 @@ def matrix(*in_make_test: str | None) -> list[object]:
     return [pytest.param(s, marks=() if s in in_make_test else pytest.mark.full, id=str(s)) for s in STRATEGIES]
 
 
+DROPOUT = (*SAVES, "lora.dropout=0.1")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], Path]:
+    """The run of a strategy that nothing interrupts, made once. Tests copy its folder."""
+
+    @functools.cache
+    def made(strategy: str | None) -> Path:
+        folder = tmp_path_factory.mktemp(str(strategy)) / "whole"
+        done = launch(strategy, folder, *DROPOUT, options=options_of(strategy))
+        assert done.returncode == 0, done.stderr
+        return folder
+
+    return made
+
+
 @pytest.mark.parametrize("strategy", matrix("zero2", "zero3", "fsdp2"))
-def test_resume_on_the_same_topology_is_bit_for_bit(strategy: str | None, tmp_path: Path, deepspeed_ops: Path) -> None:
+def test_resume_on_the_same_topology_is_bit_for_bit(
+    strategy: str | None, whole: Callable[[str | None], Path], tmp_path: Path, deepspeed_ops: Path
+) -> None:
     """With dropout, accumulation, and an interruption between two checkpoints."""
-    overrides = (*SAVES, "lora.dropout=0.1")
-    done = launch(strategy, tmp_path / "whole", *overrides, options=options_of(strategy))
-    assert done.returncode == 0, done.stderr
-    again = interrupted(tmp_path / "whole", tmp_path / "again")
-    done = launch(strategy, again, *overrides, "--resume", options=options_of(strategy))
+    again = interrupted(whole(strategy), tmp_path / "again")
+    done = launch(strategy, again, *DROPOUT, "--resume", options=options_of(strategy))
     assert done.returncode == 0, done.stderr
     assert "resumed after step 14 of 20" in done.stdout
-    same_bits(again, tmp_path / "whole")
+    same_bits(again, whole(strategy))
 
 
 @pytest.mark.full
@@ -82,7 +100,7 @@ def test_resume_in_bf16_is_bit_for_bit_too(strategy: str | None, tmp_path: Path,
     same_bits(again, tmp_path / "whole")
 
 
-CHAINS = (("zero3", "cpu_2"), ("cpu_2", "fsdp2"), ("fsdp2", "zero2"), ("zero2", None), (None, "zero3"))
+CHAINS = (("zero3", "cpu_2"), ("fsdp2", "zero2"), ("cpu_2", "fsdp2"), ("zero2", None), (None, "zero3"))
 
 
 @pytest.mark.parametrize(
@@ -90,14 +108,12 @@ CHAINS = (("zero3", "cpu_2"), ("cpu_2", "fsdp2"), ("fsdp2", "zero2"), ("zero2", 
     [pytest.param(b, a, marks=() if i < 2 else pytest.mark.full, id=f"{b}-{a}") for i, (b, a) in enumerate(CHAINS)],
 )
 def test_resume_on_another_topology_sees_the_same_samples(
-    before: str | None, after: str | None, tmp_path: Path, deepspeed_ops: Path
+    before: str | None, after: str | None, whole: Callable[[str | None], Path], tmp_path: Path, deepspeed_ops: Path
 ) -> None:
-    done = launch(before, tmp_path / "whole", *SAVES, options=options_of(before))
+    again = interrupted(whole(before), tmp_path / "again", step=7)
+    done = launch(after, again, *DROPOUT, "--resume", options=options_of(after))
     assert done.returncode == 0, done.stderr
-    again = interrupted(tmp_path / "whole", tmp_path / "again", step=7)
-    done = launch(after, again, *SAVES, "--resume", options=options_of(after))
-    assert done.returncode == 0, done.stderr
-    compare(again, tmp_path / "whole")
+    compare(again, whole(before))
 
 
 @pytest.mark.full
