@@ -315,4 +315,4 @@ def _record_exit(folder: RunFolder, result: TrainResult) -> None:
 def _release(runtime: Runtime, *, keep_group: bool) -> None:
     for line in finish_trackers(runtime):
         _print(line)
-    runtime.release(keep_group=asked.keep_group)
+    runtime.release(keep_group=keep_group)
