@@ -74,7 +74,8 @@ def _launch(environ: Mapping[str, str]) -> Iterator[Finding]:
     except PlanError as error:
         yield from of_error("launch", error)
         return
-    ranks = "one process" if launch.world_size == 1 else f"{launch.world_size} ranks on {launch.nodes} nodes"
+    nodes = f"{launch.nodes} node{'s' * (launch.nodes > 1)}"
+    ranks = "one process" if launch.world_size == 1 else f"{launch.world_size} ranks on {nodes}"
     yield Finding("ok", f"{ranks}; nothing is left of another launch")
 
 
@@ -93,7 +94,7 @@ def _packages(versions: Mapping[str, str]) -> Iterator[Finding]:
             what = f"{requirement.name} {version}; {requirement.specifier} is needed"
             yield Finding("bad", what, f"pip install '{requirement.name}{requirement.specifier}'")
     main = ", ".join(f"{name} {version}" for name, version in versions.items())
-    yield Finding("ok", f"packages: {main}")
+    yield Finding("ok", main)
     if "bitsandbytes" not in versions:
         fix = "pip install 'phi3-dist[qlora]'"
         yield Finding("warn", "bitsandbytes is not installed: no nf4, int8 or paged optimizer", fix)
