@@ -25,9 +25,13 @@ LORA_INITS = r"^(default|pissa|pissa_niter_[1-9][0-9]*|loftq|eva)$"
 Share = Annotated[Real, Field(ge=0, lt=1)]
 _Length = Annotated[StrictInt, Field(ge=16, le=2**31 - 1)]
 if TYPE_CHECKING:  # what readers see: planning/auto_fields.py puts a number in the place of `auto` before all else
-    AutoCount, AutoLength, AutoBool = int, int, bool
+    AutoCount = int
+    AutoLength = int
+    AutoBool = bool
 else:
-    AutoCount, AutoLength, AutoBool = (Literal["auto"] | kind for kind in (Count, _Length, StrictBool))
+    AutoCount = Literal["auto"] | Count
+    AutoLength = Literal["auto"] | _Length
+    AutoBool = Literal["auto"] | StrictBool
 
 
 class Section(BaseModel):
