@@ -29,7 +29,9 @@ if TYPE_CHECKING:  # what readers see: planning/auto_fields.py puts a number in 
     AutoLength = int
     AutoBool = bool
 else:
-    AutoCount, AutoLength, AutoBool = (Literal["auto"] | kind for kind in (Count, _Length, StrictBool))
+    AutoCount = Literal["auto"] | Count
+    AutoLength = Literal["auto"] | _Length
+    AutoBool = Literal["auto"] | StrictBool
 
 
 class Section(BaseModel):

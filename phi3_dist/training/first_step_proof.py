@@ -64,9 +64,8 @@ def _held(param: Any) -> Tensor | None:
         part: Tensor | None = safe_get_local_fp32_param(param)
         return part
     if hasattr(param, "_hp_mapping"):
-        mapping: Any = param._hp_mapping
-        master: Tensor | None = None if mapping is None else mapping.hp_fragment.detach()
-        return master
+        fragment: Tensor | None = None if param._hp_mapping is None else param._hp_mapping.hp_fragment.detach()
+        return fragment
     return _local(param)
 
 
@@ -109,13 +108,11 @@ class WatchedEngine:
         self._gradient: dict[str, Tensor] = {}
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
         self._frozen: tuple[str, ...] = ()
-        # DeepSpeed takes a gradient away as soon as it is there
-        early = isinstance(engine, DeepSpeedEngine)
-        self._handles = [
-            p.register_hook(partial(self._saw, name))  # type: ignore[no-untyped-call]
-            for name, p in self._trained.items()
-            if early
-        ]
+        self._handles: list[Any] = []
+        if isinstance(engine, DeepSpeedEngine):  # which takes a gradient away as soon as it is there
+            for name, param in self._trained.items():
+                hooked: Any = param
+                self._handles.append(hooked.register_hook(partial(self._saw, name)))
 
     def _saw(self, name: str, gradient: Tensor) -> None:
         found, known = _largest(_local(gradient)), self._gradient.get(name)
@@ -219,7 +216,9 @@ def _can_show(gradient: float, weight: float, lr: float, clip: float, eps: float
     return gradient * clip >= eps and lr / 4 >= weight * 2.0**-23
 
 
-def faults(ranks: Sequence[Seen], cfg: RunConfig, norm: float, *, accumulation: int | None, scale: float) -> Any:
+def faults(
+    ranks: Sequence[Seen], cfg: RunConfig, norm: float, *, accumulation: int | None, scale: float
+) -> tuple[list[Problem], dict[str, int]]:
     """Problems with tensors or the step, from what every rank saw; and how many tensors of each kind there are.
 
     `scale`: what gradients were multiplied by against the step's own, at most.

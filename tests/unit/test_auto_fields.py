@@ -110,7 +110,7 @@ def test_packs_hold_the_longest_row(rows: RowLengths | None, on_long_row: str, l
 
 def test_packs_get_shorter_where_memory_ends_but_not_below_the_longest_row() -> None:
     rows = RowLengths(5_000, 9_000_000, 4_000)
-    cfg = run((PACK and "auto", False, 1))
+    cfg = run(("auto", False, 1))
     values, why = settled(cfg, "h100-80gb", rows, model=PHI4)
     assert values[PACK] == 5056
     assert "; 8,192 would take 92" in why[PACK]
