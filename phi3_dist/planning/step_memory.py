@@ -63,6 +63,11 @@ class Step:
     inputs_again: int = 0
     """Further copies of each linear's input that are kept, as PEFT's own LoRA beside LLM.int8() does with dropout."""
 
+    exchanged: bool = False
+    """Whether attention sends its heads to the ranks that share the pack, and gets tokens back."""
+    drawn_for: int = 1
+    """Shares of a pack for which each rank draws dropout, one of which it keeps."""
+
     @property
     def width(self) -> int:
         return 4 if self.precision == "fp32" else 2
@@ -164,7 +169,7 @@ def saved_by_layer(shape: Shape, step: Step, rows: int | None = None) -> Layer:
         x=t * h * w,
         normed=t * h * w,
         qkv=t * (q + 2 * k) * w,
-        attended=t * q * w * (2 if step.whole_attention and rows is None else 1),
+        attended=t * q * w * (2 if (step.whole_attention or step.exchanged) and rows is None else 1),
         chosen=0 if rows is None else m * q * w,
         middle=m * h * w,
         normed_mlp=m * h * w,
@@ -246,7 +251,7 @@ def layer_forward(
         walk.take(aside + rows * outs * w)
         walk.borrow(ins * outs * w if step.dense and not keeps else 0)
         if layer.masks[number]:
-            walk.borrow(rows * ins * w)
+            walk.borrow(max(rows * ins * w, t * step.drawn_for * ins if step.drawn_for > 1 else 0))
         if not saves:
             walk.give(aside)
 
@@ -303,8 +308,12 @@ def layer_backward(walk: Walk, shape: Shape, step: Step, layer: Layer, rows: int
         walk.take(t * q * w)
         walk.give(m * q * w)
     joined = t * (q + 2 * k) * w
+    if step.exchanged:  # the gradient as it is sent and as it comes
+        walk.borrow(2 * t * q * w)
     walk.take(joined)
     walk.give(t * q * w + layer.attended + layer.qkv)
+    if step.exchanged:
+        walk.borrow(2 * joined)
     walk.take(joined)
     walk.give(joined)
     linear("qkv_proj", 0, t, layer.normed)
