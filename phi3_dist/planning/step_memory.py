@@ -250,9 +250,7 @@ def layer_forward(
         walk.take(aside + rows * outs * w)
         walk.borrow(ins * outs * w if step.dense and not keeps else 0)
         if layer.masks[number]:
-            walk.borrow(rows * ins * w)
-            if step.drawn_for > 1:  # the whole pack's mask, of which a rank keeps its rows
-                walk.borrow(step.tokens * step.drawn_for * ins)
+            walk.borrow(max(rows * ins * w, t * step.drawn_for * ins if step.drawn_for > 1 else 0))
         if not saves:
             walk.give(aside)
 
