@@ -50,7 +50,7 @@ def check_packs(parts: int, *packs: Packs | None) -> None:
         if fewest < parts:
             place = one.rows.places[one.packs[sizes.index(fewest)][0]]
             what = f"is {parts}, and the pack of {place} has {fewest} tokens to share"
-            raise DataError(Problem("train.sequence_parallel", what, f"nearest: {fewest}, or leave that row out"))
+            raise DataError(Problem("train.sequence_parallel", what, "leave that row out, or nearest: 1"))
 
 
 def cut_batch(batch: PackedBatch, cut: Cut) -> tuple[slice, slice, Share]:
