@@ -28,7 +28,7 @@ def over_two(config: str, file: Path, folder: Path, *words: str) -> subprocess.C
     options = [f"configs/accelerate/{config}.yaml", "--num_processes", "2", "--main_process_port", "0"]
     command = [*launcher, *options, "-m", "phi3_dist", "sweep", str(file), f"save.folder={folder}", *words]
     return subprocess.run(
-        command, cwd=REPO, env=clean_environment(), text=True, capture_output=True, timeout=220, check=False
+        command, cwd=REPO, env=clean_environment(), text=True, capture_output=True, timeout=600, check=False
     )
 
 
