@@ -32,7 +32,9 @@ def over_two(config: str, file: Path, folder: Path, *words: str) -> subprocess.C
     )
 
 
-FULL = [pytest.param(config, marks=pytest.mark.full) for config in ("cpu_2", "zero2", "zero3")]
+FULL = [
+    pytest.param(config, marks=(pytest.mark.full, pytest.mark.timeout(900))) for config in ("cpu_2", "zero2", "zero3")
+]
 
 
 @pytest.mark.parametrize("config", ["fsdp2", *FULL])
@@ -53,6 +55,7 @@ def test_two_processes_give_one_process_numbers(config: str, tmp_path: Path) -> 
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 def test_a_sweep_of_two_processes_is_cut_and_goes_on_in_one(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, SECTION)
     run(sweep)
@@ -89,6 +92,7 @@ def test_a_sweep_of_two_processes_is_cut_and_goes_on_in_one(tmp_path: Path) -> N
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
 def test_each_rank_holds_its_half_of_the_base(strategy: str, tmp_path: Path, deepspeed_ops: Path) -> None:
     write_base(tmp_path / "base", layers=2, hidden=128, shard="1GB")
@@ -98,6 +102,7 @@ def test_each_rank_holds_its_half_of_the_base(strategy: str, tmp_path: Path, dee
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 def test_what_no_sweep_runs_under_names_the_nearest(tmp_path: Path) -> None:
     sweep_of(tmp_path, SECTION)
     done = over_two("fsdp2_offload", tmp_path / "sweep.yaml", tmp_path / "two")
