@@ -13,7 +13,7 @@ from torch import Tensor
 from phi3_dist.adapters.files import write_adapter
 from phi3_dist.adapters.loading import load_adapter
 from phi3_dist.adapters.reading import read_adapter
-from phi3_dist.errors import AdapterError, Problem
+from phi3_dist.errors import AdapterError, ConfigError, Problem
 from phi3_dist.exports.cards import export_card, gguf_card, merged_card
 from phi3_dist.exports.combining import combine
 from phi3_dist.exports.gguf_file import ADAPTER, read_gguf_adapter, refuse_for_gguf, write_gguf_adapter
@@ -87,11 +87,14 @@ def export(
     its matrices `stored` as f32, f16 or bf16 (by default as the base's); `combine`, several adapters (`others`,
     `weights`, PEFT's `method`) as one. base: in place of the one that the adapter names. into: the weights that a
     merged form starts from. data: rows to compare on; by default the run's held-out ones.
-    Raises AdapterError (an adapter that is damaged, of another base or can't be said in that form; an export that is
-    not the live model), RunFolderError (an unfinished run), ModelError, DataError. Nothing is left of `out` then.
+    Raises ConfigError for what another form alone takes, AdapterError (an adapter that is damaged, of another base or
+    can't be said in that form; an export that is not the live model), RunFolderError (an unfinished run), ModelError,
+    DataError. Nothing is left of `out` then.
     """
     if kind not in KINDS:
         raise AdapterError(Problem("--as", f"{kind!r} is not a form", f"one of {', '.join(KINDS)}"))
+    given = {"into": into, "stored": stored, "others": others, "weights": weights, "density": density}
+    _refuse_misplaced(kind, {key for key, value in given.items() if value is not None and value not in ((), [])})
     opened, out = open_adapter(where, base), Path(out)
     tokenizer = tokenizer_of(opened)
     if kind == "gguf":
@@ -108,6 +111,25 @@ def export(
         if kind == "combine":
             return _combined(work, both, list(weights) or [1 / len(both)] * len(both), method, density)
         return _reshaped(work, kind)
+
+
+_TAKEN_BY: dict[str, tuple[Kind, ...]] = {
+    "into": ("merged", "gguf-merged"),
+    "stored": ("gguf-merged",),
+    **dict.fromkeys(("others", "weights", "density"), ("combine",)),
+}
+_OPTIONS = {"stored": "--dtype", "others": "--with"}
+
+
+def _refuse_misplaced(kind: Kind, given: set[str]) -> None:
+    """Raises ConfigError for what would be left unread."""
+    problems = [
+        Problem(_OPTIONS.get(key, f"--{key}"), f"says nothing to --as {kind}", f"--as {' or '.join(_TAKEN_BY[key])}")
+        for key in sorted(given)
+        if kind not in _TAKEN_BY[key]
+    ]
+    if problems:
+        raise ConfigError(*problems)
 
 
 @dataclass(frozen=True)

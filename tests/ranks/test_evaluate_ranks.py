@@ -49,7 +49,7 @@ def run(script: Path, folder: Path, *more: str) -> subprocess.CompletedProcess[s
     command = [*launcher, "--config_file", "configs/accelerate/cpu_2.yaml", str(script), "train", RUN, *OPTIONS]
     return subprocess.run(
         [*command, f"save.folder={folder}", *more],
-        cwd=REPO, env={**clean_environment(), "PYTHONPATH": str(REPO)}, text=True, capture_output=True, timeout=220,
+        cwd=REPO, env={**clean_environment(), "PYTHONPATH": str(REPO)}, text=True, capture_output=True, timeout=600,
         check=False,
     )  # fmt: skip
 

@@ -44,6 +44,7 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 def test_the_verb_runs_under_a_launcher(tmp_path: Path) -> None:
     folder = made(tiny_base(tmp_path / "base"), tmp_path / "run", "data.validation_share=0.5", "data.max_rows=40")
     command = [warm.python(), "-m", "accelerate.commands.accelerate_cli", "launch"]

@@ -54,7 +54,7 @@ def launch(
         env={**clean_environment(), **(more or {})},
         text=True,
         capture_output=True,
-        timeout=220,
+        timeout=600,
         check=False,
     )
 

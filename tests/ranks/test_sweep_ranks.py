@@ -29,11 +29,13 @@ def over_two(config: str, file: Path, folder: Path, *words: str) -> subprocess.C
     options = [f"configs/accelerate/{config}.yaml", "--num_processes", "2", "--main_process_port", "0"]
     command = [*launcher, *options, "-m", "phi3_dist", "sweep", str(file), f"save.folder={folder}", *words]
     return subprocess.run(
-        command, cwd=REPO, env=clean_environment(), text=True, capture_output=True, timeout=220, check=False
+        command, cwd=REPO, env=clean_environment(), text=True, capture_output=True, timeout=600, check=False
     )
 
 
-FULL = [pytest.param(config, marks=pytest.mark.full) for config in ("cpu_2", "zero2", "zero3")]
+FULL = [
+    pytest.param(config, marks=(pytest.mark.full, pytest.mark.timeout(900))) for config in ("cpu_2", "zero2", "zero3")
+]
 
 
 @pytest.mark.parametrize("config", ["fsdp2", *FULL])
@@ -54,6 +56,7 @@ def test_two_processes_give_one_process_numbers(config: str, tmp_path: Path) -> 
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 def test_a_sweep_of_two_processes_is_cut_and_goes_on_in_one(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, SECTION)
     run(sweep)
@@ -83,6 +86,7 @@ def test_a_sweep_of_two_processes_is_cut_and_goes_on_in_one(tmp_path: Path) -> N
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
 def test_each_rank_holds_its_half_of_the_base(strategy: str, tmp_path: Path, deepspeed_ops: Path) -> None:
     write_base(tmp_path / "base", layers=2, hidden=128, shard="1GB")
@@ -92,6 +96,7 @@ def test_each_rank_holds_its_half_of_the_base(strategy: str, tmp_path: Path, dee
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 def test_what_no_sweep_runs_under_names_the_nearest(tmp_path: Path) -> None:
     sweep_of(tmp_path, SECTION)
     done = over_two("fsdp2_offload", tmp_path / "sweep.yaml", tmp_path / "two")
