@@ -142,13 +142,15 @@ def main(which: str) -> None:
 
 
 def in_short(cell: Cell) -> bool:
-    """Every strategy, every quantisation where it is whole and where it is sharded, each precision.
+    """Every strategy, every quantisation where it is whole and where it is sharded or refused so, each precision.
 
-    A quantised base under DDP is the same as on one device; fp32 is computed in with a base of 16 bits alone.
+    A quantised base under DDP is the same as on one device; fp32 is computed in with a base of 16 bits alone. FSDP2's
+    NF4 stands for ZeRO-3's, which takes as long as three other cells.
     """
     if cell.device == "cpu" or (cell.strategy == "single" and cell.quantization == "none"):
         return True
-    return cell.precision == "bf16" and (cell.quantization == "none" or cell.strategy in {"single", "zero3", "fsdp2"})
+    sharded = {"fsdp2"} if cell.quantization == "nf4" else {"zero3", "fsdp2"}
+    return cell.precision == "bf16" and (cell.quantization == "none" or cell.strategy in {"single", *sharded})
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ class Server:
         for fd in request["received"]:
             os.close(fd)
         words = " ".join(request["arguments"])[:LOGGED]
-        test = request["environment"].get(b"PYTEST_CURRENT_TEST", b"- ").decode().rpartition(" ")[0]  # "a.py::b (call)"
+        running = os.fsdecode(request["environment"].get(b"PYTEST_CURRENT_TEST", b"- "))  # "a.py::b (call)"
+        test = running.rpartition(" ")[0]
         known_as = self.folder / "living" / f"{_number_of(client)}_{pid}"
         forked = Forked(pid, os.pidfd_open(pid), client, words, test, known_as)
         forked.known_as.touch()
