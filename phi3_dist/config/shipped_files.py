@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from phi3_dist.errors import MachineError, Problem
 
-__all__ = ["SHIPPED_ROOT", "here_or_shipped", "shipped_file", "shipped_files"]
+__all__ = ["SHIPPED_ROOT", "here_or_shipped", "shipped_file", "shipped_files", "shipped_of"]
 
 SHIPPED_ROOT = Path(__file__).parent / "shipped"
 _PATTERNS = (
@@ -50,13 +50,19 @@ def here_or_shipped(path: Path) -> Path:
 
     Messages name `configs/accelerate/ddp.yaml` and its like, which a folder without a clone or a project does not hold.
     """
-    name = PurePosixPath(path.as_posix())
-    if path.is_absolute() or not any(name.match(pattern) for pattern in _PATTERNS):
-        return path
+    shipped = shipped_of(path)
     try:
-        return path if path.exists() or name not in shipped_files() else SHIPPED_ROOT / name
+        return path if shipped is None or path.exists() else shipped
     except OSError:  # a folder that may not be looked into: whoever opens the file says so
         return path
+
+
+def shipped_of(path: Path) -> Path | None:
+    """The shipped file that a relative path names, counted from the repository; None where it names none."""
+    name = PurePosixPath(path.as_posix())
+    if path.is_absolute() or not any(name.match(pattern) for pattern in _PATTERNS):
+        return None
+    return shipped_files().get(name)
 
 
 def _missing(path: Path) -> MachineError:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from phi3_dist.config.shipped_files import here_or_shipped
+from phi3_dist.config.shipped_files import shipped_of
 from phi3_dist.errors import MachineError, PlanError, Problem
 from phi3_dist.planning.slurm import SlurmJob, SlurmTopology, render_sbatch
 
@@ -171,8 +171,8 @@ def _config_from(workdir: Path, config: str) -> tuple[str, list[Problem]]:
     """
     if (workdir / config).is_file():
         return config, []
-    shipped = here_or_shipped(Path(config))
-    if not shipped.is_absolute() or not shipped.is_file():
+    shipped = shipped_of(Path(config))
+    if shipped is None:
         what = f"{config} is not in {workdir}, where the job runs"
         return config, [Problem("--config_file", what, "name it from there, or in full")]
     return str(shipped.resolve()), []

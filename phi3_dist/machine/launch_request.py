@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from phi3_dist.config.shipped_files import here_or_shipped
+from phi3_dist.config.shipped_files import shipped_of
 from phi3_dist.config.yaml_text import YamlFault, read_yaml_file
 
 __all__ = ["LaunchRequest", "config_of_launch", "cpu_was_asked", "launch_request", "read_command_line"]
@@ -175,8 +175,8 @@ def _config_file(launcher: _Launcher, environ: Mapping[str, str]) -> Path | None
     named = _option(launcher, "config_file")
     if named is not None:
         path = launcher.folder / named
-        shipped = here_or_shipped(Path(named))  # as `phi3-dist launch` finds it
-        return shipped if shipped.is_absolute() and not path.exists() else path
+        shipped = shipped_of(Path(named))  # as `phi3-dist launch` finds it
+        return path if shipped is None or path.exists() else shipped
     if "--cpu" in launcher.options:
         return None
     cache = environ.get("XDG_CACHE_HOME") or "~/.cache"
