@@ -65,7 +65,10 @@ def options(base: Path, chats: Path, *more: str) -> list[str]:
 
 
 def compare(folder: Path, reference: Path, tolerance: float = 1e-6) -> None:
-    """Losses, norms, held-out losses, scores of answers and the adapter; the adapter's values by their largest."""
+    """Losses, norms, held-out losses, scores of answers, and the adapter to a hundredth of the learning rate.
+
+    AdamW divides by the root of what may be next to nothing: of 2,048 values one differed by 3.7e-6 after four steps.
+    """
     for kind, keys in (("train", ("loss", "grad_norm", "supervised_tokens", "lr")), ("eval", ("heldout_loss",))):
         ours, theirs = rows(folder, kind), rows(reference, kind)
         assert len(ours) == len(theirs) > 0
@@ -77,7 +80,7 @@ def compare(folder: Path, reference: Path, tolerance: float = 1e-6) -> None:
     saved, expected = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, reference))
     assert set(saved) == set(expected)
     for name, tensor in saved.items():
-        torch.testing.assert_close(tensor, expected[name], atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(tensor, expected[name], atol=10 * tolerance, rtol=tolerance)
 
 
 class Numbers:

@@ -69,15 +69,14 @@ def test_a_share_of_dropouts_mask_is_that_of_the_whole_pack() -> None:
 
 
 def test_dropout_that_pefts_forward_would_draw_for_a_part_is_refused_by_name() -> None:
-    from peft import LoraConfig, get_peft_model
-
+    from phi3_dist.config.schema import LoraConfig
     from phi3_dist.modeling.fused_lora import install_fused
+    from phi3_dist.modeling.lora import add_lora
     from phi3_dist.modeling.loss import PackedLoss
     from phi3_dist.training.build import _share_dropout
 
     def loss_of(dropout: float, *, fused: bool) -> PackedLoss:
-        lora = LoraConfig(r=2, lora_dropout=dropout, target_modules=["o_proj"])
-        model = PackedLoss(get_peft_model(small_phi3(), lora))
+        model = PackedLoss(add_lora(small_phi3(), LoraConfig(r=2, dropout=dropout, targets=("o_proj",)), "x"))
         if fused:
             install_fused(model)
         return model
