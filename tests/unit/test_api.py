@@ -84,16 +84,16 @@ def hand_on(folder: Path, tmp_path: Path) -> None:
         export(folder, tmp_path / "one", "one-rank")
 
 
-def test_a_run_in_a_process_with_an_accelerator_of_its_own_is_refused(tmp_path: Path) -> None:
-    """Its device and precision would be the run's."""
+def test_a_run_beside_an_accelerator_of_another_precision_is_refused(tmp_path: Path) -> None:
+    """And that Accelerator stays."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState, is_initialized
 
-    assert not is_initialized()  # no test's run has left anything
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a test before
     Accelerator(cpu=True)
     try:
         with pytest.raises(PlanError, match="has made an Accelerator already"):
-            train(DEBUG, {**SHORT, "save.folder": str(tmp_path / "run")})
+            train(DEBUG, {**SHORT, "model.precision": "bf16", "save.folder": str(tmp_path / "run")})
         assert is_initialized()
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
