@@ -41,7 +41,15 @@ SHORT = {
 }
 
 
-def test_from_rows_to_an_answer(tmp_path: Path) -> None:
+@pytest.fixture
+def no_accelerator() -> None:
+    """What an earlier test of this process may have left."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_from_rows_to_an_answer(no_accelerator: None, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = train(DEBUG, {**SHORT, "save.folder": str(folder)})
     assert (result.state, result.steps, result.folder) == ("finished", 3, folder)
@@ -84,12 +92,11 @@ def hand_on(folder: Path, tmp_path: Path) -> None:
         export(folder, tmp_path / "one", "one-rank")
 
 
-def test_a_run_beside_an_accelerator_of_another_precision_is_refused(tmp_path: Path) -> None:
+def test_a_run_beside_an_accelerator_of_another_precision_is_refused(no_accelerator: None, tmp_path: Path) -> None:
     """And that Accelerator stays."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState, is_initialized
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # of a test before
     Accelerator(cpu=True)
     try:
         with pytest.raises(PlanError, match="has made an Accelerator already"):
