@@ -29,11 +29,11 @@ def own_process_state() -> Iterator[None]:
     """A run in here begins with no state of Accelerate's, and leaves none to the next run of this process.
 
     After an error on several ranks all stays as it is: others may wait in a collective, and no rank can train again.
-    Raises PlanError where the caller has an Accelerator of its own, whose settings the run would get.
+    An Accelerator that the caller has made stays too. Raises PlanError where its precision is another than the run's.
     """
     if is_initialized():
-        what = "has made an Accelerator already, whose device, precision and strategy a run here would get"
-        raise PlanError(Problem("this process", what, "train in a process without one"))
+        yield from _beside_the_callers()
+        return
     launched = {key: value for key, value in os.environ.items() if key.startswith(_LAUNCHERS)}
     try:
         yield
@@ -42,6 +42,16 @@ def own_process_state() -> Iterator[None]:
             _forget(launched)
         raise
     _forget(launched)
+
+
+def _beside_the_callers() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "already been initialized" not in str(error):
+            raise
+        what = "has made an Accelerator already, of another precision than the run's"
+        raise PlanError(Problem("this process", what, "train before it, or in a process without one")) from error
 
 
 def _forget(launched: dict[str, str]) -> None:

@@ -41,7 +41,15 @@ SHORT = {
 }
 
 
-def test_from_rows_to_an_answer(tmp_path: Path) -> None:
+@pytest.fixture
+def no_accelerator() -> None:
+    """What an earlier test of this process may have left."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_from_rows_to_an_answer(no_accelerator: None, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = train(DEBUG, {**SHORT, "save.folder": str(folder)})
     assert (result.state, result.steps, result.folder) == ("finished", 3, folder)
@@ -84,16 +92,15 @@ def hand_on(folder: Path, tmp_path: Path) -> None:
         export(folder, tmp_path / "one", "one-rank")
 
 
-def test_a_run_in_a_process_with_an_accelerator_of_its_own_is_refused(tmp_path: Path) -> None:
-    """Its device and precision would be the run's."""
+def test_a_run_beside_an_accelerator_of_another_precision_is_refused(no_accelerator: None, tmp_path: Path) -> None:
+    """And that Accelerator stays."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState, is_initialized
 
-    assert not is_initialized()  # no test's run has left anything
     Accelerator(cpu=True)
     try:
         with pytest.raises(PlanError, match="has made an Accelerator already"):
-            train(DEBUG, {**SHORT, "save.folder": str(tmp_path / "run")})
+            train(DEBUG, {**SHORT, "model.precision": "bf16", "save.folder": str(tmp_path / "run")})
         assert is_initialized()
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
