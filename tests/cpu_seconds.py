@@ -3,7 +3,8 @@
 Every session notes it in `.cache/test_cpu_seconds.json`, the newest figure for each test: this process's time, that
 of the children it waited for and of multiprocessing's fork server, and what processes took that the warm server forked
 for the test (`tests/warm`). What a fixture of a module takes is the first test's that asks for it. CPU time and not the
-clock's: another program that runs beside the tests does not change it much.
+clock's: another program that runs beside the tests does not change it much. Tests that are gone keep their figures
+until the file is deleted.
 
 `python -m tests.cpu_seconds FILE ...` lists the tests of files, and `--keep` writes the sums of files to
 `tests/cpu_seconds.txt`, by which workers of xdist take the dearest files first (`tests/conftest.py`).
