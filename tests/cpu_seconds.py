@@ -1,9 +1,10 @@
 """What each test costs in CPU seconds: `python -m tests.cpu_seconds` lists the files of the last runs, dearest first.
 
-Every session notes it in `.cache/test_cpu_seconds.json`, the newest figure for each test: this process's time and that
-of the children it waited for, and what processes took that the warm server forked for the test (`tests/warm`). What
-a fixture of a module takes is the first test's that asks for it. CPU time and not the clock's: another program that
-runs beside the tests does not change it much.
+Every session notes it in `.cache/test_cpu_seconds.json`, the newest figure for each test: this process's time, that
+of the children it waited for and of multiprocessing's fork server, and what processes took that the warm server forked
+for the test (`tests/warm`). What a fixture of a module takes is the first test's that asks for it. CPU time and not the
+clock's: another program that runs beside the tests does not change it much. Tests that are gone keep their figures
+until the file is deleted.
 
 `python -m tests.cpu_seconds FILE ...` lists the tests of files, and `--keep` writes the sums of files to
 `tests/cpu_seconds.txt`, by which workers of xdist take the dearest files first (`tests/conftest.py`).
@@ -19,6 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 
 from filelock import FileLock
@@ -58,7 +60,17 @@ class Costs:
 
 def _used_s() -> float:
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(u.ru_utime + u.ru_stime for u in used)
+    return sum(u.ru_utime + u.ru_stime for u in used) + _forkserver_s()
+
+
+def _forkserver_s() -> float:
+    """Of multiprocessing's fork server and the processes it has waited for, which are none of our children."""
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)  # type: ignore[attr-defined]
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, after_name[11:15])) / os.sysconf("SC_CLK_TCK")  # utime, stime, cutime, cstime
 
 
 def of_files(noted: Mapping[str, float]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from tests import warm
 from tests.ranks.processes import ranks_below
-from tests.ranks.test_strategies import RUN, SAME, clean_environment, compare, launch, rows
+from tests.ranks.test_strategies import ENDLESS, RUN, SAME, clean_environment, compare, launch, rows
 
 pytestmark = pytest.mark.ranks
 
@@ -155,7 +155,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name_and_a_changed_run_is_refuse
 )
 def test_a_signal_leads_to_a_checkpoint_and_its_exit_code(number: signal.Signals, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    overrides = [*SAME, "train.max_steps=100000", f"save.folder={folder}", "save.every=0"]
+    overrides = [*SAME, *ENDLESS, f"save.folder={folder}", "save.every=0"]
     process = subprocess.Popen(
         [warm.python(), "-m", "phi3_dist", "train", RUN, *overrides],
         env=clean_environment(),
@@ -182,7 +182,7 @@ def test_one_rank_that_gets_the_signal_stops_both_at_the_same_step(tmp_path: Pat
     launcher = [warm.python(), "-m", "accelerate.commands.accelerate_cli", "launch"]
     launcher += ["--config_file", "configs/accelerate/cpu_2.yaml", "-m", "phi3_dist", "train", RUN]
     process = subprocess.Popen(
-        [*launcher, *SAME, "train.max_steps=100000", f"save.folder={folder}"],
+        [*launcher, *SAME, *ENDLESS, f"save.folder={folder}"],
         env=clean_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.ranks
 
 RUN = "configs/run/debug.yaml"
 SAME = ("model.precision=fp32", "lora.dropout=0.0", "train.micro_batch=1", "train.max_steps=20", "optim.lr=0.001")
+ENDLESS = ("train.max_steps=100000", "model.compile=false")  # by itself so long a run would be compiled
 FUSED, NOT_FUSED = "LoRA linear: fused (8 layers)", "ran as PEFT's after all"
 DEEPSPEED = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 
@@ -245,7 +246,7 @@ def test_a_rank_that_dies_ends_the_others_and_leaves_no_process(real: bool, tmp_
     command = [sys.executable if real else warm.python(), "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", "configs/accelerate/cpu_2.yaml", "-m", "phi3_dist", "train", RUN]
     process = subprocess.Popen(
-        [*command, *SAME, "train.max_steps=100000", f"save.folder={tmp_path / 'run'}"],
+        [*command, *SAME, *ENDLESS, f"save.folder={tmp_path / 'run'}"],
         cwd=REPO,
         env=clean_environment(),
         text=True,

@@ -17,11 +17,10 @@ import pytest
 from tests import warm
 from tests.ranks.launcher import REPO, free_port
 from tests.ranks.processes import descendants, lives, ranks_below
-from tests.ranks.test_strategies import RUN, SAME, clean_environment, compare, launch
+from tests.ranks.test_strategies import ENDLESS, RUN, SAME, clean_environment, compare, launch
 
 pytestmark = pytest.mark.ranks
 END_S = 60  # within which the others must have stopped after a rank has died
-ENDLESS = "train.max_steps=100000"
 
 
 class Node:
@@ -142,7 +141,7 @@ def test_a_sharded_rank_that_dies_ends_the_others(config: str, real: bool, tmp_p
     folder.mkdir()
     options = ("--num_processes", "2")
     program = sys.executable if real else warm.python()
-    node = Node(config, options, folder / "node.log", ENDLESS, f"save.folder={folder / 'run'}", program=program)
+    node = Node(config, options, folder / "node.log", *ENDLESS, f"save.folder={folder / 'run'}", program=program)
     try:
         node.reached(3)
         trainers = node.trainers
@@ -160,7 +159,7 @@ def test_a_sharded_rank_that_dies_ends_the_others(config: str, real: bool, tmp_p
 
 @pytest.mark.parametrize("config", ["zero3_multinode", pytest.param("ddp_multinode", marks=pytest.mark.full)])
 def test_a_rank_that_dies_ends_the_other_node_too(config: str, tmp_path: Path, deepspeed_ops: Path) -> None:
-    with nodes(config, tmp_path / "two", ENDLESS, program=warm.python()) as two:
+    with nodes(config, tmp_path / "two", *ENDLESS, program=warm.python()) as two:
         two[0].reached(3)
         trainers = [pid for node in two for pid in node.trainers]
         assert len(trainers) == 2

@@ -25,7 +25,7 @@ from tests import warm
 from tests.ranks.launcher import REPO
 from tests.ranks.processes import descendants, lives
 from tests.ranks.test_resume import same_bits
-from tests.ranks.test_strategies import RUN, SAME, clean_environment
+from tests.ranks.test_strategies import ENDLESS, RUN, SAME, clean_environment
 from tests.torture.group import Group, nursery
 
 pytestmark = pytest.mark.ranks
@@ -177,7 +177,7 @@ def test_a_run_that_was_to_be_replaced_is_there_until_the_new_one_has_made_a_ste
 def test_a_signal_to_a_launcher_is_one_to_its_ranks(
     command: tuple[str, ...], number: signal.Signals, tmp_path: Path
 ) -> None:
-    words = ("bash", *command, RUN, *SAME, "train.max_steps=100000", "save.every=0", f"save.folder={tmp_path / 'run'}")
+    words = ("bash", *command, RUN, *SAME, *ENDLESS, "save.every=0", f"save.folder={tmp_path / 'run'}")
     env = clean_environment() | {"VIRTUAL_ENV": "active"}  # the script takes the Python that it finds
     env["PATH"] = f"{Path(warm.python()).parent}{os.pathsep}{env['PATH']}"
     with (tmp_path / "log").open("wb") as out:
