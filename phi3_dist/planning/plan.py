@@ -105,21 +105,17 @@ def make_plan(
         choices.append(_memory_choice(memory, machine, launch, problems))
     if problems:
         raise PlanError(*problems)
-    sharing = sharing_choice(cfg, launch)
-    micro, world = cfg.train.micro_batch, launch.world_size
-    ranks = f"{data_ranks} groups of {cfg.train.sequence_parallel} ranks" if sharing else f"{world} ranks"
-    why = f"global_batch {cfg.train.global_batch} / (micro_batch {micro} × {ranks})"
-    choices += [*([sharing] if sharing else []), Choice("accumulation", str(accumulation), why)]
+    choices += _batch_choices(cfg, launch, data_ranks, accumulation)
     return RunPlan(
         strategy=launch.strategy,
-        world_size=world,
+        world_size=launch.world_size,
         nodes=launch.nodes,
         device=machine.device,
         precision=precision.value,
         attention=attention.value,
         loss=loss.value,
         kernels=kernels.value,
-        micro_batch=micro,
+        micro_batch=cfg.train.micro_batch,
         accumulation=accumulation,
         global_batch=cfg.train.global_batch,
         steps=cfg.train.max_steps,
@@ -267,6 +263,16 @@ def _support_problems(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts
             value = {"dora": "true", "new tokens": list(cfg.model.new_tokens)}.get(kind, cfg.lora.init)
             problems.append(Problem(key, f"is {value}: {kind_answer.reason}", f"nearest: {kind_answer.nearest}"))
     return problems
+
+
+def _batch_choices(cfg: RunConfig, launch: LaunchFacts, data_ranks: int, accumulation: int) -> list[Choice]:
+    """How packs are shared by ranks, where they are, and the accumulation that follows."""
+    sharing = sharing_choice(cfg, launch)
+    ranks = f"{launch.world_size} ranks"
+    if sharing:
+        ranks = f"{data_ranks} groups of {cfg.train.sequence_parallel} ranks"
+    why = f"global_batch {cfg.train.global_batch} / (micro_batch {cfg.train.micro_batch} × {ranks})"
+    return [*([sharing] if sharing else []), Choice("accumulation", str(accumulation), why)]
 
 
 def batch_problems(cfg: RunConfig, world: int) -> list[Problem]:
