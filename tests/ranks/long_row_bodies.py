@@ -1,4 +1,4 @@
-"""What each rank does in test_long_rows.py."""
+"""What each rank does in test_long_rows_ranks.py."""
 
 from __future__ import annotations
 
