@@ -21,7 +21,6 @@ from phi3_dist.planning.traffic import Traffic
 __all__ = ["exchanged_bytes", "sharing_choice", "sharing_problems", "why_not_kernels", "with_exchanges"]
 
 _KEY = "train.sequence_parallel"
-_DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
 
 
 def _divisors(number: int) -> list[int]:
@@ -60,11 +59,10 @@ def sharing_problems(
     if lora.dropout > 0 and by_peft:
         what = f"is {lora.dropout:g}, and {by_peft}: PEFT's own forward draws for a rank's part alone"
         yield Problem("lora.dropout", what, f"nearest: lora.dropout=0, or {_KEY}=1")
-    found = {key: model.get(key) or 0.0 for key in _DROPOUTS} if isinstance(model, Mapping) else {}
-    for key, value in found.items():
-        if value:
-            what = f"has {key} {value:g}, which ranks that share a pack would draw each for itself"
-            yield Problem("model.source", what, f"set it to 0 in the base's config.json, or {_KEY}=1")
+    of_attention = (model.get("attention_dropout") or 0.0) if isinstance(model, Mapping) else 0.0
+    if of_attention:
+        what = f"has attention_dropout {of_attention:g}, which ranks that share a pack would draw each for itself"
+        yield Problem("model.source", what, f"set it to 0 in the base's config.json, or {_KEY}=1")
 
 
 def sharing_choice(cfg: RunConfig, launch: LaunchFacts) -> Choice | None:
