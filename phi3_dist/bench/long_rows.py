@@ -124,10 +124,10 @@ def _start(world: int, arguments: list[str]) -> list[dict[str, Any]]:
         env = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         ranks.append(subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     found = []
-    for rank in ranks:
-        output, errors = rank.communicate(timeout=TIMEOUT_S)
-        if rank.returncode:
-            raise RuntimeError(f"a rank ended with exit code {rank.returncode}:\n{errors[-3000:]}")
+    for process in ranks:
+        output, errors = process.communicate(timeout=TIMEOUT_S)
+        if process.returncode:
+            raise RuntimeError(f"a rank ended with exit code {process.returncode}:\n{errors[-3000:]}")
         found.append(json.loads(output.splitlines()[-1]))
     return found
 
