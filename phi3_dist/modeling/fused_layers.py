@@ -235,11 +235,8 @@ def _attention_forward(
     out_TND = attend(name, query, key, value, documents=documents, settings=settings, share=kwargs.get("share"))
     if rows_S is not None:
         out_TND = out_TND.index_select(0, rows_S)
-    rows, outputs = (
-        out_TND.shape[0],
-        out_TND.shape[1] * out_TND.shape[2],
-    )  # no rows, where a rank has nothing to predict
-    return attention.o_proj(out_TND.reshape(1, rows, outputs)), None
+    rows, count, size = out_TND.shape  # no rows, where a rank has nothing to predict
+    return attention.o_proj(out_TND.reshape(1, rows, count * size)), None
 
 
 def _recomputes(layer: Any) -> bool:

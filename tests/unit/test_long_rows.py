@@ -76,7 +76,9 @@ def test_dropout_that_pefts_forward_would_draw_for_a_part_is_refused_by_name() -
     from phi3_dist.training.build import _share_dropout
 
     def loss_of(dropout: float, *, fused: bool) -> PackedLoss:
-        model = PackedLoss(add_lora(small_phi3(), LoraConfig(r=2, dropout=dropout, targets=("o_proj",)), "x"))
+        causal_lm = small_phi3()
+        causal_lm.name_or_path = "x"
+        model = PackedLoss(add_lora(causal_lm, LoraConfig(r=2, dropout=dropout, targets=("o_proj",)), "x"))
         if fused:
             install_fused(model)
         return model

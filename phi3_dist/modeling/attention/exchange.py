@@ -93,12 +93,11 @@ def attend_shared(  # noqa: PLR0917 -- called in one place, by `attend`
     if settings.dropout:
         raise ValueError(f"attention_dropout is {settings.dropout}, and heads are spread over {parts} ranks")
     # the heads that go to one rank side by side: one exchange for queries, keys and values
-    size, all_three = query_tND.shape[2], (query_tND, key_tKD, value_tKD)
-    in_one = [x.to(value_tKD.dtype).reshape(here, parts, x.shape[1] // parts, size) for x in all_three]
+    in_one = [torch.unflatten(x.to(value_tKD.dtype), 1, (parts, -1)) for x in (query_tND, key_tKD, value_tKD)]
     for_each_PtXD = torch.cat([x.transpose(0, 1) for x in in_one], dim=2)
     there = (here,) * parts
     whole_TXD = _exchange(for_each_PtXD.flatten(0, 1), share.group, there, share.counts)
     query, key, value = torch.split(whole_TXD, [heads // parts, kv_heads // parts, kv_heads // parts], dim=1)
     out_TMD = kernel(query, key, value, documents, settings)
     back = _exchange(out_TMD, share.group, share.counts, there)
-    return back.reshape(parts, here, heads // parts, size).transpose(0, 1).flatten(1, 2)
+    return torch.unflatten(back, 0, (parts, here)).transpose(0, 1).flatten(1, 2)
