@@ -26,8 +26,8 @@ TARGET = {"cuda": 4096, "cpu": 2048}
 """Tokens of a pack, where rows are shorter. An H200 took 160 ms for a step of 2,048 tokens and 148 for one of 4,096, as
 its host gives out the same work for either (docs/gpu.md). A CPU takes the same time a token from 512 on."""
 ENOUGH = {"cuda": 16384, "cpu": 8192}
-"""Tokens of a forward pass beyond which none was measured to be faster: twice what an H200 is busy with while its host
-gives out a pass, and the longest on a CPU."""
+"""Tokens of a forward pass beyond which none is expected to be faster: four times the 4,096 with which an H200 is busy
+while its host gives out a pass (not measured), and the longest that was measured on a CPU."""
 HOST_RESERVE = 0.5
 """Of a host: other processes, and the pages of the files that are read, need it too."""
 _SHORTEST, _STEP = 512, 64
@@ -283,6 +283,6 @@ def _micro_batch(place: _Place, values: Mapping[str, Any], one: _Try) -> tuple[i
         taken, gib = size, found.gib
     else:
         if len(useful) < len(sizes):
-            more = f"a pass of more than {enough:,} tokens was measured to be no faster"
+            more = f"passes of more than {enough:,} tokens are not expected to be faster"
     ranks = f"of each of {world} ranks" if world > 1 else "of the one rank"
     return taken, f"of the {share} packs a step {ranks} {taken} at a time take {gib:.1f} GiB {place.room}; {more}"

@@ -166,7 +166,7 @@ def support_adapter(  # noqa: PLR0911 -- one return for each refusal, as in `sup
 def support_sharing(strategy: str, quantization: str = "none") -> Yes | No:
     """Whether ranks can share packs (`train.sequence_parallel`) under this strategy and quantisation (or `fp8`).
 
-    tests/ranks/test_long_rows_ranks.py holds what says yes against one process, but for FSDP2's offload, which needs a GPU.
+    tests/ranks/test_long_rows_ranks.py holds what says yes against one process, except FSDP2's offload: it needs a GPU.
     """
     if strategy == "single":
         return No("one process has no other to share its packs with", "ddp on as many processes")

@@ -127,6 +127,8 @@ class WatchedEngine:
 
     def update(self, lr: float) -> Tensor:
         self._lr = lr
+        # once more: FSDP2 exchanges its gathered parameters, whose memory it frees, for its shards after backward
+        self._trained = dict(trained(self.model))
         if not self._handles:
             for name, param in self._trained.items():
                 if param.grad is not None:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from phi3_dist.errors import RunFolderError
 from phi3_dist.report import page, series
 from phi3_dist.report.page import UPLOT_VERSION, write_comparison, write_page
 from phi3_dist.report.tables import defaults
-from tests.unit.test_readme import verbs
 
 VOID = {"meta", "img", "link", "br", "input", "rect"}
 HUGE = {f"base config.{key}": 10**300 for key in ("num_hidden_layers", "hidden_size", "intermediate_size")}
@@ -152,6 +152,15 @@ def write_run(folder: Path, *, lr: float = 1e-4, **files: Any) -> Path:
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     return write_run(tmp_path / "run")
+
+
+def _verbs(group: Any, above: str) -> Iterator[str]:
+    """Full names of all commands below a group."""
+    for name, command in getattr(group, "commands", {}).items():
+        if hasattr(command, "commands"):
+            yield from _verbs(command, f"{above} {name}")
+        else:
+            yield f"{above} {name}"
 
 
 def test_the_first_screen_says_what_was_trained_on_what_and_how_well(run_folder: Path) -> None:
@@ -431,4 +440,4 @@ def test_every_verb_that_a_page_names_is_one(run_folder: Path) -> None:
     (run_folder / "heartbeat.json").write_text(json.dumps({"pid": 1, "host": "elsewhere", "time": 4e9}))
     named |= set(re.findall(r"phi3-dist (\w+)", read(write_page(run_folder)).text))
     assert named >= {"board", "logs", "publish", "report"}
-    assert {f"phi3-dist {verb}" for verb in named} <= verbs(typer.main.get_command(app))
+    assert {f"phi3-dist {verb}" for verb in named} <= set(_verbs(typer.main.get_command(app), "phi3-dist"))

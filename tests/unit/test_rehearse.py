@@ -215,7 +215,7 @@ def test_a_source_without_a_known_shape_is_named() -> None:
     from phi3_dist.bench.rehearse import config_of_source
     from phi3_dist.errors import ConfigError
 
-    with pytest.raises(ConfigError, match="no hub id whose shape is known"):
+    with pytest.raises(ConfigError, match="a hub id whose shape is known"):
         config_of_source("someone/else")
 
 
