@@ -66,7 +66,7 @@ class Trained:
 
     def plot(self) -> Path:
         """Draw the curves; the path of the picture. Raises RunFolderError where there is nothing to draw."""
-        from phi3_dist.report.curves import draw_curves
+        from phi3_dist.report.curves_png import draw_curves
 
         return draw_curves(self.folder)
 

@@ -28,7 +28,7 @@ def report(
     typer.echo(f"page: {report_page(run_folders, output)}")
     if len(run_folders) > 1 or is_sweep(run_folders[0]):
         return
-    from phi3_dist.report.curves import draw_curves  # matplotlib: last, so that the page does without
+    from phi3_dist.report.curves_png import draw_curves  # matplotlib: last, so that the page does without
 
     typer.echo(f"curves: {draw_curves(run_folders[0])}")
 

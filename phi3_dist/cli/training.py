@@ -68,7 +68,7 @@ def train(
             typer.echo(f"{result.folder} has finished already: {ways}")
         drawn = all((result.folder / name).is_file() for name in ("curves.png", "report.html"))
         if result.receipt is not None or (finished_before and not drawn):
-            from phi3_dist.report.drawing import draw_report
+            from phi3_dist.report.finished_report import draw_report
 
             typer.echo(draw_report(result.folder))
     if result.exit_code:

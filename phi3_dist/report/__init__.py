@@ -1,1 +1,1 @@
-"""What a person sees of runs: pages (page.py), the board, the list, the curves."""
+"""Pages of runs (page.py; their charts page_charts.py), the board, the list of runs, curves.png (curves_png.py)."""

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from phi3_dist.config.load import flatten
+from phi3_dist.report.page_charts import matrix_rate, total_s
 from phi3_dist.report.reading import count, finite, printable
 from phi3_dist.report.run_files import Row, of_kind
 from phi3_dist.report.runs import RunRow
-from phi3_dist.report.series import matrix_rate, total_s
 from phi3_dist.report.words import duration, gib, many, shown
 
 __all__ = ["Fact", "Group", "Way", "first_screen", "headline", "memory_gib", "recipe", "ways_on"]

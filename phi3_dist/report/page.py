@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from phi3_dist.errors import Problem, RunFolderError
-from phi3_dist.report import first_screen, series, tables
+from phi3_dist.report import first_screen, page_charts, tables
 from phi3_dist.report.run_files import written
 from phi3_dist.report.view import RunView, differences, drawn, labels, read_view
 from phi3_dist.report.words import duration
@@ -100,12 +100,12 @@ def parts_of_run(view: RunView, *, live: bool = True) -> dict[str, Markup]:
         ways=first_screen.ways_on(view.folder, view.row.state, view.command),
         answers=tables.answers(view.evaluation)[:2],
     )
-    spans, parts = series.time_spans(view.rows), series.step_parts(view.rows)
+    spans, parts = page_charts.time_spans(view.rows), page_charts.step_parts(view.rows)
     evaluation = {key: value for key, value in view.evaluation.items() if not isinstance(value, list)}
     below = _TEMPLATES.get_template("below.html").render(
         spans=_bars(spans),
         parts=_bars(parts),
-        marks=series.marks(view.rows, view.folder, view.row.state),
+        marks=page_charts.marks(view.rows, view.folder, view.row.state),
         memory=tables.memory_terms(view.plan),
         planned=first_screen.memory_gib(view.plan)[0],
         lengths=tables.bars_of_lengths(view.plan),
@@ -121,7 +121,7 @@ def parts_of_run(view: RunView, *, live: bool = True) -> dict[str, Markup]:
     return {"above": Markup(above), "below": Markup(below)}
 
 
-def _bars(spans: Sequence[series.Span]) -> list[tables.Bar]:
+def _bars(spans: Sequence[page_charts.Span]) -> list[tables.Bar]:
     longest, whole = max((s.seconds for s in spans), default=0.0) or 1.0, sum(s.seconds for s in spans) or 1.0
     return [
         tables.Bar(

@@ -9,7 +9,7 @@ from typing import Any
 
 from phi3_dist.config.load import flatten
 from phi3_dist.errors import RunFolderError
-from phi3_dist.report import first_screen, series
+from phi3_dist.report import first_screen, page_charts
 from phi3_dist.report.reading import finite, printable
 from phi3_dist.report.run_files import Row, read_config, read_json, read_metrics, run_name
 from phi3_dist.report.runs import RunRow, read_run
@@ -94,14 +94,14 @@ def drawn(views: Sequence[RunView], names: Sequence[str]) -> dict[str, Any]:
         constants["have_gib"] = have if view.plan.get("device") == "cuda" else None
         parameters = view.plan.get("parameters")
         trainable = finite(parameters.get("trainable")) if isinstance(parameters, dict) else None
-        rate = series.matrix_rate(view.plan, trainable or 0.0)
-        parts: dict[str, Any] = dict(series.columns(view.rows, constants, rate))
+        rate = page_charts.matrix_rate(view.plan, trainable or 0.0)
+        parts: dict[str, Any] = dict(page_charts.columns(view.rows, constants, rate))
         logged = sum(row.get("kind") == "train" for row in view.rows)
         shown_rows = len(parts["train"]["step"])
         note = f"{shown_rows:,} of {logged:,} rows, with the extremes of each stretch" if shown_rows < logged else ""
-        found = series.marks(view.rows, view.folder, view.row.state)
+        found = page_charts.marks(view.rows, view.folder, view.row.state)
         runs.append({"label": name, "state": view.row.state, **parts, "marks": found, "note": note})
-    return {"charts": [chart for chart in series.CHARTS if _has(chart, runs)], "runs": runs}
+    return {"charts": [chart for chart in page_charts.CHARTS if _has(chart, runs)], "runs": runs}
 
 
 def _has(chart: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> bool:

@@ -9,9 +9,9 @@ import torch
 
 from phi3_dist.sweep.candidate import CandidateRun, Given
 from phi3_dist.sweep.joint import Part, joined
+from phi3_dist.training.learning_rate import learning_rate
 from phi3_dist.training.train_step import (
     StepResult,
-    learning_rate,
     micro_batch_seed,
     share_of_step,
     to_device,

@@ -15,11 +15,12 @@ from phi3_dist.training.context import RunContext
 from phi3_dist.training.engines.engine import Engine
 from phi3_dist.training.evaluate import HeldOut, held_out_loss
 from phi3_dist.training.first_step_proof import FirstStepProof
+from phi3_dist.training.learning_rate import learning_rate
 from phi3_dist.training.monitor.health import Health
 from phi3_dist.training.monitor.readout import EvaluationWatch, StepReadout, has_row
 from phi3_dist.training.monitor.step_parts import TimedEngine
 from phi3_dist.training.plan_proof import prove_updated_dtypes
-from phi3_dist.training.train_step import StepResult, learning_rate, train_step
+from phi3_dist.training.train_step import StepResult, train_step
 
 __all__ = ["Steps", "run_steps", "steps_in_order"]
 

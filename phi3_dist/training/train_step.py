@@ -5,7 +5,6 @@ Shapes: T tokens of a pack, S supervised positions in it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phi3_dist.config.schema import OptimConfig
 from phi3_dist.data.batch import Order, assemble
 from phi3_dist.data.pack.packs import Packs
 from phi3_dist.modeling.attention.exchange import Share
@@ -24,7 +22,6 @@ from phi3_dist.training.shares import Cut, cut_batch
 
 __all__ = [
     "StepResult",
-    "learning_rate",
     "micro_batch_seed",
     "seed_micro_batch",
     "share_of_step",
@@ -46,17 +43,6 @@ class StepResult:
     packs: tuple[int, ...]
     seconds: Callable[[], Mapping[str, float]] | None = None
     """Gives the seconds of the step's parts once it has been read, where they were timed."""
-
-
-def learning_rate(step: int, total: int, cfg: OptimConfig) -> float:
-    """The learning rate of step `step` (from 0) of `total`. Warm-up is linear and its last step reaches the peak."""
-    warmup = round(cfg.warmup * total) if cfg.warmup < 1 else min(round(cfg.warmup), total)
-    if step < warmup:
-        return cfg.lr * (step + 1) / warmup
-    if cfg.schedule == "constant":
-        return cfg.lr
-    share = (step - warmup) / max(total - warmup, 1)
-    return cfg.lr * (1 - share if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share)))
 
 
 def micro_batch_seed(seed: int, step: int, slot: int) -> int:

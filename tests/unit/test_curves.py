@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from phi3_dist.errors import RunFolderError
-from phi3_dist.report.curves import draw_curves
+from phi3_dist.report.curves_png import draw_curves
 from phi3_dist.report.run_files import read_metrics, run_name
 
 

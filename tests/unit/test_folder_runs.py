@@ -18,7 +18,7 @@ from phi3_dist.config.load import load_run
 from phi3_dist.errors import ModelError
 from phi3_dist.machine.probe import probe
 from phi3_dist.planning.facts import LaunchFacts
-from phi3_dist.report.curves import draw_curves
+from phi3_dist.report.curves_png import draw_curves
 from phi3_dist.report.page import write_page
 from phi3_dist.training import whole_run
 from phi3_dist.training.checkpoints.compatibility import base_fingerprint

@@ -18,7 +18,7 @@ from phi3_dist.data.prepare import Prepared, prepare
 from phi3_dist.errors import AdapterError, DataError, RunFolderError
 from phi3_dist.modeling.base import Base, find_base
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
-from phi3_dist.report.drawing import draw_report
+from phi3_dist.report.finished_report import draw_report
 from phi3_dist.training import whole_run
 from phi3_dist.training.checkpoints.compatibility import base_fingerprint
 from phi3_dist.training.checkpoints.metrics_rows import cut_metrics

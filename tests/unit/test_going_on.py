@@ -20,7 +20,7 @@ from phi3_dist.errors import TrainingError
 from phi3_dist.modeling.base import find_base
 from phi3_dist.training.checkpoints.compatibility import _base_identity, changed_keys, identity
 from phi3_dist.training.checkpoints.files import find_checkpoint
-from phi3_dist.training.train_step import learning_rate
+from phi3_dist.training.learning_rate import learning_rate
 from tests.ranks.launcher import REPO
 from tests.ranks.test_resume import interrupted, same_bits
 from tests.ranks.test_strategies import rows, tiny_base

@@ -61,7 +61,7 @@ def test_a_missing_package_is_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 1, "loss": 1.0}) + "\n")
-    monkeypatch.delitem(sys.modules, "phi3_dist.report.curves", raising=False)
+    monkeypatch.delitem(sys.modules, "phi3_dist.report.curves_png", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)  # type: ignore[arg-type]
     assert fails(["report", str(tmp_path)], monkeypatch) == 8
@@ -75,7 +75,7 @@ def test_a_module_that_an_installed_package_lacks_is_no_missing_package(
 ) -> None:
     """That is a bug, or another version: it keeps its traceback."""
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 1, "loss": 1.0}) + "\n")
-    monkeypatch.delitem(sys.modules, "phi3_dist.report.curves", raising=False)
+    monkeypatch.delitem(sys.modules, "phi3_dist.report.curves_png", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)  # type: ignore[arg-type]
     monkeypatch.setattr(sys, "argv", ["phi3-dist", "report", str(tmp_path)])
     with pytest.raises(ModuleNotFoundError, match=r"matplotlib\.axes"):

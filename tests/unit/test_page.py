@@ -16,7 +16,7 @@ import typer.main
 
 from phi3_dist.cli import app
 from phi3_dist.errors import RunFolderError
-from phi3_dist.report import page, series
+from phi3_dist.report import page, page_charts
 from phi3_dist.report.page import UPLOT_VERSION, write_comparison, write_page
 from phi3_dist.report.tables import defaults
 
@@ -380,7 +380,7 @@ def test_a_long_run_is_thinned_and_keeps_its_extremes(run_folder: Path) -> None:
     rows[9_999]["loss"], rows[15_000]["loss"] = 99.0, 0.001
     (run_folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run,) = drawn(write_page(run_folder))["runs"]
-    assert 800 < len(run["train"]["step"]) <= series.ROWS_AT_MOST + 3
+    assert 800 < len(run["train"]["step"]) <= page_charts.ROWS_AT_MOST + 3
     assert run["train"]["step"][0] == 1
     assert dict(zip(run["train"]["step"], run["train"]["loss"], strict=True))[10_000] == 99.0
     assert min(run["train"]["loss"]) == 0.001

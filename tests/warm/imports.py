@@ -71,7 +71,7 @@ def import_all() -> None:
 def what_a_run_reads_once() -> None:
     """Versions of packages, and fonts: a picture is drawn into nothing."""
     from phi3_dist.machine.probe import package_versions
-    from phi3_dist.report.curves import draw_curves
+    from phi3_dist.report.curves_png import draw_curves
     from phi3_dist.training.run_folder import versions
 
     package_versions()

@@ -1,1 +1,1 @@
-"""Which backend computes attention over documents (backend.py), and the kernels (kernels.py, flex.py)."""
+"""Attention over documents: backends (backend.py), kernels (kernels.py, flex.py). planning/attention.py chooses."""

@@ -17,9 +17,9 @@ from phi3_dist.errors import AdapterError, Problem, TrainingError
 from phi3_dist.training.checkpoints.compatibility import HELD_OUT, STEPS, changed_keys, check_identity
 from phi3_dist.training.checkpoints.files import Checkpoint, find_checkpoint
 from phi3_dist.training.checkpoints.metrics_rows import cut_metrics
+from phi3_dist.training.learning_rate import learning_rate
 from phi3_dist.training.run_folder import RunFolder
 from phi3_dist.training.runtime import Runtime
-from phi3_dist.training.train_step import learning_rate
 
 __all__ = ["ResumePoint", "find_resume_point"]
 

@@ -15,7 +15,9 @@ def draw_report(run_folder: Path) -> str:
         from phi3_dist.report.page import write_page
 
         page = f"page: {write_page(run_folder)}"
-        from phi3_dist.report.curves import draw_curves  # matplotlib, which looks for a place of its own to write to
+        from phi3_dist.report.curves_png import (
+            draw_curves,  # matplotlib, which looks for a place of its own to write to
+        )
 
         return f"curves: {draw_curves(run_folder)}\n{page}"
     except RunFolderError as error:
