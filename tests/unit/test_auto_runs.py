@@ -36,15 +36,15 @@ def _train(folder: Path, *overrides: str, host_gib: float, resume: bool = False)
 def test_a_run_writes_its_values_down_and_a_resume_keeps_them(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ours = _train(folder, "train.max_steps=1", host_gib=64.0)
-    assert (ours.data.pack_length, ours.model.activation_checkpointing, ours.train.micro_batch) == (512, False, 8)
+    assert (ours.data.pack_length, ours.model.activation_checkpointing, ours.train.micro_batch) == (1024, False, 8)
     plan = json.loads((folder / "plan.json").read_text())
     assert [choice["name"] for choice in plan["choices"][:3]] == list(AUTO)
     assert (plan["micro_batch"], plan["accumulation"]) == (8, 1)
-    assert kept_values(folder, _auto(folder)) == {PACK: 512, AGAIN: False, MICRO: 8}
+    assert kept_values(folder, _auto(folder)) == {PACK: 1024, AGAIN: False, MICRO: 8}
     again = _train(folder, "train.max_steps=2", host_gib=0.05, resume=True)
     assert again.train.micro_batch == 8
     assert again.data == ours.data
-    small = _train(tmp_path / "small", "train.max_steps=1", host_gib=0.05)
+    small = _train(tmp_path / "small", "train.max_steps=1", host_gib=0.01)
     assert (small.model.activation_checkpointing, small.train.micro_batch) == (True, 1)
     values = yaml.safe_load((tmp_path / "small" / "config.yaml").read_text())
     assert values["model"]["activation_checkpointing"] is True
