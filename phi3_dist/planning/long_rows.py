@@ -34,7 +34,7 @@ def _nearest(asked: int, world: int, shape: Shape | None) -> int:
 
 def _layout(parts: int, world: int, shape: Shape | None) -> str:
     if world % parts:
-        return f"is {parts}, and the launch has {world} process{'es' if world > 1 else ''}, no multiple of {parts}"
+        return f"is {parts}, and the launch has {world} process{'es' if world > 1 else ''}, not a multiple of {parts}"
     if shape is not None and (shape.heads % parts or shape.kv_heads % parts):
         heads = f"{shape.heads} heads and {shape.kv_heads} key/value heads"
         return f"is {parts}, and {heads} do not divide among {parts} ranks"

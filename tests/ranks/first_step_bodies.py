@@ -56,7 +56,7 @@ def detached(strategy: str, folder: str) -> list[str]:
 def auto(strategy: str, folder: str) -> list[Any]:
     """Fields on `auto` on two hosts, of which the second is small: what the run has, and how many steps it made."""
     rank = int(os.environ["RANK"])
-    machine = replace(probe(use_cpu=True), host_memory_gib=64.0 if rank == 0 else 0.05)
+    machine = replace(probe(use_cpu=True), host_memory_gib=64.0 if rank == 0 else 0.01)
     cfg = _cfg(folder, *(f"{path}=auto" for path in AUTO), "train.global_batch=8", "model.precision=fp32")
     result = whole_run.train(cfg, machine, _launch(strategy))
     ours = load_run(Path(folder) / "config.yaml")

@@ -277,7 +277,7 @@ def test_fields_of_zero_inline_in_an_accelerate_config(tmp_path: Path) -> None:
 def test_a_file_of_another_tool_is_no_launch_of_one_process(text: str, keys: str, tmp_path: Path) -> None:
     file = tmp_path / "other.yaml"
     file.write_text(text)
-    with pytest.raises(PlanError, match=f"no Accelerate config.*its keys are {keys}"):
+    with pytest.raises(PlanError, match=f"not an Accelerate config.*its keys are {keys}"):
         launch_of_config(file, None)
 
 

@@ -51,7 +51,7 @@ def test_a_message_moves_no_cursor(capsys: pytest.CaptureFixture[str], monkeypat
 
 
 def ended(monkeypatch: pytest.MonkeyPatch, error: Exception) -> int:
-    def app() -> None:
+    def app(prog_name: str) -> None:
         raise error
 
     monkeypatch.setattr(cli, "app", app)

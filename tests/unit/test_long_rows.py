@@ -108,8 +108,8 @@ def test_ranks_that_share_count_once_in_the_batch_and_hold_a_part_of_the_activat
     assert choices["accumulation"].why == "global_batch 8 / (micro_batch 1 × 2 groups of 4 ranks)"
     assert "sequence parallel" not in {choice.name for choice in alone.choices}
     terms = [{term.name: term.gib for term in plan.memory or ()} for plan in (alone, shared)]
-    activations = [term["activations (estimate)"] for term in terms]
-    assert activations[1] == pytest.approx(activations[0] / 4, rel=0.05)
+    activations = [term["activations (estimate)"] + term.get("backward's own (estimate)", 0.0) for term in terms]
+    assert activations[0] / 8 < activations[1] < activations[0] / 3.9
     assert total_gib(shared.memory or ()) < total_gib(alone.memory or ()) / 2
     between = planned(4, world=4, nodes=2, train={"global_batch": 4})
     assert "between nodes" in {choice.name: choice.why for choice in between.choices}["sequence parallel"]
@@ -120,8 +120,8 @@ def test_ranks_that_share_count_once_in_the_batch_and_hold_a_part_of_the_activat
     [
         (3, 6, "24 heads and 8 key/value heads do not divide among 3 ranks", 2),
         (16, 16, "do not divide among 16 ranks", 8),
-        (4, 6, "the launch has 6 processes, no multiple of 4", 2),
-        (8, 2, "the launch has 2 processes, no multiple of 8", 2),
+        (4, 6, "the launch has 6 processes, not a multiple of 4", 2),
+        (8, 2, "the launch has 2 processes, not a multiple of 8", 2),
     ],
 )
 def test_what_does_not_divide_is_refused_with_the_nearest_that_does(

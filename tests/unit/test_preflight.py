@@ -27,7 +27,7 @@ from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.plan import RunPlan, make_plan
 from phi3_dist.training.preflight import hub, room, this_rank
 from phi3_dist.training.preflight.across_ranks import node_view, seen_from_all_nodes, shared_folder_findings
-from phi3_dist.training.preflight.at_start import model_and_plan
+from phi3_dist.training.preflight.at_start import plan_start
 from phi3_dist.training.preflight.before_torch import check_before_torch
 from phi3_dist.training.preflight.collect import Collected
 from phi3_dist.training.preflight.context_window import context_finding
@@ -93,7 +93,7 @@ def test_half_a_launch_comes_with_the_other_mistakes(tmp_path: Path) -> None:
 def test_mistakes_of_model_and_plan_are_in_one_report(tmp_path: Path) -> None:
     cfg = run(tmp_path, "lora.targets=[lm_head, no_such]", "model.attention=flash_attention_2")
     with pytest.raises(ModelError) as raised:
-        model_and_plan(cfg, ON_CPU, LaunchFacts(), {})
+        plan_start(cfg, ON_CPU, LaunchFacts(), {}, tmp_path / "cache", None)
     assert {"lora.targets", "model.attention"} <= {one.where.partition("[")[0] for one in raised.value.problems}
 
 

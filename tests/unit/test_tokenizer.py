@@ -114,12 +114,6 @@ def test_a_longest_length_that_is_not_a_number_is_refused(tmp_path: Path, longes
     assert f"model_max_length is {json.dumps(longest)}; expected a number above 0" in message(folder)
 
 
-def test_a_value_that_transformers_cannot_use_is_one_message(tmp_path: Path) -> None:
-    folder = phi3_like(tmp_path / "phi3")
-    edit_config(folder, model_input_names=5)
-    assert "a value that transformers cannot use" in message(folder)
-
-
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     folder = phi3_like(tmp_path / "phi3")
     assert "did you mean" in message(tmp_path / "phi33")
