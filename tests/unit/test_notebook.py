@@ -42,18 +42,8 @@ def said_by_inference(names: dict[str, Any], out: str) -> None:
     assert len(names["talk"].turns) == 4
 
 
-def said_by_qlora_to_served(names: dict[str, Any], out: str) -> None:
-    assert names["result"].state == "finished"
-    gained = names["judged"].differences
-    assert gained["heldout_loss"].high < 0 < gained["exact_match"].low
-    assert names["apart"] == names["whole"]
-    assert names["found"].right
-    assert "vllm serve" in out
-
-
 SAID = {
     "inference": said_by_inference,
-    "qlora_to_served": said_by_qlora_to_served,
     "rows_to_answers": said_by_rows_to_answers,
 }
 
