@@ -76,6 +76,8 @@ _FORMS: Mapping[str, str] = {
     LORA_INITS: "default, pissa, pissa_niter_16, loftq or eva",
 }
 """What a regular expression of the schema means, in words."""
+_PLAIN_IN_UNIONS = {"str", "int", "bool", "float", "constrained-int", "constrained-float"}
+"""What pydantic calls the plain types of a union that it tried."""
 _IN_UNIONS: Mapping[str, type[BaseModel]] = {"DataSource": DataSource}
 _FP16 = ("fp16", "float16", "half", "16", "16-mixed")
 
@@ -120,7 +122,7 @@ def _path_of(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part == "str" or part.startswith(("tuple[", "literal[")):
+        elif part in _PLAIN_IN_UNIONS or part.startswith(("tuple[", "literal[")):
             continue  # which type of a union was tried
         elif part in _IN_UNIONS:
             inside = _IN_UNIONS[part]
@@ -135,6 +137,7 @@ def _path_of(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
 def _wanted(error: ErrorDetails) -> str:
     """What the field takes instead of the value it got."""
     context = error.get("ctx", {})
+    named = str(context.get("expected"))
     words = {
         "string_type": "text",
         "int_type": "a whole number",
@@ -145,7 +148,7 @@ def _wanted(error: ErrorDetails) -> str:
         "finite_number": "a finite number",
         "tuple_type": "a list",
         "model_type": "a section with keys under it",
-        "literal_error": f"one of {context.get('expected')}",
+        "literal_error": f"one of {named}" if " or " in named else named.strip("'"),
         "greater_than": f"above {context.get('gt')}",
         "greater_than_equal": f"{context.get('ge')} or more",
         "less_than": f"below {context.get('lt')}",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -23,14 +25,17 @@ def instructions(path: Path) -> list[tuple[str, str]]:
     return [(name, words) for name, _, words in found]
 
 
+HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
 def test_there_are_three() -> None:
     assert [path.name for path in RECIPES] == ["cpu.Dockerfile", "cuda.Dockerfile", "cuda.def"]
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
+@pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed")
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_hadolint(path: Path) -> None:
-    done = subprocess.run(["hadolint", path], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(HADOLINT), path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 

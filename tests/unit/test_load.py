@@ -93,6 +93,14 @@ def test_types_are_strict(tmp_path: Path, override: str, where: str) -> None:
     assert [place.split(" ")[0] for place in found] == [where]
 
 
+def test_a_number_out_of_range_beside_auto_is_named_by_its_key(tmp_path: Path) -> None:
+    for key in ("data.pack_length", "train.micro_batch", "model.dequantized_layers"):
+        ((where, (what, _)),) = mistakes(tmp_path, GOOD, f"{key}={2**41}").items()
+        assert where.startswith(f"{key} ")
+        assert "; expected auto or " in what
+        assert what.endswith("or less")
+
+
 def test_overrides_read_yaml_and_apply_in_order(tmp_path: Path) -> None:
     cfg = load_run(
         write(tmp_path, GOOD + "lora:\n"),
