@@ -276,7 +276,10 @@ def test_nearest_global_batch(tmp_path: Path) -> None:
     lr=st.floats(1e-12, 1e3),
     alpha=st.floats(1e-3, 1e6),
     seed=st.integers(0, 2**63),
-    source=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1).filter(str.strip),
+    # a run that was loaded has the home folder in the place of a first ~
+    source=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1).filter(
+        lambda text: bool(text.strip()) and not text.startswith("~")
+    ),
 )
 def test_resolved_yaml_reads_back_equal(
     tmp_path_factory: pytest.TempPathFactory, lr: float, alpha: float, seed: int, source: str
