@@ -613,5 +613,5 @@ def test_any_data_sets_give_a_run_file_that_loads_and_findings_of_each_key(
 ) -> None:
     recipe = {"base_model": "x", "sequence_len": 512, name: sets}
     done, _ = imported(tmp_path_factory.mktemp("sets"), "a.json", recipe)
-    told = {re.sub(r"(\]\.\w+).*", r"\1", item.key) for item in done.findings}
+    told = {re.sub(r"(\]\.\w+).*", r"\1", item.key, flags=re.DOTALL) for item in done.findings}
     assert told >= {f"{name}[{number}].{key}" for number, item in enumerate(sets) for key in item}
