@@ -277,7 +277,7 @@ def test_nearest_global_batch(tmp_path: Path) -> None:
     alpha=st.floats(1e-3, 1e6),
     seed=st.integers(0, 2**63),
     # a run that was loaded has the home folder in the place of a first ~
-    source=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1).filter(
+    source=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=60).filter(
         lambda text: bool(text.strip()) and not text.startswith("~")
     ),
 )
