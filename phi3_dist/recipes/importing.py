@@ -203,7 +203,8 @@ def _until_valid(draft: Draft) -> None:
         if not bad:
             return
         paths, what = bad[0]
-        path = next(path.partition("[")[0] for path in paths if path.partition("[")[0] in draft.values)
+        inside = [(known, f"{path}.") for path in paths for known in draft.values]
+        path = next(known for known, path in inside if path.startswith((f"{known}.", f"{known}[")))
         draft.values.pop(path)
         if path in _REQUIRED:
             draft.values[path] = _REQUIRED[path]

@@ -439,6 +439,8 @@ _VALUES = _SCALARS | st.lists(_SCALARS, max_size=3) | st.dictionaries(st.text(),
 
 
 @given(values=st.dictionaries(st.sampled_from(_KEYS), _VALUES, max_size=8), devices=st.integers(1, 9))
+@example(values={"rank_pattern": {"": 2.0**40 + 1}}, devices=1)
+@example(values={"model_max_length": 2.0**31}, devices=1)
 def test_any_values_give_a_run_file_that_loads(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any], devices: int
 ) -> None:
