@@ -90,7 +90,7 @@ def _takes(spec: dict[str, Any], schema: dict[str, Any]) -> str:
 
 def command_line() -> str:
     """Every verb: a table of all, then each with its arguments and options."""
-    verbs = list(_verbs(typer.main.get_command(app), "phi3-dist"))
+    verbs = list(verbs_of(typer.main.get_command(app), "phi3-dist"))
     lines = ["| verb | what it does |", "|---|---|"]
     lines += [f"| [`{name}`](#{name.replace(' ', '-')}) | {_escaped(_paragraphs(verb)[0])} |" for name, verb in verbs]
     for name, verb in verbs:
@@ -99,10 +99,10 @@ def command_line() -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 
 
-def _verbs(group: Any, above: str) -> Iterator[tuple[str, Any]]:
+def verbs_of(group: Any, above: str) -> Iterator[tuple[str, Any]]:
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
-            yield from _verbs(command, f"{above} {name}")
+            yield from verbs_of(command, f"{above} {name}")
         else:
             yield f"{above} {name}", command
 

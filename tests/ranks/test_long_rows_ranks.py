@@ -10,37 +10,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Phi3Config, Phi3ForCausalLM
 
 from phi3_dist.adapters.reading import read_metadata
-from phi3_dist.modeling.base import tiny_config
-from phi3_dist.modeling.tokenizer import tiny_tokenizer
 from tests.ranks.launcher import free_port, run_ranks
 from tests.ranks.long_row_bodies import train
 from tests.ranks.test_strategies import rows
+from tests.small_models import longrope_base
 
 pytestmark = pytest.mark.ranks
 HERE = "tests.ranks.long_row_bodies"
 STEPS, ORIGINAL = 4, 96
 """ORIGINAL: the base's window before LongRoPE, which some rows exceed and others don't."""
-
-
-def base_of(folder: Path) -> Path:
-    """Grouped heads (4 and 2), and LongRoPE with a short window."""
-    values = tiny_config().to_dict()
-    half = values["hidden_size"] // values["num_attention_heads"] // 2
-    values["rope_parameters"] = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0 + 0.1 * i for i in range(half)],
-        "long_factor": [4.0 + i for i in range(half)],
-        "original_max_position_embeddings": ORIGINAL,
-    }
-    values |= {"original_max_position_embeddings": ORIGINAL}
-    torch.manual_seed(1)
-    Phi3ForCausalLM(Phi3Config.from_dict(values)).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def chats_of(file: Path) -> Path:
@@ -87,7 +67,11 @@ class Numbers:
     """The base, its rows, and one process's runs, each made once."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.base, self.chats = folder, base_of(folder / "base"), chats_of(folder / "chats.jsonl")
+        self.folder, self.base, self.chats = (
+            folder,
+            longrope_base(folder / "base", ORIGINAL),
+            chats_of(folder / "chats.jsonl"),
+        )
 
     def options(self, *more: str) -> list[str]:
         return options(self.base, self.chats, *more)

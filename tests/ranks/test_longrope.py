@@ -6,13 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import Phi3Config, Phi3ForCausalLM
 
 from phi3_dist.adapters.reading import read_metadata
-from phi3_dist.modeling.base import tiny_config
-from phi3_dist.modeling.tokenizer import tiny_tokenizer
 from tests.ranks.test_strategies import compare, launch
+from tests.small_models import longrope_base
 
 pytestmark = pytest.mark.ranks
 ORIGINAL = 128  # tokens; the debug chats have shorter and longer rows
@@ -20,21 +17,7 @@ ORIGINAL = 128  # tokens; the debug chats have shorter and longer rows
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("longrope")
-    values = tiny_config().to_dict()
-    half = values["hidden_size"] // values["num_attention_heads"] // 2
-    values["rope_parameters"] = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0 + 0.1 * i for i in range(half)],
-        "long_factor": [4.0 + i for i in range(half)],
-        "original_max_position_embeddings": ORIGINAL,
-    }
-    values |= {"original_max_position_embeddings": ORIGINAL}
-    torch.manual_seed(1)
-    Phi3ForCausalLM(Phi3Config.from_dict(values)).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return longrope_base(tmp_path_factory.mktemp("longrope"), ORIGINAL)
 
 
 def test_the_factors_are_one_choice_on_every_rank_and_stand_in_the_adapter(base: Path, tmp_path: Path) -> None:

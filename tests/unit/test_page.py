@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import typer.main
 
+from docs.generated import verbs_of
 from phi3_dist.cli import app
 from phi3_dist.errors import RunFolderError
 from phi3_dist.report import page, page_charts
@@ -152,15 +152,6 @@ def write_run(folder: Path, *, lr: float = 1e-4, **files: Any) -> Path:
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     return write_run(tmp_path / "run")
-
-
-def _verbs(group: Any, above: str) -> Iterator[str]:
-    """Full names of all commands below a group."""
-    for name, command in getattr(group, "commands", {}).items():
-        if hasattr(command, "commands"):
-            yield from _verbs(command, f"{above} {name}")
-        else:
-            yield f"{above} {name}"
 
 
 def test_the_first_screen_says_what_was_trained_on_what_and_how_well(run_folder: Path) -> None:
@@ -440,4 +431,6 @@ def test_every_verb_that_a_page_names_is_one(run_folder: Path) -> None:
     (run_folder / "heartbeat.json").write_text(json.dumps({"pid": 1, "host": "elsewhere", "time": 4e9}))
     named |= set(re.findall(r"phi3-dist (\w+)", read(write_page(run_folder)).text))
     assert named >= {"board", "logs", "publish", "report"}
-    assert {f"phi3-dist {verb}" for verb in named} <= set(_verbs(typer.main.get_command(app), "phi3-dist"))
+    assert {f"phi3-dist {verb}" for verb in named} <= {
+        name for name, _ in verbs_of(typer.main.get_command(app), "phi3-dist")
+    }
