@@ -136,7 +136,8 @@ class _Reader(yaml.SafeLoader):
             return self.construct_object(node)
         except (ValueError, LookupError, AttributeError, TypeError, OverflowError):
             # the safe loader looks into what a tag or its own pattern promises: `!!bool maybe`, `!!int ''`, 2024-13-45
-            what = f"is not YAML: {_shortened(repr(node.value))} is not a {_short_tag(node.tag)[2:]}"
+            kind = _short_tag(node.tag)[2:]
+            what = f"is not YAML: {_shortened(repr(node.value))} is not {'an' if kind == 'int' else 'a'} {kind}"
             raise YamlFault(what, _line(node)) from None
 
     def mapping(self, node: yaml.MappingNode, path: str) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def _levels_of_aliases(levels: int) -> str:
         (GOOD + "x: [" + "1, " * 100_000 + "1]\n", "holds over 20,000 values"),
         (GOOD + "k" * 300 + ": 1\n", "a key of 300 characters"),
         (GOOD + "x: !!bool maybe\n", "'maybe' is not a bool"),
-        (GOOD + "x: !!int ''\n", "'' is not a int"),
+        (GOOD + "x: !!int ''\n", "'' is not an int"),
         (GOOD + "x: !!float 'a'\n", "'a' is not a float"),
         (GOOD + "x: !!timestamp noon\n", "'noon' is not a timestamp"),
         (GOOD + "x: 2024-13-45\n", "'2024-13-45' is not a timestamp"),
