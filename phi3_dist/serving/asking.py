@@ -19,11 +19,7 @@ __all__ = ["ASKABLE", "Answer", "Askable", "ask", "ask_plainly", "why_absent"]
 Askable = Literal["vllm", "llama.cpp"]
 ASKABLE: tuple[Askable, ...] = ("vllm", "llama.cpp")
 _SCRIPT = {"vllm": "vllm_script.py", "llama.cpp": "llama_cpp_script.py"}
-_LOADS = {
-    "vllm": "import vllm",
-    "llama.cpp": "from llama_cpp_py_sync import _cffi_bindings; _cffi_bindings.get_lib()",
-}
-_PACKAGE = {"vllm": "vllm", "llama.cpp": "llama-cpp-py-sync"}
+_PACKAGE = {"vllm": "vllm", "llama.cpp": "xllamacpp"}
 _LAST_LINES = 3
 
 
@@ -37,7 +33,7 @@ class Answer:
 
 def why_absent(server: Askable, python: str) -> str:
     """Why that Python can't load the server, in one line; empty where it can."""
-    command = [python, "-P", "-c", _LOADS[server]]
+    command = [python, "-P", "-c", f"import {_PACKAGE[server]}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=300)
     except OSError as error:
@@ -50,7 +46,7 @@ def why_absent(server: Askable, python: str) -> str:
     old = re.search(r"version `(GLIBC_[\d.]+)' not found", last)
     if old:
         return f"is installed for {python}, and wants {old[1]}: the C library of this system is older"
-    absent = f"No module named '{_LOADS[server].split()[1]}'"
+    absent = f"No module named '{_PACKAGE[server]}'"
     return f"is not installed for {python}" if absent in last else f"{python} does not load it: {last[:300]}"
 
 

@@ -1,4 +1,4 @@
-"""Run by the Python of an environment with llama-cpp-py-sync: greedy answers of llama.cpp, over its C interface.
+"""Run by the Python of an environment with xllamacpp: greedy answers of llama.cpp's own server, inside this process.
 
     python llama_cpp_script.py REQUEST.json ANSWER.json
 
@@ -10,83 +10,72 @@ of each text as its tokenizer reads it; or `error`, what went wrong. Needs nothi
 from __future__ import annotations
 
 import json
-import math
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
-FULL_PRECISION = 0  # ggml's F32, for keys and values
-PLAIN_ATTENTION = 0  # its flash attention computes in 16 bits
 
+def _server(request: dict[str, Any], adapter: str | None) -> Any:
+    """One slot, float32 keys and values, plain attention: llama.cpp's flash attention computes in 16 bits."""
+    import xllamacpp
 
-def _context(ffi: Any, lib: Any, request: dict[str, Any], path: str | None) -> tuple[Any, Any]:
-    lib.llama_backend_init()
-    settings = lib.llama_model_default_params()
+    settings = xllamacpp.CommonParams()
+    settings.model.path = request["base"]
     settings.n_gpu_layers = 0
-    model = lib.llama_model_load_from_file(request["base"].encode(), settings)
-    if model == ffi.NULL:
-        raise RuntimeError(f"llama.cpp does not load {request['base']}")
-    context = lib.llama_context_default_params()
-    context.n_ctx = request["context"]
-    context.n_batch = context.n_ubatch = max(512, *(len(ids) for ids in request["prompts"]))
-    context.n_threads = context.n_threads_batch = request.get("threads", 1)
-    context.type_k = context.type_v = FULL_PRECISION
-    context.flash_attn_type = PLAIN_ATTENTION
-    made = lib.llama_init_from_model(model, context)
-    if made == ffi.NULL:
-        raise RuntimeError("llama.cpp makes no context")
-    if path:
-        adapter = lib.llama_adapter_lora_init(model, path.encode())
-        if adapter == ffi.NULL:
-            raise RuntimeError(f"llama.cpp does not load {path}")
-        if lib.llama_set_adapters_lora(
-            made, ffi.new("struct llama_adapter_lora *[]", [adapter]), 1, ffi.new("float[]", [1.0])
-        ):
-            raise RuntimeError("llama.cpp does not apply the adapter")
-    return model, made
+    settings.n_ctx = request["context"]
+    settings.n_parallel = 1  # the context is divided among slots, and LongRoPE's factors go by a slot's share
+    settings.n_batch = settings.n_ubatch = max(512, *(len(ids) for ids in request["prompts"]))
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = request.get("threads", 1)
+    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    settings.fit_params = settings.warmup = False
+    settings.verbosity = 0
+    if adapter:
+        settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
+    return xllamacpp.Server(settings)
 
 
-def _answer(ffi: Any, lib: Any, made: tuple[Any, Any], prompt: list[int], new_tokens: int) -> dict[str, Any]:
-    model, context = made
-    size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-    lib.llama_memory_clear(lib.llama_get_memory(context), True)
+def _answer(server: Any, prompt: list[int], new_tokens: int) -> dict[str, Any]:
+    """The likeliest id of each place, by llama.cpp's own logits.
+
+    A server ends an answer at an end token and gives no probability for half a character, and what is compared goes on
+    past both. Therefore it is made to draw a plain letter each time, and names the likeliest id, which a bias leaves.
+    """
+    letter = _tokens(server, "a")[-1]
     ids, chosen, logprobs = list(prompt), [], []
+    asked = {"n_predict": 1, "temperature": 0.0, "logprobs": 1, "cache_prompt": True, "logit_bias": [[letter, 1000.0]]}
     for _ in range(new_tokens):
-        tokens = ffi.new("llama_token[]", ids)
-        if lib.llama_decode(context, lib.llama_batch_get_one(tokens, len(ids))):
-            raise RuntimeError("llama.cpp decodes no more")
-        logits = ffi.unpack(lib.llama_get_logits_ith(context, -1), size)
-        best = max(range(size), key=logits.__getitem__)
-        top = logits[best]
-        chosen.append(best)
-        logprobs.append(-math.log(sum(math.exp(value - top) for value in logits)))
-        ids = [best]
+        said = server.handle_completions({"prompt": ids, **asked})
+        if "choices" not in said:
+            raise RuntimeError(said.get("message") or json.dumps(said))
+        (drawn,) = said["choices"][0]["logprobs"]["content"]
+        likeliest = drawn["top_logprobs"][0]
+        chosen.append(likeliest["id"])
+        logprobs.append(likeliest["logprob"])
+        ids.append(likeliest["id"])
     return {"ids": chosen, "logprobs": logprobs}
 
 
-def _tokens(ffi: Any, lib: Any, model: Any, text: str) -> list[int]:
-    """The ids of a text as llama-server reads it: role tokens are tokens, and a beginning is put before it if asked."""
-    raw = text.encode()
-    room = len(raw) + 8
-    out = ffi.new("llama_token[]", room)
-    count = lib.llama_tokenize(lib.llama_model_get_vocab(model), raw, len(raw), out, room, True, True)
-    return list(ffi.unpack(out, count))
+def _tokens(server: Any, text: str) -> list[int]:
+    """The ids of a text as the server reads it: role tokens are tokens, and a beginning is put before it if asked."""
+    asked = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
+    url = f"{server.listening_address}/tokenize"
+    with urllib.request.urlopen(urllib.request.Request(url, asked, {"Content-Type": "application/json"})) as answer:
+        return list(json.loads(answer.read())["tokens"])
 
 
 def answers(request: dict[str, Any]) -> list[dict[str, Any]]:
     """What llama.cpp answers with each adapter, or `error`."""
-    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
-
-    ffi, lib = get_ffi(), get_lib()
     found: list[dict[str, Any]] = []
-    for path in request["adapters"]:
+    for adapter in request["adapters"]:
         try:
-            made = _context(ffi, lib, request, path)
-            said = [_answer(ffi, lib, made, prompt, request["new_tokens"]) for prompt in request["prompts"]]
-            tokens = [_tokens(ffi, lib, made[0], text) for text in request.get("texts", [])]
-            found.append({"answers": said, "tokens": tokens})
-        except RuntimeError as error:
-            found.append({"error": str(error)})
+            server = _server(request, adapter)
+        except RuntimeError:
+            found.append({"error": f"llama.cpp does not load {adapter or request['base']}"})
+            continue
+        said = [_answer(server, prompt, request["new_tokens"]) for prompt in request["prompts"]]
+        found.append({"answers": said, "tokens": [_tokens(server, text) for text in request.get("texts", [])]})
     return found
 
 

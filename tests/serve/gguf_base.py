@@ -1,4 +1,4 @@
-"""A Phi-3 folder as GGUF in float32, without a vocabulary, since prompts are ids here."""
+"""A Phi-3 folder as GGUF in float32. Prompts are ids, but a server wants words for them: made-up ones, and bytes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,12 @@ def write_gguf_base(folder: Path, target: Path) -> Path:
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    words = config.vocab_size - 256
+    writer.add_token_list([*(f"w{i}" for i in range(words)), *(f"<0x{i:02X}>" for i in range(256))])
+    writer.add_token_types([gguf.TokenType.NORMAL] * words + [gguf.TokenType.BYTE] * 256)
+    writer.add_token_scores([-float(i) for i in range(config.vocab_size)])
     if rope["rope_type"] == "longrope":
         scale = config.max_position_embeddings / original
         writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0)
