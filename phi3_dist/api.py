@@ -168,8 +168,8 @@ def evaluate(
     from phi3_dist.evaluation.evaluate import Asking
     from phi3_dist.evaluation.evaluate import evaluate as measure
     from phi3_dist.evaluation.ranks import joined
-    from phi3_dist.inference.files import How
-    from phi3_dist.inference.opening import Options
+    from phi3_dist.inference.answers_file import How
+    from phi3_dist.inference.open_model import Options
 
     asking = Asking(data, split, base, against, generate, tuple(metrics), tuple(tasks), limit)
     options = Options(base_model, None, precision, quantization, device)
@@ -198,9 +198,9 @@ def generate(
     A prompt is a question, or turns of `role` and `content` that end with one. Raises DataError for one that can't be
     asked, ConfigError for impossible numbers, and what `open_model` raises.
     """
+    from phi3_dist.inference.answers_file import How, answer_all
     from phi3_dist.inference.engine import Sampling
-    from phi3_dist.inference.files import How, answer_all
-    from phi3_dist.inference.opening import Options, open_model
+    from phi3_dist.inference.open_model import Options, open_model
     from phi3_dist.inference.prompts import Prompt
 
     if isinstance(prompts, str):

@@ -10,8 +10,8 @@ import torch
 from peft import get_peft_model
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.files import save_adapter
+from phi3_dist.adapters.model_card import adapter_card
 from phi3_dist.config.schema import LoraConfig
 from phi3_dist.modeling.base import find_base, load_full, load_quantized, tiny_config
 from phi3_dist.modeling.lora import peft_config, quiet_peft

@@ -28,9 +28,9 @@ from rich.console import Console
 
 from phi3_dist.errors import MachineError, Problem
 from phi3_dist.inference.engine import answers
-from phi3_dist.inference.opening import Opened, open_model
+from phi3_dist.inference.open_model import Opened, open_model
 from phi3_dist.inference.prompts import prompt_ids, read_prompts
-from phi3_dist.modeling.generate import stop_ids
+from phi3_dist.modeling.stop_ids import stop_ids
 from phi3_dist.serving.asking import ask_plainly, why_absent
 from phi3_dist.serving.rules import VLLM_RANKS
 

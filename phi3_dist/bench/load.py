@@ -104,8 +104,8 @@ def start(strategy: str, folder: Path) -> tuple[Any, Any]:
     from phi3_dist.config.schema import RunConfig
     from phi3_dist.machine.probe import probe
     from phi3_dist.planning.facts import LaunchFacts
+    from phi3_dist.planning.launch_configs import deepspeed_json
     from phi3_dist.planning.plan import make_plan
-    from phi3_dist.planning.render import deepspeed_json
     from phi3_dist.training.runtime import start_runtime
 
     world = int(os.environ["WORLD_SIZE"])

@@ -68,14 +68,14 @@ def _work(options: argparse.Namespace) -> dict[str, Any]:
 
     from phi3_dist.bench.counting import RealWatch
     from phi3_dist.bench.sides import make_token_packs
-    from phi3_dist.data.batch import Order
+    from phi3_dist.data.pack_order import Order
     from phi3_dist.machine.probe import probe
     from phi3_dist.modeling.base import find_base
     from phi3_dist.planning.facts import LaunchFacts
     from phi3_dist.planning.memory import total_gib
     from phi3_dist.planning.plan import make_plan
     from phi3_dist.training.build import build_model
-    from phi3_dist.training.engines.engine import make_engine
+    from phi3_dist.training.engines.backward_and_update import make_engine
     from phi3_dist.training.runtime import start_runtime
     from phi3_dist.training.train_step import train_step
 

@@ -183,10 +183,10 @@ def measure_on_cpu(cell: MemoryCell, rank: int = 0, port: int = 0) -> dict[str, 
 
     from phi3_dist.bench.counting import RealWatch
     from phi3_dist.bench.rehearsal import _Phases, ragged_packs
-    from phi3_dist.data.batch import Order
+    from phi3_dist.data.pack_order import Order
     from phi3_dist.planning.plan import make_plan
     from phi3_dist.training.build import build_model
-    from phi3_dist.training.engines.engine import make_engine
+    from phi3_dist.training.engines.backward_and_update import make_engine
     from phi3_dist.training.runtime import start_runtime
     from phi3_dist.training.train_step import train_step
 

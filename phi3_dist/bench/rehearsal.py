@@ -24,17 +24,17 @@ from phi3_dist.bench.fake_device import CAPABILITY, MEMORY_GIB, NAME, fake_cuda,
 from phi3_dist.bench.fake_weights import fake_base, fake_quantized_loading
 from phi3_dist.bench.sides import make_token_packs
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.data.batch import Order
 from phi3_dist.data.pack.packs import Packs
+from phi3_dist.data.pack_order import Order
 from phi3_dist.machine.probe import package_versions
 from phi3_dist.machine.storage import cache_folder
 from phi3_dist.modeling.base import load_full, load_quantized
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
+from phi3_dist.planning.launch_configs import deepspeed_json
 from phi3_dist.planning.plan import RunPlan, make_plan
-from phi3_dist.planning.render import deepspeed_json
 from phi3_dist.training.build import build_model
 from phi3_dist.training.checkpoints.state import export_state, import_state
-from phi3_dist.training.engines.engine import Engine, make_engine
+from phi3_dist.training.engines.backward_and_update import Engine, make_engine
 from phi3_dist.training.plan_proof import prove_built_dtypes, prove_updated_dtypes
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.train_step import train_step

@@ -28,7 +28,7 @@ from phi3_dist.bench.scaling import SIZES, ranks, rows_of_length, shape_of, toge
 from phi3_dist.bench.sides import PACK_LENGTH, Round, Stand, make_token_packs, save_base
 from phi3_dist.bench.throughput import side_process
 from phi3_dist.machine.print_encoding import print_in_any_encoding
-from phi3_dist.planning.render import deepspeed_json
+from phi3_dist.planning.launch_configs import deepspeed_json
 
 __all__ = ["SETTINGS", "Setting", "main", "prefetch_layers", "table"]
 

@@ -213,7 +213,7 @@ class Stand:
         from phi3_dist.planning.facts import LaunchFacts
         from phi3_dist.planning.plan import make_plan
         from phi3_dist.training.build import build_model
-        from phi3_dist.training.engines.engine import make_engine
+        from phi3_dist.training.engines.backward_and_update import make_engine
         from phi3_dist.training.runtime import start_runtime
 
         cfg = RunConfig(
@@ -242,7 +242,7 @@ class Stand:
 
     def round(self, packs: Any) -> Round:
         """One pass over the packs; tokens are those of all ranks."""
-        from phi3_dist.data.batch import Order
+        from phi3_dist.data.pack_order import Order
         from phi3_dist.training.train_step import train_step
 
         order = Order(len(packs), global_batch=self.world, seed=0, shuffle=True)

@@ -19,7 +19,7 @@ from phi3_dist.bench.memory_cells import real_base
 from phi3_dist.config.schema import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from phi3_dist.family.variants import Shape
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
-from phi3_dist.planning.render import deepspeed_json
+from phi3_dist.planning.launch_configs import deepspeed_json
 
 __all__ = ["RUNS", "SHAPES", "SUPERVISED", "TimedRun", "launch_of", "time_steps", "timed_machine"]
 
@@ -112,10 +112,10 @@ def time_steps(run: TimedRun, steps: int, rank: int = 0, port: int = 0) -> dict[
     import torch
 
     from phi3_dist.bench.rehearsal import ragged_packs
-    from phi3_dist.data.batch import Order
+    from phi3_dist.data.pack_order import Order
     from phi3_dist.planning.plan import make_plan
     from phi3_dist.training.build import build_model
-    from phi3_dist.training.engines.engine import make_engine
+    from phi3_dist.training.engines.backward_and_update import make_engine
     from phi3_dist.training.runtime import start_runtime
     from phi3_dist.training.train_step import train_step
 

@@ -21,7 +21,7 @@ from phi3_dist.cli import training  # noqa: F401 -- each adds its verbs to the a
 from phi3_dist.cli import cache, project, show  # noqa: F401
 
 # isort: split
-from phi3_dist.cli import convert, handing_on, planning, reporting, slurm, sweeping, using  # noqa: F401
+from phi3_dist.cli import convert, export_and_push, generate_and_eval, planning, report, slurm, sweep  # noqa: F401
 from phi3_dist.cli.app import app
 from phi3_dist.errors import ConfigError, MachineError, Phi3DistError, Problem, plain, redacted
 from phi3_dist.machine.print_encoding import print_in_any_encoding

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from phi3_dist.cli.completing import complete_file
+from phi3_dist.cli.completion import complete_file
 
 app = typer.Typer(
     name="phi3-dist",

@@ -89,7 +89,7 @@ def _every_way(cfg: Any, **options: Any) -> None:
     from phi3_dist.machine.measured_rates import rates_measured_here
     from phi3_dist.machine.own_cards import own_cards
     from phi3_dist.machine.probe import package_versions
-    from phi3_dist.planning.ask import Asked, answer, cluster_of
+    from phi3_dist.planning.plan_for_gpus import Asked, answer, cluster_of
 
     named = options["gpu"] is not None or options["memory_gib"] is not None
     asked = Asked(**options, own_cards=() if named else own_cards(), rows=_rows(cfg))
@@ -127,8 +127,8 @@ def _learn(folders: list[Path]) -> None:
     from datetime import date
 
     from phi3_dist.machine.learned_overheads import keep_overheads
-    from phi3_dist.planning.learned import fit_overheads
-    from phi3_dist.report.learning import finished_runs
+    from phi3_dist.planning.fitted_overheads import fit_overheads
+    from phi3_dist.report.measured_overheads import finished_runs
 
     found = fit_overheads(finished_runs(folders), date.today().isoformat())
     file = keep_overheads(found)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from phi3_dist.cli.app import app, config_app
-from phi3_dist.cli.completing import complete_file, complete_model, complete_strategy
+from phi3_dist.cli.completion import complete_file, complete_model, complete_strategy
 
 
 @app.command()

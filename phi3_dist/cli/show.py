@@ -70,7 +70,7 @@ def doctor(
     import sys
 
     from phi3_dist.machine import findings
-    from phi3_dist.machine.examination import examine
+    from phi3_dist.machine.doctor_on_ranks import examine
 
     done = examine(bandwidth=bandwidth)
     if done.speaks:

@@ -48,8 +48,8 @@ def slurm(
     from dataclasses import replace
 
     from phi3_dist.config.load import load_run
-    from phi3_dist.machine.cluster import slurm_command
-    from phi3_dist.planning.slurm import SlurmJob, SlurmTopology, parse_env, parse_sweep
+    from phi3_dist.machine.slurm_cluster import slurm_command
+    from phi3_dist.planning.sbatch_script import SlurmJob, SlurmTopology, parse_env, parse_sweep
 
     arguments = [*(overrides or ()), *(["--resume"] if resume else [])]
     job = SlurmJob.of(load_run(run_file, overrides or ()), str(run_file), arguments)

@@ -126,8 +126,8 @@ def prepare_run(
     from phi3_dist.machine.storage import cache_folder
     from phi3_dist.planning.auto_fields import is_auto
     from phi3_dist.training.checkpoints.compatibility import base_fingerprint
-    from phi3_dist.training.early_checks import check_trackers
     from phi3_dist.training.inputs import count_rows, find_model, prepare_rows
+    from phi3_dist.training.preflight.trackers_and_inputs import check_trackers
 
     cache = cache_folder(cfg.data.cache)
     check_trackers(cfg.log, rank=1)  # the key may lie on the node that trains

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from phi3_dist.data.read.row_formats import Chat
 from phi3_dist.data.render.encode import encode_chats
-from phi3_dist.modeling.generate import answer
+from phi3_dist.modeling.greedy_answers import answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -23,11 +23,11 @@ from phi3_dist.evaluation.bootstrap import Difference, paired
 from phi3_dist.evaluation.harness import check_harness, run_tasks
 from phi3_dist.evaluation.held_out import RowLosses, row_losses
 from phi3_dist.evaluation.ranks import Ranks
+from phi3_dist.inference.answers_file import How, refuse_too_long
 from phi3_dist.inference.engine import answers
-from phi3_dist.inference.files import How, refuse_too_long
-from phi3_dist.inference.opening import Opened, Options, open_model
+from phi3_dist.inference.open_model import Opened, Options, open_model
 from phi3_dist.machine.storage import cache_folder
-from phi3_dist.modeling.generate import stop_ids
+from phi3_dist.modeling.stop_ids import stop_ids
 
 __all__ = ["FILE", "ROWS_FILE", "Asking", "Evaluation", "Side", "evaluate"]
 

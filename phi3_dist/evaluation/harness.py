@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_dist.errors import ConfigError, MachineError, Problem
-from phi3_dist.inference.opening import Opened
+from phi3_dist.inference.open_model import Opened
 
 __all__ = ["check_harness", "numbers_of", "run_tasks"]
 

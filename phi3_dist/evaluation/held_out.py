@@ -16,9 +16,9 @@ from torch import Tensor
 
 from phi3_dist.data.pack.packs import Packs
 from phi3_dist.evaluation.ranks import Ranks
-from phi3_dist.inference.opening import Opened
+from phi3_dist.inference.open_model import Opened
 from phi3_dist.modeling.attention.backend import backends, use_backend
-from phi3_dist.training.evaluate import ENOUGH_TOKENS, JOINED, joined_packs
+from phi3_dist.training.held_out_loss import ENOUGH_TOKENS, JOINED, joined_packs
 from phi3_dist.training.train_step import to_device
 
 __all__ = ["RowLosses", "row_losses"]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from phi3_dist.errors import ConfigError, MachineError, Problem
+from phi3_dist.exports.drift import Rows, compute_dtype, live_model, rows_for, tokenizer_of
 from phi3_dist.exports.gguf_file import ADAPTER, write_gguf_adapter
-from phi3_dist.exports.measuring import Rows, compute_dtype, live_model, rows_for, tokenizer_of
-from phi3_dist.exports.opening import Opened, open_adapter
+from phi3_dist.exports.open_adapter import Opened, open_adapter
 from phi3_dist.exports.target import new_folder
 from phi3_dist.serving.asking import ASKABLE, Answer, ask, why_absent
 from phi3_dist.serving.facts import Served, served_of_folder

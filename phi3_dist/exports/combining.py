@@ -11,8 +11,8 @@ from torch import Tensor
 from phi3_dist.adapters.gather import gather_adapter
 from phi3_dist.adapters.loading import load_adapter
 from phi3_dist.errors import AdapterError, Problem
-from phi3_dist.exports.measuring import Rows, compute_dtype, logits_of, plain_model, without_adapter
-from phi3_dist.exports.opening import Opened
+from phi3_dist.exports.drift import Rows, compute_dtype, logits_of, plain_model, without_adapter
+from phi3_dist.exports.open_adapter import Opened
 from phi3_dist.modeling.lora import quiet_peft
 
 __all__ = ["METHODS", "combine"]

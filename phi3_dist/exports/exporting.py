@@ -14,18 +14,8 @@ from phi3_dist.adapters.files import write_adapter
 from phi3_dist.adapters.loading import load_adapter
 from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.errors import AdapterError, ConfigError, Problem
-from phi3_dist.exports.cards import export_card, gguf_card, merged_card
 from phi3_dist.exports.combining import combine
-from phi3_dist.exports.gguf_file import ADAPTER, read_gguf_adapter, refuse_for_gguf, write_gguf_adapter
-from phi3_dist.exports.gguf_model import (
-    MODEL,
-    Stored,
-    read_gguf_model,
-    refuse_for_gguf_model,
-    stored_as,
-    write_gguf_model,
-)
-from phi3_dist.exports.measuring import (
+from phi3_dist.exports.drift import (
     Drift,
     Rows,
     compare,
@@ -37,9 +27,19 @@ from phi3_dist.exports.measuring import (
     rows_for,
     tokenizer_of,
 )
+from phi3_dist.exports.export_card import export_card, gguf_card, merged_card
+from phi3_dist.exports.gguf_file import ADAPTER, read_gguf_adapter, refuse_for_gguf, write_gguf_adapter
+from phi3_dist.exports.gguf_model import (
+    MODEL,
+    Stored,
+    read_gguf_model,
+    refuse_for_gguf_model,
+    stored_as,
+    write_gguf_model,
+)
 from phi3_dist.exports.merged import Into, settle_into, write_merged
 from phi3_dist.exports.modelfile import MODELFILE
-from phi3_dist.exports.opening import Opened, open_adapter
+from phi3_dist.exports.open_adapter import Opened, open_adapter
 from phi3_dist.exports.reshaped import joined, one_rank, split_names
 from phi3_dist.exports.target import new_folder, seal
 from phi3_dist.exports.updates import Parts, parts_of

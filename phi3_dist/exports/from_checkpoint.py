@@ -11,15 +11,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.files import AdapterReceipt, write_adapter
 from phi3_dist.adapters.loading import rows_fact, trained_fact
+from phi3_dist.adapters.model_card import adapter_card
 from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.adapters.residual import on_plain_base
 from phi3_dist.adapters.select import choose
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import AdapterError, Problem, RunFolderError
-from phi3_dist.exports.opening import run_config
+from phi3_dist.exports.open_adapter import run_config
 from phi3_dist.modeling.base import Base, find_base, meta_model
 from phi3_dist.modeling.lora import add_lora, initial_value
 from phi3_dist.modeling.new_tokens import enlarged, new_token_ids

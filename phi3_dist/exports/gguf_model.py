@@ -22,7 +22,7 @@ from phi3_dist.exports.gguf_names import ARCHITECTURE, gguf_library, gguf_name, 
 from phi3_dist.exports.gguf_tokenizer import Vocabulary, strips_after_roles, vocabulary_of, write_vocabulary
 from phi3_dist.exports.merged import Into, merger, weight_names
 from phi3_dist.exports.modelfile import MODELFILE, modelfile
-from phi3_dist.exports.opening import Opened
+from phi3_dist.exports.open_adapter import Opened
 
 __all__ = ["MODEL", "STORED", "Stored", "read_gguf_model", "refuse_for_gguf_model", "stored_as", "write_gguf_model"]
 

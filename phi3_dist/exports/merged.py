@@ -18,7 +18,7 @@ from torch import Tensor
 
 from phi3_dist.adapters.disk import write_tensors
 from phi3_dist.errors import AdapterError, MachineError, Problem
-from phi3_dist.exports.opening import Opened
+from phi3_dist.exports.open_adapter import Opened
 from phi3_dist.modeling.base import Base
 
 __all__ = ["Into", "merger", "settle_into", "unties", "weight_names", "write_merged"]

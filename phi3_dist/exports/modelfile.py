@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from phi3_dist.data.render.template_probe import ChatFormat
-from phi3_dist.exports.opening import Opened
+from phi3_dist.exports.open_adapter import Opened
 
 __all__ = ["MODELFILE", "modelfile"]
 

@@ -24,7 +24,7 @@ from phi3_dist.adapters.front_matter import evaluation_of, model_index, said_of_
 from phi3_dist.adapters.publishing import publish
 from phi3_dist.adapters.reading import read_adapter, read_metadata
 from phi3_dist.errors import AdapterError, ConfigError, MachineError, Problem, redacted
-from phi3_dist.exports.opening import adapter_folder, run_of
+from phi3_dist.exports.open_adapter import adapter_folder, run_of
 
 __all__ = ["Pushed", "push"]
 

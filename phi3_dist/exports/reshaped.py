@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from phi3_dist.errors import AdapterError, Problem
-from phi3_dist.exports.opening import Opened
+from phi3_dist.exports.open_adapter import Opened
 from phi3_dist.exports.updates import PREFIX, Parts, Update, padded
 
 __all__ = ["joined", "one_rank", "split_names"]

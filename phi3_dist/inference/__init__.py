@@ -1,1 +1,1 @@
-"""A trained model opened (opening.py), and its answers in batches, files and conversations (engine.py)."""
+"""A trained model opened (open_model.py), and its answers in batches, files and conversations (engine.py)."""

@@ -14,11 +14,11 @@ from typing import TextIO
 
 from phi3_dist.data.answers import text_of
 from phi3_dist.errors import DataError, Phi3DistError, plain
+from phi3_dist.inference.answers_file import How, refuse_too_long
 from phi3_dist.inference.engine import stream
-from phi3_dist.inference.files import How, refuse_too_long
-from phi3_dist.inference.opening import Opened
+from phi3_dist.inference.open_model import Opened
 from phi3_dist.inference.prompts import Prompt, prompt_ids
-from phi3_dist.modeling.generate import stop_ids
+from phi3_dist.modeling.stop_ids import stop_ids
 
 __all__ = ["Conversation", "chat"]
 

@@ -1,6 +1,6 @@
 """What is wrong with this machine, each finding with its fix. Nothing is imported that could fail or be slow but torch.
 
-`phi3-dist doctor` prints the findings (examination.py: of every rank of a launch); the runtime asks
+`phi3-dist doctor` prints the findings (doctor_on_ranks.py: of every rank of a launch); the runtime asks
 `stale_extension_locks` before it starts DeepSpeed.
 """
 
@@ -27,7 +27,7 @@ from phi3_dist.machine.findings import Finding, named, of_error
 from phi3_dist.machine.own_cards import own_cards
 from phi3_dist.machine.probe import launch_facts, package_versions, probe
 from phi3_dist.machine.storage import CACHE_FIX, cache_folder, shared_memory_bytes
-from phi3_dist.planning.attention import backends, choose_backend
+from phi3_dist.planning.attention_choice import backends, choose_backend
 from phi3_dist.planning.facts import MachineFacts
 
 __all__ = ["diagnose", "extensions_root", "stale_extension_locks"]

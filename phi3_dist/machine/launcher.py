@@ -22,7 +22,7 @@ import yaml
 
 from phi3_dist.config.shipped_files import here_or_shipped
 from phi3_dist.errors import MachineError, Problem
-from phi3_dist.planning.job_script import STOPPED_EARLY
+from phi3_dist.planning.sbatch_body import STOPPED_EARLY
 
 __all__ = ["Ended", "deepspeed_file_beside", "launch"]
 

@@ -10,8 +10,8 @@ from phi3_dist.config.json_text import parse_json
 from phi3_dist.errors import MachineError, PlanError, Problem
 from phi3_dist.machine.card_measurements import card_file
 from phi3_dist.machine.storage import home_folder, storage_fault
+from phi3_dist.planning.fitted_overheads import Overheads
 from phi3_dist.planning.gpus import find_gpu
-from phi3_dist.planning.learned import Overheads
 
 __all__ = ["config_folder", "keep_overheads", "overheads_file", "overheads_of"]
 

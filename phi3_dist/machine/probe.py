@@ -26,9 +26,9 @@ from phi3_dist.machine.incomplete_launch import refuse_half_a_launch, whole_numb
 from phi3_dist.machine.installed_versions import versions_of
 from phi3_dist.machine.launch_request import LaunchRequest
 from phi3_dist.machine.launcher import deepspeed_file_beside
-from phi3_dist.planning.attention import PACKAGES as ATTENTION_PACKAGES
+from phi3_dist.planning.attention_choice import PACKAGES as ATTENTION_PACKAGES
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
-from phi3_dist.planning.render import SHIPPED
+from phi3_dist.planning.launch_configs import SHIPPED
 
 __all__ = ["cpu_count", "launch_facts", "no_compiler", "package_versions", "probe", "varlen_arguments"]
 

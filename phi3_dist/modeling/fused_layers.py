@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLayer, Phi3MLP, Phi3RMSNorm
 
 from phi3_dist.modeling.attention.backend import attend, kernel_name
-from phi3_dist.modeling.attention.documents import Documents, Settings
+from phi3_dist.modeling.attention.kernel_interface import Documents, Settings
 from phi3_dist.modeling.fp8 import Fp8Linear, Fp8Scale, Rows8, note_rows
 from phi3_dist.modeling.fused_lora import FusedReport, install_forwards, takes_rows
 from phi3_dist.modeling.loss import PackedLoss

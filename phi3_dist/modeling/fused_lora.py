@@ -23,27 +23,23 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from phi3_dist.modeling.attention.exchange import Rows
-from phi3_dist.modeling.fp8 import Fp8Linear, Fp8Scale, fp8_grad_input, fp8_product
+from phi3_dist.modeling.attention.sequence_parallel import Rows
+from phi3_dist.modeling.dequantize import base_grad_input, base_product, dense, quant_state_of
+from phi3_dist.modeling.fp8 import Fp8Linear
 
 __all__ = [
     "FusedReport",
-    "base_grad_input",
-    "base_product",
     "declined",
-    "dense",
     "draw_for_rows",
     "dropped_positions",
     "install_forwards",
     "install_fused",
     "keep_dequantized",
     "lora_linear",
-    "quant_state_of",
     "remove_fused",
     "takes_rows",
     "why_not_fused",
@@ -69,28 +65,6 @@ class FusedReport:
     def __str__(self) -> str:
         parts = [f"{self.fused} {self.unit}"] if self.fused or not self.kept else []
         return "; ".join([*parts, *(f"{count} as they were: {why}" for why, count in self.kept.items())])
-
-
-def dense(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    """The weight as (O, I): itself, or dequantised where it is bitsandbytes' 4-bit storage."""
-    if state is None:
-        return weight
-    from bitsandbytes.functional import dequantize_4bit
-
-    dense_OI: Tensor = dequantize_4bit(weight, quant_state=state).to(dtype)
-    return dense_OI
-
-
-def base_product(x_TI: Tensor, weight: Tensor, state: Any, bias_O: Tensor | None) -> Tensor:
-    if isinstance(state, Fp8Scale):
-        return fp8_product(x_TI, weight, state, bias_O)
-    return F.linear(x_TI, dense(weight, state, x_TI.dtype), bias_O)
-
-
-def base_grad_input(grad_TO: Tensor, weight: Tensor, state: Any) -> Tensor:
-    if isinstance(state, Fp8Scale):
-        return fp8_grad_input(grad_TO, weight, state)
-    return grad_TO @ dense(weight, state, grad_TO.dtype)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -231,14 +205,6 @@ def _why_not_adapter(layer: LoraLayer, name: str) -> str:
     if type(layer.lora_dropout[name]) not in {nn.Dropout, nn.Identity}:
         return f"dropout of the kind {type(layer.lora_dropout[name]).__name__}"
     return ""
-
-
-def quant_state_of(base: nn.Linear | Fp8Linear) -> Any:
-    """What turns the stored weight into numbers: bitsandbytes' state, an FP8 scale, or None where it is the numbers."""
-    if isinstance(base, Fp8Linear):
-        return base.scale
-    state = getattr(base.weight, "quant_state", None)
-    return state if state is not None else getattr(base, "quant_state", None)
 
 
 def _is_whole(linear: nn.Linear, *, four_bit: bool = False) -> bool:

@@ -17,7 +17,7 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from phi3_dist.modeling.attention.exchange import Share
+from phi3_dist.modeling.attention.sequence_parallel import Share
 from phi3_dist.planning.facts import Choice
 
 __all__ = ["CHUNK_ROWS", "HeadLoss", "Kernel", "PackedLoss", "chunked_nll", "liger_nll", "plain_head"]

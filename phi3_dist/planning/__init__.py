@@ -1,2 +1,2 @@
 """What will run and why, without torch: plan.py, support.py, memory.py (bytes of a rank; activations in
-step_memory.py), attention.py and its like (what `auto` becomes), advice and rendered configs."""
+activation_memory.py), attention_choice.py and its like (what `auto` becomes), advice and rendered configs."""

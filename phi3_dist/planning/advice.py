@@ -16,13 +16,13 @@ from phi3_dist.errors import PlanError
 from phi3_dist.family.variants import Family, Shape
 from phi3_dist.planning.auto_fields import RowLengths, auto_fields, get_field, settle
 from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
+from phi3_dist.planning.fitted_overheads import RESERVE, Overheads
 from phi3_dist.planning.gpus import Gpu
-from phi3_dist.planning.learned import RESERVE, Overheads
-from phi3_dist.planning.long_rows import with_exchanges
+from phi3_dist.planning.launch_configs import deepspeed_json
 from phi3_dist.planning.memory import GIB, Term, fits, layer_gib, saved_bytes, stored_bytes, total_gib
+from phi3_dist.planning.memory_savers import smaller
 from phi3_dist.planning.plan import RunPlan, make_plan
-from phi3_dist.planning.render import deepspeed_json
-from phi3_dist.planning.smaller import smaller
+from phi3_dist.planning.sequence_parallel import with_exchanges
 from phi3_dist.planning.support import QUANTIZATIONS, STRATEGIES
 from phi3_dist.planning.timing import Rates, StepTime, step_flops, step_time
 from phi3_dist.planning.traffic import Traffic, step_traffic

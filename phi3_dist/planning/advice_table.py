@@ -6,7 +6,7 @@ from rich.table import Table
 
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.planning.advice import Advice, Cluster, Option
-from phi3_dist.planning.learned import RESERVE
+from phi3_dist.planning.fitted_overheads import RESERVE
 from phi3_dist.planning.memory import GIB, total_gib
 
 __all__ = ["advice_table", "find_option", "seconds", "why_table"]

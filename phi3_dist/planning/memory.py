@@ -1,7 +1,7 @@
 """Bytes per rank, term by term, before a device is held.
 
 What the strategy holds all the time is counted exactly; what a step adds is walked through moment by moment
-(planning/step_memory.py, planning/gathering.py), and the account is that of the highest moment. Each engine's own
+(activation_memory.py, fsdp2_memory.py, zero3_memory.py), and the account is that of the highest moment. Each engine's
 buffers were read off its real steps on fake CUDA tensors: `python -m phi3_dist.bench.memory` says how far off it is.
 """
 
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from phi3_dist.family.variants import Shape
-from phi3_dist.planning.gathering import fsdp2_gathered
-from phi3_dist.planning.moments import Moment, step_moments
-from phi3_dist.planning.step_memory import Step, loss_rows, saved_by_layer
-from phi3_dist.planning.zero3_walk import Level, Place, zero3_levels
+from phi3_dist.planning.activation_memory import Step, loss_rows, saved_by_layer
+from phi3_dist.planning.fsdp2_memory import fsdp2_gathered
+from phi3_dist.planning.memory_moments import Moment, step_moments
+from phi3_dist.planning.zero3_memory import Level, Place, zero3_levels
 
 __all__ = [
     "Term",
@@ -40,7 +40,7 @@ SHIPPED_ZERO: Mapping[str, Any] = {
     "stage3_max_reuse_distance": 0,
     "stage3_param_persistence_threshold": 0,
 }
-"""What decides memory in the shipped DeepSpeed files (planning/render.py)."""
+"""What decides memory in the shipped DeepSpeed files (planning/launch_configs.py)."""
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from typing import Any
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.family.variants import Family, Shape
-from phi3_dist.planning.attention import backends, choose_backend, choose_deterministic
+from phi3_dist.planning.attention_choice import backends, choose_backend, choose_deterministic
 from phi3_dist.planning.facts import Choice, LaunchFacts, MachineFacts
 from phi3_dist.planning.larger_than_lora import larger_than_lora
 from phi3_dist.planning.launch_rules import CPU_LAUNCH, launch_problems, zero_file_problems
 from phi3_dist.planning.layer_passes import choose_compile, choose_kernels, why_not_triton
-from phi3_dist.planning.long_rows import sharing_choice, sharing_problems, why_not_kernels
 from phi3_dist.planning.loss import choose_loss, why_not_liger
 from phi3_dist.planning.memory import Term, fits, total_gib
+from phi3_dist.planning.sequence_parallel import sharing_choice, sharing_problems, why_not_kernels
 from phi3_dist.planning.support import No, Yes, support, support_adapter, support_fp8, support_optimizer
 from phi3_dist.planning.workload import account
 

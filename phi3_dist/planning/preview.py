@@ -21,10 +21,10 @@ from phi3_dist.errors import DataError, PlanError, Problem
 from phi3_dist.family.base_config import read_config
 from phi3_dist.family.variants import FAMILIES, Family
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
+from phi3_dist.planning.launch_configs import SHIPPED
 from phi3_dist.planning.memory import fits, total_gib
+from phi3_dist.planning.memory_savers import smaller
 from phi3_dist.planning.plan import RunPlan, make_plan
-from phi3_dist.planning.render import SHIPPED
-from phi3_dist.planning.smaller import smaller
 
 __all__ = ["assumed_machine", "check_fit", "check_rows", "launch_of_config", "plan_table", "shape_of_source"]
 

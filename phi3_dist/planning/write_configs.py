@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phi3_dist.errors import PlanError, Problem
-from phi3_dist.planning.render import accelerate_yaml, deepspeed_json
+from phi3_dist.planning.launch_configs import accelerate_yaml, deepspeed_json
 from phi3_dist.planning.support import STRATEGIES
 
 __all__ = ["WrittenConfigs", "write_configs"]

@@ -9,8 +9,8 @@ from pathlib import Path
 from phi3_dist.config.load import load_run
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.planning.advice import Cluster, Option
-from phi3_dist.planning.render import accelerate_yaml, deepspeed_json
-from phi3_dist.planning.slurm import SlurmJob, SlurmTopology, render_sbatch
+from phi3_dist.planning.launch_configs import accelerate_yaml, deepspeed_json
+from phi3_dist.planning.sbatch_script import SlurmJob, SlurmTopology, render_sbatch
 
 __all__ = ["write_run"]
 

@@ -28,8 +28,8 @@ from phi3_dist.recipes.draft import Draft, Finding
 from phi3_dist.recipes.entries import Computed, Entry, Foreign
 from phi3_dist.recipes.rules import ALIASES, FULL, RULES, UNSUPPORTED, unsupported_by_prefix
 from phi3_dist.recipes.rules_data_sets import account_for_data_sets
+from phi3_dist.recipes.rules_extras import UNSLOTH_DEFAULTS
 from phi3_dist.recipes.rules_joint import JOINT_KEYS, apply_joint_rules
-from phi3_dist.recipes.rules_trainer import UNSLOTH_DEFAULTS
 
 __all__ = ["FILL_IN_MODEL", "Imported", "findings_table", "import_run"]
 

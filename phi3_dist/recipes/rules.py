@@ -13,8 +13,8 @@ from typing import Any
 from phi3_dist.family.variants import FUSED_TARGETS, LINEARS
 from phi3_dist.recipes.draft import Draft, Rule, as_flag, as_number, flag, number, text
 from phi3_dist.recipes.entries import Entry
+from phi3_dist.recipes.rules_extras import TRAINER_ALIASES, TRAINER_RULES, TRAINER_UNSUPPORTED
 from phi3_dist.recipes.rules_lora import LORA_ALIASES, LORA_RULES, LORA_UNSUPPORTED
-from phi3_dist.recipes.rules_trainer import TRAINER_ALIASES, TRAINER_RULES, TRAINER_UNSUPPORTED
 
 __all__ = ["ALIASES", "RULES", "UNSUPPORTED", "fused_targets", "unsupported_by_prefix"]
 

@@ -20,8 +20,8 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 from phi3_dist.errors import MachineError, Phi3DistError, Problem, RunFolderError, plain, redacted
 from phi3_dist.report.page import board_page, comparison_page, parts_of_comparison, parts_of_run, run_page, runs_part
+from phi3_dist.report.run_view import RunView, drawn, read_view
 from phi3_dist.report.runs import RunRow, list_runs, run_cells
-from phi3_dist.report.view import RunView, drawn, read_view
 
 __all__ = ["Board", "open_board", "serve_board"]
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
-from phi3_dist.report.reading import finite
+from phi3_dist.report.plain_values import finite
 from phi3_dist.report.run_files import Row, of_kind, read_metrics, run_name, written
 
 __all__ = ["draw_curves"]

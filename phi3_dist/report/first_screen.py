@@ -12,7 +12,7 @@ from typing import Any
 
 from phi3_dist.config.load import flatten
 from phi3_dist.report.page_charts import matrix_rate, total_s
-from phi3_dist.report.reading import count, finite, printable
+from phi3_dist.report.plain_values import count, finite, printable
 from phi3_dist.report.run_files import Row, of_kind
 from phi3_dist.report.runs import RunRow
 from phi3_dist.report.words import duration, gib, many, shown

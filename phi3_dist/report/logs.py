@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from phi3_dist.errors import Problem, RunFolderError
-from phi3_dist.report.reading import read_object
+from phi3_dist.report.plain_values import read_object
 
 __all__ = ["TRANSCRIPTS", "find_log", "follow_log"]
 

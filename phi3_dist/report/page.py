@@ -22,7 +22,7 @@ from markupsafe import Markup
 from phi3_dist.errors import Problem, RunFolderError
 from phi3_dist.report import first_screen, page_charts, tables
 from phi3_dist.report.run_files import written
-from phi3_dist.report.view import RunView, differences, drawn, labels, read_view
+from phi3_dist.report.run_view import RunView, differences, drawn, labels, read_view
 from phi3_dist.report.words import duration
 from phi3_dist.version import __version__
 

@@ -11,7 +11,7 @@ from typing import Any
 from phi3_dist.errors import ModelError
 from phi3_dist.family.variants import Shape
 from phi3_dist.machine.card_measurements import measured_on
-from phi3_dist.report.reading import count, finite
+from phi3_dist.report.plain_values import count, finite
 from phi3_dist.report.run_files import Row, of_kind
 from phi3_dist.report.words import shown
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from phi3_dist.config.yaml_text import Document, YamlFault, read_yaml
 from phi3_dist.errors import Problem, RunFolderError
-from phi3_dist.report.reading import count, parse, printable, read_object
+from phi3_dist.report.plain_values import count, parse, printable, read_object
 
 __all__ = ["Row", "of_kind", "read_config", "read_json", "read_metrics", "run_name", "written"]
 

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from phi3_dist.errors import Problem, RunFolderError
 from phi3_dist.machine.processes import lives
-from phi3_dist.report.reading import count, finite, number, parse, printable, read_object
+from phi3_dist.report.plain_values import count, finite, number, parse, printable, read_object
 from phi3_dist.report.sweep_file import sweep_line
 
 __all__ = ["RunRow", "list_runs", "read_run", "run_cells", "runs_table", "watch_runs"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi3_dist.report.reading import finite, printable, read_object
+from phi3_dist.report.plain_values import finite, printable, read_object
 
 __all__ = ["SWEEP_FILE", "SweepLine", "is_sweep", "read_sweep", "sweep_line"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from phi3_dist.config.load import flatten
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.report.reading import count, finite
+from phi3_dist.report.plain_values import count, finite
 from phi3_dist.report.run_files import read_config
 from phi3_dist.report.words import bytes_of, gib, shown
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from phi3_dist.report.reading import finite, number
+from phi3_dist.report.plain_values import finite, number
 
 __all__ = ["bytes_of", "duration", "gib", "many", "shown"]
 

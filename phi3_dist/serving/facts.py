@@ -74,7 +74,7 @@ def served_of_folder(
 
 
 def served_of_card(facts: Mapping[str, Any], base: str) -> Served:
-    """The same from the facts that a card is made of (adapters/card.py): `lora` is the run file's section or PEFT's."""
+    """The same from the facts of a model card (adapters/model_card.py): `lora` is the run file's section or PEFT's."""
     lora = facts.get("lora") or {}
     ranks = {int(lora.get("r") or 16), *map(int, (lora.get("rank_pattern") or {}).values())}
     if str(lora.get("init") or "").startswith("pissa"):

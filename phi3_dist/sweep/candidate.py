@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from phi3_dist.config.load import resolved_yaml
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.data.batch import Order
+from phi3_dist.data.pack_order import Order
 from phi3_dist.data.prepare import Prepared
 from phi3_dist.modeling.base import Base, meta_model
 from phi3_dist.modeling.lora import add_lora, fill_adapter
@@ -34,14 +34,14 @@ from phi3_dist.training.checkpoints.metrics_rows import rows_of_kind
 from phi3_dist.training.checkpoints.saver import Saver
 from phi3_dist.training.checkpoints.state import restore
 from phi3_dist.training.context import RunContext
-from phi3_dist.training.engines.engine import TorchEngine
+from phi3_dist.training.engines.backward_and_update import TorchEngine
 from phi3_dist.training.engines.optimizer import make_optimizer
-from phi3_dist.training.evaluate import HeldOut
 from phi3_dist.training.final_adapter import save_final_adapter
 from phi3_dist.training.first_step_proof import FirstStepProof
+from phi3_dist.training.held_out_loss import HeldOut
 from phi3_dist.training.inputs import RunInputs
 from phi3_dist.training.monitor.announce import record_start
-from phi3_dist.training.monitor.health import Health
+from phi3_dist.training.monitor.bad_steps import Health
 from phi3_dist.training.monitor.metrics import Metrics
 from phi3_dist.training.monitor.profiling import StepProfile
 from phi3_dist.training.monitor.start_clock import StartClock

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phi3_dist.modeling.dequantize import base_grad_input, base_product, quant_state_of
 from phi3_dist.modeling.fp8 import Fp8Linear
-from phi3_dist.modeling.fused_lora import base_grad_input, base_product, dropped_positions, quant_state_of
+from phi3_dist.modeling.fused_lora import dropped_positions
 from phi3_dist.modeling.loss import Kernel, PackedLoss
 
 __all__ = ["JointLoss", "Part", "Present", "Update", "install_updates", "joined"]

@@ -31,9 +31,9 @@ from phi3_dist.sweep.table import Board, decisions_of
 from phi3_dist.training.batch_counts import longest_row, tokens_of_rank
 from phi3_dist.training.checkpoints.compatibility import base_fingerprint, identity
 from phi3_dist.training.checkpoints.resume_point import find_resume_point
-from phi3_dist.training.early_checks import inputs_of
 from phi3_dist.training.inputs import find_model, prepare_rows
 from phi3_dist.training.monitor.start_clock import StartClock
+from phi3_dist.training.preflight.trackers_and_inputs import inputs_of
 from phi3_dist.training.process_state import own_process_state
 from phi3_dist.training.run_folder import RunFolder, versions
 from phi3_dist.training.runtime import Runtime, start_runtime

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.data.batch import Order
 from phi3_dist.data.pack.packs import Packs
+from phi3_dist.data.pack_order import Order
 from phi3_dist.data.prepare import Prepared
 
 __all__ = ["longest_row", "order_of", "steps_of", "steps_of_an_evaluation", "tokens_of_rank"]

@@ -32,7 +32,7 @@ from phi3_dist.modeling.loss import Kernel, PackedLoss
 from phi3_dist.modeling.new_tokens import token_rows, whole_tables
 from phi3_dist.modeling.passes import BY_HAND, compiled_passes, kernel_passes
 from phi3_dist.modeling.rope import Regime, pin_longrope, pinned_regime, regime_for
-from phi3_dist.modeling.whole_dropout import draw_dropout_for_whole_packs, dropout_by_peft
+from phi3_dist.modeling.sequence_parallel_dropout import draw_dropout_for_whole_packs, dropout_by_peft
 from phi3_dist.planning.facts import Choice
 from phi3_dist.planning.plan import RunPlan
 from phi3_dist.training.engines.fsdp2 import shard_fsdp2

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.data.batch import Order
 from phi3_dist.data.pack.packs import Packs
+from phi3_dist.data.pack_order import Order
 from phi3_dist.modeling.weights_watch import WeightsWatch
-from phi3_dist.training.engines.engine import Engine
+from phi3_dist.training.engines.backward_and_update import Engine
 from phi3_dist.training.monitor.metrics import Metrics
 from phi3_dist.training.monitor.profiling import StepProfile
 from phi3_dist.training.monitor.start_clock import StartClock

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.files import AdapterReceipt, save_adapter
 from phi3_dist.adapters.front_matter import said_of_hub
 from phi3_dist.adapters.loading import rows_fact, trained_fact
+from phi3_dist.adapters.model_card import adapter_card
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.modeling.base import Base
 from phi3_dist.training.build import Built
 from phi3_dist.training.checkpoints.state import unrounded_adapter
 from phi3_dist.training.context import RunContext
-from phi3_dist.training.evaluate import HeldOut
+from phi3_dist.training.held_out_loss import HeldOut
 from phi3_dist.training.inputs import RunInputs
 from phi3_dist.training.run_folder import versions
 
@@ -61,7 +61,7 @@ def of_base_and_data(cfg: RunConfig, base: Base) -> dict[str, Any]:
 def card_contents(
     ctx: RunContext, base: Base, held_out: HeldOut | None, regime: str | None, steps: int
 ) -> Mapping[str, Any]:
-    """What the adapter's card tells: see adapters/card.py."""
+    """What the adapter's card tells: see adapters/model_card.py."""
     return {
         "name": ctx.cfg.name,
         "base": base.source,

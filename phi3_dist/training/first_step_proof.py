@@ -24,7 +24,7 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.planning.plan import RunPlan
 from phi3_dist.training.context import RunContext
-from phi3_dist.training.engines.engine import DeepSpeedEngine, Engine
+from phi3_dist.training.engines.backward_and_update import DeepSpeedEngine, Engine
 from phi3_dist.training.engines.optimizer import plain_name, trained
 from phi3_dist.training.monitor.against_plan import AgainstPlan
 from phi3_dist.training.runtime import Runtime
@@ -301,7 +301,7 @@ class FirstStepProof:
         finally:
             watched.release()
         norm = float("nan") if watched.norm is None else float(watched.norm)
-        if math.isfinite(norm):  # else monitor/health.py skips the step, and the next one is watched
+        if math.isfinite(norm):  # else monitor/bad_steps.py skips the step, and the next one is watched
             self._prove(watched.seen(), norm)
             self._proven = True
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from phi3_dist.errors import PlanError, Problem
-from phi3_dist.training.engines.engine import DeepSpeedEngine, Engine
+from phi3_dist.training.engines.backward_and_update import DeepSpeedEngine, Engine
 from phi3_dist.training.engines.optimizer import trained
 from phi3_dist.training.engines.zero_state import flat_masters
 from phi3_dist.training.runtime import Runtime

@@ -16,9 +16,9 @@ from typing import Any
 
 from phi3_dist.config.json_text import parse_json
 from phi3_dist.errors import Phi3DistError, Problem, RunFolderError
-from phi3_dist.machine.cluster import slurm_facts
 from phi3_dist.machine.installed_versions import versions_of
 from phi3_dist.machine.processes import who
+from phi3_dist.machine.slurm_cluster import slurm_facts
 from phi3_dist.machine.storage import NO_LOCKS, storage_fault
 from phi3_dist.machine.terminal import lost_lines
 from phi3_dist.training.run_folder_contents import (

@@ -21,7 +21,7 @@ from phi3_dist.machine.doctor import stale_extension_locks
 from phi3_dist.machine.storage import shared_memory_bytes, shared_memory_problem
 from phi3_dist.planning.plan import RunPlan, check_reality
 from phi3_dist.training.process_state import keep_group_until_exit
-from phi3_dist.training.shares import Cut, join_group
+from phi3_dist.training.sequence_parallel import Cut, join_group
 
 __all__ = [
     "Runtime",
@@ -213,7 +213,7 @@ def start_runtime(
     """Build the Accelerator that the plan asks for, and refuse to go on where reality differs.
 
     On a CPU each library needs telling: DeepSpeed its accelerator before it is imported, Accelerate that several
-    CPU processes are one world. FSDP2 is not left to Accelerate, which shards nothing on a CPU; see strategy.py.
+    CPU processes are one world. FSDP2 is not left to Accelerate, which shards nothing on a CPU; see engines/fsdp2.py.
     Raises PlanError.
     """
     on_cpu = plan.device == "cpu"

@@ -13,9 +13,9 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.answers import Asked, asked_of, spread, text_of
 from phi3_dist.data.pack.packs import Packs
 from phi3_dist.data.scores import Metric, available, metric_of, scored
-from phi3_dist.modeling.generate import published_stops, stop_ids
 from phi3_dist.modeling.packed_answers import packed_answers
-from phi3_dist.training.engines.engine import Engine
+from phi3_dist.modeling.stop_ids import published_stops, stop_ids
+from phi3_dist.training.engines.backward_and_update import Engine
 from phi3_dist.training.runtime import Runtime
 from phi3_dist.training.signals import StopFlag
 

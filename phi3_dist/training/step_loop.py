@@ -12,11 +12,11 @@ from phi3_dist.modeling.weights_watch import WeightsWatch
 from phi3_dist.training.checkpoints.metrics_rows import measured
 from phi3_dist.training.checkpoints.saver import Saver
 from phi3_dist.training.context import RunContext
-from phi3_dist.training.engines.engine import Engine
-from phi3_dist.training.evaluate import HeldOut, held_out_loss
+from phi3_dist.training.engines.backward_and_update import Engine
 from phi3_dist.training.first_step_proof import FirstStepProof
+from phi3_dist.training.held_out_loss import HeldOut, held_out_loss
 from phi3_dist.training.learning_rate import learning_rate
-from phi3_dist.training.monitor.health import Health
+from phi3_dist.training.monitor.bad_steps import Health
 from phi3_dist.training.monitor.readout import EvaluationWatch, StepReadout, has_row
 from phi3_dist.training.monitor.step_parts import TimedEngine
 from phi3_dist.training.plan_proof import prove_updated_dtypes

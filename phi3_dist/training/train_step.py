@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phi3_dist.data.batch import Order, assemble
+from phi3_dist.data.batch import assemble
 from phi3_dist.data.pack.packs import Packs
-from phi3_dist.modeling.attention.exchange import Share
-from phi3_dist.training.engines.engine import Engine
+from phi3_dist.data.pack_order import Order
+from phi3_dist.modeling.attention.sequence_parallel import Share
+from phi3_dist.training.engines.backward_and_update import Engine
 from phi3_dist.training.runtime import Runtime
-from phi3_dist.training.shares import Cut, cut_batch
+from phi3_dist.training.sequence_parallel import Cut, cut_batch
 
 __all__ = [
     "StepResult",

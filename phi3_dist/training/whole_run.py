@@ -2,10 +2,10 @@
 
 Read in this order, one step from the command to the update of its weights:
 
-1. this file          what a run does before its first step and after its last
-2. step_loop.py       the steps in their order, what comes between two of them, and what ends them
-3. train_step.py      one step: its packs, forward and backward of each micro batch, one update
-4. engines/engine.py  what backward and update mean under each strategy
+1. this file                       what a run does before its first step and after its last
+2. step_loop.py                    the steps in their order, what comes between two of them, and what ends them
+3. train_step.py                   one step: its packs, forward and backward of each micro batch, one update
+4. engines/backward_and_update.py  clipping and the update under each strategy; a bad step is left out
 
 Then what is asked only once: inputs.py and build.py (before the steps), final_adapter.py (after them), checkpoints/
 (saving and going on) and monitor/ (what the run says about itself).
@@ -46,13 +46,12 @@ from phi3_dist.training.checkpoints.resume_point import ResumePoint, find_resume
 from phi3_dist.training.checkpoints.saver import Saver
 from phi3_dist.training.checkpoints.state import restore
 from phi3_dist.training.context import RunContext, Session
-from phi3_dist.training.early_checks import check_trackers, inputs_of
-from phi3_dist.training.engines.engine import make_engine
-from phi3_dist.training.evaluate import HeldOut
+from phi3_dist.training.engines.backward_and_update import make_engine
 from phi3_dist.training.final_adapter import save_final_adapter
+from phi3_dist.training.held_out_loss import HeldOut
 from phi3_dist.training.inputs import RunInputs, prepare_rows
 from phi3_dist.training.monitor.announce import announce, record_start
-from phi3_dist.training.monitor.health import Health
+from phi3_dist.training.monitor.bad_steps import Health
 from phi3_dist.training.monitor.metrics import Metrics
 from phi3_dist.training.monitor.profiling import StepProfile
 from phi3_dist.training.monitor.start_clock import StartClock, compile_notice
@@ -62,15 +61,16 @@ from phi3_dist.training.monitor.transcript import Transcript
 from phi3_dist.training.patience import Patience
 from phi3_dist.training.plan_proof import prove_built_dtypes
 from phi3_dist.training.preflight.across_ranks import node_view, seen_from_all_nodes
-from phi3_dist.training.preflight.at_start import plan_start
+from phi3_dist.training.preflight.base_and_plan import plan_start
 from phi3_dist.training.preflight.context_window import context_finding
+from phi3_dist.training.preflight.trackers_and_inputs import check_trackers, inputs_of
 from phi3_dist.training.process_state import own_process_state
 from phi3_dist.training.run_folder import RunFolder, versions
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.same_on_all_ranks import check_same_on_all_ranks
 from phi3_dist.training.sample_answers import sample_answers
+from phi3_dist.training.sequence_parallel import check_packs
 from phi3_dist.training.shared_init import computed_lora_init
-from phi3_dist.training.shares import check_packs
 from phi3_dist.training.signals import StopFlag, exit_code_of, state_of_stop
 from phi3_dist.training.step_loop import run_steps
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from phi3_dist.modeling.attention.backend import backends
-from phi3_dist.modeling.attention.documents import Documents, Settings
-from phi3_dist.modeling.attention.kernels import KERNELS
+from phi3_dist.modeling.attention.kernel_interface import Documents, Settings
+from phi3_dist.modeling.attention.packed_kernels import KERNELS
 
 pytestmark = pytest.mark.gpu
 

@@ -17,7 +17,7 @@ from phi3_dist.errors import PlanError
 from phi3_dist.machine.probe import probe
 from phi3_dist.planning.auto_fields import AUTO
 from phi3_dist.planning.facts import LaunchFacts
-from phi3_dist.planning.render import deepspeed_json
+from phi3_dist.planning.launch_configs import deepspeed_json
 from phi3_dist.training import build, whole_run
 from tests.ranks.launcher import REPO
 

@@ -14,7 +14,7 @@ from phi3_dist.bench.load import measured_load, start
 from phi3_dist.modeling.base import find_base
 from phi3_dist.modeling.new_tokens import enlarged
 from phi3_dist.training.build import build_model
-from phi3_dist.training.engines.engine import make_engine
+from phi3_dist.training.engines.backward_and_update import make_engine
 
 PROBED = ("model.embed_tokens.weight", "model.layers.1.mlp.gate_up_proj.weight", "lm_head.weight")
 

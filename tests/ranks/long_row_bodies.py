@@ -14,10 +14,10 @@ import torch.distributed as dist
 from phi3_dist.config.load import load_run
 from phi3_dist.machine.probe import probe
 from phi3_dist.modeling.attention.backend import attend, packed_sdpa
-from phi3_dist.modeling.attention.documents import Documents, Settings
-from phi3_dist.modeling.attention.exchange import Rows, Share, equal_parts
+from phi3_dist.modeling.attention.kernel_interface import Documents, Settings
+from phi3_dist.modeling.attention.sequence_parallel import Rows, Share, equal_parts
 from phi3_dist.planning.facts import LaunchFacts
-from phi3_dist.planning.render import deepspeed_json
+from phi3_dist.planning.launch_configs import deepspeed_json
 from phi3_dist.training import whole_run
 from tests.ranks.launcher import REPO
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.ranks
 KILLED = """
 import os, signal, sys
 from phi3_dist.cli import main
-from phi3_dist.training import evaluate, step_loop
+from phi3_dist.training import held_out_loss as evaluate, step_loop
 
 made, evaluated, passes = evaluate.to_device, step_loop._evaluate, []
 evaluate.JOINED = 1

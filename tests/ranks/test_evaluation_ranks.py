@@ -10,7 +10,7 @@ import pytest
 
 from phi3_dist.evaluation.evaluate import Asking, evaluate
 from phi3_dist.evaluation.ranks import Ranks, joined
-from phi3_dist.inference.files import How
+from phi3_dist.inference.answers_file import How
 from tests import warm
 from tests.ranks.launcher import REPO, run_ranks
 from tests.ranks.test_strategies import clean_environment, launch, rows, tiny_base

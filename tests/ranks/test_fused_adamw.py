@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from phi3_dist.training.engines.engine import TorchEngine
+from phi3_dist.training.engines.backward_and_update import TorchEngine
 from tests.ranks.launcher import run_ranks
 
 pytestmark = pytest.mark.ranks

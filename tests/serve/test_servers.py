@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from phi3_dist.exports.checking import compared, greedy, served_of
+from phi3_dist.exports.drift import Rows, compute_dtype, live_model
 from phi3_dist.exports.exporting import export
-from phi3_dist.exports.measuring import Rows, compute_dtype, live_model
-from phi3_dist.exports.opening import open_adapter
+from phi3_dist.exports.open_adapter import open_adapter
 from phi3_dist.modeling.tokenizer import load_tokenizer, tiny_tokenizer
 from phi3_dist.serving.asking import ask, ask_plainly, why_absent
 from phi3_dist.serving.rules import judge

@@ -8,7 +8,7 @@ import pytest
 
 from phi3_dist.exports.checking import compared, served_of
 from phi3_dist.exports.exporting import export
-from phi3_dist.exports.opening import open_adapter
+from phi3_dist.exports.open_adapter import open_adapter
 from phi3_dist.serving.asking import ask
 from phi3_dist.serving.rules import judge
 from tests.export_cases import small_adapter, small_base

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from phi3_dist.machine.cluster import submit_script
-from phi3_dist.planning.slurm import SlurmJob, SlurmTopology, render_sbatch
+from phi3_dist.machine.slurm_cluster import submit_script
+from phi3_dist.planning.sbatch_script import SlurmJob, SlurmTopology, render_sbatch
 from tests.slurm.cluster import Cluster, why_not
 
 REPO = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from phi3_dist.errors import PlanError
-from phi3_dist.machine.cluster import check_script, slurm_command
-from phi3_dist.planning.slurm import parse_sweep
+from phi3_dist.machine.slurm_cluster import check_script, slurm_command
+from phi3_dist.planning.sbatch_script import parse_sweep
 from tests.slurm.cluster import Cluster, own_address, why_not
 from tests.slurm.conftest import REPO, Desk
 from tests.slurm.test_slurm_smoke import WORLD

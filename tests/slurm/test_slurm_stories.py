@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from phi3_dist.machine.cluster import submit_script
+from phi3_dist.machine.slurm_cluster import submit_script
 from phi3_dist.report.logs import find_log
 from phi3_dist.report.runs import list_runs, read_run
 from tests.slurm.conftest import REPO, Desk

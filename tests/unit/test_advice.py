@@ -18,9 +18,9 @@ from phi3_dist.family.variants import FAMILIES
 from phi3_dist.machine.own_cards import cards_of
 from phi3_dist.planning.advice import Advice, Cluster, Option, advise
 from phi3_dist.planning.advice_table import find_option, seconds, why_table
-from phi3_dist.planning.ask import Asked, answer, cluster_of
 from phi3_dist.planning.gpus import GPUS, find_gpu, gib_of
 from phi3_dist.planning.memory import total_gib
+from phi3_dist.planning.plan_for_gpus import Asked, answer, cluster_of
 from phi3_dist.planning.preview import launch_of_config
 from phi3_dist.planning.timing import rates_of_gpu
 from phi3_dist.planning.traffic import step_traffic

@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from phi3_dist.modeling.stop_ids import published_stops, stop_ids
 from typer.testing import CliRunner
 
 from phi3_dist.cli.app import app
 from phi3_dist.errors import DataError, plain
-from phi3_dist.inference import files
+from phi3_dist.inference import answers_file as files
+from phi3_dist.inference.answers_file import How, answer_all, answer_file
 from phi3_dist.inference.conversation import Conversation, chat
 from phi3_dist.inference.engine import Sampling
-from phi3_dist.inference.files import How, answer_all, answer_file
-from phi3_dist.inference.opening import Opened, open_model
+from phi3_dist.inference.open_model import Opened, open_model
 from phi3_dist.inference.prompts import Prompt
-from phi3_dist.modeling.generate import answer, published_stops, stop_ids
+from phi3_dist.modeling.greedy_answers import answer
 
 HOW = How(max_new_tokens=10, batch_size=3)
 PROMPTS = [Prompt.of(f"Question {'x' * (i * 5 % 17)} {i}", place=f"rows.jsonl:{i + 1}") for i in range(7)]

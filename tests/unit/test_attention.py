@@ -9,10 +9,10 @@ from transformers import Phi3ForCausalLM
 
 from phi3_dist.errors import ModelError
 from phi3_dist.modeling.attention.backend import attend, kernel_name, packed_sdpa, use_backend
-from phi3_dist.modeling.attention.documents import Documents, Settings
 from phi3_dist.modeling.attention.flex import block_mask
-from phi3_dist.modeling.attention.kernels import KERNELS
-from phi3_dist.planning.attention import BACKENDS, backends, choose_backend, choose_deterministic
+from phi3_dist.modeling.attention.kernel_interface import Documents, Settings
+from phi3_dist.modeling.attention.packed_kernels import KERNELS
+from phi3_dist.planning.attention_choice import BACKENDS, backends, choose_backend, choose_deterministic
 from tests.small_models import small_phi3
 
 LENGTHS = (5, 1, 12, 7)
@@ -174,7 +174,7 @@ def test_varlen_gets_grouped_heads_in_the_way_it_takes_them(gqa: bool, monkeypat
         seen.update(kv_heads=k.shape[1], window=window_size, **more)
         return KERNELS["sdpa"](q, k, v, Documents((5, 3)), Settings(scale, window_size[0] + 1))
 
-    from phi3_dist.modeling.attention import kernels
+    from phi3_dist.modeling.attention import packed_kernels as kernels
 
     names = frozenset({"scale", "window_size", *(["enable_gqa"] if gqa else [])})
     monkeypatch.setattr(kernels, "varlen_arguments", lambda: names)
@@ -187,7 +187,7 @@ def test_varlen_gets_grouped_heads_in_the_way_it_takes_them(gqa: bool, monkeypat
 
 def test_deterministic_backward_is_asked_for_in_that_node_alone() -> None:
     """torch's kernels look at a global while they run: it is on for attention's own backward and for nothing else."""
-    from phi3_dist.modeling.attention.kernels import _deterministic_backward
+    from phi3_dist.modeling.attention.packed_kernels import _deterministic_backward
 
     class Look(torch.autograd.Function):
         @staticmethod

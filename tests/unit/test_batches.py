@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from phi3_dist.data.pack_order import Order
 from rich.console import Console
 
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data import blocks as stream
-from phi3_dist.data.batch import Order, assemble
+from phi3_dist.data.batch import assemble
 from phi3_dist.data.cache import block_files as parts
 from phi3_dist.data.pack.packs import Packs, make_packs
 from phi3_dist.data.prepare import prepare

@@ -9,7 +9,7 @@ import pytest
 
 from phi3_dist.bench.generate import of_vllm
 from phi3_dist.errors import MachineError
-from phi3_dist.inference.opening import open_model
+from phi3_dist.inference.open_model import open_model
 from tests.unit.test_serving import server
 
 

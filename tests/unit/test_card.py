@@ -8,8 +8,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.front_matter import evaluation_of, model_index, with_front
+from phi3_dist.adapters.model_card import adapter_card
 
 FACTS: dict[str, Any] = {
     "name": "my run",

@@ -18,7 +18,7 @@ from phi3_dist.demo import base
 from phi3_dist.demo.base import build_base, find_gguf, is_intact
 from phi3_dist.errors import ModelError
 from phi3_dist.modeling.base import find_base, load_full
-from phi3_dist.modeling.generate import answer
+from phi3_dist.modeling.greedy_answers import answer
 from phi3_dist.modeling.tokenizer import load_tokenizer
 
 REPO = Path(__file__).resolve().parents[2]

@@ -16,9 +16,10 @@ from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 import phi3_dist
-from phi3_dist.adapters import card
+from phi3_dist.adapters import model_card as card
 from phi3_dist.cli import app
-from phi3_dist.machine import doctor, examination
+from phi3_dist.machine import doctor
+from phi3_dist.machine import doctor_on_ranks as examination
 from phi3_dist.machine.doctor import diagnose, extensions_root, stale_extension_locks
 from phi3_dist.machine.findings import Finding, as_json, as_table, exit_code, merged
 from phi3_dist.machine.nodes import NodeFacts, NodeView, clock_findings, differing

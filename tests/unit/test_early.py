@@ -17,8 +17,8 @@ from phi3_dist.machine.launcher import deepspeed_file_beside
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.plan import make_plan
 from phi3_dist.planning.preview import check_fit, check_rows
-from phi3_dist.training.early_checks import check_trackers
 from phi3_dist.training.preflight.before_torch import check_before_torch
+from phi3_dist.training.preflight.trackers_and_inputs import check_trackers
 from tests.ranks.launcher import REPO
 
 CONFIGS = REPO / "configs" / "accelerate"

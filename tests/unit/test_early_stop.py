@@ -9,19 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from phi3_dist.modeling.stop_ids import stop_ids
 from safetensors.torch import load_file
 
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import TrainConfig
 from phi3_dist.errors import ConfigError, TrainingError
 from phi3_dist.inference.engine import answers
-from phi3_dist.inference.opening import open_model
+from phi3_dist.inference.open_model import open_model
 from phi3_dist.machine.probe import probe
-from phi3_dist.modeling.generate import stop_ids
 from phi3_dist.modeling.packed_answers import packed_answers
 from phi3_dist.planning.facts import LaunchFacts
-from phi3_dist.training import evaluate, step_loop, whole_run
-from phi3_dist.training.evaluate import HeldOut
+from phi3_dist.training import held_out_loss as evaluate
+from phi3_dist.training import step_loop, whole_run
+from phi3_dist.training.held_out_loss import HeldOut
 from phi3_dist.training.patience import Patience
 from tests.ranks.launcher import REPO
 from tests.ranks.test_strategies import rows

@@ -21,8 +21,9 @@ from phi3_dist.data.token_rows import TokenRows
 from phi3_dist.machine.probe import probe
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
-from phi3_dist.training import evaluate, whole_run
-from phi3_dist.training.evaluate import joined_packs
+from phi3_dist.training import held_out_loss as evaluate
+from phi3_dist.training import whole_run
+from phi3_dist.training.held_out_loss import joined_packs
 from phi3_dist.training.monitor import metrics as metrics_module
 from phi3_dist.training.monitor.metrics import Metrics
 from phi3_dist.training.monitor.time_left import TimeLeft

@@ -17,7 +17,7 @@ from phi3_dist.errors import ConfigError, DataError, MachineError, Phi3DistError
 from phi3_dist.evaluation.bootstrap import paired
 from phi3_dist.evaluation.evaluate import Asking, Evaluation, evaluate
 from phi3_dist.evaluation.harness import numbers_of
-from phi3_dist.inference.files import How
+from phi3_dist.inference.answers_file import How
 from phi3_dist.report.page import write_page
 from tests.ranks.test_strategies import rows, tiny_base
 from tests.unit.test_inference import made

@@ -17,10 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3ForCausalLM
 from phi3_dist.adapters.loading import load_adapter
 from phi3_dist.errors import AdapterError, RunFolderError
 from phi3_dist.exports import exporting, merged
+from phi3_dist.exports.drift import rows_for, tokenizer_of
 from phi3_dist.exports.exporting import export
 from phi3_dist.exports.gguf_file import read_gguf_adapter
-from phi3_dist.exports.measuring import rows_for, tokenizer_of
-from phi3_dist.exports.opening import open_adapter
+from phi3_dist.exports.open_adapter import open_adapter
 from phi3_dist.exports.updates import Update
 from phi3_dist.modeling.lora import quiet_peft
 from phi3_dist.modeling.rope import pin_longrope

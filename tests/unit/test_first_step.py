@@ -23,7 +23,7 @@ from phi3_dist.planning.plan import RunPlan, make_plan
 from phi3_dist.report.first_screen import first_screen
 from phi3_dist.training import build as build_module
 from phi3_dist.training import whole_run
-from phi3_dist.training.engines.engine import TorchEngine
+from phi3_dist.training.engines.backward_and_update import TorchEngine
 from phi3_dist.training.engines.optimizer import make_optimizer
 from phi3_dist.training.first_step_proof import FirstStepProof, Seen, faults, meant_to_train, shard_faults
 from phi3_dist.training.monitor.against_plan import AgainstPlan

@@ -22,7 +22,7 @@ from phi3_dist.report.curves_png import draw_curves
 from phi3_dist.report.page import write_page
 from phi3_dist.training import whole_run
 from phi3_dist.training.checkpoints.compatibility import base_fingerprint
-from phi3_dist.training.early_checks import TRACKERS
+from phi3_dist.training.preflight.trackers_and_inputs import TRACKERS
 from phi3_dist.training.run_folder_contents import foreign_entries
 from phi3_dist.training.signals import Stopped
 from tests.ranks.launcher import REPO

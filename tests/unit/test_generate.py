@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from phi3_dist.modeling.stop_ids import stop_ids
 from rich.console import Console
 
 from phi3_dist.config.schema import DataConfig, LoraConfig
@@ -19,7 +20,7 @@ from phi3_dist.demo.chats import make_rows, write_rows
 from phi3_dist.demo.score import Score, exact_match, perplexity, samples, score, side_by_side
 from phi3_dist.modeling.attention.backend import use_backend
 from phi3_dist.modeling.base import find_base, load_full
-from phi3_dist.modeling.generate import answer, stop_ids
+from phi3_dist.modeling.greedy_answers import answer
 from phi3_dist.modeling.lora import add_lora
 from phi3_dist.modeling.loss import PackedLoss
 from phi3_dist.modeling.tokenizer import tiny_tokenizer

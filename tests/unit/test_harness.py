@@ -16,8 +16,8 @@ import yaml
 from phi3_dist.errors import ConfigError
 from phi3_dist.evaluation.evaluate import Asking, evaluate
 from phi3_dist.evaluation.harness import _task, run_tasks
-from phi3_dist.inference.files import How
-from phi3_dist.inference.opening import open_model
+from phi3_dist.inference.answers_file import How
+from phi3_dist.inference.open_model import open_model
 from tests.ranks.launcher import REPO
 
 INSTALLED = find_spec("lm_eval") is not None

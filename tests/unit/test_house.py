@@ -95,8 +95,16 @@ def test_a_new_reader_is_led_to_files_that_exist(title: str, lines: str) -> None
 def test_the_loop_says_in_which_order_a_step_is_read() -> None:
     text = ast.get_docstring(ast.parse((PACKAGE / "training" / "whole_run.py").read_text("utf-8"))) or ""
     named = re.findall(r"^\d\. (\S+)  ", text.replace("this file", "whole_run.py"), flags=re.MULTILINE)
-    assert named == ["whole_run.py", "step_loop.py", "train_step.py", "engines/engine.py"]
+    assert named == ["whole_run.py", "step_loop.py", "train_step.py", "engines/backward_and_update.py"]
     assert all((PACKAGE / "training" / name).is_file() for name in named)
+
+
+def test_a_package_lists_modules_that_it_has() -> None:
+    """`name.py` in the docstring of a package, and `room/name.py`, are there."""
+    for init in PACKAGE.rglob("__init__.py"):
+        text = ast.get_docstring(ast.parse(init.read_text("utf-8"))) or ""
+        for name in re.findall(r"(?<![*\w])[\w/]+\.py\b", text):
+            assert (init.parent / name).is_file() or (PACKAGE / name).is_file(), f"{init}: {name}"
 
 
 def test_every_package_has_its_room_and_its_layer() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from phi3_dist.modeling.stop_ids import stop_ids
 from transformers import GenerationConfig, Phi3ForCausalLM
 
 from phi3_dist.config.load import load_run
@@ -21,10 +22,9 @@ from phi3_dist.data.prepare import prepare
 from phi3_dist.errors import AdapterError, ConfigError, DataError, Phi3DistError, RunFolderError
 from phi3_dist.inference import engine
 from phi3_dist.inference.engine import Sampling, answers, stream
-from phi3_dist.inference.opening import Opened, Options, open_model
+from phi3_dist.inference.open_model import Opened, Options, open_model
 from phi3_dist.inference.prompts import Prompt, prompt_ids, read_prompts
 from phi3_dist.machine.probe import probe
-from phi3_dist.modeling.generate import stop_ids
 from phi3_dist.modeling.lora import quiet_peft
 from phi3_dist.modeling.tokenizer import load_tokenizer, tiny_tokenizer
 from phi3_dist.planning.facts import LaunchFacts

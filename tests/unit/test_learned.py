@@ -17,11 +17,11 @@ from phi3_dist.errors import PlanError
 from phi3_dist.family.variants import FAMILIES
 from phi3_dist.machine.learned_overheads import overheads_file, overheads_of
 from phi3_dist.planning.advice import Cluster, advise
+from phi3_dist.planning.fitted_overheads import FinishedRun, Overheads, fit_overheads
 from phi3_dist.planning.gpus import find_gpu
-from phi3_dist.planning.learned import FinishedRun, Overheads, fit_overheads
 from phi3_dist.planning.memory import Term
 from phi3_dist.planning.timing import rates_of_gpu
-from phi3_dist.report.learning import finished_run, finished_runs
+from phi3_dist.report.measured_overheads import finished_run, finished_runs
 
 MINI = next(family for family in FAMILIES if family.name == "mini-4k")
 H100 = "NVIDIA H100 80GB HBM3"

@@ -317,7 +317,7 @@ def test_schema_describes_each_field() -> None:
 
 def test_config_and_planning_import_no_torch() -> None:
     code = (
-        "import sys, phi3_dist.config.load, phi3_dist.planning.plan, phi3_dist.planning.render;"
+        "import sys, phi3_dist.config.load, phi3_dist.planning.plan, phi3_dist.planning.launch_configs;"
         "bad = {'torch', 'transformers', 'peft', 'accelerate', 'numpy'} & set(sys.modules);"
         "assert not bad, bad"
     )

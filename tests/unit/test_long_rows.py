@@ -14,14 +14,14 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batch import assemble
 from phi3_dist.errors import DataError, ModelError, PlanError
 from phi3_dist.family.variants import FAMILIES
-from phi3_dist.modeling.attention.exchange import Rows, equal_parts
+from phi3_dist.modeling.attention.sequence_parallel import Rows, equal_parts
 from phi3_dist.modeling.fused_lora import dropped_positions
 from phi3_dist.planning.facts import LaunchFacts
-from phi3_dist.planning.long_rows import exchanged_bytes
 from phi3_dist.planning.memory import total_gib
 from phi3_dist.planning.plan import RunPlan, make_plan
+from phi3_dist.planning.sequence_parallel import exchanged_bytes
 from phi3_dist.planning.support import QUANTIZATIONS, STRATEGIES, No, support, support_sharing
-from phi3_dist.training.shares import Cut, check_packs, cut_batch
+from phi3_dist.training.sequence_parallel import Cut, check_packs, cut_batch
 from tests.small_models import small_phi3
 from tests.unit.test_plan import GPU, PACKAGES, problems, run
 

@@ -15,6 +15,8 @@ from phi3_dist.family.variants import FAMILIES, Shape
 from phi3_dist.modeling.attention.backend import use_backend
 from phi3_dist.modeling.fused_layers import install_fused_layers
 from phi3_dist.modeling.fused_lora import install_fused
+from phi3_dist.planning.activation_memory import Step, saved_by_layer
+from phi3_dist.planning.launch_configs import deepspeed_json
 from phi3_dist.planning.memory import (
     GIB,
     SHIPPED_ZERO,
@@ -25,9 +27,7 @@ from phi3_dist.planning.memory import (
     memory_terms,
     total_gib,
 )
-from phi3_dist.planning.moments import step_moments
-from phi3_dist.planning.render import deepspeed_json
-from phi3_dist.planning.step_memory import Step, saved_by_layer
+from phi3_dist.planning.memory_moments import step_moments
 
 # peft 0.21 asks transformers 5.24 for a property under its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -25,15 +25,17 @@ from phi3_dist.machine.nodes import NodeView
 from phi3_dist.machine.process_group import Ranks
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.plan import RunPlan, make_plan
-from phi3_dist.training.preflight import hub, room, this_rank
+from phi3_dist.training.preflight import dry_run_checks as this_rank
+from phi3_dist.training.preflight import hub
+from phi3_dist.training.preflight import memory_and_disk as room
 from phi3_dist.training.preflight.across_ranks import node_view, seen_from_all_nodes, shared_folder_findings
-from phi3_dist.training.preflight.at_start import plan_start
+from phi3_dist.training.preflight.base_and_plan import plan_start
 from phi3_dist.training.preflight.before_torch import check_before_torch
 from phi3_dist.training.preflight.collect import Collected
 from phi3_dist.training.preflight.context_window import context_finding
 from phi3_dist.training.preflight.hub import hub_findings, hub_ids
 from phi3_dist.training.preflight.launcher_settings import not_read
-from phi3_dist.training.preflight.room import Room, checkpoint_bytes, disk_findings, memory_findings
+from phi3_dist.training.preflight.memory_and_disk import Room, checkpoint_bytes, disk_findings, memory_findings
 from phi3_dist.training.run_folder import RunFolder
 from tests.ranks.launcher import REPO
 

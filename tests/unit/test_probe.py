@@ -11,7 +11,7 @@ import pytest
 from phi3_dist.errors import PlanError
 from phi3_dist.machine.launch_request import LaunchRequest
 from phi3_dist.machine.probe import launch_facts, no_compiler, probe
-from phi3_dist.planning.render import SHIPPED
+from phi3_dist.planning.launch_configs import SHIPPED
 
 MEETING = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 TWO = {**MEETING, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1", "RANK": "1"}

@@ -21,8 +21,8 @@ from phi3_dist.data.blocks import read_chats
 from phi3_dist.errors import ConfigError, MachineError, ModelError, PlanError
 from phi3_dist.machine.launch_request import read_command_line
 from phi3_dist.machine.launcher import _with_deepspeed_file
+from phi3_dist.planning.launch_configs import SHIPPED, deepspeed_json
 from phi3_dist.planning.preview import launch_of_config
-from phi3_dist.planning.render import SHIPPED, deepspeed_json
 from phi3_dist.planning.support import STRATEGIES
 from phi3_dist.planning.write_configs import write_configs
 

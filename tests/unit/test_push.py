@@ -16,8 +16,8 @@ import yaml
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 
-from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.files import save_adapter
+from phi3_dist.adapters.model_card import adapter_card
 from phi3_dist.errors import AdapterError, ConfigError, MachineError
 from phi3_dist.exports.pushing import push
 from phi3_dist.modeling.lora import quiet_peft

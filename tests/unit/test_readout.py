@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from phi3_dist.training.engines.engine import TorchEngine
+from phi3_dist.training.engines.backward_and_update import TorchEngine
 from tests import warm
 from tests.ranks.launcher import REPO
 from tests.ranks.test_bad_numbers import OPTIONS, material  # noqa: F401 -- a fixture
@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from phi3_dist.cli import main
 from phi3_dist.training.monitor import readout
 from phi3_dist.training import step_loop
-from phi3_dist.training.engines import engine as strategy
+from phi3_dist.training.engines import backward_and_update as strategy
 
 behind, fused, killed_in = (int(word) for word in sys.argv[1:4])
 del sys.argv[1:4]

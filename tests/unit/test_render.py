@@ -9,7 +9,7 @@ import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
 from phi3_dist.machine.launch_request import read_command_line
-from phi3_dist.planning.render import SHIPPED, accelerate_yaml, deepspeed_json, write_shipped
+from phi3_dist.planning.launch_configs import SHIPPED, accelerate_yaml, deepspeed_json, write_shipped
 from phi3_dist.planning.support import STRATEGIES
 
 REPO = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from phi3_dist.errors import PlanError, RunFolderError
-from phi3_dist.planning.slurm import parse_env
+from phi3_dist.planning.sbatch_script import parse_env
 from phi3_dist.training.run_folder import RunFolder
 from tests import warm
 

@@ -15,7 +15,7 @@ from phi3_dist.cli import app
 from phi3_dist.errors import ConfigError, MachineError
 from phi3_dist.exports import checking
 from phi3_dist.exports.checking import check, served_of, try_server
-from phi3_dist.exports.opening import open_adapter
+from phi3_dist.exports.open_adapter import open_adapter
 from phi3_dist.serving.asking import Answer, ask, why_absent
 from phi3_dist.serving.facts import Served
 from phi3_dist.serving.rules import RULES, SERVERS, Server, judge

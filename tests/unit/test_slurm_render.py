@@ -12,9 +12,9 @@ import pytest
 
 from phi3_dist.config.schema import DataConfig, ModelConfig, RunConfig
 from phi3_dist.errors import MachineError, PlanError
-from phi3_dist.machine.cluster import Check, Rendered, slurm_command, slurm_facts, submit_script
-from phi3_dist.planning.job_script import JOB_BODY
-from phi3_dist.planning.slurm import SlurmJob, SlurmTopology, parse_env, parse_sweep, render_sbatch, slurm_time
+from phi3_dist.machine.slurm_cluster import Check, Rendered, slurm_command, slurm_facts, submit_script
+from phi3_dist.planning.sbatch_body import JOB_BODY
+from phi3_dist.planning.sbatch_script import SlurmJob, SlurmTopology, parse_env, parse_sweep, render_sbatch, slurm_time
 
 REPO = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"

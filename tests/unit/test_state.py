@@ -17,7 +17,7 @@ from phi3_dist.modeling.base import find_base, load_full, load_quantized
 from phi3_dist.modeling.lora import add_lora
 from phi3_dist.training import runtime as runtime_module
 from phi3_dist.training.checkpoints.state import BLOCKS, export_state, import_state
-from phi3_dist.training.engines.engine import TorchEngine
+from phi3_dist.training.engines.backward_and_update import TorchEngine
 from phi3_dist.training.engines.optimizer import make_optimizer
 from phi3_dist.training.engines.zero_state import new_moments, step_count
 from phi3_dist.training.plan_proof import prove_built_dtypes, prove_updated_dtypes

@@ -14,10 +14,10 @@ import pytest
 
 from phi3_dist.config.schema import LogConfig
 from phi3_dist.errors import MachineError
-from phi3_dist.training import early_checks as early
-from phi3_dist.training.early_checks import check_trackers
 from phi3_dist.training.monitor.metrics import Metrics
 from phi3_dist.training.monitor.trackers import finish_trackers, start_trackers, tracker_options
+from phi3_dist.training.preflight import trackers_and_inputs as early
+from phi3_dist.training.preflight.trackers_and_inputs import check_trackers
 from tests.disks import Disk, small_disk
 
 KEY = "machine api.wandb.ai\n  login user\n  password 0123456789\n"

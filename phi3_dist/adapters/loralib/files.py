@@ -23,11 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phi3_dist.adapters.card import adapter_card
 from phi3_dist.adapters.disk import write_tensors
 from phi3_dist.adapters.files import write_adapter
 from phi3_dist.adapters.loralib.layers import KINDS, Kind, Layer, lookup
 from phi3_dist.adapters.loralib.state_dicts import loralib_from_peft, peft_from_loralib
+from phi3_dist.adapters.model_card import adapter_card
 from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.config.json_text import parse_json
 from phi3_dist.errors import AdapterError, ConfigError, Problem

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from phi3_dist.bench.card.checks import Check, Group, Skip
 from phi3_dist.modeling.attention.backend import attend, backends
-from phi3_dist.modeling.attention.documents import Documents, Settings
-from phi3_dist.modeling.attention.kernels import KERNELS
+from phi3_dist.modeling.attention.kernel_interface import Documents, Settings
+from phi3_dist.modeling.attention.packed_kernels import KERNELS
 
 __all__ = ["attention"]
 

@@ -13,7 +13,7 @@ import torch
 
 from phi3_dist.bench.card.checks import Group
 from phi3_dist.machine.probe import package_versions, probe
-from phi3_dist.planning.attention import backends
+from phi3_dist.planning.attention_choice import backends
 
 __all__ = ["facts"]
 

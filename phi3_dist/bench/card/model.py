@@ -22,7 +22,7 @@ from phi3_dist.bench.scaling import rows_of_length
 from phi3_dist.bench.sides import make_token_packs, matrix_flops_per_s
 from phi3_dist.bench.throughput import step_flops
 from phi3_dist.config.schema import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from phi3_dist.data.batch import Order
+from phi3_dist.data.pack_order import Order
 from phi3_dist.errors import PlanError
 from phi3_dist.machine.probe import probe
 from phi3_dist.modeling.base import Base
@@ -31,7 +31,7 @@ from phi3_dist.planning.facts import LaunchFacts
 from phi3_dist.planning.memory import total_gib
 from phi3_dist.planning.plan import RunPlan, make_plan
 from phi3_dist.training.build import build_model
-from phi3_dist.training.engines.engine import make_engine
+from phi3_dist.training.engines.backward_and_update import make_engine
 from phi3_dist.training.runtime import Runtime, start_runtime
 from phi3_dist.training.train_step import train_step
 

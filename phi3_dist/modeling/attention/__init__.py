@@ -1,1 +1,1 @@
-"""Attention over documents: backends (backend.py), kernels (kernels.py, flex.py). planning/attention.py chooses."""
+"""Attention within documents: backend.py, packed_kernels.py, flex.py. planning/attention_choice.py decides which."""

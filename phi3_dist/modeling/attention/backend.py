@@ -18,11 +18,11 @@ from transformers import AttentionInterface
 
 from phi3_dist.errors import ModelError, Problem
 from phi3_dist.machine.probe import package_versions, varlen_arguments
-from phi3_dist.modeling.attention.documents import Documents, Settings
-from phi3_dist.modeling.attention.exchange import Share, attend_shared
-from phi3_dist.modeling.attention.kernels import KERNELS, WITH_DROPOUT
-from phi3_dist.planning.attention import Backend
-from phi3_dist.planning.attention import backends as backends_of_facts
+from phi3_dist.modeling.attention.kernel_interface import Documents, Settings
+from phi3_dist.modeling.attention.packed_kernels import KERNELS, WITH_DROPOUT
+from phi3_dist.modeling.attention.sequence_parallel import Share, attend_shared
+from phi3_dist.planning.attention_choice import Backend
+from phi3_dist.planning.attention_choice import backends as backends_of_facts
 
 __all__ = [
     "attend",

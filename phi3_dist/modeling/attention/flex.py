@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phi3_dist.modeling.attention.documents import Documents, Settings
+from phi3_dist.modeling.attention.kernel_interface import Documents, Settings
 
 __all__ = ["block_mask", "flex"]
 

@@ -66,7 +66,7 @@ class _KernelLora(torch.autograd.Function):
         quant_state: Any,
         keep: bool,
     ) -> Tensor:
-        from phi3_dist.modeling.fused_lora import dense
+        from phi3_dist.modeling.dequantize import dense
 
         x_TI = x.reshape(-1, x.shape[-1])
         if isinstance(quant_state, Fp8Scale):
@@ -87,7 +87,7 @@ class _KernelLora(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from phi3_dist.modeling.fused_lora import dense
+        from phi3_dist.modeling.dequantize import dense
 
         x, weight, a_RI, b_OR, down_TR = ctx.saved_tensors
         x_TI, grad_TO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]).contiguous()

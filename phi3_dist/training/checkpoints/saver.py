@@ -14,8 +14,8 @@ from phi3_dist.errors import Problem, RunFolderError, TrainingError
 from phi3_dist.training.checkpoints.files import Checkpoint, Kept, verify, write_checkpoint
 from phi3_dist.training.checkpoints.state import export_state, restore
 from phi3_dist.training.context import RunContext
-from phi3_dist.training.evaluate import HeldOut
-from phi3_dist.training.monitor.health import Health
+from phi3_dist.training.held_out_loss import HeldOut
+from phi3_dist.training.monitor.bad_steps import Health
 
 __all__ = ["Saver"]
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from phi3_dist.adapters.select import choose
 from phi3_dist.errors import Problem, TrainingError
 from phi3_dist.training.checkpoints.files import Checkpoint, read_state
-from phi3_dist.training.engines.engine import DeepSpeedEngine, Engine
+from phi3_dist.training.engines.backward_and_update import DeepSpeedEngine, Engine
 from phi3_dist.training.engines.optimizer import trained
 from phi3_dist.training.engines.zero_state import (
     MOMENTS,

@@ -151,7 +151,7 @@ class Metrics:
             self.say(f"{text}  left {left_s:.0f} s (data.max_validation_rows sets a limit)")
 
     def note(self, kind: str, row: dict[str, Any]) -> None:
-        """A row of another kind: `skipped` and `spike` (monitor/health.py), `saves` (checkpoints/saver.py)."""
+        """A row of another kind: `skipped` and `spike` (monitor/bad_steps.py), `saves` (checkpoints/saver.py)."""
         if self.active:
             self._write({"kind": kind, **row})
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from phi3_dist.training.context import RunContext
-from phi3_dist.training.monitor.health import Health
+from phi3_dist.training.monitor.bad_steps import Health
 from phi3_dist.training.monitor.step_parts import peak_gib
 from phi3_dist.training.train_step import StepResult
 

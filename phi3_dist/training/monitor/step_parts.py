@@ -18,7 +18,7 @@ from phi3_dist.data.pack.packs import Packs
 from phi3_dist.machine.probe import probe
 from phi3_dist.modeling.lora import count_parameters
 from phi3_dist.training.context import RunContext
-from phi3_dist.training.engines.engine import Engine
+from phi3_dist.training.engines.backward_and_update import Engine
 
 __all__ = ["GIB", "TimedEngine", "lengths_of", "peak_gib", "run_facts"]
 

@@ -11,9 +11,9 @@ from phi3_dist.machine.probe import launch_facts
 from phi3_dist.planning.facts import LaunchFacts
 from phi3_dist.planning.launch_rules import zero_file_problems
 from phi3_dist.planning.plan import batch_problems
-from phi3_dist.training.early_checks import check_folder, check_modules, check_trackers
 from phi3_dist.training.preflight.collect import Collected
 from phi3_dist.training.preflight.launcher_settings import refuse_contradictions
+from phi3_dist.training.preflight.trackers_and_inputs import check_folder, check_modules, check_trackers
 
 __all__ = ["check_before_torch"]
 

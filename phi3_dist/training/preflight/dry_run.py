@@ -15,7 +15,7 @@ from phi3_dist.machine.findings import Finding, exit_code, merged, of_error
 from phi3_dist.machine.nodes import clock_findings
 from phi3_dist.machine.process_group import Ranks, joined
 from phi3_dist.training.preflight.across_ranks import node_view, shared_folder_findings
-from phi3_dist.training.preflight.this_rank import Looked, look
+from phi3_dist.training.preflight.dry_run_checks import Looked, look
 from phi3_dist.training.run_folder import versions
 from phi3_dist.training.same_on_all_ranks import differences
 

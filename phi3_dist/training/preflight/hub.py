@@ -12,7 +12,7 @@ from phi3_dist.config.json_text import parse_json
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import redacted
 from phi3_dist.machine.findings import Finding
-from phi3_dist.training.early_checks import inputs_of
+from phi3_dist.training.preflight.trackers_and_inputs import inputs_of
 
 __all__ = ["hub_findings", "hub_ids", "hub_is_off", "missing_ids"]
 

@@ -35,7 +35,7 @@ def _rows_of(ctx: RunContext, packs: Sequence[int]) -> str:
 class Health:
     """Counts skipped steps and watches the last 50 losses. Every rank sees the same numbers and decides the same.
 
-    The engines have made no update in a step whose gradient norm is not finite (training/engines/engine.py).
+    The engines (engines/backward_and_update.py) have made no update in a step whose gradient norm is not finite.
     """
 
     def __init__(self, ctx: RunContext, saved: Mapping[str, Any] | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from phi3_dist.config.load import flatten
 from phi3_dist.errors import RunFolderError
 from phi3_dist.report import first_screen, page_charts
-from phi3_dist.report.reading import finite, printable
+from phi3_dist.report.plain_values import finite, printable
 from phi3_dist.report.run_files import Row, read_config, read_json, read_metrics, run_name
 from phi3_dist.report.runs import RunRow, read_run
 from phi3_dist.report.words import shown

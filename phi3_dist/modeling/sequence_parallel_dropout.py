@@ -13,7 +13,7 @@ from typing import Any, Literal
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from phi3_dist.modeling.attention.exchange import Rows, Share
+from phi3_dist.modeling.attention.sequence_parallel import Rows, Share
 from phi3_dist.modeling.fused_lora import draw_for_rows
 from phi3_dist.modeling.loss import PackedLoss
 

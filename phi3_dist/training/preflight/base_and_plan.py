@@ -18,7 +18,7 @@ from phi3_dist.training.auto_values import AutoValues
 from phi3_dist.training.inputs import find_model
 from phi3_dist.training.preflight.collect import Collected
 from phi3_dist.training.preflight.launcher_settings import not_read
-from phi3_dist.training.preflight.room import refuse_no_room
+from phi3_dist.training.preflight.memory_and_disk import refuse_no_room
 
 __all__ = ["Planned", "model_or_problems", "plan_start"]
 

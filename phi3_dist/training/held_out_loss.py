@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phi3_dist.data.pack.packs import Packs
 from phi3_dist.modeling.loss import PackedLoss, plain_head
-from phi3_dist.training.engines.engine import Engine
+from phi3_dist.training.engines.backward_and_update import Engine
 from phi3_dist.training.runtime import Runtime
 from phi3_dist.training.signals import StopFlag
 from phi3_dist.training.train_step import to_device

@@ -15,11 +15,11 @@ from typing import Any
 from phi3_dist.config.load import load_run
 from phi3_dist.errors import ConfigError, PlanError, Problem, RunFolderError
 from phi3_dist.planning.advice import Cluster, Option, advise
+from phi3_dist.planning.fitted_overheads import FinishedRun
 from phi3_dist.planning.gpus import find_gpu
-from phi3_dist.planning.learned import FinishedRun
 from phi3_dist.planning.preview import shape_of_source
 from phi3_dist.planning.timing import rates_of_gpu
-from phi3_dist.report.reading import finite, read_object
+from phi3_dist.report.plain_values import finite, read_object
 from phi3_dist.report.run_files import read_metrics
 
 __all__ = ["finished_run", "finished_runs"]

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phi3_dist.machine.probe import varlen_arguments
-from phi3_dist.modeling.attention.documents import Documents, Kernel, Settings
 from phi3_dist.modeling.attention.flex import flex
-from phi3_dist.planning.attention import BACKENDS
+from phi3_dist.modeling.attention.kernel_interface import Documents, Kernel, Settings
+from phi3_dist.planning.attention_choice import BACKENDS
 
 __all__ = ["KERNELS", "WITH_DROPOUT"]
 

@@ -25,7 +25,7 @@ from phi3_dist.data.read.row_formats import Chat
 from phi3_dist.data.read.turns import Message
 from phi3_dist.data.render.encode import encode_chats
 from phi3_dist.errors import AdapterError, DataError, Problem
-from phi3_dist.exports.opening import Opened, first_line
+from phi3_dist.exports.open_adapter import Opened, first_line
 from phi3_dist.modeling.base import Base, load_full, load_quantized
 from phi3_dist.modeling.tokenizer import load_tokenizer
 

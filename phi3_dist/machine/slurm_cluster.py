@@ -14,7 +14,7 @@ from typing import Literal
 
 from phi3_dist.config.shipped_files import shipped_of
 from phi3_dist.errors import MachineError, PlanError, Problem
-from phi3_dist.planning.slurm import SlurmJob, SlurmTopology, render_sbatch
+from phi3_dist.planning.sbatch_script import SlurmJob, SlurmTopology, render_sbatch
 
 __all__ = ["Check", "Rendered", "SlurmFacts", "check_script", "slurm_command", "slurm_facts", "submit_script"]
 

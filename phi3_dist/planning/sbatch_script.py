@@ -1,6 +1,6 @@
 """The sbatch script of a run: what the run file asks for, on the topology that the command line asks for.
 
-Everything comes in as values and goes out as text; `phi3_dist.machine.cluster` talks to a real Slurm.
+Everything comes in as values and goes out as text; `phi3_dist.machine.slurm_cluster` talks to a real Slurm.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem, control_character, redacted
-from phi3_dist.planning.job_script import JOB_BODY
+from phi3_dist.planning.sbatch_body import JOB_BODY
 
 __all__ = ["SlurmJob", "SlurmTopology", "parse_env", "parse_sweep", "render_sbatch", "slurm_time"]
 

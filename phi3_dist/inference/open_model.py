@@ -27,12 +27,12 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import AdapterError, ConfigError, ModelError, Problem, RunFolderError
 from phi3_dist.machine.storage import cache_folder
 from phi3_dist.modeling.base import TINY, Base, find_base, load_full, load_quantized
-from phi3_dist.modeling.generate import published_stops
 from phi3_dist.modeling.lora import adapted, add_lora, fill_adapter
 from phi3_dist.modeling.lora_init import subtract_from_base
 from phi3_dist.modeling.loss import PackedLoss
 from phi3_dist.modeling.new_tokens import enlarged, new_token_ids, token_rows
 from phi3_dist.modeling.rope import pin_longrope
+from phi3_dist.modeling.stop_ids import published_stops
 from phi3_dist.modeling.tokenizer import load_tokenizer
 from phi3_dist.training.build import adapter_values
 from phi3_dist.training.checkpoints.compatibility import base_fingerprint

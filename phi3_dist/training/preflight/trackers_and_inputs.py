@@ -1,6 +1,4 @@
-"""What can be said of a run in a second, before torch is imported: folder, targets, trackers.
-
-preflight/before_torch.py asks all of it at once."""
+"""Whether a run's trackers and LoRA targets are there, and the files that it reads, in a second and before torch."""
 
 from __future__ import annotations
 

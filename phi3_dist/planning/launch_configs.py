@@ -65,7 +65,9 @@ def deepspeed_json(strategy: str) -> str:
 def _header(strategy: str, num_processes: int, num_machines: int, cpu: bool) -> list[str]:
     nodes = f" on {num_machines} nodes" if num_machines > 1 else ""
     process = "process" if num_processes == 1 else "processes"
-    lines = [f"{strategy}: {num_processes} {process}{nodes}. Rendered by phi3_dist/planning/render.py; topology only."]
+    lines = [
+        f"{strategy}: {num_processes} {process}{nodes}. Written by phi3_dist/planning/launch_configs.py; topology only."
+    ]
     if strategy == "single":
         lines.append("One process; it takes the GPU where there is one.")
     elif num_machines > 1:

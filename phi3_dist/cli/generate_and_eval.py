@@ -60,9 +60,9 @@ def generate(
     if (prompt is None) == (rows is None) or (rows is not None and out is None):
         fix = "give --prompt TEXT, or a file of rows and --output FILE"
         raise ConfigError(Problem("phi3-dist generate", "takes one prompt, or rows and a file for the answers", fix))
+    from phi3_dist.inference.answers_file import How, answer_all, answer_file
     from phi3_dist.inference.engine import Sampling
-    from phi3_dist.inference.files import How, answer_all, answer_file
-    from phi3_dist.inference.opening import Options, open_model
+    from phi3_dist.inference.open_model import Options, open_model
     from phi3_dist.inference.prompts import Prompt, read_prompts
 
     how = How(max_new_tokens, batch_size, Sampling(temperature, top_p, top_k, seed))
@@ -96,11 +96,11 @@ def chat(
     device: Device = None,
 ) -> None:
     """Talk to a trained model, on a terminal or with one message a line over a pipe. /help lists commands."""
+    from phi3_dist.inference.answers_file import How
     from phi3_dist.inference.conversation import Conversation
     from phi3_dist.inference.conversation import chat as talk
     from phi3_dist.inference.engine import Sampling
-    from phi3_dist.inference.files import How
-    from phi3_dist.inference.opening import Options, open_model
+    from phi3_dist.inference.open_model import Options, open_model
 
     opened = open_model(target, Options(base_model, None, precision, quantization, device))
     how = How(max_new_tokens, 1, Sampling(temperature, top_p, top_k, seed))
@@ -156,7 +156,7 @@ def evaluate(
 def _show(found: Evaluation, output: Path | None, target: str) -> None:
     from rich.console import Console
 
-    from phi3_dist.inference.opening import run_folder_of
+    from phi3_dist.inference.open_model import run_folder_of
 
     for notice in found.notices:
         typer.echo(f"note: {plain(notice)}")

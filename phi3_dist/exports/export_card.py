@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from phi3_dist.exports.measuring import Drift
-from phi3_dist.exports.opening import Opened
+from phi3_dist.exports.drift import Drift
+from phi3_dist.exports.open_adapter import Opened
 
 __all__ = ["export_card", "gguf_card", "merged_card"]
 

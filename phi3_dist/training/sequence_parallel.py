@@ -15,7 +15,7 @@ import torch.distributed as dist
 from phi3_dist.data.batch import PackedBatch
 from phi3_dist.data.pack.packs import Packs
 from phi3_dist.errors import DataError, Problem
-from phi3_dist.modeling.attention.exchange import Rows, Share, equal_parts
+from phi3_dist.modeling.attention.sequence_parallel import Rows, Share, equal_parts
 
 __all__ = ["Cut", "check_packs", "cut_batch", "join_group"]
 

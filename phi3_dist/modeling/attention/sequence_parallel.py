@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from phi3_dist.modeling.attention.documents import Documents, Kernel, Settings
+from phi3_dist.modeling.attention.kernel_interface import Documents, Kernel, Settings
 
 __all__ = ["Rows", "Share", "attend_shared", "equal_parts"]
 

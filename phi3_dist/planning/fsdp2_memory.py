@@ -1,4 +1,4 @@
-"""Weights that are whole on a rank while each rank holds a part of them, under FSDP2; ZeRO-3's are in zero3_walk.py.
+"""Weights that are whole on a rank while each rank holds a part of them, under FSDP2; ZeRO-3's are in zero3_memory.py.
 
 Read off the real engine on fake CUDA tensors (`python -m phi3_dist.bench.memory`). FSDP2 gathers a layer into one
 buffer, copies its parameters out of it, and keeps that until the next one's is copied; the root group (embedding and
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from phi3_dist.family.variants import Shape
-from phi3_dist.planning.zero3_walk import Level, Place
+from phi3_dist.planning.zero3_memory import Level, Place
 
 __all__ = ["fsdp2_gathered"]
 

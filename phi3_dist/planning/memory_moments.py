@@ -4,7 +4,7 @@ That is while the loss is computed, or in the backward of the last decoder layer
 MLP sees supervised rows alone, and may be the smaller); where weights are gathered it may be any layer's forward or
 backward.
 
-Letters of shapes as in step_memory.py.
+Letters of shapes as in activation_memory.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from phi3_dist.family.variants import Shape
-from phi3_dist.planning.step_memory import (
+from phi3_dist.planning.activation_memory import (
     Layer,
     Segment,
     Step,
@@ -25,7 +25,7 @@ from phi3_dist.planning.step_memory import (
     saved_by_layer,
     table_bytes,
 )
-from phi3_dist.planning.zero3_walk import Place
+from phi3_dist.planning.zero3_memory import Place
 
 __all__ = ["Moment", "step_moments"]
 

@@ -25,12 +25,12 @@ from phi3_dist.modeling.base import Base
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.plan import RunPlan, make_plan
 from phi3_dist.planning.preview import shape_of_source
-from phi3_dist.training.early_checks import check_folder, check_modules, check_trackers, inputs_of
 from phi3_dist.training.inputs import find_model
 from phi3_dist.training.preflight.context_window import context_finding
 from phi3_dist.training.preflight.hub import hub_findings, hub_ids, missing_ids
 from phi3_dist.training.preflight.launcher_settings import not_read, refuse_contradictions
-from phi3_dist.training.preflight.room import Room, disk_findings, memory_findings
+from phi3_dist.training.preflight.memory_and_disk import Room, disk_findings, memory_findings
+from phi3_dist.training.preflight.trackers_and_inputs import check_folder, check_modules, check_trackers, inputs_of
 from phi3_dist.training.run_folder_contents import LOCK
 
 __all__ = ["Looked", "look"]

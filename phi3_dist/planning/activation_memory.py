@@ -2,7 +2,7 @@
 
 A layer's forward and backward are walked through here as the fused functions of modeling/ run them, in segments: one
 for each module that may gather its weights. `python -m phi3_dist.bench.memory` holds the walk against the real step on
-fake CUDA tensors and on a CPU; moments.py puts it together.
+fake CUDA tensors and on a CPU; memory_moments.py puts it together.
 
 Shapes: T tokens of a micro batch, S of them supervised, H hidden, Q queries, K keys, I inner, R rank, V vocabulary.
 """

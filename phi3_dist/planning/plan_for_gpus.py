@@ -15,8 +15,8 @@ from phi3_dist.errors import PlanError, Problem
 from phi3_dist.planning.advice import Advice, Cluster, Option, advise
 from phi3_dist.planning.advice_table import advice_table, find_option, why_table
 from phi3_dist.planning.auto_fields import RowLengths
+from phi3_dist.planning.fitted_overheads import Overheads
 from phi3_dist.planning.gpus import Gpu, find_gpu
-from phi3_dist.planning.learned import Overheads
 from phi3_dist.planning.memory import total_gib
 from phi3_dist.planning.preview import shape_of_source
 from phi3_dist.planning.rates_of_machine import with_measured

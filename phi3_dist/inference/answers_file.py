@@ -19,9 +19,9 @@ from typing import Any
 from phi3_dist.data.answers import text_of
 from phi3_dist.errors import DataError, Problem
 from phi3_dist.inference.engine import GREEDY, Answer, Sampling, answers
-from phi3_dist.inference.opening import Opened
+from phi3_dist.inference.open_model import Opened
 from phi3_dist.inference.prompts import Prompt, prompt_ids
-from phi3_dist.modeling.generate import stop_ids
+from phi3_dist.modeling.stop_ids import stop_ids
 
 __all__ = ["How", "answer_all", "answer_file", "refuse_too_long"]
 
