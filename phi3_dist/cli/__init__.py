@@ -18,10 +18,16 @@ import typer
 from phi3_dist.cli import training  # noqa: F401 -- each adds its verbs to the app, in the order of the help
 
 # isort: split
-from phi3_dist.cli import cache, project, show  # noqa: F401
+from phi3_dist.cli import planning, slurm, sweep  # noqa: F401
 
 # isort: split
-from phi3_dist.cli import convert, export_and_push, generate_and_eval, planning, report, slurm, sweep  # noqa: F401
+from phi3_dist.cli import generate_and_eval  # noqa: F401
+
+# isort: split
+from phi3_dist.cli import export_and_push, report  # noqa: F401
+
+# isort: split
+from phi3_dist.cli import cache, convert, project, show  # noqa: F401
 from phi3_dist.cli.app import app
 from phi3_dist.errors import ConfigError, MachineError, Phi3DistError, Problem, plain, redacted
 from phi3_dist.machine.print_encoding import print_in_any_encoding
