@@ -48,6 +48,7 @@ def never_held_the_whole_base(ranks: list[dict[str, Any]], size: int, *, peak: f
         assert rank["peak_pss"] < peak * size, "the rank held the whole base"
 
 
+@pytest.mark.full  # zero3 stays in make test: it is the harder one
 def test_fsdp2_reads_into_shards_and_ddp_shares_the_files(base: tuple[Path, int]) -> None:
     found = loaded(base, "fsdp2", "ddp")
     never_held_the_whole_base(found["fsdp2"], base[1], peak=0.65)

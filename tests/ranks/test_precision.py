@@ -28,7 +28,7 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "strategy", ["zero1", "zero3", *(pytest.param(s, marks=pytest.mark.full) for s in ("zero2", "zero3_offload"))]
+    "strategy", ["zero3", *(pytest.param(s, marks=pytest.mark.full) for s in ("zero1", "zero2", "zero3_offload"))]
 )
 def test_zero_in_bf16_gives_ddps_numbers_and_a_float32_adapter(
     strategy: str, ddp: Path, tmp_path: Path, deepspeed_ops: Path

@@ -85,7 +85,8 @@ def test_a_killed_rank_is_restarted_on_one_machine(undisturbed: Path, tmp_path: 
 
 def test_without_restarts_the_end_is_told_in_a_line(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    process = started("local.sh", tmp_path / "run", log, "--config", "cpu_2", more=("train.max_steps=300",))
+    more = ("train.max_steps=300",)
+    process = started("local.sh", tmp_path / "run", log, "--config", "cpu_2", more=more, warmed=True)
     kill_a_rank(process, log, after="3")
     assert ended(process) == 128 + signal.SIGKILL, log.read_text()
     last = log.read_text().splitlines()[-1]
