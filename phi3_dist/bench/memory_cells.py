@@ -60,6 +60,8 @@ class MemoryCell:
     dropout: float = 0.05
     r: int = 16
     kept: int | None = None
+    sharing: int = 1
+    """Ranks that share a pack."""
     shape: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
     """Of a small one: hidden, inner, heads, key heads, vocabulary."""
 
@@ -69,7 +71,7 @@ class MemoryCell:
         shown += [f"{self.layers} layers", f"{self.micro_batch} × {self.length} tokens"]
         if self.family == "small":
             shown.append("×".join(map(str, self.shape)))
-        for name in ("quantization", "kernels", "precision", "dropout", "r", "kept", "accumulation"):
+        for name in ("quantization", "kernels", "precision", "dropout", "r", "kept", "accumulation", "sharing"):
             if getattr(self, name) != getattr(plain, name):
                 shown.append(f"{name} {getattr(self, name)}")
         return ", ".join([*shown, *(["checkpointing"] if self.checkpointing else [])])
@@ -88,7 +90,9 @@ class MemoryCell:
             data=DataConfig(train="none", pack_length=self.length),
             lora=LoraConfig(dropout=self.dropout, r=self.r),
             train=TrainConfig(
-                global_batch=self.micro_batch * self.world * self.accumulation, micro_batch=self.micro_batch
+                global_batch=self.micro_batch * self.world // self.sharing * self.accumulation,
+                micro_batch=self.micro_batch,
+                sequence_parallel=self.sharing,
             ),
         )
 
@@ -286,6 +290,12 @@ def _on_cpu() -> Iterator[MemoryCell]:
         yield replace(one, layers=2, micro_batch=4)
     yield replace(small, strategy="fsdp2", world=2)
     yield replace(small, strategy="fsdp2", world=2, checkpointing=True)
+    shared = replace(small, strategy="ddp", world=2, sharing=2, length=1024)
+    yield shared
+    yield replace(shared, dropout=0.0)
+    yield replace(shared, checkpointing=True, dropout=0.0)
+    yield replace(shared, shape=(256, 768, 8, 4, 32064))
+    yield replace(shared, strategy="fsdp2", checkpointing=True)
 
 
 REHEARSED = tuple(_rehearsed())
