@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,9 +143,22 @@ def compared(said: Sequence[Answer] | str, opened: Opened, prompts: Sequence[Seq
     return Trial("", len(prompts), same, ties, largest, rows.origin)
 
 
+@contextmanager
+def _no_end(model: Any) -> Iterator[None]:
+    """`generate` takes the model's end ids where it is given none."""
+    ends, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+    try:
+        yield
+    finally:
+        model.generation_config.eos_token_id = ends
+
+
 @torch.no_grad()
 def greedy(model: Any, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], list[float], list[float]]:
-    """Greedy ids, the logarithm of each one's probability, and how far ahead of the next best it was."""
+    """Greedy ids, the logarithm of each one's probability, and how far ahead of the next best it was.
+
+    As many as asked, past an end id too, as the servers are asked for.
+    """
     from transformers import GenerationConfig
 
     device = model.get_input_embeddings().weight.device
@@ -152,7 +166,8 @@ def greedy(model: Any, prompt: Sequence[int], new_tokens: int) -> tuple[list[int
     config = GenerationConfig(
         do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
-    out = model.eval().generate(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=config)
+    with _no_end(model):
+        out = model.eval().generate(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=config)
     best = [logits[0].float().log_softmax(-1).topk(2) for logits in out.logits]
     ids = [int(top.indices[0]) for top in best]
     return ids, [float(top.values[0]) for top in best], [float(top.values[0] - top.values[1]) for top in best]
