@@ -42,8 +42,16 @@ def said_by_inference(names: dict[str, Any], out: str) -> None:
     assert len(names["talk"].turns) == 4
 
 
+def said_by_qlora_to_served(names: dict[str, Any], out: str) -> None:
+    assert names["result"].state == "finished"
+    assert names["judged"].differences["exact_match"].low > 0.3
+    assert names["apart"] == names["whole"]
+    assert "--max-lora-rank 16" in out
+
+
 SAID = {
     "inference": said_by_inference,
+    "qlora_to_served": said_by_qlora_to_served,
     "rows_to_answers": said_by_rows_to_answers,
 }
 
