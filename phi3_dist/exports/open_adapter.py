@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor
 
-from phi3_dist.adapters.loading import not_to_go_on_from, too_few_rows
+from phi3_dist.adapters.loading import not_to_go_on_from, rows_needed, without_frozen_tables
 from phi3_dist.adapters.reading import CONFIG, WEIGHTS, read_adapter, read_metadata
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import RunConfig
@@ -102,16 +102,13 @@ def open_adapter(where: str | Path, base: str | None = None) -> Opened:
     problems = [Problem(str(folder), p.what, p.fix) for p in not_to_go_on_from(folder, config)]
     if problems:
         raise AdapterError(*problems)
-    rows = facts.get("base_rows", "0")
-    if not rows.isdecimal():
-        raise AdapterError(
-            Problem(str(folder), f"says base_rows {rows!r}, which is not a number", "save the adapter again")
-        )
-    parts = parts_of(tensors, config)
     found = _base_of(folder, config, settings, base)
-    problems = parts.unfit(found, int(rows), str(folder))
-    if not problems and not facts.get("base_rows"):
-        problems = too_few_rows(folder, int(found.config.vocab_size))
+    rows = rows_needed(folder, config, int(found.config.vocab_size))
+    if rows > int(found.config.vocab_size):
+        facts["base_rows"] = str(rows)
+    tensors = without_frozen_tables(tensors, found, config)
+    parts = parts_of(tensors, config)
+    problems = parts.unfit(found, rows, str(folder))
     if problems:
         raise AdapterError(*problems)
     trained_on = facts.get("quantization") or (settings.model.quantization if settings else "none")

@@ -148,7 +148,7 @@ def _empty(base: Base, dtype: torch.dtype) -> Phi3ForCausalLM:
     torch.set_default_dtype(dtype)
     try:
         with no_init_weights():
-            model = Phi3ForCausalLM(base.config)
+            model = Phi3ForCausalLM(copy.deepcopy(base.config))  # its tables may grow, the base stays as it is
     finally:
         torch.set_default_dtype(before)
     model.tie_weights()

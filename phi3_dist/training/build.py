@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from phi3_dist.adapters.loading import not_to_go_on_from, too_few_rows
+from phi3_dist.adapters.loading import not_to_go_on_from, too_few_rows, without_frozen_tables
 from phi3_dist.adapters.reading import read_adapter, read_metadata
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import ModelError, Problem
@@ -92,11 +92,11 @@ def adapter_values(cfg: RunConfig, base: Base, token_ids: Sequence[int]) -> dict
         what = f"have the rows {list(token_ids)}, and the adapter in {cfg.model.adapter} has taught {taught}"
         fix = "name the same tokens in the same order, with the adapter's folder as model.tokenizer"
         problems.append(Problem("model.new_tokens", what, fix))
-    problems += too_few_rows(Path(cfg.model.adapter), int(base.config.vocab_size))
+    problems += too_few_rows(Path(cfg.model.adapter), saved, int(base.config.vocab_size))
     problems += not_to_go_on_from(Path(cfg.model.adapter), saved)
     if problems:
         raise ModelError(*problems)
-    return values
+    return without_frozen_tables(values, base, saved)
 
 
 def _fused(cfg: RunConfig, model: PackedLoss, plan: RunPlan, tokens: int) -> Iterator[Choice]:

@@ -6,12 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3ForCausalLM
 
 from phi3_dist.adapters.loading import load_adapter
@@ -82,6 +84,34 @@ def test_a_merged_folder_is_sealed_and_says_how_far_it_is(lora: Path, tmp_path: 
     assert str(tmp_path) not in card
     assert "trained on the base as it is, merged into the base's own weights" in done.what
     assert [p.name for p in tmp_path.iterdir()] == ["merged"]
+
+
+def test_an_adapter_that_peft_saved_with_its_grown_tables_is_exported_too(tmp_path: Path) -> None:
+    """PEFT 0.21 saves embedding and head whole once they have grown, and no header that says how far."""
+    base = small_base(tmp_path / "base", vocab_size=270)  # as many rows as its tokenizer has ids
+    ours = small_adapter(tmp_path / "ours", base, new_tokens=("<|a|>",))
+    model = load_adapter(Phi3ForCausalLM.from_pretrained(base), ours)
+    theirs = tmp_path / "theirs"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+        model.save_pretrained(theirs)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(ours / name, theirs)
+    table = "base_model.model.model.embed_tokens.token_adapter.base_layer.weight"
+    tensors = load_file(theirs / "adapter_model.safetensors")
+    assert table in tensors
+    drifts = [export(folder, tmp_path / f"{folder.name}_{kind}", kind).drift
+              for folder in (ours, theirs) for kind in ("merged", "one-rank")]  # fmt: skip
+    assert all(drift.error < 1e-4 and drift.effect > 0.1 for drift in drifts)
+    tensors[table][7] += 1
+    save_file(tensors, theirs / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(AdapterError, match="is another table than the base's"):
+        open_adapter(theirs)
+    config = json.loads((theirs / "adapter_config.json").read_text())
+    config["trainable_token_indices"] = {"embed_tokens": [280]}
+    (theirs / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="has a trained token row 280, and the base has 270 rows"):
+        open_adapter(theirs)
 
 
 def test_taught_tokens_bring_enlarged_tables_and_the_tokenizer(base: Path, tmp_path: Path) -> None:

@@ -300,6 +300,7 @@ def as_peft_saves_it(run: Ran, folder: Path) -> Path:
         *(pytest.param(name, writer, marks=pytest.mark.full) for name in RELATIVES for writer in WRITERS),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # PEFT, of a table that has grown
 def test_training_on_from_an_adapter_starts_where_it_ended(
     name: str, writer: str, ran: Callable[[str], Ran], tmp_path: Path
 ) -> None:
