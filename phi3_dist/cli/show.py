@@ -58,7 +58,7 @@ def data_show(
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="The findings, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     bandwidth: Annotated[
         bool, typer.Option("--bandwidth", help="Measure matrix, memory and network rates, and keep them for plan.")
     ] = False,
