@@ -389,4 +389,4 @@ def report_page(runs: str | Path | Sequence[str | Path], output: str | Path | No
 def _one_of(place: str, word: str | None, words: Sequence[str | None]) -> None:
     if word not in words:
         known = ", ".join(one for one in words if one is not None)
-        raise ConfigError(Problem(place, f"{word!r} is not one of {known}", f"one of {known}"))
+        raise ConfigError(Problem(place, f"is {word!r}", f"one of {known}"))

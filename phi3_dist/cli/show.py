@@ -33,8 +33,9 @@ def config_diff(first: RunFile, second: RunFile) -> None:
     """Print each key in which two run files differ."""
     from phi3_dist.config.load import diff, load_run
 
-    for path, ours, theirs in diff(load_run(first), load_run(second)):
-        typer.echo(f"{path}: {ours} -> {theirs}")
+    words = {"None": "null", "True": "true", "False": "false"}  # as a run file has them
+    for path, *values in diff(load_run(first), load_run(second)):
+        typer.echo(f"{path}: {' -> '.join(words.get(str(value), str(value)) for value in values)}")
 
 
 @data_app.command("show")
