@@ -63,7 +63,7 @@ def test_the_site_fetches_nothing_from_elsewhere(site: Path) -> None:
 def test_the_site_holds_every_page_and_none_of_its_sources(site: Path) -> None:
     for page in navigation():
         assert (site / Path(page).name).with_suffix(".html").is_file()
-    assert not list(site.rglob("*.py"))
+    assert not list(site.rglob("*.py*"))
     assert not list(site.rglob("*.md"))
 
 

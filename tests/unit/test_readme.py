@@ -64,11 +64,11 @@ def test_what_the_readme_says_of_memory_is_the_plans(tmp_path: Path) -> None:
 
 
 def test_the_faults_that_the_pages_show_are_what_lint_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal of 100 columns, without the spaces at the end of each line."""
+    """On a terminal of 86 columns, without the spaces at the end of each line."""
     shown = next(block for block in blocks("docs/migrating.md") if block.title == "axolotl.yml")
     (tmp_path / shown.title).write_text(shown.text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    done = CliRunner(env={"COLUMNS": "100"}).invoke(app, ["lint", shown.title])
+    done = CliRunner(env={"COLUMNS": "86"}).invoke(app, ["lint", shown.title])
     assert done.exit_code == 2
     printed = [line.rstrip() for line in done.output.splitlines()]
     for page in ("README.md", "docs/migrating.md"):
