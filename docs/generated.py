@@ -168,7 +168,7 @@ def main() -> None:
         new = filled(text)
         if new != text:
             path.write_text(new, encoding="utf-8")
-            sys.stdout.write(f"written anew: docs/{path.name}\n")
+            sys.stdout.write(f"updated: docs/{path.name}\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the launchers. Sets ROOT (the folder above launch/: a clone, or a project that `phi3-dist init` laid out) and puts its .venv first on PATH, unless an environment is active.
+# Sourced by the launchers. Sets ROOT (the folder above launch/: a clone, or a project that `phi3-dist init` made) and puts its .venv first on PATH, unless an environment is active.
 
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -22,7 +22,7 @@ fail() {
 # usage: the comment block at the head of the calling script
 usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; }
 
-# needs_value "$@": an option stands first and its value second
+# needs_value "$@": an option comes first and its value second
 needs_value() { [ $# -gt 1 ] || fail "$1 needs a value"; }
 
 # gpu_count: GPUs that a process started here would see
@@ -43,7 +43,7 @@ whole_number() {
     if ! [[ $2 =~ ^[0-9]+$ ]] || [ "$2" -lt "$3" ]; then fail "$1 must be a whole number from $3 on, not '$2'"; fi
 }
 
-# config_path NAME: the Accelerate config of that name, or a file as it stands
+# config_path NAME: the Accelerate config of that name, or a file as it is named
 config_path() {
     local path=$ROOT/configs/accelerate/$1.yaml
     [ -f "$path" ] || path=$1
@@ -51,8 +51,8 @@ config_path() {
     echo "$path"
 }
 
-# check_run RUN.yaml …: the run file and its overrides are read once before a launcher starts: a mistake is told at once,
-# and by one process. The run's own exit code and message.
+# check_run RUN.yaml …: the run file and its overrides are read once before a launcher starts: a mistake is reported at
+# once, by one process, with the exit code and message of the run.
 check_run() {
     local words=() word
     for word in "$@"; do case $word in *=*) words+=("$word") ;; esac done
@@ -62,7 +62,7 @@ check_run() {
 # supervise RESTARTS FUNCTION ARGS…: `FUNCTION ATTEMPT ARGS…` until it ends well, at most RESTARTS times more, each time
 # with --resume. A new launcher each time: torchrun's own --max_restarts keeps the store in which gloo's ranks then find
 # the addresses of the dead (torch 2.13). A signal is handed on, and ends it; so does an exit code that another start
-# would give again (see the README): a mistake of the user's, or a stop after a checkpoint.
+# would give again: 2 to 9 (a mistake in the run file, the data, the machine, …), 75, 130 and 143 (stopped by a signal).
 supervise() {
     local restarts=$1 function=$2 attempt=0 status stopped='' child=''
     shift 2

@@ -29,7 +29,7 @@ whole_number --restarts "$restarts" 0
 gpus=$(gpu_count)
 [ -n "$processes" ] || [ "$gpus" = 0 ] || processes=$gpus
 one_process() { shift && exec python -m phi3_dist train "$@"; }
-# port 0: any free one, so that two runs on one machine don't meet
+# port 0: any free one, for two runs on one machine must not meet
 all_processes() {
     shift
     exec python -m phi3_dist launch --config_file "$config" --num_machines 1 --machine_rank 0 --main_process_port 0 \

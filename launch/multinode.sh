@@ -53,7 +53,7 @@ if [ "$nodes" -gt 1 ]; then
     [ -n "$address" ] || fail "--master $master can't be resolved on $(hostname)" "an address in place of the name"
 fi
 # "standard": one launcher a node for DeepSpeed too, instead of pdsh from node 0; other strategies don't read it.
-# A port for each attempt, so that no launcher meets another one's last attempt.
+# A port for each attempt: a launcher must not meet another one's last attempt.
 this_node() {
     local at=$((port + $1))
     shift

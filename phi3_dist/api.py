@@ -61,7 +61,7 @@ class Trained:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl: `kind` is train, eval, save, …; units stand in the keys."""
+        """The rows of metrics.jsonl: `kind` is train, eval, save, …; units are part of the keys."""
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
 
     def plot(self) -> Path:
@@ -111,7 +111,7 @@ def train(
 ) -> Trained:
     """Train an adapter, on one device or on every process of the launcher that started this one, which all call it.
 
-    `overwrite` replaces an existing run, `resume` goes on with it. The process group stays for the next run of these
+    `overwrite` replaces an existing run, `resume` continues it. The process group stays for the next run of these
     processes, until they end. Raises the errors of the tree: ConfigError,
     DataError, ModelError, PlanError, RunFolderError, MachineError, TrainingError.
     """
@@ -312,7 +312,8 @@ def check(
     server_base: str | None = None,
     data: str | None = None,
 ) -> Checked:
-    """Say whether `server` (vllm, llama.cpp, transformers, peft) loads an adapter and is right: `phi3-dist check`.
+    """Say whether `server` (vllm, llama.cpp, transformers, peft) loads an adapter and answers as it was trained:
+    `phi3-dist check`.
 
     `run` starts the server with the Python `server_python` (by default this one), gives it `server_base` as the base
     (for llama.cpp a GGUF file) and compares greedy answers on rows of `data` with the live model's. An adapter that
@@ -388,4 +389,4 @@ def report_page(runs: str | Path | Sequence[str | Path], output: str | Path | No
 def _one_of(place: str, word: str | None, words: Sequence[str | None]) -> None:
     if word not in words:
         known = ", ".join(one for one in words if one is not None)
-        raise ConfigError(Problem(place, f"{word!r} is not one of {known}", f"one of {known}"))
+        raise ConfigError(Problem(place, f"is {word!r}", f"one of {known}"))

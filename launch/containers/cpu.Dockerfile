@@ -4,7 +4,7 @@
 #   docker run --rm --shm-size=1g --volume "$PWD:/project" phi3-dist:cpu doctor
 #   docker run --rm --shm-size=1g --volume "$PWD:/project" phi3-dist:cpu train configs/run/debug.yaml
 #
-# The container's user has the number 10001: a folder that it shall write to must let it, or add --user "$(id -u)".
+# The container's user has the number 10001: a folder that it writes to must allow that, or add --user "$(id -u)".
 # g++, ninja and Python's headers are for DeepSpeed, which compiles its operator for CPUs at the first run.
 # Never built and never run: where this file was written there was no Docker daemon. It is linted with hadolint, and
 # tests/unit/test_containers.py compares it with the package.

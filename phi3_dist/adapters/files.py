@@ -110,7 +110,7 @@ def _as_optimized(tensors: dict[str, Tensor], unrounded: Mapping[str, Tensor]) -
     """`tensors` with the float32 values that they were rounded from. Raises AdapterError where they were not."""
     differ = [key for key, exact in unrounded.items() if not torch.equal(exact.to(tensors[key].dtype), tensors[key])]
     if differ:
-        what = f"{len(differ)} tensors of the model are not the optimizer's rounded, first {differ[0]}"
+        what = f"{len(differ)} tensors of the model differ from the optimizer's rounded values, first {differ[0]}"
         raise AdapterError(Problem("adapter", what, "continue from the last checkpoint with --resume"))
     return {**tensors, **unrounded}
 

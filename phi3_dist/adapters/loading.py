@@ -101,7 +101,7 @@ def not_to_go_on_from(folder: Path, config: Mapping[str, Any]) -> list[Problem]:
     """Why a run would not train on what the adapter in `folder` is, though its tensors may fit; or nothing."""
     where, kind = "model.adapter", str(config.get("peft_type"))
     if kind != "LORA":
-        return [Problem(where, f"{folder} holds an adapter of the kind {kind}", "give one of LoRA")]
+        return [Problem(where, f"{folder} holds an adapter of the kind {kind}", "give a LoRA adapter")]
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(MOVED_BASE):
         what = f"{folder} was trained with {start} beside a base that it had changed; it does not fit the plain one"

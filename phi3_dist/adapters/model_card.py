@@ -197,7 +197,7 @@ def _serving(base: str, local: bool, facts: Mapping[str, Any]) -> str:
         line = (
             f"```bash\n{verdict.command}\n```"
             if verdict.right
-            else "Merge it (below): as an adapter it is not right there."
+            else "Merge it (below): as an adapter it answers wrongly there."
         )
         parts += [f"**{title}**\n", line, *(["", *why] if why else []), ""]
     parts.append("`phi3-dist check path/to/this/folder --for vllm --run` compares a server's answers with PEFT's.\n")
@@ -218,7 +218,7 @@ def _of_longrope(kept: str) -> str:
     return f"""
 It was trained with LongRoPE's {kept} factors. transformers takes the short ones for a prompt within the base's original
 context and the long ones for a longer one: the lines below make it the {kept} ones for all. base_facts.json says so for
-programs; `phi3_dist.adapters.loading.load_adapter` does it by itself, `AutoPeftModelForCausalLM` does not.
+programs; `phi3_dist.adapters.loading.load_adapter` does this for you, `AutoPeftModelForCausalLM` does not.
 """
 
 

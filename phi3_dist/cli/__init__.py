@@ -86,7 +86,7 @@ def main() -> None:
             missing = (error.name or "phi3_dist").partition(".")[0]
             if missing == "phi3_dist" or missing in sys.stdlib_module_names or importlib.util.find_spec(missing):
                 raise
-            every = "or all that is needed with pip install phi3-dist; phi3-dist doctor looks at each"
+            every = "or pip install phi3-dist for all that is needed; phi3-dist doctor checks each package"
             _end(
                 MachineError(Problem(missing, "is needed here and is not installed", f"pip install {missing}, {every}"))
             )

@@ -14,10 +14,10 @@ from phi3_dist.cli.app import app
 def cache(
     prune: Annotated[bool, typer.Option("--prune", help="Remove what nobody has used for --older-than.")] = False,
     older_than: Annotated[
-        str, typer.Option("--older-than", help="With --prune: 30d, 12h, 2w, or 0 for everything.")
+        str, typer.Option("--older-than", help="With --prune: an age, such as 12h, 30d or 2w; 0 for everything.")
     ] = "30d",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --prune: say what would go, and remove nothing.")
+        bool, typer.Option("--dry-run", help="With --prune: list what would be removed, and remove nothing.")
     ] = False,
     folder: Annotated[
         Path | None, typer.Option(help="Another cache: a run file's data.cache.", show_default=False)
@@ -25,7 +25,8 @@ def cache(
     runs: Annotated[
         Path | None,
         typer.Option(
-            help="A folder of run folders: also the computed starts of finished ones, which can then not be extended.",
+            help="With --prune, a folder of runs: also remove the computed LoRA starts of finished ones, "
+            "which can't be extended then.",
             show_default=False,
         ),
     ] = None,

@@ -11,14 +11,14 @@ import typer
 from phi3_dist.cli.app import app, config_app
 from phi3_dist.errors import ConfigError, Problem
 
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run file to write; else printed.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run file to write; by default it is printed.")]
 
 
 @app.command("import")
 def import_(
     source: Annotated[Path, typer.Argument(help="A script, notebook, JSON or YAML of another tool.")],
     output: Output = None,
-    devices: Annotated[int, typer.Option(min=1, help="Devices that the recipe was meant for.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, help="Number of devices that the recipe was meant for.")] = 1,
 ) -> None:
     """Make a run file of another tool's recipe, and list what became of each key. Nothing in it is executed."""
     from rich.console import Console
@@ -89,11 +89,15 @@ def convert(
     direction: Annotated[str, typer.Argument(help="loralib-to-peft or peft-to-loralib.", show_default=False)],
     source: Annotated[Path, typer.Argument(help="loralib file, or PEFT adapter folder.", show_default=False)],
     target: Annotated[Path, typer.Argument(help="What to write.", show_default=False)],
-    alpha: Annotated[list[str] | None, typer.Option(help="32, or module=8; loralib's own files hold none.")] = None,
+    alpha: Annotated[
+        list[str] | None, typer.Option(help="lora_alpha: 32, or module=8; loralib's own files don't hold it.")
+    ] = None,
     enable_lora: Annotated[
         list[str] | None, typer.Option(help="Groups of a MergedLinear: module=true,false,true.")
     ] = None,
-    kinds: Annotated[list[str] | None, typer.Option(help="module=linear, embedding or conv2d.")] = None,
+    kinds: Annotated[
+        list[str] | None, typer.Option(help="Kind of a layer: module=linear, embedding or conv2d.")
+    ] = None,
     r: Annotated[int | None, typer.Option(min=1, help="Rank of each group of a MergedLinear.")] = None,
     base_config: Annotated[Path | None, typer.Option(help="config.json of the base, or its folder.")] = None,
     base_name: Annotated[str | None, typer.Option(help="Base model that the adapter's config names.")] = None,

@@ -88,13 +88,13 @@ def check(
     base: Base = None,
     run: Annotated[bool, typer.Option("--run", help="Start the server, and compare its answers.")] = False,
     server_python: Annotated[
-        str | None, typer.Option(help="Python of the server's environment; else this one.")
+        str | None, typer.Option(help="Python of the server's environment; by default this one.")
     ] = None,
     server_base: Annotated[str | None, typer.Option(help="The base for the server: for llama.cpp a GGUF file.")] = None,
     data: Annotated[str | None, typer.Option(help="Rows to ask; by default the run's held-out ones.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
 ) -> None:
-    """Say whether a server will load an adapter, be right with it, and with which flags. Exits with 6 if not."""
+    """Say whether a server loads an adapter and answers as trained, and with which flags. Exits with 6 if not."""
     from phi3_dist.api import check as run_check
     from phi3_dist.exports.checking import as_json as json_of
     from phi3_dist.exports.checking import report_lines

@@ -27,10 +27,15 @@ BaseModel = Annotated[
 Precision = Annotated[str, typer.Option(help="auto (as the run had it), bf16 or fp32.")]
 Quantization = Annotated[str | None, typer.Option(help="none, nf4 or int8; by default as the run had it.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one.")]
-MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")]
+MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows that are answered at a time.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0: the likeliest token each time; above it, sampled.")]
-TopP = Annotated[float, typer.Option("--top-p", min=0.001, max=1, help="Sample from the likeliest tokens up to this.")]
+TopP = Annotated[
+    float,
+    typer.Option(
+        "--top-p", min=0.001, max=1, help="Sample from the likeliest tokens, up to this sum of probabilities."
+    ),
+]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample from the N likeliest tokens; 0: from all.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of sampled answers.")]
 

@@ -11,9 +11,10 @@ from phi3_dist.cli.app import Overrides, RunFile, app
 
 __all__ = ["plan"]
 
-Network = Annotated[float | None, typer.Option("--network-gbit", min=0.1, help="What a node sends to others, Gbit/s.")]
+Network = Annotated[float | None, typer.Option("--network-gbit", min=0.1, help="Network rate of a node, Gbit/s.")]
 Tokens = Annotated[
-    float | None, typer.Option("--tokens", min=1, help="Tokens of the training rows, where train.max_steps is not set.")
+    float | None,
+    typer.Option("--tokens", min=1, help="Tokens of all training rows, for the time of a run without train.max_steps."),
 ]
 Learn = Annotated[
     bool, typer.Option("--learn", help="The arguments are folders of finished runs: learn this card's overheads.")
@@ -25,18 +26,20 @@ def plan(
     run_file: RunFile,
     overrides: Overrides = None,
     nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Nodes.")] = None,
-    gpus: Annotated[int | None, typer.Option("--gpus-per-node", min=1, help="GPUs of a node.")] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus-per-node", min=1, help="GPUs in each node.")] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", help="The card, such as h100-80gb.")] = None,
     memory: Annotated[str | None, typer.Option("--memory-gib", help="Memory of one device: 80, 80GiB.")] = None,
     host_memory: Annotated[str | None, typer.Option("--host-memory-gib", help="Memory of a node's host.")] = None,
     network: Network = None,
-    price: Annotated[float | None, typer.Option("--price", min=0, help="Of one GPU for an hour.")] = None,
+    price: Annotated[float | None, typer.Option("--price", min=0, help="Price of one GPU for an hour.")] = None,
     tokens: Tokens = None,
-    why: Annotated[str | None, typer.Option("--why", help="Every term of this strategy, such as 'zero3 nf4'.")] = None,
-    write: Annotated[
-        Path | None, typer.Option("--write", help="Write configs, launch command and job script of the best there.")
+    why: Annotated[
+        str | None, typer.Option("--why", help="Print every term of one strategy, such as 'zero3 nf4'.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+    write: Annotated[
+        Path | None, typer.Option("--write", help="Folder for configs, launch command and job script of the best.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     config: Annotated[Path | None, typer.Option("--config_file", help="Accelerate config: plan that launch.")] = None,
     processes: Annotated[int | None, typer.Option("--num_processes", min=1, help="With --config_file: ranks.")] = None,
     machines: Annotated[int | None, typer.Option("--num_machines", min=1, help="With --config_file: nodes.")] = None,
@@ -137,7 +140,7 @@ def _learn(folders: list[Path]) -> None:
         typer.echo(f"tensors: at most {found.tensors:.1%} of what was planned")
     if found.step_time_spread is not None and found.runs > 1:
         typer.echo(f"step time: the runs' factors differ by {found.step_time_spread - 1:.0%}")
-    typer.echo(f"kept in {file}; the plans of this card use it. Remove it to forget")
+    typer.echo(f"kept in {file}; plans for this card use it; without the file they use the defaults")
 
 
 def _a_sweep(

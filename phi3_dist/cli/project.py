@@ -22,7 +22,7 @@ def init(
         typer.Option(help="The base model: a hub id of the family, or a folder.", autocompletion=complete_model),
     ] = "microsoft/Phi-3-mini-4k-instruct",
 ) -> None:
-    """Lay a project out: a run file for your data, example chats, configs, launch scripts. Replaces nothing."""
+    """Create a project: a run file for your data, example chats, configs, launch scripts. Replaces nothing."""
     import shlex
 
     from phi3_dist.config.new_project import RUN_FILE, new_project
@@ -47,7 +47,7 @@ def config_accelerate(
         typer.Option(min=1, help="Processes on all nodes together. Default: this machine's GPUs, times --nodes."),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Leave GPUs alone (single and ddp).")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Use the CPU even if there are GPUs (single and ddp).")] = False,
     out: Annotated[
         Path,
         typer.Option(help="Folder for accelerate/NAME.yaml and deepspeed/STRATEGY.json.", autocompletion=complete_file),

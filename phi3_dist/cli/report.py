@@ -18,7 +18,8 @@ def report(
         typer.Argument(metavar="RUN_FOLDER...", help="A run's folder, a sweep's, or several runs to overlay."),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", help="Page of several runs.", show_default="comparison.html")
+        Path | None,
+        typer.Option("--output", help="Where to write the page of several runs.", show_default="comparison.html"),
     ] = None,
 ) -> None:
     """Write a run's page and curves, also while it runs; a sweep's page; or several runs' in one."""
@@ -36,7 +37,7 @@ def report(
 @app.command()
 def board(
     folder: Annotated[Path, typer.Argument(help="Folder that holds run folders.")] = Path("runs"),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8765,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8765,
 ) -> None:
     """Serve the pages of all runs in a folder to a browser on this machine, refreshed while runs train."""
     from phi3_dist.report.board import serve_board

@@ -33,8 +33,9 @@ def config_diff(first: RunFile, second: RunFile) -> None:
     """Print each key in which two run files differ."""
     from phi3_dist.config.load import diff, load_run
 
-    for path, ours, theirs in diff(load_run(first), load_run(second)):
-        typer.echo(f"{path}: {ours} -> {theirs}")
+    words = {"None": "null", "True": "true", "False": "false"}  # as a run file has them
+    for path, *values in diff(load_run(first), load_run(second)):
+        typer.echo(f"{path}: {' -> '.join(words.get(str(value), str(value)) for value in values)}")
 
 
 @data_app.command("show")
@@ -58,7 +59,7 @@ def data_show(
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="The findings, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     bandwidth: Annotated[
         bool, typer.Option("--bandwidth", help="Measure matrix, memory and network rates, and keep them for plan.")
     ] = False,

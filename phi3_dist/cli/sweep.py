@@ -16,7 +16,9 @@ def sweep(
     run_file: RunFile,
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the candidates' run folders.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue; new candidates start.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the sweep; candidates added to the file start.")
+    ] = False,
     revive: Annotated[
         list[str] | None, typer.Option(help="A candidate that ended early, to continue; may be repeated.")
     ] = None,

@@ -22,10 +22,11 @@ def train(
         bool, typer.Option("--resume", help="Continue from the newest checkpoint that verifies, or start.")
     ] = False,
     allow_changed: Annotated[
-        list[str] | None, typer.Option(help="A key that may differ from the checkpoint's run; may be repeated.")
+        list[str] | None,
+        typer.Option(help="With --resume: a setting that may differ from the checkpoint's; may be repeated."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what a start needs and how it is found, and end.")
+        bool, typer.Option("--dry-run", help="Check whether the run could start here, print a table, train nothing.")
     ] = False,
 ) -> None:
     """Train a LoRA adapter: on one device, or on every process of `accelerate launch … -m phi3_dist train`."""

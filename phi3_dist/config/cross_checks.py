@@ -34,7 +34,7 @@ def _model_pairs(cfg: RunConfig) -> Iterator[Cross]:
         what = f"is {kept}, and model.quantization is {cfg.model.quantization}: no weight is in NF4"
         yield Cross(("model.dequantized_layers", "model.quantization"), what, "leave it out")
     if cfg.model.compile is True and not cfg.model.fused_layers:
-        what = "is true, and what is compiled are the passes of the fused layers, which model.fused_layers leaves out"
+        what = "is true, but only the fused layers' passes are compiled, and model.fused_layers is false"
         yield Cross(("model.compile", "model.fused_layers"), what, "leave out one of them")
 
 
@@ -113,7 +113,7 @@ def _train_pairs(cfg: RunConfig) -> Iterator[Cross]:
     if warmup >= 1 and warmup != int(warmup):
         yield Cross(("optim.warmup",), f"is {warmup}: from 1 on it counts whole steps", f"use {round(warmup)}")
     if train.max_steps is not None and warmup >= 1 and warmup >= train.max_steps:
-        what = f"is {warmup:g} steps, and train.max_steps is {train.max_steps}: the peak is never held"
+        what = f"is {warmup:g} steps, and train.max_steps is {train.max_steps}: the learning rate would only rise"
         yield Cross(("optim.warmup", "train.max_steps"), what, "use a share below 1, such as 0.03")
     if train.eval_every > 0 and cfg.data.validation is None and cfg.data.validation_share == 0:
         what = f"is {train.eval_every}, but data.validation_share is 0 and there is no data.validation to measure on"
@@ -136,7 +136,7 @@ def _needs_held_out(cfg: RunConfig) -> Iterator[Cross]:
         what = "is best, and save.every is 0: there are no checkpoints to take it from"
         yield Cross(("save.final", "save.every"), what, "set save.every to a number of steps")
     if cfg.eval.generate and nothing:
-        what = f"is {cfg.eval.generate}, and no rows are held out that could be asked"
+        what = f"is {cfg.eval.generate}, and no rows are held out whose answers could be scored"
         yield Cross(("eval.generate", "data.validation_share", "data.validation"), what, "give held-out rows")
 
 

@@ -22,7 +22,7 @@ _NOT_FOR_PROJECTS = frozenset({"configs/run/demo.yaml"})
 _ABOUT_ROWS = """\
   # Your rows: a file (JSONL, JSON, CSV, Parquet), a folder, or a hub id. A line of this one is
   #   {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
-  # Other forms (alpaca, sharegpt, prompt and completion, raw text) are found by looking. See how the model will see
+  # Other forms (alpaca, sharegpt, prompt and completion, raw text) are recognised too. See how the model will see
   # them, with what it learns in colour: phi3-dist data show first.yaml
 """
 

@@ -52,13 +52,17 @@ class ModelConfig(Section):
     dequantized_layers: Literal["auto"] | Annotated[StrictInt, Field(ge=0, le=2**40)] = "auto"
     """nf4: decoder layers, counted from the last, that keep their dequantised weights from forward to backward:
     dequantised once instead of twice, the same numbers. `auto`: with activation checkpointing all, one at a time; else
-    none, because NF4 is there to save memory. A number gains time for 2 bytes a weight (bf16)."""
+    none, because NF4 is there to save memory. A number takes 2 bytes a weight (bf16); no gain in time was measured on a
+    CPU, and no GPU was timed."""
     fp8: StrictBool = False
-    """Keep the frozen linears under the adapter in FP8 (E4M3): half the memory of bf16, and FP8 products on GPUs that
-    have them. The losses differ a little; one process or DDP."""
-    attention: Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "flex", "sdpa"] = "auto"
-    """Attention backend: `varlen` is torch's own flash-attention, `sdpa` one call for each document. `auto` takes the
-    fastest that can run, and prints why. With every backend, documents of a pack never attend to each other."""
+    """Keep the frozen linears under the adapter in FP8 (E4M3): half the memory of bf16 (with Triton's kernels as much
+    as bf16), and FP8 products on GPUs that have them. The losses differ a little. One process or DDP."""
+    attention: Literal[
+        "auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen", "flex", "sdpa"
+    ] = "auto"
+    """Attention backend: flash-attention by its own packages, `varlen` as built into torch, torch's `flex`, or `sdpa`,
+    one call for each document. `auto` takes the first in this order that can run, except `flex`, and prints why. With
+    every backend, documents of a pack never attend to each other."""
     loss: Literal["auto", "chunked", "liger"] = "auto"
     """What computes lm_head and the cross-entropy, a chunk of logits at a time: this toolkit, or on a GPU Liger's
     kernel (`phi3-dist[kernels]`). `auto` is this toolkit; the plan prints why."""
@@ -77,7 +81,8 @@ class ModelConfig(Section):
     `make card` has timed whole steps with them on such a card and they gained, else torch's."""
     compile: Literal["auto"] | StrictBool = "auto"
     """Compile the fused layers' passes over memory (torch.compile), once for all packs: the same numbers to rounding.
-    `auto`: on a CPU where the run is long enough to gain more than compiling takes, else not; the plan prints why."""
+    `auto`: on a CPU if the run is long enough to gain more than compiling takes; on a GPU if `make card` has measured a
+    gain on such a card; else not. The plan prints why."""
     activation_checkpointing: AutoBool = False
     """Recompute each decoder layer in backward (non-reentrant): less memory, about a fifth more time.
     `auto`: only where a micro batch does not fit without it, by the plan."""
@@ -196,7 +201,8 @@ class LoraConfig(Section):
     plus_ratio: Annotated[Real, Field(ge=1)] = 1.0
     """LoRA+: B learns with `optim.lr` times this. 1 is plain LoRA; the paper (arXiv 2402.12354) suggests about 16."""
     freeze_a: StrictBool = False
-    """LoRA-FA (arXiv 2308.03303): A keeps its initial values and only B trains: half the optimizer's memory."""
+    """LoRA-FA (arXiv 2308.03303): A keeps its initial values and only B trains: about half the optimizer's
+    memory."""
     init: Annotated[StrictStr, Field(pattern=LORA_INITS)] = "default"
     """How A and B start. `default`: A drawn, B zero. `pissa`: the largest singular vectors of the weight, which are
     taken out of it; `pissa_niter_16` finds them approximately, in 16 iterations, and faster. `loftq`: what NF4 lost of
@@ -205,13 +211,13 @@ class LoraConfig(Section):
 
 class OptimConfig(Section):
     name: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw"
-    """Optimizer. The paged and 8-bit ones are bitsandbytes' and need a GPU."""
+    """Optimizer. The paged and 8-bit ones are bitsandbytes', for one process or DDP; the paged ones need a GPU."""
     lr: Annotated[Real, Field(gt=0)] = 2e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up; cosine and linear end at 0."""
     warmup: Annotated[Real, Field(ge=0)] = 0.03
-    """Warm-up: below 1 a share of all steps, from 1 on a number of steps."""
+    """Warm-up: a share of all steps if below 1, else a number of steps."""
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     """Decoupled weight decay of all trained weights except biases and DoRA magnitudes."""
     betas: tuple[Share, Share] = (0.9, 0.999)

@@ -363,7 +363,7 @@ class Totals:
         if any(weight != 1 for _, weight in located(self.cfg).train):
             notices.append(f"weights of data.train: {self.kept:,} training rows are read as {self.weighted:,}")
         if fmt and fmt.system == "dropped" and self.with_system:
-            notices.append(f"{self.with_system:,} rows have a system message that is lost that way")
+            notices.append(f"{self.with_system:,} rows have a system message, which the template drops")
         notices += read_notices(self.seen, fmt)
         wanted = self.cfg.validation or self.cfg.validation_share > 0
         if wanted and self.held == len(self.unfit_held):

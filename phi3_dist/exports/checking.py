@@ -69,7 +69,7 @@ def check(where: str | Path, server: Server, *, base: str | None = None) -> tupl
     Raises ConfigError for another server, and what `open_adapter` raises.
     """
     if server not in SERVERS:
-        raise ConfigError(Problem("--for", f"{server!r} is not a server that is known", f"one of {', '.join(SERVERS)}"))
+        raise ConfigError(Problem("--for", f"{server!r} is not a known server", f"one of {', '.join(SERVERS)}"))
     opened = open_adapter(where, base)
     return opened, judge(served_of(opened), server)
 

@@ -13,9 +13,9 @@ from phi3_dist.exports.open_adapter import Opened
 __all__ = ["export_card", "gguf_card", "merged_card"]
 
 _NOTES = {
-    "split": "with q_proj, k_proj, v_proj, gate_proj and up_proj of their own, for servers that want Llama's names: "
+    "split": "with separate q_proj, k_proj, v_proj, gate_proj and up_proj, for servers that want Llama's names: "
     "each has its rows of the fused B, and the same A. The base in the Phi-3 form has no such modules.",
-    "one-rank": "at one rank and one alpha for all modules, without patterns and rsLoRA: the scale of each stands in "
+    "one-rank": "at one rank and one alpha for all modules, without patterns and rsLoRA: the scale of each is part of "
     "its B. The update is the same.",
     "gguf": "as llama.cpp reads it, with an Ollama Modelfile whose FROM line you fill in: "
     "`llama-server -m base.gguf --lora adapter.gguf`. The scale of each module is folded into its B.",

@@ -124,7 +124,7 @@ _OPTIONS = {"stored": "--dtype", "others": "--with"}
 def _refuse_misplaced(kind: Kind, given: set[str]) -> None:
     """Raises ConfigError for what would be left unread."""
     problems = [
-        Problem(_OPTIONS.get(key, f"--{key}"), f"says nothing to --as {kind}", f"--as {' or '.join(_TAKEN_BY[key])}")
+        Problem(_OPTIONS.get(key, f"--{key}"), f"has no effect with --as {kind}", f"--as {' or '.join(_TAKEN_BY[key])}")
         for key in sorted(given)
         if kind not in _TAKEN_BY[key]
     ]

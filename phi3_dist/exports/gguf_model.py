@@ -50,7 +50,7 @@ def refuse_for_gguf_model(opened: Opened, tokenizer: Any) -> Vocabulary:
     words = vocabulary_of(tokenizer, opened.rows, where)
     rope = config.rope_parameters
     if rope.get("rope_type") not in ("default", "longrope"):
-        what = f"its base has rope_type {rope.get('rope_type')!r}, which llama.cpp's Phi-3 has not"
+        what = f"its base has rope_type {rope.get('rope_type')!r}, which llama.cpp's Phi-3 does not have"
         raise AdapterError(Problem(where, what, "phi3-dist export … --as merged, for vLLM or transformers"))
     unknown = [name for name in weight_names(opened) if gguf_name(name.removesuffix(".weight")) is None]
     if unknown:

@@ -129,7 +129,7 @@ def _complete_card(
     path.write_text(card, encoding="utf-8")
     for key, option in (("license", "--license"), ("language", "--language"), ("datasets", "--dataset")):
         if key not in said:
-            notes.append(f"the card says nothing of its {key}: {option}")
+            notes.append(f"the card does not name its {key}: {option}")
     if "model-index" not in said:
         notes.append("the card has no results: phi3-dist eval writes them into the run")
     return notes

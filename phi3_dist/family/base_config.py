@@ -79,7 +79,7 @@ def checked_config(values: object, where: str) -> dict[str, Any]:
     Raises ModelError for another class, a base that is quantised already, and with every value that cannot be.
     """
     if not isinstance(values, dict):
-        raise ModelError(Problem(where, "config.json holds no object", "download it again"))
+        raise ModelError(Problem(where, "config.json is not a JSON object", "download it again"))
     refuse_unsupported(values)
     _refuse_quantised(values, where)
     problems = [Problem(where, f"config.json: {what}", _FIX) for what in _faults(values)]

@@ -187,9 +187,7 @@ class Preset:
 
 
 _SHORT = Preset(LINEARS, 2048, "bf16", "half of its 4096 positions, about its attention window of 2047")
-_LONG = Preset(
-    LINEARS, 4096, "bf16", "as long as LongRoPE's short factors hold: short and long prompts keep one regime"
-)
+_LONG = Preset(LINEARS, 4096, "bf16", "as long as LongRoPE's short factors hold: one set of factors serves all prompts")
 PRESETS: Mapping[str, Preset] = {
     "mini-4k": _SHORT,
     "mini-128k and 3.5-mini": _LONG,

@@ -98,7 +98,7 @@ def _lines_done(path: Path, keys: Sequence[str]) -> dict[int, str]:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(Problem(f"{path}:{number}", "is not a line that generate has written", fix)) from error
         if not 0 <= index < len(keys) or keys[index] != key:
-            what = f"answers another prompt, or was made by another model or in another way, than row {index} now"
+            what = f"was made from another prompt, by another model or with other settings than row {index} has now"
             raise DataError(Problem(f"{path}:{number}", what, fix))
         found[index] = line
     if raw and not whole and not raw.lstrip().startswith(b'{"index"'):

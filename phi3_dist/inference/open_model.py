@@ -242,9 +242,7 @@ def _of_adapter(adapter: Path, run: tuple[Path, RunConfig] | None, options: Opti
     here = {chosen.key for chosen in choose(model)}
     if here != set(tensors):
         odd = sorted(here ^ set(tensors))
-        raise _unfit(
-            adapter, base, f"{len(odd)} of its tensors have no place in it, or none to fill it, first {odd[0]}"
-        )
+        raise _unfit(adapter, base, f"{len(odd)} tensors are in only one of the two, first {odd[0]}")
     model.get_base_model().model.rotary_emb.to(device)
     digest = file_sha256(adapter / WEIGHTS)
     return Opened(str(folder or adapter), model.to(device).eval(), tokenizer, base, folder, cfg, precision, digest)
@@ -303,7 +301,7 @@ def _with_state(causal_lm: Any, checkpoint: Checkpoint, run: Path, what: tuple[R
         for name, param in trained(wrapped):
             value = state.get(f"weight/{name}")
             if value is None or value.shape != param.shape:
-                why = f"does not hold {name} as config.yaml says it"
+                why = f"does not hold {name} in the shape that config.yaml gives"
                 raise RunFolderError(Problem(str(checkpoint.folder), why, "take the run's own config.yaml"))
             param.copy_(value)
     return peft_model

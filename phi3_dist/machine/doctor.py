@@ -145,7 +145,7 @@ def _deepspeed(machine: MachineFacts) -> Iterator[Finding]:
     """DeepSpeed compiles operators when first used: its CPU communication on a CPU, its CPU Adam with offload."""
     if "deepspeed" not in machine.packages:
         fix = "pip install 'phi3-dist[deepspeed]'"
-        yield Finding("warn", "deepspeed is not installed: zero1, zero2 and zero3 are not there", fix)
+        yield Finding("warn", "deepspeed is not installed: zero1, zero2 and zero3 can't run", fix)
         return
     tools = {
         "g++": (shutil.which("g++") or shutil.which("c++"), "apt install g++"),
@@ -278,5 +278,5 @@ def _hub(environ: Mapping[str, str]) -> Iterator[Finding]:
         token = "is set" if environ.get("HF_TOKEN") else "is not set; gated models need it"
         yield Finding("ok", f"HF_TOKEN {token}")
     if environ.get("ACCELERATE_USE_CPU"):
-        what = f"ACCELERATE_USE_CPU={environ['ACCELERATE_USE_CPU']}: a GPU is left alone, and DeepSpeed would be too"
+        what = f"ACCELERATE_USE_CPU={environ['ACCELERATE_USE_CPU']}: no GPU is used, and DeepSpeed is refused"
         yield Finding("warn", what, "unset it, unless that is meant")

@@ -112,7 +112,7 @@ def launch(arguments: Sequence[str]) -> Ended:
     name = _name(handed_on.signal)
     stopped = 128 + handed_on.signal if handed_on.signal == signal.SIGINT else STOPPED_EARLY
     if ended.why and ended.code == 128 + handed_on.signal:
-        return Ended(stopped, f"stopped by {name}, and a rank with it before it had begun")
+        return Ended(stopped, f"stopped by {name}, and a rank ended before it had begun")
     return ended
 
 
@@ -133,7 +133,7 @@ def _launch(arguments: Sequence[str], handed_on: _HandedOn) -> Ended:
         return _ended(0, error.returncode)
     except ConnectionError as error:  # Accelerate's own look at the port
         port = f"MASTER_PORT={options.main_process_port}" if options.main_process_port else "port"
-        what = f"cannot be had: {' '.join(str(error).split())[:200]}"
+        what = f"cannot be used: {' '.join(str(error).split())[:200]}"
         raise MachineError(Problem(port, what, "--main_process_port with another one, or 0 for a free one")) from error
     except SignalException as error:
         number = int(error.sigval)

@@ -179,7 +179,9 @@ def launch_facts(environ: Mapping[str, str], *, request: LaunchRequest | None = 
         strategy = _zero_strategy(settings, problems)
         if _flag(environ, "ACCELERATE_USE_CPU"):
             what = "is set beside DeepSpeed: Accelerate would silently train plain DDP"
-            problems.append(Problem("ACCELERATE_USE_CPU", what, "unset it; DeepSpeed finds a CPU by itself"))
+            problems.append(
+                Problem("ACCELERATE_USE_CPU", what, "unset it; where there is no GPU, DeepSpeed finds the CPU")
+            )
     elif _flag(environ, "ACCELERATE_USE_FSDP"):
         strategy = _fsdp_strategy(environ, problems)
     if problems:

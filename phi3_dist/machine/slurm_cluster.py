@@ -52,9 +52,9 @@ def slurm_facts(environ: Mapping[str, str] = os.environ) -> SlurmFacts | None:
 
 @dataclass(frozen=True)
 class Check:
-    """What `sbatch --test-only` said: it fits, it can't ever run, the script is wrong, or there is no sbatch."""
+    """What `sbatch --test-only` said: it fits, it can't ever run, the script is wrong, or nobody could be asked."""
 
-    answer: Literal["fits", "impossible", "wrong", "no sbatch"]
+    answer: Literal["fits", "impossible", "wrong", "not checked"]
     text: str
 
 
@@ -83,13 +83,13 @@ class Rendered:
 def check_script(script: Path) -> Check:
     """Ask Slurm whether the script could run, without submitting it."""
     if shutil.which("sbatch") is None:
-        return Check("no sbatch", "not checked: there is no sbatch on this machine")
+        return Check("not checked", "there is no sbatch on this machine")
     done = subprocess.run(["sbatch", "--test-only", str(script)], capture_output=True, text=True, check=False)
     text = " ".join((done.stdout + done.stderr).replace("sbatch: ", "").split())
     if done.returncode == 0:
         return Check("fits", text)
     if "configuration source" in text or "contact slurm controller" in text.lower():
-        return Check("no sbatch", "not checked: sbatch is here and reaches no cluster")
+        return Check("not checked", "sbatch is on this machine, but reaches no cluster")
     # measured: 1 for a request the cluster can't meet, 255 for a directive sbatch doesn't know
     return Check("impossible" if done.returncode == 1 else "wrong", text)
 

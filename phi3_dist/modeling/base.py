@@ -341,7 +341,11 @@ def load_quantized(
         config = BitsAndBytesConfig(load_in_8bit=True)
     if base.folder is None:
         raise ModelError(
-            Problem("model.quantization", f"{TINY} has no folder to quantise from", "use a saved base, or none")
+            Problem(
+                "model.quantization",
+                f"{TINY} has no folder to quantise from",
+                "name a saved base in model.source, or set model.quantization: none",
+            )
         )
     with zero3_unseen(zero3):
         model: Phi3ForCausalLM = Phi3ForCausalLM.from_pretrained(

@@ -190,7 +190,7 @@ def why_not_fused(layer: LoraLayer) -> str:
     if type(layer) is not PeftLinear and not _is_nf4(layer):
         return f"PEFT's {type(layer).__name__} over {type(base).__module__.split('.')[0]}'s {type(base).__name__}"
     if layer.base_layer is not base or not (_is_nf4(layer) or type(base) in {nn.Linear, Fp8Linear}):
-        return f"its base is a {type(layer.base_layer).__name__}, no plain nn.Linear"
+        return f"its base is a {type(layer.base_layer).__name__}, not a plain nn.Linear"
     if any(p.requires_grad for p in base.parameters()):
         return "its base trains too (bias, or in full)"
     adapters = list(layer.lora_A)

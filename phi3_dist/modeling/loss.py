@@ -153,7 +153,7 @@ def plain_head(head: nn.Module) -> tuple[nn.Linear | None, str]:
         elif len(active) == 1:
             head = head.modules_to_save[active[0]]
     if type(head) is not nn.Linear:
-        return None, f"lm_head is a {type(head).__module__.split('.')[0]} {type(head).__name__}, no plain nn.Linear"
+        return None, f"lm_head is a {type(head).__module__.split('.')[0]} {type(head).__name__}, not a plain nn.Linear"
     return head, "lm_head is a plain nn.Linear"
 
 

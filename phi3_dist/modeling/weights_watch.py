@@ -23,7 +23,7 @@ class WeightsWatch:
         """Call it when the model is built. Raises ModelError where the files are no longer those that were hashed."""
         changed = changed_files(self._states)
         if changed:
-            what = "was changed between its hash and its loading: the run would not be what it says"
+            what = "was changed between hashing and loading: the run would train on other weights than it records"
             raise ModelError(
                 *(Problem(path, what, "start again when nothing writes to it any more") for path in changed)
             )

@@ -73,7 +73,9 @@ def choose_kernels(asked: str, obstacle: str, measured: Mapping[str, Any]) -> tu
         return "torch", obstacle
     gain = measured.get("kernels_gain")
     if not isinstance(gain, int | float):
-        why = "whole steps with Triton's kernels were not timed on this card (make card does; model.kernels=triton)"
+        why = (
+            "steps with Triton's kernels were not timed on this card (make card does; model.kernels=triton takes them)"
+        )
         return "torch", why
     chosen = "triton" if measured.get("kernels") == "triton" else "torch"
     return chosen, f"measured on this card: a step with Triton's kernels has {gain:.2f} times the speed"
@@ -82,7 +84,7 @@ def choose_kernels(asked: str, obstacle: str, measured: Mapping[str, Any]) -> tu
 def _on_a_card(measured: Mapping[str, Any]) -> str:
     gain = measured.get("compile_gain")
     if not isinstance(gain, int | float):
-        return "what it gains on this card has not been measured; model.compile=true does it"
+        return "its gain on this card has not been measured (make card does); model.compile=true compiles"
     return f"measured on this card: compiled, a step has {gain:.2f} times the speed"
 
 

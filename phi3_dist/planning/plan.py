@@ -268,7 +268,7 @@ def _support_problems(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts
 def _batch_choices(cfg: RunConfig, launch: LaunchFacts, data_ranks: int, accumulation: int) -> list[Choice]:
     """How packs are shared by ranks, where they are, and the accumulation that follows."""
     sharing = sharing_choice(cfg, launch)
-    ranks = f"{launch.world_size} ranks"
+    ranks = f"{launch.world_size} rank{'s' * (launch.world_size != 1)}"
     if sharing:
         ranks = f"{data_ranks} groups of {cfg.train.sequence_parallel} ranks"
     why = f"global_batch {cfg.train.global_batch} / (micro_batch {cfg.train.micro_batch} × {ranks})"

@@ -142,7 +142,9 @@ def _print(advice: Advice, cluster: Cluster, words: str, asked: Asked) -> None:
         console.print(f"note: {note}")
     if advice.best.run_s is None:
         console.print("time of the run: --tokens N says how many tokens the rows have, or set train.max_steps")
-    console.print("step times are estimates; memory is every token supervised, --why STRATEGY lists its terms")
+    console.print(
+        "step times are estimates; memory assumes that every token is supervised; --why STRATEGY lists its terms"
+    )
 
 
 def _nothing_fits(advice: Advice, cluster: Cluster, quantization: str) -> Problem:

@@ -85,9 +85,7 @@ def _strategy(config: Path, kind: str, values: Mapping[str, Any]) -> tuple[str, 
         return ("fsdp2_offload" if _section(values, "fsdp_config").get("fsdp_offload_params") else "fsdp2"), {}
     if kind != "DEEPSPEED":
         raise PlanError(
-            Problem(
-                f"{config}: distributed_type", f"{kind} starts no run of this toolkit", "one of configs/accelerate/"
-            )
+            Problem(f"{config}: distributed_type", f"{kind} is not supported", "one of configs/accelerate/")
         )
     inline = _section(values, "deepspeed_config")
     where, settings = (

@@ -132,7 +132,7 @@ preempted() {
     [ -n "$when" ] && [[ ! $when < $start ]]
 }
 
-# after_stop CODE: a run that was asked to stop goes on as the same job, from this one place, MAX_REQUEUES times at most
+# after_stop CODE: a run that was asked to stop continues as the same job, at most MAX_REQUEUES times, from here alone
 after_stop() {
     local state
     state=$(squeue -h -j "$JOB" -o %T 2>/dev/null)

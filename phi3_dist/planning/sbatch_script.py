@@ -74,7 +74,9 @@ class SlurmTopology:
         if self.nodes < 1:
             yield Problem("--nodes", f"{self.nodes} is not a number of nodes", "1 or more")
         if self.gpus_per_node < 0 or self.processes < 1:
-            yield Problem("--gpus-per-node", "no process on a node", "GPUs, or --processes-per-node with a CPU config")
+            yield Problem(
+                "--gpus-per-node", "no process on a node", "give GPUs, or --processes-per-node with a CPU config"
+            )
         if self.gpus_per_node and self.processes != self.gpus_per_node:
             what = f"{self.processes} processes for {self.gpus_per_node} GPUs a node"
             yield Problem("--processes-per-node", what, "one process a GPU: leave --processes-per-node out")

@@ -135,14 +135,14 @@ def _translate(draft: Draft, entry: Entry) -> None:
     name = _canonical(entry)
     if isinstance(entry.value, Computed):
         if name in ("bf16", "fp16"):
-            reason = "depends on the hardware when the source runs; auto decides likewise here, without fp16"
+            reason = "depends on the hardware when the source runs; auto decides the same way here, without fp16"
             draft.change(entry, "model.precision", "auto", reason)
         elif name in RULES or name in JOINT_KEYS:
             draft.refuse(entry, "is computed when the source runs, and nothing is run to import it: set it by hand")
         else:
             draft.refuse(entry, UNSUPPORTED.get(name) or unsupported_by_prefix(name) or "has no counterpart here")
     elif entry.value == "auto" and (name in JOINT_KEYS or entry.section == "deepspeed"):
-        draft.note(entry, "taken", "is filled in by whoever launches it")
+        draft.note(entry, "taken", "is filled in when it is launched")
     elif name in JOINT_KEYS and entry.value is not None:
         return
     elif name == "data_revision" and isinstance(entry.value, str):

@@ -212,9 +212,9 @@ def _double_quant(draft: Draft, entry: Entry) -> None:
 
 def _attention(draft: Draft, entry: Entry) -> None:
     name = str(entry.value).lower()
-    names = {"fa2": "flash_attention_2", "fa3": "flash_attention_3", "flex_attention": "flex"}
+    names = {**{f"fa{n}": f"flash_attention_{n}" for n in (2, 3, 4)}, "flex_attention": "flex"}
     name = names.get(name, name)
-    if name in ("flash_attention_2", "flash_attention_3", "flex", "sdpa", "auto"):
+    if name in (*names.values(), "sdpa", "auto"):
         draft.take(entry, "model.attention", name)
     else:
         draft.change(entry, "model.attention", "auto", f"{entry.value} is not offered; auto chooses and says why")

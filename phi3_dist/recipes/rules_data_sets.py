@@ -70,7 +70,7 @@ def _column(key: str) -> Rule:
 
 
 def _found(draft: Draft, entry: Entry) -> None:
-    draft.note(entry, "taken", "found by looking at the rows")
+    draft.note(entry, "taken", "detected from the rows")
 
 
 _FORMATS = ("alpaca", "sharegpt", "completion", "chat_template")

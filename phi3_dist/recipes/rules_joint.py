@@ -202,7 +202,7 @@ def _remark(value: Any) -> str:
     strange = sorted(kind for kind in kinds - {""} if kind.split(".")[0].split(":")[0] not in _FORMATS)
     if strange:
         return f"rows of type {', '.join(strange)} are not read: bring them into `messages`"
-    return "the format of rows is found by looking at them" if kinds - {""} else ""
+    return "the format is detected from the rows" if kinds - {""} else ""
 
 
 def _splits(draft: Draft, entries: Mapping[str, Entry]) -> None:

@@ -56,7 +56,7 @@ def _one(key: str, of: Sequence[object], losses: Sequence[float], values: Mappin
     ranks = _ranks(numbers)
     share, chance = _by_chance(losses, lambda of_losses: _correlation(ranks, _ranks(of_losses)) ** 2)
     up = _correlation(ranks, _ranks(losses)) > 0
-    trend = f"no value occurs twice: told by order alone, {'lower' if up else 'higher'} is better"
+    trend = f"no value occurs twice: judged by order alone, {'lower' if up else 'higher'} is better"
     return Importance(key, share, chance, best, f"{trend}; {note}" if note else trend)
 
 

@@ -42,6 +42,8 @@ def find_log(folder: Path, rank: int = 0) -> Path:
     logs = [log for place in places for log in (*place.glob(f"*-{job}.ranks/rank_*.log"), *place.glob(f"*-{job}.out"))]
     ranks = _ranks([*logs, *(folder / TRANSCRIPTS).glob("rank_*.log")])
     searched = ", ".join(map(str, (*places, folder / TRANSCRIPTS)))
+    if not ranks and not (folder / "config.yaml").is_file():
+        raise RunFolderError(Problem(str(folder), "is not a run folder", "see phi3-dist runs"))
     what = f"no log of rank {rank}{f' of job {job}' if job else ''} in {searched}"
     fix = f"ranks with a log: {', '.join(map(str, ranks))}" if ranks else f"its numbers are in {folder}/metrics.jsonl"
     raise RunFolderError(Problem(str(folder), what, fix))

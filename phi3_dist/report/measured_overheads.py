@@ -74,7 +74,7 @@ def finished_run(folder: Path) -> FinishedRun:
     )
     if not (run.reserved_gib and run.tensors_gib) and not (run.step_s and run.planned_step_s):
         what = (
-            f"says nothing to learn from: no memory under `first_step` in plan.json, no {ENOUGH_STEPS + 1} steps logged"
+            f"has nothing to learn from: no memory under `first_step` in plan.json, no {ENOUGH_STEPS + 1} steps logged"
         )
         raise PlanError(Problem(str(folder), what, "name a run of this release that made more steps"))
     return run

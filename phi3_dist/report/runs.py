@@ -64,7 +64,9 @@ class RunRow:
 def list_runs(path: Path) -> list[RunRow]:
     """The run folders at or below `path`, the newest first. Raises RunFolderError where `path` is not a folder."""
     if not path.is_dir():
-        raise RunFolderError(Problem(str(path), "is not a folder", "the folder that holds the runs, such as runs"))
+        raise RunFolderError(
+            Problem(str(path), "is not a folder", "give the folder that holds run folders; phi3-dist train makes runs/")
+        )
     now, found = time.time(), []
     for folder, inner, files in os.walk(path):
         if "config.yaml" in files and not _OF_A_RUN.isdisjoint(files):

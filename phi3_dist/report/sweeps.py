@@ -98,7 +98,7 @@ def common_losses(views: Sequence[RunView]) -> tuple[int, list[float]]:
 
 def _row(one: Importance) -> dict[str, Any]:
     value, mean, count = one.best
-    share = "not told" if one.share is None else f"{one.share:.0%}"
+    share = "not measured" if one.share is None else f"{one.share:.0%}"
     chance = "" if one.chance is None else f"{max(1, round(1000 * one.chance)):,} in 1,000"
     return {
         "key": one.key,

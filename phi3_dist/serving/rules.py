@@ -73,7 +73,7 @@ class Verdict:
         if not self.right:
             return "loads, and answers differently from how it was trained"
         flags = any(finding.effect == "flag" for finding in self.findings)
-        return "loads, and is right with the flags below" if flags else "loads, and is right"
+        return "loads, and answers as trained with the flags below" if flags else "loads, and answers as trained"
 
 
 _VLLM: tuple[Server, ...] = ("vllm",)
@@ -195,7 +195,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         _PYTHON, "flag", lambda s: s.base_rows is not None,
         "the base's tables must be enlarged first: base.resize_token_embeddings({base_rows}, mean_resizing=False)",
-        "phi3_dist.adapters.loading.load_adapter does it", source="PEFT 0.21",
+        "phi3_dist.adapters.loading.load_adapter does this", source="PEFT 0.21",
     ),
     Rule(
         _PYTHON, "note", lambda s: s.trained_on != "none" and s.start != "loftq",

@@ -41,7 +41,7 @@ class Decision:
         place = order.index(name) + 1
         return (
             f"ended after step {self.step}: held-out loss {self.losses[name]:.4f} is number {place} of {len(order)}, "
-            f"and {len(self.kept)} go on"
+            f"and {len(self.kept)} continue"
         )
 
 

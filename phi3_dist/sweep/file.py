@@ -28,7 +28,7 @@ _MAY_NOT = {
     "train.micro_batch": "a forward pass takes as many packs of each candidate",
     "train.profile": "a trace is one of all candidates together",
     "train.deterministic": "all candidates share one attention",
-    "lora.init": "a start that is computed from the base is made in a run of its own",
+    "lora.init": "a start that is computed from the base is made in a separate run",
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]{0,99}")
 
@@ -38,11 +38,11 @@ class EarlyConfig(Section):
 
     rule: Literal["none", "halving"] = "none"
     keep: Annotated[Real, Field(gt=0, lt=1)] = 0.5
-    """The share of those still running that goes on at each rung (rounded up)."""
+    """The share of those still running that continues at each rung (rounded up)."""
     first: Count = 1
     """The first rung: so many held-out losses after the one before step 1. The next have 2, 4, 8 … times as many."""
     floor: Count = 1
-    """As many candidates always go on to the end."""
+    """As many candidates always continue to the end."""
 
 
 class SweepConfig(Section):
@@ -154,7 +154,7 @@ def _shape_problems(sweep: SweepConfig) -> list[Problem]:
 
 
 def _key_problem(key: str) -> Problem | None:
-    nearest = "phi3-dist slurm --array trains runs of their own, each with its base"
+    nearest = "phi3-dist slurm --array trains separate runs, each with a base"
     why = _MAY_NOT.get(key)
     if why is None and not key.startswith(_MAY_DIFFER):
         why = "candidates share one base, one model and one place"

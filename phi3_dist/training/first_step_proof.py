@@ -31,7 +31,7 @@ from phi3_dist.training.runtime import Runtime
 
 __all__ = ["FirstStepProof", "Seen", "WatchedEngine", "faults", "meant_to_train", "shard_faults"]
 
-REPORT = "report it with environment.json: a library did otherwise than it was told"
+REPORT = "report it with environment.json: a library did something else than it was asked to"
 SHOWN = 5
 _PARTNERS = (
     (".lora_A.", ".lora_B."),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
 from transformers import Phi3ForCausalLM
 
+from phi3_dist.config.schema import ModelConfig
 from phi3_dist.errors import ModelError
 from phi3_dist.modeling.attention.backend import attend, kernel_name, packed_sdpa, use_backend
 from phi3_dist.modeling.attention.flex import block_mask
@@ -227,6 +230,10 @@ def test_what_is_asked_for_by_name_is_never_replaced() -> None:
     assert (asked.name, asked.available) == ("flash_attention_3", False)
     assert asked.reason.startswith("flash-attn-3 is not installed (pip install")
     assert asked.fix.startswith("pip install")
+
+
+def test_every_backend_has_a_name_in_the_run_file() -> None:
+    assert set(get_args(ModelConfig.model_fields["attention"].annotation)) == {"auto", *BACKENDS}
 
 
 @pytest.mark.parametrize("name", [n for n in BACKENDS if n != "sdpa"])

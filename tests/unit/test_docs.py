@@ -63,14 +63,14 @@ def test_the_site_fetches_nothing_from_elsewhere(site: Path) -> None:
 def test_the_site_holds_every_page_and_none_of_its_sources(site: Path) -> None:
     for page in navigation():
         assert (site / Path(page).name).with_suffix(".html").is_file()
-    assert not list(site.rglob("*.py"))
+    assert not list(site.rglob("*.py*"))
     assert not list(site.rglob("*.md"))
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in generated.DOCS.glob("*.md")))
 def test_generated_parts_are_the_codes(page: str) -> None:
     text = text_of(f"docs/{page}")
-    assert text == generated.filled(text), "write it anew: python -m docs.generated"
+    assert text == generated.filled(text), "update it: python -m docs.generated"
 
 
 def test_each_part_has_its_page() -> None:

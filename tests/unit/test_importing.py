@@ -140,7 +140,7 @@ def test_a_value_that_depends_on_the_hardware_becomes_auto(tmp_path: Path) -> No
     text = "import torch\na = TrainingArguments(bf16=torch.cuda.is_bf16_supported(), learning_rate=float(RATE))"
     done, run = imported(tmp_path, "s.py", text)
     assert run.model.precision == "auto"
-    assert "auto decides likewise" in finding(done, "bf16").reason
+    assert "auto decides the same way" in finding(done, "bf16").reason
     assert finding(done, "learning_rate").verdict == "not supported"
     assert finding(done, "learning_rate").value.text == "float(RATE)"
     assert run.optim.lr == RunConfig.model_validate({"model": {"source": "x"}, "data": {"train": "x"}}).optim.lr
@@ -331,7 +331,9 @@ def test_a_llama_factory_config(tmp_path: Path) -> None:
     assert (run.model.quantization, run.model.attention) == ("int8", "flash_attention_2")
     assert (run.data.train, run.data.pack_length, run.data.validation_share) == (FILL_IN_ROWS, 1024, 0.1)
     assert "dataset_info.json" in finding(done, "dataset").reason
-    other, _ = imported(tmp_path, "dpo.yaml", {**config, "stage": "dpo", "finetuning_type": "full"})
+    changed = {"stage": "dpo", "finetuning_type": "full", "flash_attn": "fa4"}
+    other, other_run = imported(tmp_path, "dpo.yaml", {**config, **changed})
+    assert other_run.model.attention == "flash_attention_4"
     assert finding(other, "stage").verdict == "not supported"
     assert finding(other, "finetuning_type").verdict == "changed"
 
@@ -404,7 +406,7 @@ def test_values_that_a_run_file_cannot_hold_give_way_to_defaults_and_are_told(tm
     evaluated = {"learning_rate": 1e-4, "num_train_epochs": 1, "warmup_steps": 500, "max_steps": 100}
     done, run = imported(tmp_path, "args.json", evaluated)
     assert run.train.max_steps == 100
-    assert "the peak is never held" in finding(done, "warmup_steps").reason
+    assert "the learning rate would only rise" in finding(done, "warmup_steps").reason
 
 
 def test_a_value_that_is_set_twice_has_one_winner_that_is_named(tmp_path: Path) -> None:

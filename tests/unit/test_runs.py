@@ -189,6 +189,8 @@ def test_logs_by_rank(tmp_path: Path) -> None:
         find_log(folder, 2)
     with pytest.raises(RunFolderError, match="no log of rank 0 in"):
         find_log(_run(tmp_path / "other", heartbeat={}))
+    with pytest.raises(RunFolderError, match="is not a run folder"):
+        find_log(tmp_path)
 
 
 def test_follow_goes_on(tmp_path: Path) -> None:

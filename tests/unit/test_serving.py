@@ -105,7 +105,7 @@ def test_check_says_it_all_and_exits_with_6_where_it_is_not_right(base: Path, tm
     adapter = small_adapter(tmp_path / "a", base)
     done = CliRunner().invoke(app, ["check", str(adapter), "--for", "vllm"])
     assert done.exit_code == 0, done.output
-    assert done.output.startswith("vllm: loads, and is right with the flags below\n")
+    assert done.output.startswith("vllm: loads, and answers as trained with the flags below\n")
     assert f"vllm serve {base} --enable-lora --lora-modules adapter={adapter} --max-lora-rank 8" in done.output
     dora = small_adapter(tmp_path / "d", base, dora=True)
     done = CliRunner().invoke(app, ["check", str(dora), "--for", "vllm", "--json"])
@@ -113,7 +113,7 @@ def test_check_says_it_all_and_exits_with_6_where_it_is_not_right(base: Path, tm
     said = json.loads(done.output)
     assert (said["loads"], said["right"], said["trial"]) == (False, False, None)
     assert said["findings"][0]["what"] == "vLLM does not load DoRA"
-    with pytest.raises(ConfigError, match="is not a server that is known"):
+    with pytest.raises(ConfigError, match="is not a known server"):
         check(adapter, "tgi")  # type: ignore[arg-type]
 
 

@@ -143,7 +143,7 @@ def test_command_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     here = replace(PLAIN, workdir=str(tmp_path), config=str(CONFIGS / "ddp.yaml"))
     result = slurm_command(JOB, here)
     assert result.scripts == (tmp_path / "runs/slurm/mini.sbatch",)
-    assert (result.check.answer, result.job_ids) == ("no sbatch", ())
+    assert (result.check.answer, result.job_ids) == ("not checked", ())
     assert result.scripts[0].read_text() == render_sbatch(JOB, here)
     with pytest.raises(MachineError, match="to a login node"):
         submit_script(result.scripts[0])

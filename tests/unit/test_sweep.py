@@ -149,7 +149,7 @@ def test_halving_ends_the_worst_and_a_revived_one_goes_on_as_if_it_never_had(tmp
     assert [decision["step"] for decision in said["early"]] == [2, 4][: len(said["early"])]
     assert said["early"][0]["ended"] == ["lr=0.0001"]
     assert result.states["lr=0.0001"] == "ended early"
-    assert "number 3 of 3, and 2 go on" in said["candidates"][-1]["why"]
+    assert "number 3 of 3, and 2 continue" in said["candidates"][-1]["why"]
     again = run(sweep, resume=True)
     assert again.states == result.states
     revived = run(sweep, resume=True, revive=["lr=0.0001"])
@@ -182,7 +182,7 @@ def test_the_rule_is_a_function_of_the_losses() -> None:
     made = decide(early, 20, {"a": 2.0, "b": float("nan"), "c": 1.0, "d": 1.0, "e": 3.0}, names)
     assert made.kept == ("a", "c", "d")
     assert made.ended == ("b", "e")
-    assert "number 5 of 5, and 3 go on" in made.why("b")
+    assert "number 5 of 5, and 3 continue" in made.why("b")
     assert Decision.from_dict(json.loads(json.dumps(made.to_dict()))).kept == made.kept
     assert decide(early, 40, {"a": 2.0, "c": 1.0}, names).kept == ("a", "c"), "the floor"
     one = decide(EarlyConfig(rule="halving", keep=0.2), 1, {"b": 1.0, "a": 1.0}, names)

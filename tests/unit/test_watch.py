@@ -84,7 +84,7 @@ def test_weights_that_change_before_they_are_loaded(saved: Path, change: str) ->
         (saved / "new").replace(weights)
     else:
         weights.unlink()
-    with pytest.raises(ModelError, match=r"model\.safetensors: was changed between its hash and its loading"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: was changed between hashing and loading"):
         watch.loaded(model)
 
 

@@ -81,7 +81,9 @@ def convert_file(
     source, target = Path(source), Path(target)
     known = {name.replace("→", arrow): name for name in _DIRECTIONS for arrow in ("→", "->", "-to-")}
     if direction not in known:
-        raise ConfigError(Problem("direction", f"{direction!r} is not one", f"one of {', '.join(_DIRECTIONS)}"))
+        raise ConfigError(
+            Problem("direction", f"{direction!r} is not a direction", "loralib-to-peft or peft-to-loralib")
+        )
     to_peft = known[direction] == "loralib→peft"
     _refuse_foreign({"r": r} if to_peft else {"alpha": alpha, "kinds": kinds, "base_name": base_name}, known[direction])
     base = None if base_config is None else Shape.of(_read_config(base_config))
@@ -184,9 +186,8 @@ def _read_loralib(path: Path) -> tuple[dict[str, Tensor], dict[str, Layer]]:
         fix = "save it with torch.save(lora.lora_state_dict(model), path)"
         raise AdapterError(Problem(str(path), what, fix)) from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = (
-            f"is damaged, or no file of tensors: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        )
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = f"is damaged, or is not a file of tensors: {said}"
         raise AdapterError(Problem(str(path), what, "copy or save it again")) from error
     nested = [key for key in _NESTED if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)]
     state = content[nested[0]] if nested else content

@@ -109,7 +109,8 @@ def _read_loralib(
             review.wrong(name, f"is {tensor.dtype}, which does not train", "save it with lora.lora_state_dict(model)")
         elif last in ("lora_A", "lora_B"):
             if not module or tensor.ndim != 2 or tensor.numel() == 0:
-                review.wrong(name, f"has shape {tuple(tensor.shape)} or no module; loralib's have two dimensions")
+                what = f"has shape {tuple(tensor.shape)} or no module in its name; loralib's have two dimensions"
+                review.wrong(name, what)
             else:
                 halves.setdefault(module, {})[last] = tensor
         elif last == "bias":
@@ -149,12 +150,12 @@ def _kind(
         what = f"enable_lora is not in a file of loralib (lora_A {tuple(a.shape)}, lora_B {tuple(b.shape)})"
         review.ask(module, what, f"give enable_lora, such as {end(module)}=true,false,true for groups 1 and 3 of 3")
     elif kind == "conv2d":
-        what = "a loralib Conv2d has no equal among PEFT's of the same rank: its lora_B may mix the rows of a kernel"
+        what = "PEFT's Conv2d of the same rank can't hold a loralib Conv2d, whose lora_B may mix the rows of a kernel"
         review.wrong(module, what, "merge it into its weight with loralib's eval(), or train it with PEFT")
     elif kind != "merged" and flags is not None:
         review.ask(module, f"enable_lora is given for what kinds calls {kind}", "leave one of the two out")
     elif kind != "merged" and not same_rank:
-        review.wrong(module, f"lora_A has rank {a.shape[0]}, lora_B {b.shape[1]}: it is no {KINDS[kind]}")
+        review.wrong(module, f"lora_A has rank {a.shape[0]}, lora_B {b.shape[1]}: it is not a {KINDS[kind]}")
     else:
         return kind
     return None

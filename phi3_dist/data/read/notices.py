@@ -64,4 +64,4 @@ def held_out_notice(cfg: DataConfig, kept: int, held: int, shares: tuple[float, 
     # just above the smallest hash, in as few digits as leave something to train on
     enough = next(round(least + 10.0**-digits, digits) for digits in (2, 4, 6, 15) if least + 10.0**-digits < 1)
     why = f"of {kept:,} rows none has a prompt whose hash is below data.validation_share: {cfg.validation_share:g}"
-    return f"{none} {why}; {enough:g} holds some out, or name rows in data.validation, or set 0"
+    return f"{none} {why}; {enough:g} holds some out, or name rows in data.validation, or set it to 0"

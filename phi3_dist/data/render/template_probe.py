@@ -129,7 +129,7 @@ def _tools(tokenizer: PreTrainedTokenizerFast, end: int, header: tuple[int, ...]
     ids = _batch_ids(tokenizer, [text])[0]
     ends = [i for i, token in enumerate(ids) if token == end]
     if len(ends) != 4 + added_turns or tuple(ids[ends[-2] + 1 :][: len(header)]) != header:
-        return "the chat template renders as no turn of its own"
+        return "the chat template does not render as a separate turn"
     return ""
 
 

@@ -187,4 +187,6 @@ def check_identity(saved: Mapping[str, Any], ours: Mapping[str, Any], allowed: C
     ]
     if problems:
         keys = " ".join(f"--allow-changed '{p.where}'" for p in problems)
-        raise TrainingError(*problems, Problem("--resume", "the run has changed", f"undo it, or mean it: {keys}{also}"))
+        raise TrainingError(
+            *problems, Problem("--resume", "the run has changed", f"undo it, or allow it: {keys}{also}")
+        )

@@ -109,7 +109,7 @@ def _planned_identity(folder: RunFolder) -> Mapping[str, Any] | None:
 def _refuse_no_way_on(folder: RunFolder, found: _Found, wanted: int, *, more: bool) -> None:
     """Raises TrainingError for a number of steps that no checkpoint leads to, whatever is allowed."""
     if found.checkpoint is not None and found.checkpoint.step > wanted:
-        what = f"are {wanted}, and {found.checkpoint.folder.name} has {found.checkpoint.step} behind it"
+        what = f"are {wanted}, and {found.checkpoint.folder.name} has made {found.checkpoint.step}"
         raise TrainingError(Problem("train.max_steps, train.epochs", what, "ask for more, or take another save.folder"))
     if more and found.finished and found.checkpoint is None:
         what = "has finished, and keeps no checkpoint to continue from"
@@ -134,7 +134,9 @@ def _told_before(found: _Found, changed: Collection[str], wanted: int, optim: Op
             f"{optim.schedule} over {wanted} steps from here on: it was {then}, and is {now}"
         )
     if HELD_OUT in changed:
-        lines.append(f"the held-out rows are other ones after step {checkpoint.step}: compare no loss across it")
+        lines.append(
+            f"the held-out rows differ after step {checkpoint.step}: losses before and after it can't be compared"
+        )
     return lines
 
 

@@ -47,7 +47,11 @@ def announce(
 
 def _ranks(plan: RunPlan) -> str:
     shared = plan.sequence_parallel
-    return f"{plan.world_size} ranks" if shared == 1 else f"{plan.world_size // shared} groups of {shared} ranks"
+    return (
+        f"{plan.world_size} rank{'s' * (plan.world_size != 1)}"
+        if shared == 1
+        else f"{plan.world_size // shared} groups of {shared} ranks"
+    )
 
 
 def record_start(ctx: RunContext, of_model: Sequence[Choice], first: int) -> None:

@@ -124,7 +124,7 @@ def _folder(cfg: RunConfig, *, overwrite: bool, resume: bool) -> str:
 def _sources(cfg: RunConfig) -> str:
     sources = located(cfg.data)
     held_out = f", {len(sources.held_out)} held out" if sources.held_out else ""
-    return f"{len(sources.train)} file{'s' * (len(sources.train) != 1)} or sets to train on{held_out}"
+    return f"{len(sources.train)} source{'s' * (len(sources.train) != 1)} to train on{held_out}"
 
 
 def _model(cfg: RunConfig, found: list[Finding]) -> tuple[Base, Any, list[int]] | None:
