@@ -267,13 +267,8 @@ def export(
     on. The result's `drift` says how far its logits are from the live model's. Raises ConfigError for a word that isn't
     one of these, AdapterError, RunFolderError, ModelError, DataError, MachineError; nothing is left of `out` then.
     """
-    from phi3_dist.exports.exporting import KINDS
     from phi3_dist.exports.exporting import export as write_export
-    from phi3_dist.exports.gguf_model import STORED
 
-    _one_of("kind (--as)", kind, KINDS)
-    _one_of("into", into, ("base", "nf4", None))
-    _one_of("stored", stored, (*STORED, None))
     return write_export(
         source,
         out,
@@ -383,9 +378,3 @@ def report_page(runs: str | Path | Sequence[str | Path], output: str | Path | No
         what = "is for the page of several runs"
         raise ConfigError(Problem("--output", what, f"the page of one is {folders[0]}/report.html"))
     return write_sweep_page(folders[0]) if is_sweep(folders[0]) else write_page(folders[0])
-
-
-def _one_of(place: str, word: str | None, words: Sequence[str | None]) -> None:
-    if word not in words:
-        known = ", ".join(one for one in words if one is not None)
-        raise ConfigError(Problem(place, f"{word!r} is not one of {known}", f"one of {known}"))

@@ -21,7 +21,7 @@ from phi3_dist.data.read.sources import split_notices
 from phi3_dist.data.render.template_probe import ChatFormat
 from phi3_dist.data.token_rows import TokenRows
 from phi3_dist.errors import plain
-from phi3_dist.planning.auto_fields import is_auto
+from phi3_dist.planning.auto_fields import is_auto, shortest_pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -77,7 +77,7 @@ def show(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, n: int) -> Group:
     totals.check()
     lengths_N, supervised_N = np.concatenate(lengths), np.concatenate(supervised)
     if auto and len(lengths_N):  # as far as it is known without a device
-        cfg = cfg.model_copy(update={"pack_length": 1 << max(4, int(lengths_N.max() - 1).bit_length())})
+        cfg = cfg.model_copy(update={"pack_length": shortest_pack(int(lengths_N.max()))})
     fits_N = lengths_N <= cfg.pack_length
     if not fits_N.any() and not (cut and cfg.on_long_row == "cut_turn"):
         raise none_fits(len(lengths_N), cfg.pack_length)

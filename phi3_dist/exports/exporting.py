@@ -6,19 +6,20 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from phi3_dist.adapters.files import write_adapter
 from phi3_dist.adapters.loading import load_adapter
 from phi3_dist.adapters.reading import read_adapter
-from phi3_dist.errors import AdapterError, ConfigError, Problem
+from phi3_dist.errors import ConfigError, Problem
 from phi3_dist.exports.cards import export_card, gguf_card, merged_card
 from phi3_dist.exports.combining import combine
 from phi3_dist.exports.gguf_file import ADAPTER, read_gguf_adapter, refuse_for_gguf, write_gguf_adapter
 from phi3_dist.exports.gguf_model import (
     MODEL,
+    STORED,
     Stored,
     read_gguf_model,
     refuse_for_gguf_model,
@@ -87,12 +88,11 @@ def export(
     its matrices `stored` as f32, f16 or bf16 (by default as the base's); `combine`, several adapters (`others`,
     `weights`, PEFT's `method`) as one. base: in place of the one that the adapter names. into: the weights that a
     merged form starts from. data: rows to compare on; by default the run's held-out ones.
-    Raises ConfigError for what another form alone takes, AdapterError (an adapter that is damaged, of another base or
-    can't be said in that form; an export that is not the live model), RunFolderError (an unfinished run), ModelError,
-    DataError. Nothing is left of `out` then.
+    Raises ConfigError for a word that is not one of these and for what another form alone takes, AdapterError (an
+    adapter that is damaged, of another base or can't be said in that form; an export that is not the live model),
+    RunFolderError (an unfinished run), ModelError, DataError. Nothing is left of `out` then.
     """
-    if kind not in KINDS:
-        raise AdapterError(Problem("--as", f"{kind!r} is not a form", f"one of {', '.join(KINDS)}"))
+    _refuse_unknown_words(kind, into, stored)
     given = {"into": into, "stored": stored, "others": others, "weights": weights, "density": density}
     _refuse_misplaced(kind, {key for key, value in given.items() if value is not None and value not in ((), [])})
     opened, out = open_adapter(where, base), Path(out)
@@ -119,6 +119,18 @@ _TAKEN_BY: dict[str, tuple[Kind, ...]] = {
     **dict.fromkeys(("others", "weights", "density"), ("combine",)),
 }
 _OPTIONS = {"stored": "--dtype", "others": "--with"}
+
+
+def _refuse_unknown_words(kind: str, into: str | None, stored: str | None) -> None:
+    """Raises ConfigError for words that name no form, no weights and no type."""
+    options = (("--as", kind, KINDS), ("--into", into, (None, *get_args(Into))), ("--dtype", stored, (None, *STORED)))
+    problems = []
+    for option, word, known in options:
+        if word not in known:
+            words = ", ".join(filter(None, known))
+            problems.append(Problem(option, f"{word!r} is not one of {words}", f"one of {words}"))
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _refuse_misplaced(kind: Kind, given: set[str]) -> None:

@@ -19,7 +19,17 @@ from phi3_dist.planning.memory import fits, total_gib
 from phi3_dist.planning.plan import RunPlan, make_plan
 from phi3_dist.planning.workload import account
 
-__all__ = ["AUTO", "RowLengths", "auto_fields", "get_field", "is_auto", "plan_with_auto", "set_fields", "settle"]
+__all__ = [
+    "AUTO",
+    "RowLengths",
+    "auto_fields",
+    "get_field",
+    "is_auto",
+    "plan_with_auto",
+    "set_fields",
+    "settle",
+    "shortest_pack",
+]
 
 AUTO = ("data.pack_length", "model.activation_checkpointing", "train.micro_batch")
 TARGET = {"cuda": 4096, "cpu": 2048}
@@ -224,6 +234,11 @@ def _until_it_fits(place: _Place, asked: tuple[str, ...], lengths: Sequence[int]
     return tried
 
 
+def shortest_pack(longest: int) -> int:
+    """The shortest pack, of those as long as a power of two, that holds a row of `longest` tokens."""
+    return 1 << max(4, (longest - 1).bit_length())
+
+
 def _pack_lengths(place: _Place, rows: RowLengths | None) -> tuple[list[int], str]:
     """Lengths to try, the wanted one first, and the reason for that."""
     target, window = TARGET[place.kind], _window(place.model)
@@ -231,7 +246,7 @@ def _pack_lengths(place: _Place, rows: RowLengths | None) -> tuple[list[int], st
         want, busy = min(target, window), "long enough to keep a device busy"
         return [want, *_halves(want, _SHORTEST)], f"{busy}; the rows are not counted yet (phi3-dist prepare does so)"
     longest = min(rows.longest, window)
-    want = least = 1 << max(4, (longest - 1).bit_length())
+    want = least = shortest_pack(longest)
     batch = place.cfg.train.global_batch
     while want * 2 <= target and rows.tokens // (want * 2) >= batch:
         want *= 2
