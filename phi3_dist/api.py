@@ -165,16 +165,16 @@ def evaluate(
     Every process of a launcher calls it, and each returns the whole. Raises what
     `phi3_dist.evaluation.evaluate.evaluate` does.
     """
-    from phi3_dist.evaluation.evaluate import Asking
+    from phi3_dist.evaluation.evaluate import EvaluationRequest
     from phi3_dist.evaluation.evaluate import evaluate as measure
     from phi3_dist.evaluation.ranks import joined
     from phi3_dist.inference.files import How
     from phi3_dist.inference.opening import Options
 
-    asking = Asking(data, split, base, against, generate, tuple(metrics), tuple(tasks), limit)
+    request = EvaluationRequest(data, split, base, against, generate, tuple(metrics), tuple(tasks), limit)
     options = Options(base_model, None, precision, quantization, device)
     with joined(device) as ranks:
-        return measure(str(target), asking, how=How(max_new_tokens, batch_size), options=options, ranks=ranks)
+        return measure(str(target), request, how=How(max_new_tokens, batch_size), options=options, ranks=ranks)
 
 
 def generate(
@@ -211,14 +211,14 @@ def generate(
         sampling = Sampling(temperature, top_p, top_k, seed)
     except ValueError as error:
         raise ConfigError(Problem("temperature, top_p, top_k", str(error), "")) from error
-    asked = []
+    parsed = []
     for i, prompt in enumerate(prompts):
         place = f"prompts[{i}]"
-        asked.append(
+        parsed.append(
             Prompt.of(prompt, system, place) if isinstance(prompt, str) else Prompt(tuple(prompt), None, place)
         )
     options = Options(base_model, None, precision, quantization, device)
-    return answer_all(open_model(target, options), asked, How(max_new_tokens, batch_size, sampling))
+    return answer_all(open_model(target, options), parsed, How(max_new_tokens, batch_size, sampling))
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from phi3_dist.exports.modelfile import MODELFILE
 from phi3_dist.exports.opening import Opened, open_adapter
 from phi3_dist.exports.reshaped import joined, one_rank, split_names
 from phi3_dist.exports.target import new_folder, seal
-from phi3_dist.exports.updates import Parts, parts_of
+from phi3_dist.exports.updates import AdapterContents, contents_of
 from phi3_dist.modeling.base import find_base
 from phi3_dist.modeling.rope import pin_longrope
 
@@ -155,8 +155,8 @@ class _Work:
     rows: Rows
 
     def write(self, tensors: dict[str, Tensor], config: dict[str, Any], card: str) -> None:
-        facts = self.opened.facts_to_keep
-        write_adapter(self.folder / "adapter", tensors, config, card=card, tokenizer=self.tokenizer, metadata=facts)
+        metadata = self.opened.metadata_to_keep
+        write_adapter(self.folder / "adapter", tensors, config, card=card, tokenizer=self.tokenizer, metadata=metadata)
 
     def lift(self) -> None:
         """The adapter's files up into the folder that will take the name."""
@@ -170,10 +170,10 @@ class _Work:
         model = plain_model(base, compute_dtype(base), self.opened.trained_on)
         return logits_of(load_adapter(model, adapter), self.rows)
 
-    def logits_of_parts(self, parts: Parts) -> list[Tensor]:
+    def logits_of_contents(self, contents: AdapterContents) -> list[Tensor]:
         """What PEFT computes with an update that was read back. Its files lie in the folder meanwhile."""
         again = self.folder / "compared"
-        write_adapter(again, *one_rank(self.opened, parts), card="", metadata=self.opened.facts_to_keep)
+        write_adapter(again, *one_rank(self.opened, contents), card="", metadata=self.opened.metadata_to_keep)
         try:
             return self.logits(again)
         finally:
@@ -234,7 +234,7 @@ def _window(opened: Opened) -> bool:
 
 
 def _pin(model: Any, opened: Opened) -> None:
-    factors = opened.facts.get("longrope")
+    factors = opened.metadata.get("longrope")
     if factors is not None:
         pin_longrope(model, 0, "short" if factors == "short" else "long")
 
@@ -251,11 +251,11 @@ def _reshaped(work: _Work, kind: Kind) -> Exported:
     else:
         tensors, config = one_rank(opened, split_names(opened) if kind == "split" else None)
         work.write(tensors, config, export_card(opened, kind))
-        read = parts_of(*read_adapter(folder / "adapter"))
+        read = contents_of(*read_adapter(folder / "adapter"))
         back = joined(read) if kind == "split" else read
         what = f"rank {config['r']} and alpha {config['lora_alpha']} for all of {len(read.updates)} modules"
         work.lift()
-    drift = compare(live, plain, work.logits_of_parts(back), work.rows)
+    drift = compare(live, plain, work.logits_of_contents(back), work.rows)
     refuse_drift(drift, EXACT, work.out)
     return Exported(work.out, kind, what, drift)
 

@@ -69,7 +69,7 @@ def test_a_killed_call_goes_on(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        answer_file(opened, PROMPTS, out, how, tell=killed)
+        answer_file(opened, PROMPTS, out, how, progress=killed)
     out.write_bytes(out.read_bytes()[:-7])
     assert answer_file(opened, PROMPTS, out, how) == (4, 7)
     assert out.read_bytes() == whole.read_bytes()
