@@ -1,4 +1,4 @@
-"""The training run: find, agree, build, step, save. `train` reads as policy; the pieces live beside it.
+"""The training run: find, agree, build, step, save. `train` is the outline; each piece is a module beside it.
 
 Read in this order, one step from the command to the update of its weights:
 
@@ -7,8 +7,8 @@ Read in this order, one step from the command to the update of its weights:
 3. train_step.py      one step: its packs, forward and backward of each micro batch, one update
 4. engines/engine.py  what backward and update mean under each strategy
 
-Then what is asked only once: inputs.py and build.py (before the steps), final_adapter.py (after them), checkpoints/
-(saving and going on) and monitor/ (what the run says about itself).
+Once a run: inputs.py and build.py before the steps, final_adapter.py after them. Beside the steps: checkpoints/ saves
+and resumes, monitor/ writes what the run says about itself.
 """
 
 from __future__ import annotations
