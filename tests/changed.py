@@ -68,7 +68,8 @@ def nearest(
 ) -> tuple[list[str], list[str]]:
     """Test files to run, of those whose imports are given, and those left out for their CPU time.
 
-    `package`: what each module of the package imports. Always the house's and those that are changed themselves; then the nearest of each module, the second nearest, …
+    `package`: what each module of the package imports. Always the house's and those that are changed themselves; then
+    the nearest of each module, the second nearest, …
     """
     chosen = {ALWAYS, *(path for path in changed if path in imports)}
     users: list[list[str]] = []
