@@ -1,4 +1,4 @@
-"""Accelerated and distributed LoRA and QLoRA fine-tuning of Microsoft's Phi-3 family.
+"""Accelerated and distributed LoRA and QLoRA fine-tuning of Microsoft's Phi-3 family. Begin with api.py.
 
 Public: the verbs as functions, `load_run`, `plan`, `train`, `evaluate`, `generate`, `adapter_of_checkpoint`, `export`,
 `check`, `push`, `report_page` (api.py); `load_tokenizer`, `gather_adapter`, `save_adapter`, and loralib's two functions

@@ -165,16 +165,16 @@ def evaluate(
     Every process of a launcher calls it, and each returns the whole. Raises what
     `phi3_dist.evaluation.evaluate.evaluate` does.
     """
-    from phi3_dist.evaluation.evaluate import Asking
+    from phi3_dist.evaluation.evaluate import EvaluationRequest
     from phi3_dist.evaluation.evaluate import evaluate as measure
     from phi3_dist.evaluation.ranks import joined
     from phi3_dist.inference.answers_file import How
     from phi3_dist.inference.open_model import Options
 
-    asking = Asking(data, split, base, against, generate, tuple(metrics), tuple(tasks), limit)
+    request = EvaluationRequest(data, split, base, against, generate, tuple(metrics), tuple(tasks), limit)
     options = Options(base_model, None, precision, quantization, device)
     with joined(device) as ranks:
-        return measure(str(target), asking, how=How(max_new_tokens, batch_size), options=options, ranks=ranks)
+        return measure(str(target), request, how=How(max_new_tokens, batch_size), options=options, ranks=ranks)
 
 
 def generate(
@@ -211,14 +211,14 @@ def generate(
         sampling = Sampling(temperature, top_p, top_k, seed)
     except ValueError as error:
         raise ConfigError(Problem("temperature, top_p, top_k", str(error), "")) from error
-    asked = []
+    parsed = []
     for i, prompt in enumerate(prompts):
         place = f"prompts[{i}]"
-        asked.append(
+        parsed.append(
             Prompt.of(prompt, system, place) if isinstance(prompt, str) else Prompt(tuple(prompt), None, place)
         )
     options = Options(base_model, None, precision, quantization, device)
-    return answer_all(open_model(target, options), asked, How(max_new_tokens, batch_size, sampling))
+    return answer_all(open_model(target, options), parsed, How(max_new_tokens, batch_size, sampling))
 
 
 @dataclass(frozen=True)
@@ -267,13 +267,8 @@ def export(
     on. The result's `drift` says how far its logits are from the live model's. Raises ConfigError for a word that isn't
     one of these, AdapterError, RunFolderError, ModelError, DataError, MachineError; nothing is left of `out` then.
     """
-    from phi3_dist.exports.exporting import KINDS
     from phi3_dist.exports.exporting import export as write_export
-    from phi3_dist.exports.gguf_model import STORED
 
-    _one_of("kind (--as)", kind, KINDS)
-    _one_of("into", into, ("base", "nf4", None))
-    _one_of("stored", stored, (*STORED, None))
     return write_export(
         source,
         out,
@@ -384,9 +379,3 @@ def report_page(runs: str | Path | Sequence[str | Path], output: str | Path | No
         what = "is for the page of several runs"
         raise ConfigError(Problem("--output", what, f"the page of one is {folders[0]}/report.html"))
     return write_sweep_page(folders[0]) if is_sweep(folders[0]) else write_page(folders[0])
-
-
-def _one_of(place: str, word: str | None, words: Sequence[str | None]) -> None:
-    if word not in words:
-        known = ", ".join(one for one in words if one is not None)
-        raise ConfigError(Problem(place, f"is {word!r}", f"one of {known}"))

@@ -38,7 +38,6 @@ __all__ = [
     "shown",
 ]
 
-# C0 and C1 but newline and tab; what separates lines elsewhere; what turns the direction of text; halves of characters
 # C0 and C1 but tab and line end, marks that turn the direction of writing, line separators, halves of surrogates
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _ANY_CONTROL = re.compile(rf"{_CONTROL.pattern}|[\n\t]")

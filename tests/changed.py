@@ -2,7 +2,8 @@
 
 Changed is what differs from the commit (HEAD, unless one is named) and what is new. A changed test file of
 `tests/unit` is run itself. A changed module is run by the test files that import it: of those the ones that import the
-fewest other modules of the package, since what all of them share would be the whole of `make test`. Together they take
+fewest other modules of the package, since what all of them share would be the whole of `make test`. A module that no
+test file imports, such as a verb's, is run by those that import the modules that import it. Together they take
 no more CPU time than `BUDGET_S` says, by what `tests/cpu_seconds.txt` has of each; what is left out is named.
 """
 
@@ -46,20 +47,35 @@ def imported(source: str) -> set[str]:
     return {name for name in found if name.startswith("phi3_dist")}
 
 
+def module_of(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def users_of(module: str, imports: Mapping[str, set[str]], package: Mapping[str, set[str]]) -> list[str]:
+    """Test files that import a module, or else the modules that import it, the nearest first."""
+    reached, wanted = {module}, {module}
+    while wanted and not any(wanted & names for names in imports.values()):
+        wanted = {user for user, names in package.items() if names & wanted} - reached
+        reached |= wanted
+    return [test for _, test in sorted((len(names), test) for test, names in imports.items() if wanted & names)]
+
+
 def nearest(
-    changed: Iterable[str], imports: Mapping[str, set[str]], cost_s: Mapping[str, float]
+    changed: Iterable[str],
+    imports: Mapping[str, set[str]],
+    cost_s: Mapping[str, float],
+    package: Mapping[str, set[str]] | None = None,
 ) -> tuple[list[str], list[str]]:
     """Test files to run, of those whose imports are given, and those left out for their CPU time.
 
-    Always the house's and those that are changed themselves; then the nearest of each module, the second nearest, …
+    `package`: what each module of the package imports. Always the house's and those that are changed themselves; then
+    the nearest of each module, the second nearest, …
     """
     chosen = {ALWAYS, *(path for path in changed if path in imports)}
     users: list[list[str]] = []
     for path in changed:
         if path.startswith("phi3_dist/") and path.endswith(".py"):
-            module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-            by_nearness = sorted((len(names), test) for test, names in imports.items() if module in names)
-            users.append([test for _, test in by_nearness[:NEAREST]])
+            users.append(users_of(module_of(path), imports, package or {})[:NEAREST])
     left_out = set[str]()
     for place in range(NEAREST):
         for test in [tests[place] for tests in users if place < len(tests)]:
@@ -69,12 +85,13 @@ def nearest(
 
 
 if __name__ == "__main__":
-    tests = {
-        path.relative_to(REPO).as_posix(): imported(path.read_text(encoding="utf-8"))
-        for path in (REPO / "tests" / "unit").glob("test_*.py")
-    }
+    tests, package = (
+        {path.relative_to(REPO).as_posix(): imported(path.read_text(encoding="utf-8")) for path in paths}
+        for paths in ((REPO / "tests" / "unit").glob("test_*.py"), (REPO / "phi3_dist").rglob("*.py"))
+    )
+    package = {module_of(path): names for path, names in package.items()}
     cost_s = cpu_seconds.kept()
-    chosen, left_out = nearest(changed_files((sys.argv[1:] or ["HEAD"])[0]), tests, cost_s)
+    chosen, left_out = nearest(changed_files((sys.argv[1:] or ["HEAD"])[0]), tests, cost_s, package)
     said = f"[check] {len(chosen)} test files, about {sum(cost_s.get(test, UNKNOWN_S) for test in chosen):.0f} s of CPU"
     more = f"; left to make test: {', '.join(Path(test).stem for test in left_out)}" if left_out else ""
     print(said + more, file=sys.stderr)

@@ -36,21 +36,21 @@ def said_of_hub(source: str) -> bool:
     return bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
 
 
-def front_matter(facts: Mapping[str, Any], base: str | None) -> dict[str, Any]:
+def front_matter(contents: Mapping[str, Any], base: str | None) -> dict[str, Any]:
     """The head of an adapter's card. `base` is a hub id, or None; the facts are `adapter_card`'s."""
     front: dict[str, Any] = {}
     if base:
         front["base_model"] = base
     for key in ("datasets", "language"):
-        values = facts.get(key)
+        values = contents.get(key)
         if values:
             front[key] = [values] if isinstance(values, str) else list(values)
-    if facts.get("license"):
-        front["license"] = str(facts["license"])
+    if contents.get("license"):
+        front["license"] = str(contents["license"])
     front |= {"library_name": "peft", "pipeline_tag": "text-generation"}
     front["tags"] = ["lora", "peft", "phi3", "phi3_dist", f"base_model:adapter:{base}" if base else "adapter"]
-    measured = {key: facts[key] for key in ("heldout_loss", "heldout_perplexity") if facts.get(key) is not None}
-    index = model_index(str(facts.get("name") or "LoRA adapter"), "held-out rows", measured, front.get("datasets"))
+    measured = {key: contents[key] for key in ("heldout_loss", "heldout_perplexity") if contents.get(key) is not None}
+    index = model_index(str(contents.get("name") or "LoRA adapter"), "held-out rows", measured, front.get("datasets"))
     return {**front, **({"model-index": index} if index else {})}
 
 
@@ -71,14 +71,14 @@ def model_index(
     return [{"name": name, "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}]
 
 
-def evaluation_of(said: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def evaluation_of(evaluation: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """What the rows of an evaluation.json are called, and the measures of the first side that is not a base."""
-    rows = str(said.get("data") or "held-out rows")
+    rows = str(evaluation.get("data") or "held-out rows")
     rows = Path(rows).name if "/" in rows and not said_of_hub(rows) else rows
-    for name, side in said.items():
+    for name, side in evaluation.items():
         if isinstance(side, Mapping) and name not in _NOT_A_SIDE and "%" not in name:
             return rows, dict(side)
-    return rows, {k: v for k, v in said.items() if isinstance(v, int | float) and k not in _COUNTS}
+    return rows, {k: v for k, v in evaluation.items() if isinstance(v, int | float) and k not in _COUNTS}
 
 
 def divided(card: str) -> tuple[dict[str, Any], str]:

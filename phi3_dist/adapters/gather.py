@@ -69,9 +69,9 @@ def gather_adapter_with_stats(
     start_s = time.perf_counter()
     wire = _Wire(bucket_mib * 2**20)
     tensors: dict[str, Tensor] = {}
-    with raised_together() as facts, torch.no_grad():
+    with raised_together() as digests, torch.no_grad():
         jobs = [_Job(c, _place(c)) for c in choose(model, bias, adapter_name)]
-        facts.append(_digest(jobs))
+        digests.append(_digest(jobs))
         if _rank() == 0:
             # room for the result is made here, so that a rank without memory says so before others wait for it
             tensors = {job.chosen.key: torch.empty(job.chosen.shape, dtype=job.chosen.dtype) for job in jobs}
@@ -100,27 +100,27 @@ def raised_together() -> Iterator[list[str]]:
     Strings put into the yielded list must be equal on all ranks, or every rank raises AdapterError. A bug (an
     exception outside of AdapterError) stays itself on its own rank and becomes AdapterError on the others.
     """
-    facts: list[str] = []
+    digests: list[str] = []
     try:
-        yield facts
+        yield digests
     except AdapterError as error:
-        _agree(error.problems, facts)
+        _agree(error.problems, digests)
     except Exception as error:
         with contextlib.suppress(AdapterError):
-            _agree([Problem(f"rank {_rank()}", f"{type(error).__name__}: {error}")], facts)
+            _agree([Problem(f"rank {_rank()}", f"{type(error).__name__}: {error}")], digests)
         raise
     else:
-        _agree([], facts)
+        _agree([], digests)
 
 
-def _agree(problems: Sequence[Problem], facts: Sequence[str]) -> None:
-    said: list[tuple[Sequence[Problem], Sequence[str]]] = [(problems, facts)]
+def _agree(problems: Sequence[Problem], digests: Sequence[str]) -> None:
+    reports: list[tuple[Sequence[Problem], Sequence[str]]] = [(problems, digests)]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        said = [([], [])] * dist.get_world_size()
-        dist.all_gather_object(said, (tuple(problems), tuple(facts)))
-    found = list(dict.fromkeys(problem for theirs, _ in said for problem in theirs))
+        reports = [([], [])] * dist.get_world_size()
+        dist.all_gather_object(reports, (tuple(problems), tuple(digests)))
+    found = list(dict.fromkeys(problem for theirs, _ in reports for problem in theirs))
     if not found:
-        differ = [str(rank) for rank, (_, theirs) in enumerate(said) if theirs != said[0][1]]
+        differ = [str(rank) for rank, (_, theirs) in enumerate(reports) if theirs != reports[0][1]]
         if differ:
             what = f"rank {', '.join(differ)} would gather other tensors, shapes or shards than rank 0"
             found.append(Problem("adapter", what, "build the same model and strategy on every rank"))

@@ -135,14 +135,14 @@ def without_frozen_tables(values: Mapping[str, Tensor], base: Base, config: Mapp
 
 
 def _pin(model: Any, folder: Path) -> None:
-    said = read_metadata(folder).get(_FACTORS)
-    if said is None:
+    factors = read_metadata(folder).get(_FACTORS)
+    if factors is None:
         return
-    if said not in ("short", "long"):
-        what = f"says {_FACTORS} {said!r}, which is neither short nor long"
+    if factors not in ("short", "long"):
+        what = f"says {_FACTORS} {factors!r}, which is neither short nor long"
         raise AdapterError(Problem(str(folder), what, "save the adapter again"))
-    if pin_longrope(model, 0, "short" if said == "short" else "long") is None:
-        what = f"was trained with LongRoPE's {said} factors, and this base has none"
+    if pin_longrope(model, 0, "short" if factors == "short" else "long") is None:
+        what = f"was trained with LongRoPE's {factors} factors, and this base has none"
         raise AdapterError(Problem(str(folder), what, "load it on the base that it was trained on"))
     model.model.rotary_emb.to(model.get_input_embeddings().weight.device)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from phi3_dist.adapters.front_matter import divided, front_matter, with_front
 from phi3_dist.machine.installed_versions import versions_of
-from phi3_dist.serving.facts import served_of_card
 from phi3_dist.serving.rules import judge
+from phi3_dist.serving.served import served_of_card
 from phi3_dist.version import __version__
 
 __all__ = ["adapter_card", "with_hub_base"]
@@ -79,41 +79,41 @@ _RESULT = {
 }
 
 
-def adapter_card(facts: Mapping[str, Any]) -> str:
+def adapter_card(contents: Mapping[str, Any]) -> str:
     """The model card in Markdown, with YAML front matter as the Hugging Face hub reads it (adapters/front_matter.py).
 
-    facts, all of them optional: `name`, `base` (hub id or folder), `base_is_local`, `revision`, `license`, `language`,
-    `datasets` (hub ids), `lora` (the run file's section or PEFT's configuration), `versions` (package → version; by
-    default those installed), `data_fingerprint`, `rows`, `supervised_tokens`, `pack_length`, `steps`, `global_batch`,
+    `contents`, all of them optional: `name`, `base` (hub id or folder), `base_is_local`, `revision`, `license`,
+    `language`, `datasets` (hub ids), `lora` (the run file's section or PEFT's configuration), `versions` (by package,
+    else those installed), `data_fingerprint`, `rows`, `supervised_tokens`, `pack_length`, `steps`, `global_batch`,
     `base_rows` (how many its tables must have, where the base has fewer), `taught_tokens`, `longrope` (`short`,
     `long`), `original_context` and `window` (tokens), `quantization` (`nf4`, `int8`), `precision`, `strategy`,
     `world_size`, `optim`, `loss`, `heldout_loss`, `heldout_perplexity`. Any other fact is for machines: no card has it.
     A local base, and any other absolute path, is shown by the name of its folder alone.
     """
-    base, local = _base(facts)
-    lora, versions = facts.get("lora") or {}, facts.get("versions") or _installed()
-    training = {**{key: facts.get(key) for key in _RUN}, **(facts.get("optim") or {})}
+    base, local = _base(contents)
+    lora, versions = contents.get("lora") or {}, contents.get("versions") or _installed()
+    training = {**{key: contents.get(key) for key in _RUN}, **(contents.get("optim") or {})}
     parts = [
-        with_front("", front_matter(facts, base if "/" in base and not local else None)),
-        f"# {facts.get('name') or 'LoRA adapter'}\n",
-        _introduction(base, local, facts.get("revision")),
+        with_front("", front_matter(contents, base if "/" in base and not local else None)),
+        f"# {contents.get('name') or 'LoRA adapter'}\n",
+        _introduction(base, local, contents.get("revision")),
         _section("LoRA", {k: v for k, v in lora.items() if k in _LORA}, _LORA),
-        _section("Data", facts, _DATA),
+        _section("Data", contents, _DATA),
         _section("Training", training, {**_RUN, **_OPTIM}),
-        _section("Results", facts, _RESULT),
-        _loading(base, local, facts),
-        _serving(base, local, facts),
-        _merging(facts),
+        _section("Results", contents, _RESULT),
+        _loading(base, local, contents),
+        _serving(base, local, contents),
+        _merging(contents),
         _section("Versions", versions, {key: key for key in versions}),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _base(facts: Mapping[str, Any]) -> tuple[str, bool]:
+def _base(contents: Mapping[str, Any]) -> tuple[str, bool]:
     """The base's hub id, or its folder's name and True."""
-    source = str(facts.get("base") or "")
+    source = str(contents.get("base") or "")
     looks_local = source.startswith((".", "~")) or Path(source).is_absolute() or (source and Path(source).is_dir())
-    local = bool(source) and bool(facts.get("base_is_local", looks_local) or looks_local)
+    local = bool(source) and bool(contents.get("base_is_local", looks_local) or looks_local)
     return (Path(source).expanduser().resolve().name if local else source), local
 
 
@@ -126,11 +126,11 @@ def _introduction(base: str, local: bool, revision: Any) -> str:
     return f"A LoRA adapter for {where}, trained with phi3_dist. It holds no weight of its base model.{note}\n"
 
 
-def _section(title: str, facts: Mapping[str, Any], labels: Mapping[str, str]) -> str:
-    """A table of the facts that `labels` names; nothing where there are none."""
+def _section(title: str, contents: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """A table of those that `labels` names; nothing where there are none."""
     rows = [
         f"| {labels[key]} | {_cell(value)} |"
-        for key, value in facts.items()
+        for key, value in contents.items()
         if key in labels and value is not None and value not in ((), [], {})
     ]
     return "\n".join([f"## {title}\n", "| | |", "|---|---|", *rows, ""]) if rows else ""
@@ -152,13 +152,13 @@ def _cell(value: Any) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _loading(base: str, local: bool, facts: Mapping[str, Any]) -> str:
+def _loading(base: str, local: bool, contents: Mapping[str, Any]) -> str:
     source = "path/to/" + base if local else base or "path/to/base"
-    revision = f', revision="{facts["revision"]}"' if facts.get("revision") and not local else ""
+    revision = f', revision="{contents["revision"]}"' if contents.get("revision") and not local else ""
     arguments = f', dtype="auto"{revision}'
     note, classes, before, after = "", "AutoModelForCausalLM", "", ""
-    if facts.get("longrope"):
-        kept, other = ("long", "short") if facts["longrope"] == "long" else ("short", "long")
+    if contents.get("longrope"):
+        kept, other = ("long", "short") if contents["longrope"] == "long" else ("short", "long")
         note += _of_longrope(kept)
         classes = "AutoConfig, " + classes
         before += f"""config = AutoConfig.from_pretrained("{source}"{revision})
@@ -166,14 +166,15 @@ factors = config.rope_parameters
 factors["{other}_factor"] = factors["{kept}_factor"]  # the same whatever the length
 """
         arguments += ", config=config"
-    if facts.get("quantization") in _QUANTIZED:
-        dtype = _DTYPES.get(facts.get("precision", ""), "bfloat16")
-        note += _of_quantised(facts)
+    if contents.get("quantization") in _QUANTIZED:
+        dtype = _DTYPES.get(contents.get("precision", ""), "bfloat16")
+        note += _of_quantised(contents)
         classes += ", BitsAndBytesConfig"
-        before += f"quantized = BitsAndBytesConfig(\n    {_QUANTIZED[facts['quantization']].format(dtype=dtype)}\n)\n"
+        options = _QUANTIZED[contents["quantization"]].format(dtype=dtype)
+        before += f"quantized = BitsAndBytesConfig(\n    {options}\n)\n"
         arguments += ", quantization_config=quantized"
-    if facts.get("base_rows"):
-        rows = f"base.resize_token_embeddings({facts['base_rows']}, mean_resizing=False)"
+    if contents.get("base_rows"):
+        rows = f"base.resize_token_embeddings({contents['base_rows']}, mean_resizing=False)"
         after = f"{rows}  # the adapter fills the new rows\n"
     return f"""## How to load it
 {note}
@@ -187,9 +188,9 @@ from transformers import {classes}
 """
 
 
-def _serving(base: str, local: bool, facts: Mapping[str, Any]) -> str:
+def _serving(base: str, local: bool, contents: Mapping[str, Any]) -> str:
     """Of each server what its rules say: phi3_dist/serving/rules.py."""
-    served = served_of_card(facts, "path/to/" + base if local else base)
+    served = served_of_card(contents, "path/to/" + base if local else base)
     parts = ["## How to serve it\n"]
     for server, title in (("vllm", "vLLM"), ("llama.cpp", "llama.cpp, Ollama")):
         verdict = judge(served, server)  # type: ignore[arg-type]
@@ -204,8 +205,8 @@ def _serving(base: str, local: bool, facts: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _merging(facts: Mapping[str, Any]) -> str:
-    into = " --into nf4" if (facts.get("lora") or {}).get("init") == "loftq" else ""
+def _merging(contents: Mapping[str, Any]) -> str:
+    into = " --into nf4" if (contents.get("lora") or {}).get("init") == "loftq" else ""
     return f"""## How to merge it
 
 ```bash
@@ -222,10 +223,10 @@ programs; `phi3_dist.adapters.loading.load_adapter` does this for you, `AutoPeft
 """
 
 
-def _of_quantised(facts: Mapping[str, Any]) -> str:
-    if (facts.get("lora") or {}).get("init") == "loftq":
+def _of_quantised(contents: Mapping[str, Any]) -> str:
+    if (contents.get("lora") or {}).get("init") == "loftq":
         return "\nLoftQ: the adapter makes up for what NF4 loses of the base, and is for the base in NF4 alone.\n"
-    return f"\nIt was trained on the base in {facts['quantization']}, and is loaded on the same here.\n"
+    return f"\nIt was trained on the base in {contents['quantization']}, and is loaded on the same here.\n"
 
 
 def _installed() -> dict[str, str]:

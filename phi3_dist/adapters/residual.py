@@ -21,14 +21,14 @@ MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def on_plain_base(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], start: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], initial: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the configuration of the doubled adapter. `start`: A₀ and B₀ under the same names, float32.
+    """The tensors and the configuration of the doubled adapter. `initial`: A₀ and B₀ under the same names, float32.
 
     Scales stay as they are, of single modules too: alpha grows with the rank, or with its root under rsLoRA.
     """
     grown = dict(tensors)
-    for name, first in start.items():
+    for name, first in initial.items():
         ours = tensors[name].float()
         grown[name] = torch.cat((ours, first), 0) if ".lora_A." in name else torch.cat((ours, -first), 1)
     factor = math.sqrt(2) if config.get("use_rslora") else 2

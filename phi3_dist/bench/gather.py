@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from phi3_dist.bench.console import say
+from phi3_dist.bench.memory_cells import free_port
+from phi3_dist.family.variants import Shape
 from phi3_dist.machine.print_encoding import print_in_any_encoding
 
 __all__ = ["SIZES", "Cost", "Size", "main"]
@@ -80,7 +82,9 @@ def _engine(size: Size) -> tuple[Any, Any, dict[str, int]]:
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
     from peft import LoraConfig, get_peft_model
-    from transformers import Phi3Config, Phi3ForCausalLM
+    from transformers import Phi3ForCausalLM
+
+    from phi3_dist.modeling.shape_config import config_of_shape
 
     zero = {
         "stage": 3,
@@ -98,17 +102,7 @@ def _engine(size: Size) -> tuple[Any, Any, dict[str, int]]:
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")],
     )
     torch.manual_seed(0)
-    config = Phi3Config(
-        vocab_size=size.vocab,
-        hidden_size=768,
-        intermediate_size=size.intermediate,
-        num_hidden_layers=16,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    config = config_of_shape(Shape(16, 768, size.intermediate, 8, 8, 96, size.vocab))
     lora = LoraConfig(r=RANK_OF_ADAPTER, target_modules=["qkv_proj", "o_proj"])
     model = get_peft_model(Phi3ForCausalLM(config), lora)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -163,19 +157,13 @@ def _worker(size: Size, rounds: int) -> dict[str, Any]:
 # --- the side that starts them ----------------------------------------------------------------------------------------
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _run(name: str, rounds: int) -> list[dict[str, Any]]:
     """The results of two ranks. Raises RuntimeError with the end of the output of the one that failed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # ninja lies there
     env = os.environ | {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
@@ -240,10 +228,6 @@ def _report(results: dict[str, list[dict[str, Any]]], say: Callable[[str], None]
     }
 
 
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and print its table; `--json FILE` also writes its figures."""
     print_in_any_encoding()
@@ -260,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
         dist.destroy_process_group()
         return
     results = {name: _run(name, options.rounds) for name in SIZES}
-    figures = _report(results, _say)
+    figures = _report(results, say)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 

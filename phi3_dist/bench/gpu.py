@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from phi3_dist.bench.console import say
 from phi3_dist.bench.scaling import rows_of_length
 from phi3_dist.bench.sides import MIB, SHAPE, Round, Stand, make_token_packs, matrix_flops_per_s, save_base
 from phi3_dist.bench.throughput import ask, side_process, step_flops
@@ -231,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
             with side_process(_serve_losses, 0, folder, MINI, length, options.rounds) as pipe:
                 losses[length] = pipe.recv()
     for line in (*lines_of(cases), "", *(line for item in losses.items() for line in loss_lines(*item))):
-        sys.stdout.write(f"{line}\n")
+        say(line)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from phi3_dist.bench.console import say
 from phi3_dist.machine.print_encoding import print_in_any_encoding
 from phi3_dist.sweep.early import Decision, decide, rung_step
 from phi3_dist.sweep.file import EarlyConfig, load_sweep
@@ -134,11 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in args.seeds:
             curves = _curves(_sweep(Path(name), seed, args, None))
             for cost in _costs(curves, args):
-                sys.stdout.write(json.dumps({"seed": seed, **cost}) + "\n")
-            sys.stdout.flush()
+                say(json.dumps({"seed": seed, **cost}))
             if args.check and seed == args.seeds[0]:
                 same = _checked(Path(name), curves, args)
-                sys.stdout.write(json.dumps({"seed": seed, "halved_for_real_is_the_same": same}) + "\n")
+                say(json.dumps({"seed": seed, "halved_for_real_is_the_same": same}))
                 if not same:
                     raise SystemExit("the decisions of the sweep that halved are not the computed ones")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from phi3_dist.bench.console import say
 
 __all__ = ["DROPOUT", "RANK", "SCALING", "TOY", "Sizes", "Table", "failures", "gb_s", "judged", "rel"]
 
@@ -119,8 +120,7 @@ class Table:
         except failures() as error:
             row |= {"ok": False, "error": f"{type(error).__name__}: {str(error)[:500]}"}
         row["s"] = round(time.perf_counter() - start, 2)
-        sys.stdout.write(f"{json.dumps(row)}\n")
-        sys.stdout.flush()
+        say(json.dumps(row))
 
 
 def judged(errors: Mapping[str, float], limit: float) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from phi3_dist.bench.console import say
+from phi3_dist.family.variants import Shape
 from phi3_dist.machine.print_encoding import print_in_any_encoding
 
 __all__ = ["Load", "PeakPss", "main", "measured_load", "pss_bytes", "start", "write_base"]
@@ -78,21 +80,11 @@ class Load:
 def write_base(folder: Path, *, layers: int, hidden: int, shard: str) -> int:
     """Save a random Phi-3 in float32 as several safetensors files of at most `shard`; its bytes."""
     import torch
-    from transformers import Phi3Config, Phi3ForCausalLM
+    from transformers import Phi3ForCausalLM
 
-    config = Phi3Config(
-        vocab_size=8000,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        max_position_embeddings=4096,
-        sliding_window=None,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    from phi3_dist.modeling.shape_config import config_of_shape
+
+    config = config_of_shape(Shape(layers, hidden, 2 * hidden, hidden // 64, hidden // 64, 64, 8000))
     torch.manual_seed(0)
     model = Phi3ForCausalLM(config)
     model.save_pretrained(folder, max_shard_size=shard)
@@ -221,11 +213,6 @@ def _row(strategy: str, way: str, ranks: list[Load]) -> str:
     )
 
 
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and print its table; `--json FILE` also writes its figures."""
     print_in_any_encoding()
@@ -242,8 +229,8 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "base"
         write_base(folder, layers=options.layers, hidden=options.hidden, shard="400MB")
-        _say("memory in GiB, rank 0 / rank 1")
-        _say(
+        say("memory in GiB, rank 0 / rank 1")
+        say(
             f"{'strategy':<9} {'loaded by':<16} {'base':>8} {'its weights':>15} {'peak PSS':>15} "
             f"{'held PSS':>15}  seconds"
         )
@@ -251,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
             for way in WAYS:
                 ranks = _run(way, strategy, folder)
                 figures[f"{strategy}/{way}"] = [asdict(rank) for rank in ranks]
-                _say(_row(strategy, way, ranks))
+                say(_row(strategy, way, ranks))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -20,8 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from phi3_dist.bench.console import say
 from phi3_dist.bench.load import PeakPss
 from phi3_dist.bench.memory_cells import free_port
+from phi3_dist.family.variants import Shape
 from phi3_dist.machine.print_encoding import print_in_any_encoding
 
 __all__ = ["main"]
@@ -31,21 +33,11 @@ TIMEOUT_S = 3 * 3600
 
 
 def _config(options: argparse.Namespace) -> Any:
-    from transformers import Phi3Config
+    from phi3_dist.modeling.shape_config import config_of_shape
 
-    return Phi3Config(
-        vocab_size=2048,
-        hidden_size=options.hidden,
-        intermediate_size=options.inner,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.heads,
-        max_position_embeddings=131072,
-        sliding_window=None,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    hidden, heads = options.hidden, options.heads
+    shape = Shape(options.layers, hidden, options.inner, heads, heads, hidden // heads, 2048)
+    return config_of_shape(shape, max_position_embeddings=131072)
 
 
 def _run_file(options: argparse.Namespace, world: int, base: Path) -> Any:
@@ -132,11 +124,6 @@ def _start(world: int, arguments: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and print its table; `--json FILE` also writes its figures."""
     print_in_any_encoding()
@@ -152,19 +139,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
-        _say(json.dumps(_work(options)))
+        say(json.dumps(_work(options)))
         return
     shape = ("tokens", "hidden", "inner", "heads", "layers", "dropout")
     passed = [word for name in shape for word in (f"--{name}", str(getattr(options, name)))]
     figures: dict[str, list[dict[str, Any]]] = {}
-    _say(f"{options.tokens:,} tokens, MiB of the largest rank, seconds of one step on one core a rank")
-    _say(f"{'ranks':>5} {'tensors':>9} {'weights':>9} {'planned':>9} {'process':>9} {'step':>8}  loss, gradient norm")
+    say(f"{options.tokens:,} tokens, MiB of the largest rank, seconds of one step on one core a rank")
+    say(f"{'ranks':>5} {'tensors':>9} {'weights':>9} {'planned':>9} {'process':>9} {'step':>8}  loss, gradient norm")
     for world in options.ranks:
         ranks = _start(world, passed)
         figures[str(world)] = ranks
         most = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
         sizes = " ".join(f"{most[f'{name}_mib']:9.1f}" for name in ("tensors", "weights", "planned", "process"))
-        _say(f"{world:>5} {sizes} {most['step_s']:8.1f}  {ranks[0]['loss']:.7f}, {ranks[0]['grad_norm']:.7f}")
+        say(f"{world:>5} {sizes} {most['step_s']:8.1f}  {ranks[0]['loss']:.7f}, {ranks[0]['grad_norm']:.7f}")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 

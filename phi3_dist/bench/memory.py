@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from phi3_dist.bench.console import say
 from phi3_dist.bench.fitcheck_side import answers, ask_fitcheck, fitcheck_python
 from phi3_dist.bench.memory_cells import CPU, REHEARSED, MemoryCell, free_port, measure_on_cpu, quietly, rehearse_cell
 from phi3_dist.bench.page_table import put_table
@@ -83,8 +84,7 @@ def _run(how: str, cells: Sequence[MemoryCell], results: Iterator[dict[str, Any]
                 sizes += f"  PEFT's own {found['stock_gib']:.3f}, fitcheck {found['fitcheck_error']:+.1%}"
         else:
             sizes = f"failed: {found['error'][:120]}"
-        sys.stdout.write(f"{how:<10} {cell!s:<78} {sizes} {row['seconds']:5.1f} s\n")
-        sys.stdout.flush()
+        say(f"{how:<10} {cell!s:<78} {sizes} {row['seconds']:5.1f} s")
         yield row
 
 

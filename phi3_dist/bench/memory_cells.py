@@ -99,29 +99,15 @@ class MemoryCell:
 
 def config_of(cell: MemoryCell) -> Any:
     """The base's Phi3Config."""
-    from transformers import Phi3Config
-
     from phi3_dist.bench.rehearse import config_of_source
+    from phi3_dist.modeling.shape_config import config_of_shape
 
     if cell.family != "small":
         config = config_of_source(cell.run().model.source)
         config.num_hidden_layers = cell.layers
         return config
     hidden, inner, heads, kv_heads, vocab = cell.shape
-    return Phi3Config(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=cell.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=4096,
-        original_max_position_embeddings=4096,
-        sliding_window=None,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    return config_of_shape(Shape(cell.layers, hidden, inner, heads, kv_heads, hidden // heads, vocab))
 
 
 def predicted_gib(cell: MemoryCell, machine: MachineFacts, launch: LaunchFacts, config: Any) -> dict[str, float]:

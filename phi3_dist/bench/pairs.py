@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from phi3_dist.bench.console import say
 from phi3_dist.bench.sides import Round, Stand, make_token_packs, save_base
 from phi3_dist.bench.throughput import make_rows, side_process
 from phi3_dist.machine.print_encoding import print_in_any_encoding
@@ -82,10 +82,10 @@ def main(arguments: list[str] | None = None) -> None:
         with side_process(take_turns, options.threads, folder, rows, models, options.pairs) as pipe:
             plain, other = pipe.recv()
             for line in (line for line in other if line not in plain):
-                sys.stdout.write(f"{line}\n")
+                say(line)
             found = [pipe.recv() for _ in range(options.pairs + 1)]
     for line in lines_of(found):
-        sys.stdout.write(f"{line}\n")
+        say(line)
 
 
 if __name__ == "__main__":

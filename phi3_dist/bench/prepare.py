@@ -41,19 +41,19 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20000, help="rows to make up")
     parser.add_argument("--one", choices=("prepare", "encode_batch"), help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.one:
-        sys.stdout.write(json.dumps(_one(asked.one, asked.tokenizer, Path(asked.source), asked.workers)))
+    options = parser.parse_args()
+    if options.one:
+        sys.stdout.write(json.dumps(_one(options.one, options.tokenizer, Path(options.source), options.workers)))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        source = Path(asked.source) if asked.source else _made_up(Path(scratch) / "rows.jsonl", asked.rows)
+        source = Path(options.source) if options.source else _made_up(Path(scratch) / "rows.jsonl", options.rows)
         cores = cpu_count()
         ratios = []
         for threads in sorted({1, cores}):
             rates: dict[int, list[float]] = {workers: [] for workers in (0, *sorted({1, threads}))}
             for _ in range(ROUNDS):
                 for workers, found in rates.items():
-                    found.append(_start(asked.tokenizer, source, workers, threads))
+                    found.append(_start(options.tokenizer, source, workers, threads))
             medians = {workers: statistics.median(found) for workers, found in rates.items()}
             theirs = medians.pop(0)
             sys.stdout.write(f"{threads} thread(s): encode_batch {theirs:,.0f} rows/s\n")

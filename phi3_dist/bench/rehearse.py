@@ -22,7 +22,7 @@ from typing import Any
 
 from phi3_dist.config.load import load_run
 from phi3_dist.errors import ConfigError, Phi3DistError, Problem
-from phi3_dist.family.variants import FAMILIES, Family
+from phi3_dist.family.variants import Family, family_of_hub_id
 from phi3_dist.machine.print_encoding import print_in_any_encoding
 from phi3_dist.planning.auto_fields import auto_fields
 from phi3_dist.planning.support import STRATEGIES
@@ -34,7 +34,7 @@ GIB = 2**30
 
 def _config_of_family(family: Family) -> Any:
     """The variant's Phi3Config; LongRoPE's factors, which change no shape, are 1."""
-    from transformers import Phi3Config
+    from phi3_dist.modeling.shape_config import config_of_shape
 
     shape = family.shape
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
@@ -42,21 +42,12 @@ def _config_of_family(family: Family) -> Any:
         factors = [1.0] * int(shape.head_dim * family.partial_rotary / 2)
         lengths = {"original_max_position_embeddings": family.original_positions, "factor": 32.0}
         rope |= {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, **lengths}
-    return Phi3Config(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
+    return config_of_shape(
+        shape,
         max_position_embeddings=family.max_positions,
         original_max_position_embeddings=family.original_positions,
         sliding_window=family.sliding_window,
-        tie_word_embeddings=shape.tied,
         rope_parameters={**rope, "partial_rotary_factor": family.partial_rotary},
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
     )
 
 
@@ -64,7 +55,7 @@ def config_of_source(source: str) -> Any:
     """The Phi3Config of a hub id that is known, of `tiny-random` or a local folder. Raises ConfigError for others."""
     from phi3_dist.modeling.base import TINY, find_base
 
-    family = next((one for one in FAMILIES if source in one.hub_ids), None)
+    family = family_of_hub_id(source)
     if family is not None:
         return _config_of_family(family)
     if source != TINY and not Path(source).is_dir():

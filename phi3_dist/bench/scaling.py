@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from phi3_dist.bench.console import say
 from phi3_dist.bench.sides import PACK_LENGTH, SHAPE, Round, Stand, make_token_packs, save_base
 from phi3_dist.bench.throughput import make_rows, side_process, step_flops
 from phi3_dist.machine.print_encoding import print_in_any_encoding
@@ -184,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     curves = measure(options.rounds)
     for line in table(curves):
-        sys.stdout.write(f"{line}\n")
+        say(line)
     sys.stdout.write(f"load average at the end: {os.getloadavg()[0]:.1f}\n")
     if options.plot:
         plot(curves, options.plot)

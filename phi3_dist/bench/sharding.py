@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from phi3_dist.bench.console import say
 from phi3_dist.bench.gpu import MINI
 from phi3_dist.bench.scaling import SIZES, ranks, rows_of_length, shape_of, together
 from phi3_dist.bench.sides import PACK_LENGTH, Round, Stand, make_token_packs, save_base
@@ -152,10 +153,9 @@ def main(arguments: list[str] | None = None) -> None:
     if gpus == 1:
         sys.exit("one GPU shards nothing: this benchmark needs two, or none (CUDA_VISIBLE_DEVICES= for two CPU ranks)")
     where = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else "2 CPU ranks of one thread"
-    sys.stdout.write(f"{where}; others' load {os.getloadavg()[0]:.1f} at the start\n")
+    say(f"{where}; others' load {os.getloadavg()[0]:.1f} at the start")
     for line in table(measure(options.rounds, gpus or 2, options.size or ("mini" if gpus else "47M"), cpu=not gpus)):
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
+        say(line)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from phi3_dist.bench.console import say
 from phi3_dist.bench.load import write_base
 from phi3_dist.machine.print_encoding import print_in_any_encoding
 
@@ -118,8 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         for length in args.lengths:
             folder = Path(name) / str(length)
             folder.mkdir()
-            sys.stdout.write(json.dumps(_measure(folder, base, length, args)) + "\n")
-            sys.stdout.flush()
+            say(json.dumps(_measure(folder, base, length, args)))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 
+from phi3_dist.bench.console import say
 from phi3_dist.bench.sides import (
     LORA_RANK,
     PACK_LENGTH,
@@ -236,10 +237,6 @@ def _compare(result: _Result, names: dict[str, str], figures: dict[str, Any], sa
         say(f"ratio to the best peer: {figures['ratio']:.2f}")
 
 
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and print its table; `--json FILE` also writes its figures."""
     print_in_any_encoding()
@@ -251,11 +248,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     rows = make_rows(options.rows)
     with_trl = find_spec("trl") is not None
-    figures = _report(_run(rows, options.rounds, options.threads, with_trl=with_trl), rows, _say)
+    figures = _report(_run(rows, options.rounds, options.threads, with_trl=with_trl), rows, say)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     if not with_trl:
-        _say("TRL is not installed, so there is no peer to compare with: pip install 'phi3-dist[bench]'")
+        say("TRL is not installed, so there is no peer to compare with: pip install 'phi3-dist[bench]'")
         sys.exit(1)
 
 

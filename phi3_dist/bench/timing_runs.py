@@ -88,31 +88,13 @@ def timed_machine(torch: str) -> MachineFacts:
     return MachineFacts("cpu", "this one", 0, 0.0, 64.0, 2, False, "", packages={"torch": torch, "deepspeed": "0"})
 
 
-def _hf_config(shape: Shape) -> Any:
-    from transformers import Phi3Config
-
-    return Phi3Config(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=4096,
-        original_max_position_embeddings=4096,
-        sliding_window=None,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-
-
 def time_steps(run: TimedRun, steps: int, rank: int = 0, port: int = 0) -> dict[str, Any]:
     """Seconds of each step on the clock and on this process's processor, after one that warms up. Collective."""
     import torch
 
     from phi3_dist.bench.rehearsal import ragged_packs
     from phi3_dist.data.pack_order import Order
+    from phi3_dist.modeling.shape_config import config_of_shape
     from phi3_dist.planning.plan import make_plan
     from phi3_dist.training.build import build_model
     from phi3_dist.training.engines.backward_and_update import make_engine
@@ -127,7 +109,7 @@ def time_steps(run: TimedRun, steps: int, rank: int = 0, port: int = 0) -> dict[
     wall, cpu = [], []
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        config = _hf_config(SHAPES[run.shape])
+        config = config_of_shape(SHAPES[run.shape])
         base = real_base(config, scratch)
         cfg, launch = run.run(str(scratch)), launch_of(run)
         plan = make_plan(cfg, timed_machine(torch.__version__), launch, family_or_shape=config.to_dict())

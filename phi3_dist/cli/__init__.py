@@ -1,4 +1,4 @@
-"""The verbs of `phi3-dist`. No logic here: each verb loads what it needs and calls one function.
+"""The verbs of `phi3-dist`. No logic here: each verb loads what it needs and calls one function. Begin with app.py.
 
 Everything that imports torch is imported inside the verb that needs it, so that help, `config` and `plan` answer
 at once on a login node.

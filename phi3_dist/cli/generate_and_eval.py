@@ -78,12 +78,17 @@ def generate(
         return
     from phi3_dist.cli.progress import progress_line
 
-    with progress_line() as tell:
-        made, all_of_them = answer_file(
-            opened, prompts, out, how, overwrite=overwrite, tell=lambda done, of: tell(f"answers of {of:,}", done)
+    with progress_line() as show_progress:
+        answered, total = answer_file(
+            opened,
+            prompts,
+            out,
+            how,
+            overwrite=overwrite,
+            progress=lambda done, of: show_progress(f"answers of {of:,}", done),
         )
-    before = f", {all_of_them - made:,} of them by an earlier call" if made < all_of_them else ""
-    typer.echo(f"written: {out}, {all_of_them:,} answers{before}")
+    before = f", {total - answered:,} of them by an earlier call" if answered < total else ""
+    typer.echo(f"written: {out}, {total:,} answers{before}")
 
 
 @app.command()

@@ -92,17 +92,17 @@ def _every_way(cfg: Any, **options: Any) -> None:
     from phi3_dist.machine.measured_rates import rates_measured_here
     from phi3_dist.machine.own_cards import own_cards
     from phi3_dist.machine.probe import package_versions
-    from phi3_dist.planning.plan_for_gpus import Asked, answer, cluster_of
+    from phi3_dist.planning.plan_for_gpus import PlanRequest, answer, cluster_of
 
     named = options["gpu"] is not None or options["memory_gib"] is not None
-    asked = Asked(**options, own_cards=() if named else own_cards(), rows=_rows(cfg))
-    card = cluster_of(asked)[0].gpu
-    own = asked.own_cards[0][0] if asked.own_cards else card.driver_name if card else ""
+    request = PlanRequest(**options, own_cards=() if named else own_cards(), rows=_rows(cfg))
+    card = cluster_of(request)[0].gpu
+    own = request.own_cards[0][0] if request.own_cards else card.driver_name if card else ""
     rates = rates_measured_here(own)
     if rates is not None:
-        asked = replace(asked, rates=rates.to_dict())
-    asked = replace(asked, overheads=_overheads(card, asked))
-    answer(cfg, asked, package_versions(), measured_on(card.driver_name) if card else {}, typer.echo)
+        request = replace(request, rates=rates.to_dict())
+    request = replace(request, overheads=_overheads(card, request))
+    answer(cfg, request, package_versions(), measured_on(card.driver_name) if card else {}, typer.echo)
 
 
 def _rows(cfg: Any) -> Any:

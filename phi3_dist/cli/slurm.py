@@ -77,6 +77,6 @@ def slurm(
         directives=tuple(directive or ()),
     )
     job = replace(job, sweep=parse_sweep(array)) if array else job
-    done = slurm_command(job, topology, script=script, submit=submit, chain=chain, tell=typer.echo)
+    done = slurm_command(job, topology, script=script, submit=submit, chain=chain, print_line=typer.echo)
     for line in done.lines():
         typer.echo(line)

@@ -137,11 +137,11 @@ def prepare_run(
     typer.echo(f"base   {base.folder or base.source}")
     base_fingerprint(base, cache)
     if is_auto(cfg.data.pack_length):
-        with progress_line() as tell:
-            typer.echo(count_rows(cfg, tokenizer, cache, workers=workers, progress=tell))
+        with progress_line() as show_progress:
+            typer.echo(count_rows(cfg, tokenizer, cache, workers=workers, progress=show_progress))
         return
-    with progress_line() as tell:
-        data = prepare_rows(cfg, tokenizer, cache, workers=workers, progress=tell)
+    with progress_line() as show_progress:
+        data = prepare_rows(cfg, tokenizer, cache, workers=workers, progress=show_progress)
     held_out = len(data.held_out.packs) if data.held_out else 0
     typer.echo(f"data   {len(data.train.packs)} packs to train on, {held_out} held out, in {cache}")
     if data.skipped or data.dropped:

@@ -184,20 +184,20 @@ def _overlap(one: str, other: str) -> bool:
 
 def _what_makes_sense(values: Mapping[str, Any], bad_paths: set[str]) -> RunConfig | None:
     """The config without its bad values, so that the pairs that remain can still be checked."""
-    kept: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    valid: dict[str, Any] = json.loads(json.dumps(values, default=str))
     for path in bad_paths:
         *parents, last = re.sub(r"\[.*", "", path).split(".")
-        section: Any = kept
+        section: Any = valid
         for parent in parents:
             section = section.get(parent) if isinstance(section, dict) else None
         if isinstance(section, dict):
             section.pop(last, None)
     for section_name, required in (("model", "source"), ("data", "train")):
-        kept.setdefault(section_name, {})
-        if isinstance(kept[section_name], dict):
-            kept[section_name].setdefault(required, "missing")
+        valid.setdefault(section_name, {})
+        if isinstance(valid[section_name], dict):
+            valid[section_name].setdefault(required, "missing")
     try:
-        return RunConfig.model_validate(kept)
+        return RunConfig.model_validate(valid)
     except ValidationError:
         return None
 

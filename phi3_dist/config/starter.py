@@ -17,6 +17,7 @@ from phi3_dist.family.variants import (
     PRESETS,
     Family,
     Preset,
+    family_of_hub_id,
     recognise,
 )
 
@@ -75,7 +76,7 @@ def _preset(source: str) -> tuple[Family | None, Preset]:
         values = read_config(Path(source).expanduser(), source)
         family = recognise(values)
         return family, PRESETS[family.name] if family else _of_another_size(values)
-    family = next((f for f in FAMILIES if source.lower() in map(str.lower, f.hub_ids)), None)
+    family = family_of_hub_id(source)
     if family is None:
         what = "is neither a folder with a config.json nor a model of the family"
         raise ModelError(Problem(source, what, f"{_meant(source)}name a folder, or one of {HUB_IDS}"))

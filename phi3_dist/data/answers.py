@@ -17,11 +17,11 @@ from phi3_dist.errors import DataError, Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["Asked", "asked_of", "spread", "text_of", "without_end"]
+__all__ = ["Question", "last_questions", "spread", "text_of", "without_end"]
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """One prompt as token ids, the wanted answer's ids without the tokens that end it, and where the row stands."""
 
     prompt: list[int]
@@ -29,7 +29,7 @@ class Asked:
     place: str
 
 
-def asked_of(rows: TokenRows, which: Sequence[int], stops: Collection[int]) -> list[Asked]:
+def last_questions(rows: TokenRows, which: Sequence[int], stops: Collection[int]) -> list[Question]:
     """The last question of each row. Raises DataError for rows of raw text: nothing in them is asked."""
     found = []
     for row in which:
@@ -43,7 +43,7 @@ def asked_of(rows: TokenRows, which: Sequence[int], stops: Collection[int]) -> l
             fix = "give rows of prompts and answers, or leave generated answers out (--generate 0)"
             raise DataError(Problem(str(rows.places[row]), what, fix))
         last = int(learned[-1]) + 1
-        found.append(Asked(ids[:first], without_end(ids[first:last], stops), str(rows.places[row])))
+        found.append(Question(ids[:first], without_end(ids[first:last], stops), str(rows.places[row])))
     return found
 
 

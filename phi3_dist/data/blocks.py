@@ -66,7 +66,7 @@ class RawRows:
     rows: list[tuple[str, Any]] | None = None
     unread: tuple[str, ...] = ()
     """Columns of a table that were not read."""
-    said: str = ""
+    notice: str = ""
     """With the first rows of a file that is not what its name says."""
 
     def parsed(self, label: str) -> Iterable[tuple[str, Any]]:
@@ -96,7 +96,7 @@ class _Divided:
     times: list[int]
     """How often each of them counts."""
     held_out: list[Chat]
-    facts: dict[str, Any]
+    tallies: dict[str, Any]
     """What `Totals` counts, but for what the tokens will say."""
 
 
@@ -107,7 +107,7 @@ class TokenBlock:
     train: TokenRows
     """With weights, a row stands here as often as it counts."""
     held_out: TokenRows
-    facts: dict[str, Any]
+    tallies: dict[str, Any]
     """What `Totals` counts, ready for JSON."""
 
 
@@ -157,19 +157,19 @@ def blocks_of(cfg: DataConfig) -> Iterator[Block]:
 def _raw(source: Source, label: str, reader: RowReader, at_most: int | None) -> Iterator[RawRows]:
     """The rows of a source in blocks; with `at_most`, no further than so many good ones."""
     form = form_of(source, label) if isinstance(source, Path) and source.is_file() else None
-    said = f"{label}: {form.said}" if form and form.said else ""
+    notice = f"{label}: {form.mismatch}" if form and form.mismatch else ""
     if at_most is None and form and form.shape == "lines":
         assert isinstance(source, Path)
         for first, lines in line_blocks(source, form, label, BLOCK_ROWS, BLOCK_BYTES):
-            yield RawRows(lines=lines, first_line=first, said=said)
-            said = ""
+            yield RawRows(lines=lines, first_line=first, notice=notice)
+            notice = ""
         return
     rows, unread = source_rows(source, label, reader, form)
     if at_most is not None:
         rows = _until(rows, RowReader(reader.format or "auto", reader.columns, reader.rules), at_most)
     while block := list(islice(rows, BLOCK_ROWS)):
-        yield RawRows(rows=block, unread=tuple(unread), said=said)
-        said = ""
+        yield RawRows(rows=block, unread=tuple(unread), notice=notice)
+        notice = ""
 
 
 def _until(rows: Iterator[tuple[str, Any]], reader: RowReader, good: int) -> Iterator[tuple[str, Any]]:
@@ -204,7 +204,7 @@ def read_chats(cfg: DataConfig) -> Chats:
         found = _divided(block, cfg)
         train += [chat for chat, times in zip(found.train, found.times, strict=True) for _ in range(times)]
         held_out += found.held_out
-        totals.add({**found.facts, "unfit": [], "unfit_held": []})
+        totals.add({**found.tallies, "unfit": [], "unfit_held": []})
     totals.check()
     return Chats(train, held_out, totals.skipped, tuple(totals.notices()))
 
@@ -248,7 +248,7 @@ def _divided(block: Block, cfg: DataConfig) -> _Divided:
                 train.append(chat)
                 counts.append(count)
     with_system = sum(n for chat, n in zip(train, counts, strict=True) if chat.messages[0].role == "system")
-    facts = {
+    tallies = {
         "label": block.label,
         "of_validation": block.held_out,
         "format": reader.format if kept or held else None,
@@ -260,7 +260,7 @@ def _divided(block: Block, cfg: DataConfig) -> _Divided:
         "shares": shares,
         "seen": [[*key, count] for key, count in _seen(reader, block).items()],
     }
-    return _Divided(train, counts, held, facts)
+    return _Divided(train, counts, held, tallies)
 
 
 def _below(chat: Chat, share: float, shares: list[float]) -> bool:
@@ -274,25 +274,25 @@ def _seen(reader: RowReader, block: Block) -> Seen:
     seen = reader.seen.copy()
     rows = len(block.raw.rows or ())
     seen.update({("column", name): rows for name in block.raw.unread if name not in reader.rules.ignore})
-    if block.raw.said:
-        seen["said", block.raw.said] = 1
+    if block.raw.notice:
+        seen["said", block.raw.notice] = 1
     return seen
 
 
 def _token_block(encoded: EncodedBlock, found: _Divided) -> TokenBlock:
-    train, held, facts = found.train, found.held_out, found.facts
+    train, held, tallies = found.train, found.held_out, found.tallies
     rows = TokenRows(encoded.ids, encoded.supervised, encoded.offsets, tuple(chat.place for chat in (*train, *held)))
     good = np.array([not reason for reason in encoded.reasons], dtype=np.bool_)
     n, often = len(train), np.array(found.times, dtype=np.int64)
     if not held and good.all() and (often == 1).all():
-        return TokenBlock(rows, rows.select(np.empty(0, np.int64)), {**facts, "unfit": [], "unfit_held": []})
+        return TokenBlock(rows, rows.select(np.empty(0, np.int64)), {**tallies, "unfit": [], "unfit_held": []})
     which = np.repeat(np.arange(n), often)
     unfit = [[rows.places[i], encoded.reasons[i]] for i in which[~good[which]].tolist()]
     unfit_held = [[rows.places[i], encoded.reasons[i]] for i in range(n, len(good)) if not good[i]]
     return TokenBlock(
         rows.select(which[good[which]]),
         rows.select(n + np.flatnonzero(good[n:])),
-        {**facts, "unfit": unfit, "unfit_held": unfit_held},
+        {**tallies, "unfit": unfit, "unfit_held": unfit_held},
     )
 
 
@@ -316,23 +316,23 @@ class Totals:
     unfit: list[BadRow] = field(default_factory=list)
     unfit_held: list[BadRow] = field(default_factory=list)
 
-    def add(self, facts: dict[str, Any]) -> None:
+    def add(self, tallies: dict[str, Any]) -> None:
         """Count one block."""
-        bad = [BadRow(*row) for row in facts["bad"]]
-        (self.bad_held if facts["of_validation"] else self.bad).extend(bad)
-        self.unfit += [BadRow(*row) for row in facts["unfit"]]
-        self.unfit_held += [BadRow(*row) for row in facts["unfit_held"]]
-        self.kept += facts["kept"]
-        self.held += facts["held"]
-        self.weighted += facts["weighted"]
-        self.with_system += facts["with_system"]
-        self.rows += len(bad) + facts["kept"] + facts["held"]
-        least, most = facts["shares"]
+        bad = [BadRow(*row) for row in tallies["bad"]]
+        (self.bad_held if tallies["of_validation"] else self.bad).extend(bad)
+        self.unfit += [BadRow(*row) for row in tallies["unfit"]]
+        self.unfit_held += [BadRow(*row) for row in tallies["unfit_held"]]
+        self.kept += tallies["kept"]
+        self.held += tallies["held"]
+        self.weighted += tallies["weighted"]
+        self.with_system += tallies["with_system"]
+        self.rows += len(bad) + tallies["kept"] + tallies["held"]
+        least, most = tallies["shares"]
         self.shares = min(self.shares[0], least), max(self.shares[1], most)
-        self.seen.update({(kind, name): count for kind, name, count in facts["seen"]})
-        self.labels.setdefault(facts["label"])
-        if facts["format"]:
-            self.formats[facts["label"]] = facts["format"]
+        self.seen.update({(kind, name): count for kind, name, count in tallies["seen"]})
+        self.labels.setdefault(tallies["label"])
+        if tallies["format"]:
+            self.formats[tallies["label"]] = tallies["format"]
 
     def check(self) -> None:
         """Raises DataError where the rows can't be trained on: bad ones, too few, none supervised."""

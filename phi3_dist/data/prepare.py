@@ -105,12 +105,12 @@ def prepare(
     Raises DataError for sources, rows and lengths that can't be used.
     """
     began = time.perf_counter()
-    tell = progress or _waiting_said_once()
+    report_progress = progress or _waiting_said_once()
     if cache_dir is None:
         tokens, cached = _in_memory(cfg, tokenizer), False
         train, held = (_packed(None, name, tokens, cfg) for name in ("train", "validation"))
     else:
-        tokens, cached, train, held = _through_cache(cfg, tokenizer, cache_dir, workers, tell)
+        tokens, cached, train, held = _through_cache(cfg, tokenizer, cache_dir, workers, report_progress)
     assert train is not None
     cut, dropped = dict(train.cut), list(train.dropped)
     if held:
@@ -144,11 +144,11 @@ def row_lengths(
     progress: Progress | None = None,
 ) -> RowLengths:
     """What `data.pack_length: auto` of `cfg` has to hold: `prepare` without packs. Raises DataError as that does."""
-    tell = progress or _waiting_said_once()
+    report_progress = progress or _waiting_said_once()
     if cache_dir is None:
         tokens = _in_memory(cfg, tokenizer)
     else:
-        tokens = _through_cache(cfg, tokenizer, cache_dir, workers, tell)[0]
+        tokens = _through_cache(cfg, tokenizer, cache_dir, workers, report_progress)[0]
     longest = max(int(rows.lengths.max()) for rows in (tokens.train, tokens.held_out) if len(rows))
     return RowLengths(longest, int(tokens.train.lengths.sum()), len(tokens.train))
 
@@ -157,27 +157,27 @@ def _waiting_said_once() -> Progress:
     """For ranks of a run, whose log must say why nothing happens, once."""
     said: set[str] = set()
 
-    def tell(what: str, rows: int) -> None:
+    def report_progress(what: str, rows: int) -> None:
         if what == _WAITING and what not in said:
             said.add(what)
             sys.stderr.write(f"phi3-dist: {what}\n")
             sys.stderr.flush()
 
-    return tell
+    return report_progress
 
 
 def _in_memory(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast) -> _Tokens:
     fmt, totals = ChatFormat.of(tokenizer), Totals(cfg)
     parts = [done for _, done in encode_blocks_of(blocks_of(cfg), cfg, fmt, tokenizer)]
     for part in parts:
-        totals.add(part.facts)
+        totals.add(part.tallies)
     totals.check()
     train, held = TokenRows.join([part.train for part in parts]), TokenRows.join([part.held_out for part in parts])
     return _Tokens(train, held, tuple(totals.skipped), tuple(totals.notices(fmt)))
 
 
 def _through_cache(
-    cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: Path, workers: int, tell: Progress
+    cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: Path, workers: int, report_progress: Progress
 ) -> tuple[_Tokens, bool, Packed | None, Packed | None]:
     key = ""
     try:
@@ -185,9 +185,9 @@ def _through_cache(
         before = states_of(_files_of(cfg))  # before they are hashed: what is read later must be what was hashed
         key = _cache_key(cfg, tokenizer, cache_dir)
         folder = cache_dir / key
-        with _locked(cache_dir / f"{key}.lock", tell):
+        with _locked(cache_dir / f"{key}.lock", report_progress):
             folder.mkdir(exist_ok=True)
-            tokens, cached = _tokens_in(folder, cfg, tokenizer, workers, tell, before=before)
+            tokens, cached = _tokens_in(folder, cfg, tokenizer, workers, report_progress, before=before)
             with contextlib.suppress(OSError):  # a help for `phi3-dist cache` alone
                 (folder / USED).touch()
             packed = [_packed(folder, name, tokens, cfg) for name in ("train", "validation")]
@@ -225,8 +225,8 @@ def _packed_or_made(folder: Path, name: str, tokens: _Tokens, cfg: DataConfig) -
 class _locked:  # noqa: N801  reads as what it does
     """Holds a lock that the system takes back from a process that dies; says every 10 s that it waits."""
 
-    def __init__(self, path: Path, tell: Progress) -> None:
-        self._lock, self._tell = FileLock(path), tell
+    def __init__(self, path: Path, report_progress: Progress) -> None:
+        self._lock, self._report_progress = FileLock(path), report_progress
 
     def __enter__(self) -> None:
         while True:
@@ -234,7 +234,7 @@ class _locked:  # noqa: N801  reads as what it does
                 self._lock.acquire(timeout=_WAIT_S)
                 return
             except Timeout:
-                self._tell(_WAITING, 0)
+                self._report_progress(_WAITING, 0)
 
     def __exit__(self, *error: object) -> None:
         self._lock.release()
@@ -245,7 +245,7 @@ def _tokens_in(
     cfg: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
     workers: int,
-    tell: Progress,
+    report_progress: Progress,
     *,
     before: dict[str, State],
 ) -> tuple[_Tokens, bool]:
@@ -257,7 +257,7 @@ def _tokens_in(
             broken = f"the token cache was broken and was rebuilt ({error.problems[0].what})"
             shutil.rmtree(folder)
             folder.mkdir()
-    _encode(folder, cfg, tokenizer, workers, tell, before=before)
+    _encode(folder, cfg, tokenizer, workers, report_progress, before=before)
     tokens = _load(folder, just_written=True)
     return (replace(tokens, notices=(*tokens.notices, broken)) if broken else tokens), False
 
@@ -267,7 +267,7 @@ def _encode(
     cfg: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
     workers: int,
-    tell: Progress,
+    report_progress: Progress,
     *,
     before: dict[str, State],
 ) -> None:
@@ -275,38 +275,38 @@ def _encode(
     fmt, totals = ChatFormat.of(tokenizer), Totals(cfg)
     for unfinished in (folder, folder / "parts"):
         remove_unfinished(unfinished)
-    _begin_parts(folder / "parts", before)
+    _begin_blocks(folder / "parts", before)
     fresh = None if settled(before) else _contents(before)
     with RowsWriter(folder / "train") as train, RowsWriter(folder / "validation") as validation:
         with old_objects_not_searched_for_garbage():
             for done in encode_to_block_files(folder / "parts", cfg, fmt, tokenizer, workers):
                 train.add(done.train)
                 validation.add(done.held_out)
-                totals.add(done.facts)
-                tell("tokenize", totals.rows)
+                totals.add(done.tallies)
+                report_progress("tokenize", totals.rows)
         _refuse_changed(folder, before, fresh)
         totals.check()
         for name, writer in (("train", train), ("validation", validation)):
-            tell(f"write {name}", totals.rows)
+            report_progress(f"write {name}", totals.rows)
             writer.finish()
     about = {"sources": list(totals.labels), "rows": totals.rows}
-    facts = {"skipped": [asdict(row) for row in totals.skipped], "notices": totals.notices(fmt), "about": about}
-    write_whole(folder / "facts.json", facts)
+    metadata = {"skipped": [asdict(row) for row in totals.skipped], "notices": totals.notices(fmt), "about": about}
+    write_whole(folder / "facts.json", metadata)
     shutil.rmtree(folder / "parts", ignore_errors=True)
 
 
-def _begin_parts(parts: Path, before: dict[str, State]) -> None:
+def _begin_blocks(blocks_folder: Path, before: dict[str, State]) -> None:
     """Parts of an earlier call go on only where no source was touched since that began."""
-    note = parts / "sources.json"
-    if parts.exists():
+    note = blocks_folder / "sources.json"
+    if blocks_folder.exists():
         try:
             same = read_whole(note)["states"] == before
         except (DataError, KeyError):
             same = False
         if not same:
-            shutil.rmtree(parts)
-    if not parts.exists():
-        parts.mkdir()
+            shutil.rmtree(blocks_folder)
+    if not blocks_folder.exists():
+        blocks_folder.mkdir()
         write_whole(note, {"states": before})
 
 
@@ -333,9 +333,9 @@ def _files_of(cfg: DataConfig) -> list[Path]:
 
 
 def _load(folder: Path, *, just_written: bool = False) -> _Tokens:
-    facts = read_whole(folder / "facts.json")
+    metadata = read_whole(folder / "facts.json")
     train, validation = (TokenRows.load(folder / name, just_written=just_written) for name in ("train", "validation"))
-    return _Tokens(train, validation, tuple(BadRow(**row) for row in facts["skipped"]), tuple(facts["notices"]))
+    return _Tokens(train, validation, tuple(BadRow(**row) for row in metadata["skipped"]), tuple(metadata["notices"]))
 
 
 def _packed(folder: Path | None, name: str, tokens: _Tokens, cfg: DataConfig) -> Packed | None:
@@ -345,14 +345,14 @@ def _packed(folder: Path | None, name: str, tokens: _Tokens, cfg: DataConfig) ->
         return None
     if folder is None:
         return pack(rows, cfg.pack_length, cfg.on_long_row)
-    kept = _packs_folder(folder, name, cfg)
-    if kept.exists():
+    entry = _packs_folder(folder, name, cfg)
+    if entry.exists():
         try:
-            return load_packed(kept, rows, cfg.pack_length)
+            return load_packed(entry, rows, cfg.pack_length)
         except DataError:
-            shutil.rmtree(kept)  # cheap to make anew, and the same again
-    save_packed(kept, rows, cfg.pack_length, cfg.on_long_row)
-    return load_packed(kept, rows, cfg.pack_length, just_written=True)
+            shutil.rmtree(entry)  # cheap to make anew, and the same again
+    save_packed(entry, rows, cfg.pack_length, cfg.on_long_row)
+    return load_packed(entry, rows, cfg.pack_length, just_written=True)
 
 
 def _packs_folder(folder: Path, name: str, cfg: DataConfig) -> Path:

@@ -21,7 +21,7 @@ from phi3_dist.data.read.sources import split_notices
 from phi3_dist.data.render.template_probe import ChatFormat
 from phi3_dist.data.token_rows import TokenRows
 from phi3_dist.errors import plain
-from phi3_dist.planning.auto_fields import is_auto
+from phi3_dist.planning.auto_fields import is_auto, shortest_pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -65,7 +65,7 @@ def show(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, n: int) -> Group:
     long: list[str] = []
     cut = 0
     for _, done in encode_blocks_of(blocks_of(cfg), cfg, fmt, tokenizer):
-        totals.add(done.facts)
+        totals.add(done.tallies)
         rows = done.train
         if len(first) < n:
             first = TokenRows.join([first, rows.select(np.arange(min(n - len(first), len(rows))))])
@@ -77,19 +77,19 @@ def show(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, n: int) -> Group:
     totals.check()
     lengths_N, supervised_N = np.concatenate(lengths), np.concatenate(supervised)
     if auto and len(lengths_N):  # as far as it is known without a device
-        cfg = cfg.model_copy(update={"pack_length": 1 << max(4, int(lengths_N.max() - 1).bit_length())})
+        cfg = cfg.model_copy(update={"pack_length": shortest_pack(int(lengths_N.max()))})
     fits_N = lengths_N <= cfg.pack_length
     if not fits_N.any() and not (cut and cfg.on_long_row == "cut_turn"):
         raise none_fits(len(lengths_N), cfg.pack_length)
-    facts = [f"note: {notice}" for notice in (*split_notices(cfg), *totals.notices(fmt))]
-    facts.append(f"held out: {totals.held:,} rows")
-    facts += [f"skipped: {row.place}: {row.reason}" for row in totals.skipped[:SHOWN_AT_MOST]]
+    notes = [f"note: {notice}" for notice in (*split_notices(cfg), *totals.notices(fmt))]
+    notes.append(f"held out: {totals.held:,} rows")
+    notes += [f"skipped: {row.place}: {row.reason}" for row in totals.skipped[:SHOWN_AT_MOST]]
     if len(totals.skipped) > SHOWN_AT_MOST:
-        facts.append(f"skipped: and {len(totals.skipped) - SHOWN_AT_MOST:,} more")
+        notes.append(f"skipped: and {len(totals.skipped) - SHOWN_AT_MOST:,} more")
     if long:
-        facts.append(_of_long_rows(cfg, long[0], len(long), cut, int(lengths_N.max())))
+        notes.append(_of_long_rows(cfg, long[0], len(long), cut, int(lengths_N.max())))
     parts = [length_table(lengths_N[fits_N], supervised_N[fits_N], cfg.pack_length)] if fits_N.any() else []
-    return Group(render_rows(tokenizer, first, len(lengths_N)), *parts, Text(plain("\n".join(facts))))
+    return Group(render_rows(tokenizer, first, len(lengths_N)), *parts, Text(plain("\n".join(notes))))
 
 
 def _of_long_rows(cfg: DataConfig, example: str, long: int, cut: int, longest: int) -> str:

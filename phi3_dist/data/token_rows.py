@@ -73,14 +73,14 @@ class TokenRows:
         )
 
     @classmethod
-    def join(cls, parts: Sequence[TokenRows]) -> TokenRows:
+    def join(cls, pieces: Sequence[TokenRows]) -> TokenRows:
         """One after the other."""
-        lengths = np.concatenate([np.empty(0, np.int64), *(part.lengths for part in parts)])
+        lengths = np.concatenate([np.empty(0, np.int64), *(part.lengths for part in pieces)])
         return cls(
-            np.concatenate([np.empty(0, np.int32), *(part.ids for part in parts)]),
-            np.concatenate([np.empty(0, np.bool_), *(part.supervised for part in parts)]),
+            np.concatenate([np.empty(0, np.int32), *(part.ids for part in pieces)]),
+            np.concatenate([np.empty(0, np.bool_), *(part.supervised for part in pieces)]),
             np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-            tuple(place for part in parts for place in part.places),
+            tuple(place for part in pieces for place in part.places),
         )
 
     def select(self, which: NDArray[np.int64]) -> TokenRows:
@@ -151,11 +151,11 @@ class TokenRows:
     @classmethod
     def load(cls, folder: Path, *, just_written: bool = False) -> TokenRows:
         """Map them; `just_written`: as `open_arrays`. Raises DataError where a file is missing, torn or changed."""
-        arrays, facts = open_arrays(folder, just_written=just_written)
+        arrays, metadata = open_arrays(folder, just_written=just_written)
         try:
-            places = Places(facts["prefixes"], arrays["which"], arrays["numbers"])
+            places = Places(metadata["prefixes"], arrays["which"], arrays["numbers"])
             rows = cls(arrays["ids"], arrays["supervised"], arrays["offsets"], places)
-            rows.__dict__["fingerprint"] = facts["fingerprint"]  # known and checksummed: not to be read for it again
+            rows.__dict__["fingerprint"] = metadata["fingerprint"]  # known and checksummed: not to be read for it again
         except KeyError as error:
             raise DataError(Problem(str(folder), f"holds no token rows: {error}")) from error
         return rows
@@ -203,10 +203,10 @@ class RowsWriter:
         self._writer.finish({"prefixes": list(self._prefixes), "fingerprint": fingerprint})
 
 
-def save_rows(folder: Path, parts: Iterable[TokenRows]) -> None:
+def save_rows(folder: Path, pieces: Iterable[TokenRows]) -> None:
     """Write parts one after the other as the rows of one folder; memory for one part and the row boundaries."""
     with RowsWriter(folder) as writer:
-        for part in parts:
+        for part in pieces:
             writer.add(part)
         writer.finish()
 

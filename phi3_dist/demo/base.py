@@ -105,12 +105,14 @@ def is_intact(folder: Path) -> bool:
     if not marker.is_file():
         return False
     try:
-        facts = parse_json(marker.read_text())
+        recorded = parse_json(marker.read_text())
     except ValueError:  # cut off in the middle of a write, or not text
         return False
-    if facts["format"] != FORMAT or facts["package"] != _package_version():
+    if recorded["format"] != FORMAT or recorded["package"] != _package_version():
         return False
-    return all((folder / name).is_file() and _sha256(folder / name) == sum_ for name, sum_ in facts["sha256"].items())
+    return all(
+        (folder / name).is_file() and _sha256(folder / name) == sum_ for name, sum_ in recorded["sha256"].items()
+    )
 
 
 def _package_version() -> str:
@@ -127,8 +129,8 @@ def _sha256(path: Path) -> str:
 
 def _write_marker(folder: Path, difference: float) -> None:
     sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    facts = {"format": FORMAT, "package": _package_version(), "max_logit_difference": difference, "sha256": sums}
-    (folder / MARKER).write_text(json.dumps(facts, indent=1) + "\n")
+    recorded = {"format": FORMAT, "package": _package_version(), "max_logit_difference": difference, "sha256": sums}
+    (folder / MARKER).write_text(json.dumps(recorded, indent=1) + "\n")
 
 
 def _write_model(folder: Path) -> float:

@@ -168,22 +168,22 @@ def _change(rng: random.Random, order: Order, names: Sequence[str]) -> tuple[str
     kind = rng.choice(("place", "name", "size", "drop" if several else "add"))
     if kind == "place":
         place = "STAY" if order.place == "GO" else "GO"
-        said = rng.choice(("Make it {}.", "Sorry, {}.", "Actually {}, please.")).format(rng.choice(PLACES[place]))
-        return said, replace(order, place=place)
+        utterance = rng.choice(("Make it {}.", "Sorry, {}.", "Actually {}, please.")).format(rng.choice(PLACES[place]))
+        return utterance, replace(order, place=place)
     if kind == "name":
         name = rng.choice([name for name in names if name != order.name])
-        said = rng.choice(("Put it under {}.", "The name is {} now.", "Make it for {} instead.")).format(name)
-        return said, replace(order, name=name)
+        utterance = rng.choice(("Put it under {}.", "The name is {} now.", "Make it for {} instead.")).format(name)
+        return utterance, replace(order, name=name)
     if kind == "size":
         size = rng.choice([size for size in SIZES if size != line.size])
-        said = rng.choice(("Make the {} {}.", "The {} should be {}.")).format(drink, size)
-        return said, replace(order, lines=(*order.lines[:at], replace(line, size=size), *order.lines[at + 1 :]))
+        utterance = rng.choice(("Make the {} {}.", "The {} should be {}.")).format(drink, size)
+        return utterance, replace(order, lines=(*order.lines[:at], replace(line, size=size), *order.lines[at + 1 :]))
     if kind == "drop":
-        said = rng.choice(("Leave out the {}.", "No {} after all.", "Without the {}, please.")).format(drink)
-        return said, replace(order, lines=(*order.lines[:at], *order.lines[at + 1 :]))
+        utterance = rng.choice(("Leave out the {}.", "No {} after all.", "Without the {}, please.")).format(drink)
+        return utterance, replace(order, lines=(*order.lines[:at], *order.lines[at + 1 :]))
     new = _line(rng, [line.drink])
-    said = rng.choice(("Add {}.", "And {}, please.", "We also want {}.")).format(new.spoken(rng))
-    return said, replace(order, lines=(*order.lines, new))
+    utterance = rng.choice(("Add {}.", "And {}, please.", "We also want {}.")).format(new.spoken(rng))
+    return utterance, replace(order, lines=(*order.lines, new))
 
 
 def _chat(rng: random.Random, names: Sequence[str]) -> Chat:

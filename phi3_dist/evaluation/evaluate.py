@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.answers import Asked, asked_of, spread, text_of
+from phi3_dist.data.answers import Question, last_questions, spread, text_of
 from phi3_dist.data.pack.packs import Packs
 from phi3_dist.data.prepare import prepare
 from phi3_dist.data.scores import Metric, available, metric_of, scored
@@ -29,17 +29,17 @@ from phi3_dist.inference.open_model import Opened, Options, open_model
 from phi3_dist.machine.storage import cache_folder
 from phi3_dist.modeling.stop_ids import stop_ids
 
-__all__ = ["FILE", "ROWS_FILE", "Asking", "Evaluation", "Side", "evaluate"]
+__all__ = ["FILE", "ROWS_FILE", "Evaluation", "EvaluationRequest", "Side", "evaluate"]
 
 FILE, ROWS_FILE = "evaluation.json", "evaluation_rows.jsonl"
 SHOWN = 5
 """Samples in evaluation.json, the worst first; all are in evaluation_rows.jsonl."""
 GENERATE = 100
-Tell = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Asking:
+class EvaluationRequest:
     """What to measure. `data`: rows, by default those that the run has held out; `split` of them, where they have any.
 
     `generate`: rows whose answers are scored, evenly spread; 0: none. `metrics`: see data/scores.py; () are those that
@@ -133,12 +133,12 @@ def _finite(numbers: Mapping[str, float | int]) -> dict[str, float | int | None]
 
 def evaluate(
     target: str | Path,
-    asking: Asking | None = None,
+    request: EvaluationRequest | None = None,
     *,
     how: How | None = None,
     options: Options | None = None,
     ranks: Ranks | None = None,
-    tell: Tell = lambda what, done, of: None,
+    progress: Progress = lambda what, done, of: None,
 ) -> Evaluation:
     """Measure what `target` names, alone or beside its base or another one. Collective: every rank calls it.
 
@@ -146,41 +146,43 @@ def evaluate(
     process holds a whole model. Raises the errors of `open_model`, DataError for rows that can't be used or ask
     nothing, and for a metric that fails, MachineError for a package that is missing.
     """
-    asking, how, ranks = asking or Asking(), how or How(), ranks or Ranks()
-    if asking.base and asking.against:
+    request, how, ranks = request or EvaluationRequest(), how or How(), ranks or Ranks()
+    if request.base and request.against:
         raise ConfigError(Problem("--base --against", "cannot be combined", "give one of them"))
-    if asking.tasks:
+    if request.tasks:
         check_harness()
-    names, notices = (list(asking.metrics), []) if asking.metrics else available()
-    metrics = [metric_of(name) for name in names] if asking.generate else []
+    names, notices = (list(request.metrics), []) if request.metrics else available()
+    metrics = [metric_of(name) for name in names] if request.generate else []
     opened = open_model(target, options)
-    if asking.base and not opened.has_adapter:
+    if request.base and not opened.has_adapter:
         raise ConfigError(Problem("--base", f"{target} is a base itself", "leave --base out, or name a run"))
-    packs, label, said = _rows(opened, asking)
+    packs, label, row_notices = _rows(opened, request)
     stops = stop_ids(opened.model, opened.tokenizer)
-    which = spread(len(packs.rows.lengths), asking.generate)
-    asked = asked_of(packs.rows, which, stops) if which else []
-    refuse_too_long(opened, [one.place for one in asked], [one.prompt for one in asked], how.max_new_tokens)
+    which = spread(len(packs.rows.lengths), request.generate)
+    questions = last_questions(packs.rows, which, stops) if which else []
+    refuse_too_long(opened, [one.place for one in questions], [one.prompt for one in questions], how.max_new_tokens)
 
     def measure(of: Opened, name: str) -> Side:
-        return _side(of, name, packs, asked, metrics=metrics, asking=asking, how=how, ranks=ranks, tell=tell)
+        return _side(
+            of, name, packs, questions, metrics=metrics, request=request, how=how, ranks=ranks, progress=progress
+        )
 
     sides = [measure(opened, "adapter" if opened.has_adapter else "base")]
-    if asking.base:
+    if request.base:
         with opened.base_alone():
             sides.append(measure(opened, "base"))
-    elif asking.against:
-        other = open_model(asking.against, options)
-        _refuse_other_tokens(opened, other, asking.against)
+    elif request.against:
+        other = open_model(request.against, options)
+        _refuse_other_tokens(opened, other, request.against)
         sides.append(measure(other, "against"))
-    rows = _asked_rows(opened, asked, sides)
-    return Evaluation(str(target), label, tuple(sides), _differences(sides), tuple(rows), (*notices, *said))
+    rows = _answered_rows(opened, questions, sides)
+    return Evaluation(str(target), label, tuple(sides), _differences(sides), tuple(rows), (*notices, *row_notices))
 
 
-def _rows(opened: Opened, asking: Asking) -> tuple[Packs, str, list[str]]:
+def _rows(opened: Opened, request: EvaluationRequest) -> tuple[Packs, str, list[str]]:
     """The rows to measure on, what they are called, and what a user should hear of them."""
     cfg = opened.cfg.data if opened.cfg else None
-    if asking.data is None:
+    if request.data is None:
         if cfg is None:
             fix = "name rows: phi3-dist eval ADAPTER DATA"
             raise DataError(Problem(opened.name, "is not inside a run whose held-out rows could be used", fix))
@@ -190,12 +192,12 @@ def _rows(opened: Opened, asking: Asking) -> tuple[Packs, str, list[str]]:
             raise DataError(Problem(str(opened.run), "has held out no rows", fix))
         return prepared.held_out, "the held-out rows of the run", []
     longest = min(int(opened.base.config.max_position_embeddings), 32768)
-    changes = {"train": asking.data, "validation": None, "validation_share": 0, "split": asking.split,
+    changes = {"train": request.data, "validation": None, "validation_share": 0, "split": request.split,
                "max_rows": None, "max_validation_rows": None, "revision": None}  # fmt: skip
     like = cfg.model_dump() if cfg else {"pack_length": longest}
     prepared = prepare(DataConfig.model_validate({**like, **changes}), opened.tokenizer, None)
-    said = [f"{len(prepared.dropped)} rows are longer than a pack and left out"] if prepared.dropped else []
-    return prepared.train, asking.data, [*prepared.notices, *said]
+    notices = [f"{len(prepared.dropped)} rows are longer than a pack and left out"] if prepared.dropped else []
+    return prepared.train, request.data, [*prepared.notices, *notices]
 
 
 def _refuse_other_tokens(ours: Opened, theirs: Opened, against: str) -> None:
@@ -208,40 +210,40 @@ def _side(
     opened: Opened,
     name: str,
     packs: Packs,
-    asked: Sequence[Asked],
+    questions: Sequence[Question],
     *,
     metrics: Sequence[Metric],
-    asking: Asking,
+    request: EvaluationRequest,
     how: How,
     ranks: Ranks,
-    tell: Tell,
+    progress: Progress,
 ) -> Side:
-    losses = row_losses(opened, packs, ranks, lambda done, of: tell(f"{name}: loss", done, of))
+    losses = row_losses(opened, packs, ranks, lambda done, of: progress(f"{name}: loss", done, of))
     if not losses.tokens_R.sum():
         raise DataError(Problem("the rows", "supervise no token: there is no loss", "give rows with answers"))
-    texts = _answers(opened, asked, how, ranks, lambda done, of: tell(f"{name}: answers", done, of))
-    wanted = [text_of(opened.tokenizer, one.wanted) for one in asked]
-    places = [one.place for one in asked]
-    scores = {m.name: np.array(scored(m, texts, wanted, places)) for m in metrics} if asked else {}
+    texts = _answers(opened, questions, how, ranks, lambda done, of: progress(f"{name}: answers", done, of))
+    wanted = [text_of(opened.tokenizer, one.wanted) for one in questions]
+    places = [one.place for one in questions]
+    scores = {m.name: np.array(scored(m, texts, wanted, places)) for m in metrics} if questions else {}
     tasks = {}
-    if asking.tasks:  # on every rank the same: the harness would want a launch of its own
-        tasks = run_tasks(opened, asking.tasks, limit=asking.limit, batch_size=how.batch_size)
+    if request.tasks:  # on every rank the same: the harness would want a launch of its own
+        tasks = run_tasks(opened, request.tasks, limit=request.limit, batch_size=how.batch_size)
     return Side(name, losses, tuple(texts), scores, tasks)
 
 
 def _answers(
-    opened: Opened, asked: Sequence[Asked], how: How, ranks: Ranks, tell: Callable[[int, int], None]
+    opened: Opened, questions: Sequence[Question], how: How, ranks: Ranks, progress: Callable[[int, int], None]
 ) -> list[str]:
     """The answer to each, on every rank. Collective."""
-    mine = list(range(ranks.rank, len(asked), ranks.world))
+    mine = list(range(ranks.rank, len(questions), ranks.world))
     stops = stop_ids(opened.model, opened.tokenizer)
     found: dict[int, str] = {}
     options: dict[str, Any] = {"max_new_tokens": how.max_new_tokens, "batch_size": how.batch_size}
-    for i, answer in answers(opened.model, [asked[k].prompt for k in mine], stops, **options):
+    for i, answer in answers(opened.model, [questions[k].prompt for k in mine], stops, **options):
         found[mine[i]] = text_of(opened.tokenizer, answer.ids)
-        tell(len(found), len(mine))
+        progress(len(found), len(mine))
     everyone = {k: text for part in ranks.gather(found) for k, text in part.items()}
-    return [everyone[k] for k in range(len(asked))]
+    return [everyone[k] for k in range(len(questions))]
 
 
 def _differences(sides: Sequence[Side]) -> dict[str, Difference]:
@@ -252,10 +254,10 @@ def _differences(sides: Sequence[Side]) -> dict[str, Difference]:
     return {**found, **{name: paired(of, theirs.scores[name]) for name, of in ours.scores.items()}}
 
 
-def _asked_rows(opened: Opened, asked: Sequence[Asked], sides: Sequence[Side]) -> list[dict[str, Any]]:
+def _answered_rows(opened: Opened, questions: Sequence[Question], sides: Sequence[Side]) -> list[dict[str, Any]]:
     """What people read: prompt, answer, wanted, score of each; the worst by the first side's mean score first."""
     rows = []
-    for i, one in enumerate(asked):
+    for i, one in enumerate(questions):
         scores = {name: float(of[i]) for name, of in sides[0].scores.items()}
         row: dict[str, Any] = {"prompt": opened.tokenizer.decode(one.prompt, skip_special_tokens=False)}
         row["wanted"] = text_of(opened.tokenizer, one.wanted)

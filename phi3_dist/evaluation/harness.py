@@ -57,7 +57,7 @@ def _of_file(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        said = yaml.safe_load(path.read_text("utf-8"))
+        task = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(Problem("--task", f"{path} cannot be read: {error.strerror}", _LIST)) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -65,9 +65,9 @@ def _of_file(path: Path) -> dict[str, Any]:
         raise ConfigError(
             Problem("--task", what, "put the task in lm-eval's folder of tasks and give its name")
         ) from error
-    if not isinstance(said, dict) or not isinstance(said.get("task"), str):
+    if not isinstance(task, dict) or not isinstance(task.get("task"), str):
         raise ConfigError(Problem("--task", f"{path} names no task", "task: NAME, dataset_path, doc_to_text, …"))
-    return said
+    return task
 
 
 def numbers_of(results: dict[str, dict[str, Any]]) -> dict[str, float]:

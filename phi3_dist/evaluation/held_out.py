@@ -66,7 +66,7 @@ def _token_nll(hidden_SH: Tensor, head: torch.nn.Module, target_S: Tensor) -> Te
 
 @torch.no_grad()
 def row_losses(
-    opened: Opened, packs: Packs, ranks: Ranks, tell: Callable[[int, int], None] = lambda done, of: None
+    opened: Opened, packs: Packs, ranks: Ranks, progress: Callable[[int, int], None] = lambda done, of: None
 ) -> RowLosses:
     """The loss of every row of `packs`, on each rank. Collective: rank r takes groups of packs r, r + w, …"""
     rows, causal_lm, device = packs.rows, opened.causal_lm, opened.device
@@ -96,5 +96,5 @@ def row_losses(
             of_S = documents[(torch.searchsorted(ends, predict_S, right=True) - 1).cpu().numpy()]
             np.add.at(nll_R, of_S, nll_S.double().cpu().numpy())
             np.add.at(tokens_R, of_S, 1.0)
-            tell(min(number + ranks.world, len(groups)), len(groups))
+            progress(min(number + ranks.world, len(groups)), len(groups))
     return RowLosses(ranks.sum(nll_R), ranks.sum(tokens_R))

@@ -17,8 +17,8 @@ from phi3_dist.exports.gguf_file import ADAPTER, write_gguf_adapter
 from phi3_dist.exports.open_adapter import Opened, open_adapter
 from phi3_dist.exports.target import new_folder
 from phi3_dist.serving.asking import ASKABLE, Answer, ask, why_absent
-from phi3_dist.serving.facts import Served, served_of_folder
 from phi3_dist.serving.rules import SERVERS, VLLM_RANKS, Server, Verdict, judge
+from phi3_dist.serving.served import Served, served_of_folder
 
 __all__ = ["Trial", "check", "served_of", "try_server"]
 
@@ -56,10 +56,10 @@ class Trial:
 
 
 def served_of(opened: Opened) -> Served:
-    """The facts of an adapter that the rules ask for. A local base is named by its path: it is served here."""
+    """What the rules ask of an adapter. A local base is named by its path: it is served here."""
     base: dict[str, Any] = opened.base.config.to_dict()
     config = {**opened.config, "base_model_name_or_path": opened.base.source}
-    header = {**opened.facts, "quantization": opened.trained_on, "start": opened.start}
+    header = {**opened.metadata, "quantization": opened.trained_on, "start": opened.lora_init}
     return served_of_folder(opened.folder, config, header, base)
 
 
@@ -104,8 +104,8 @@ def try_server(
         "adapters": [str(opened.folder)],
         "max_lora_rank": next((r for r in VLLM_RANKS if r >= max(served.ranks)), VLLM_RANKS[-1]),
     }
-    (said,) = ask("vllm", python, request)
-    return compared(said, opened, prompts, rows)
+    (answers,) = ask("vllm", python, request)
+    return compared(answers, opened, prompts, rows)
 
 
 def _try_llama_cpp(opened: Opened, python: str, request: dict[str, Any], rows: Rows) -> Trial:
@@ -113,8 +113,8 @@ def _try_llama_cpp(opened: Opened, python: str, request: dict[str, Any], rows: R
 
     with tempfile.TemporaryDirectory() as folder, new_folder(Path(folder) / "gguf") as made:
         write_gguf_adapter(opened, made)
-        (said,) = ask("llama.cpp", python, request | {"adapters": [str(made / ADAPTER)]})
-    return compared(said, opened, request["prompts"], rows)
+        (answers,) = ask("llama.cpp", python, request | {"adapters": [str(made / ADAPTER)]})
+    return compared(answers, opened, request["prompts"], rows)
 
 
 def prompts_of(rows: Rows) -> list[list[int]]:
@@ -126,14 +126,14 @@ def prompts_of(rows: Rows) -> list[list[int]]:
     return [prompt for prompt in found if prompt][:_PROMPTS]
 
 
-def compared(said: Sequence[Answer] | str, opened: Opened, prompts: Sequence[Sequence[int]], rows: Rows) -> Trial:
+def compared(answers: Sequence[Answer] | str, opened: Opened, prompts: Sequence[Sequence[int]], rows: Rows) -> Trial:
     """A server's answers held against the live model's."""
-    if isinstance(said, str):
-        return Trial(said)
+    if isinstance(answers, str):
+        return Trial(answers)
     model = live_model(opened, compute_dtype(opened.base))
     same = ties = 0
     largest = 0.0
-    for prompt, theirs in zip(prompts, said, strict=True):
+    for prompt, theirs in zip(prompts, answers, strict=True):
         ids, logprobs, gaps = greedy(model, prompt, len(theirs.ids))
         part = next((i for i, (a, b) in enumerate(zip(ids, theirs.ids, strict=True)) if a != b), len(ids))
         same += part == len(ids)
@@ -186,7 +186,7 @@ def report_lines(verdict: Verdict) -> list[str]:
 
 def as_json(verdict: Verdict, trial: Trial | None) -> str:
     """The same for a program."""
-    said = {
+    document = {
         "server": verdict.server,
         "loads": verdict.loads,
         "right": verdict.right,
@@ -194,7 +194,7 @@ def as_json(verdict: Verdict, trial: Trial | None) -> str:
         "findings": [vars(finding) for finding in verdict.findings],
         "trial": {**vars(trial), "right": trial.right} if trial else None,
     }
-    return json.dumps(said, indent=2)
+    return json.dumps(document, indent=2)
 
 
 def require(server: Server, python: str) -> None:

@@ -66,13 +66,13 @@ def _refuse(opened: Sequence[Opened], weights: Sequence[float], method: str) -> 
     if method not in METHODS:
         problems.append(Problem("--method", f"{method!r} is not one of PEFT's", f"one of {', '.join(METHODS)}"))
     for other in opened:
-        if other.parts.whole or other.parts.taught or other.parts.dora:
+        if other.contents.whole or other.contents.taught or other.contents.dora:
             what = "holds more than A and B (DoRA, modules in full, new tokens), which PEFT does not combine"
             problems.append(Problem(str(other.folder), what, "merge it, and train the next on that"))
         if other.trained_on != opened[0].trained_on:
             what = f"was trained on the base in {other.trained_on}, {opened[0].folder} in {opened[0].trained_on}"
             problems.append(Problem(str(other.folder), what, "combine adapters of one base"))
-        if other.facts.get("longrope") != opened[0].facts.get("longrope"):
+        if other.metadata.get("longrope") != opened[0].metadata.get("longrope"):
             problems.append(Problem(str(other.folder), "was trained with other LongRoPE factors", "leave it out"))
     if problems:
         raise AdapterError(*problems)

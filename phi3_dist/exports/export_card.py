@@ -52,7 +52,7 @@ tokenizer = PreTrainedTokenizerFast.from_pretrained("path/to/this/folder")
 
 def gguf_card(opened: Opened, what: str, drift: Drift) -> str:
     """The card of a merged model in llama.cpp's form."""
-    factors = opened.facts.get("longrope")
+    factors = opened.metadata.get("longrope")
     original = opened.base.config.rope_parameters.get("original_max_position_embeddings", 4096)
     context = {None: "", "short": f" -c {original} -np 1", "long": f" -c {2 * original} -np 1"}[factors]
     return (
@@ -74,7 +74,7 @@ def _merged_head(opened: Opened, what: str, drift: Drift, library: str) -> str:
         front["base_model"], front["base_model_relation"] = base, "finetune"
     front["tags"] = ["phi3", "lora", "merged"]
     name = opened.run_config.name if opened.run_config and opened.run_config.name else opened.folder.name
-    factors = opened.facts.get("longrope")
+    factors = opened.metadata.get("longrope")
     rope = ""
     if factors is not None:
         original = opened.base.config.rope_parameters.get("original_max_position_embeddings", 4096)

@@ -6,14 +6,14 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from phi3_dist.adapters.files import write_adapter
 from phi3_dist.adapters.loading import load_adapter
 from phi3_dist.adapters.reading import read_adapter
-from phi3_dist.errors import AdapterError, ConfigError, Problem
+from phi3_dist.errors import ConfigError, Problem
 from phi3_dist.exports.combining import combine
 from phi3_dist.exports.drift import (
     Drift,
@@ -31,6 +31,7 @@ from phi3_dist.exports.export_card import export_card, gguf_card, merged_card
 from phi3_dist.exports.gguf_file import ADAPTER, read_gguf_adapter, refuse_for_gguf, write_gguf_adapter
 from phi3_dist.exports.gguf_model import (
     MODEL,
+    STORED,
     Stored,
     read_gguf_model,
     refuse_for_gguf_model,
@@ -42,7 +43,7 @@ from phi3_dist.exports.modelfile import MODELFILE
 from phi3_dist.exports.open_adapter import Opened, open_adapter
 from phi3_dist.exports.reshaped import joined, one_rank, split_names
 from phi3_dist.exports.target import new_folder, seal
-from phi3_dist.exports.updates import Parts, parts_of
+from phi3_dist.exports.updates import AdapterContents, contents_of
 from phi3_dist.modeling.base import find_base
 from phi3_dist.modeling.rope import pin_longrope
 
@@ -87,12 +88,11 @@ def export(
     its matrices `stored` as f32, f16 or bf16 (by default as the base's); `combine`, several adapters (`others`,
     `weights`, PEFT's `method`) as one. base: in place of the one that the adapter names. into: the weights that a
     merged form starts from. data: rows to compare on; by default the run's held-out ones.
-    Raises ConfigError for what another form alone takes, AdapterError (an adapter that is damaged, of another base or
-    can't be said in that form; an export that is not the live model), RunFolderError (an unfinished run), ModelError,
-    DataError. Nothing is left of `out` then.
+    Raises ConfigError for a word that is not one of these and for what another form alone takes, AdapterError (an
+    adapter that is damaged, of another base or can't be said in that form; an export that is not the live model),
+    RunFolderError (an unfinished run), ModelError, DataError. Nothing is left of `out` then.
     """
-    if kind not in KINDS:
-        raise AdapterError(Problem("--as", f"{kind!r} is not a form", f"one of {', '.join(KINDS)}"))
+    _refuse_unknown_words(kind, into, stored)
     given = {"into": into, "stored": stored, "others": others, "weights": weights, "density": density}
     _refuse_misplaced(kind, {key for key, value in given.items() if value is not None and value not in ((), [])})
     opened, out = open_adapter(where, base), Path(out)
@@ -121,6 +121,18 @@ _TAKEN_BY: dict[str, tuple[Kind, ...]] = {
 _OPTIONS = {"stored": "--dtype", "others": "--with"}
 
 
+def _refuse_unknown_words(kind: str, into: str | None, stored: str | None) -> None:
+    """Raises ConfigError for words that name no form, no weights and no type."""
+    options = (("--as", kind, KINDS), ("--into", into, (None, *get_args(Into))), ("--dtype", stored, (None, *STORED)))
+    problems = []
+    for option, word, known in options:
+        if word not in known:
+            words = ", ".join(filter(None, known))
+            problems.append(Problem(option, f"{word!r} is not one of {words}", f"one of {words}"))
+    if problems:
+        raise ConfigError(*problems)
+
+
 def _refuse_misplaced(kind: Kind, given: set[str]) -> None:
     """Raises ConfigError for what would be left unread."""
     problems = [
@@ -143,8 +155,8 @@ class _Work:
     rows: Rows
 
     def write(self, tensors: dict[str, Tensor], config: dict[str, Any], card: str) -> None:
-        facts = self.opened.facts_to_keep
-        write_adapter(self.folder / "adapter", tensors, config, card=card, tokenizer=self.tokenizer, metadata=facts)
+        metadata = self.opened.metadata_to_keep
+        write_adapter(self.folder / "adapter", tensors, config, card=card, tokenizer=self.tokenizer, metadata=metadata)
 
     def lift(self) -> None:
         """The adapter's files up into the folder that will take the name."""
@@ -158,10 +170,10 @@ class _Work:
         model = plain_model(base, compute_dtype(base), self.opened.trained_on)
         return logits_of(load_adapter(model, adapter), self.rows)
 
-    def logits_of_parts(self, parts: Parts) -> list[Tensor]:
+    def logits_of_contents(self, contents: AdapterContents) -> list[Tensor]:
         """What PEFT computes with an update that was read back. Its files lie in the folder meanwhile."""
         again = self.folder / "compared"
-        write_adapter(again, *one_rank(self.opened, parts), card="", metadata=self.opened.facts_to_keep)
+        write_adapter(again, *one_rank(self.opened, contents), card="", metadata=self.opened.metadata_to_keep)
         try:
             return self.logits(again)
         finally:
@@ -222,7 +234,7 @@ def _window(opened: Opened) -> bool:
 
 
 def _pin(model: Any, opened: Opened) -> None:
-    factors = opened.facts.get("longrope")
+    factors = opened.metadata.get("longrope")
     if factors is not None:
         pin_longrope(model, 0, "short" if factors == "short" else "long")
 
@@ -239,11 +251,11 @@ def _reshaped(work: _Work, kind: Kind) -> Exported:
     else:
         tensors, config = one_rank(opened, split_names(opened) if kind == "split" else None)
         work.write(tensors, config, export_card(opened, kind))
-        read = parts_of(*read_adapter(folder / "adapter"))
+        read = contents_of(*read_adapter(folder / "adapter"))
         back = joined(read) if kind == "split" else read
         what = f"rank {config['r']} and alpha {config['lora_alpha']} for all of {len(read.updates)} modules"
         work.lift()
-    drift = compare(live, plain, work.logits_of_parts(back), work.rows)
+    drift = compare(live, plain, work.logits_of_contents(back), work.rows)
     refuse_drift(drift, EXACT, work.out)
     return Exported(work.out, kind, what, drift)
 

@@ -76,18 +76,18 @@ def adapter_of_checkpoint(
     tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.source, cfg.model.revision, cfg.model.new_tokens)
     base = enlarged(base, ids := new_token_ids(tokenizer, cfg.model.new_tokens, base))
     peft_model = add_lora(meta_model(base, torch.float32), cfg.lora, base.source, ids)
-    start = _start(run, cfg)
-    tensors = _tensors(run, peft_model, read_state(checkpoint), cfg, start)
+    initial = _initial_adapter(run, cfg)
+    tensors = _tensors(run, peft_model, read_state(checkpoint), cfg, initial)
     config = dict(peft_model.peft_config["default"].to_dict())
-    if cfg.lora.init.startswith("pissa") and start:
-        tensors, config = on_plain_base(tensors, config, start)
-    said = checkpoint.trainer.get("identity") or {}
-    factors = said.get("LongRoPE factors")
+    if cfg.lora.init.startswith("pissa") and initial:
+        tensors, config = on_plain_base(tensors, config, initial)
+    identity = checkpoint.trainer.get("identity") or {}
+    factors = identity.get("LongRoPE factors")
     receipt = write_adapter(
         out,
         tensors,
         config,
-        card=adapter_card(_card_facts(cfg, base, checkpoint, said)),
+        card=adapter_card(_card_contents(cfg, base, checkpoint, identity)),
         tokenizer=tokenizer,
         base_hint={"revision": cfg.model.revision} if cfg.model.revision else None,
         metadata={**({"longrope": str(factors)} if factors else {}), **rows_fact(base), **trained_fact(cfg)},
@@ -95,7 +95,7 @@ def adapter_of_checkpoint(
     return receipt, checkpoint
 
 
-def _start(run: Path, cfg: RunConfig) -> dict[str, Tensor]:
+def _initial_adapter(run: Path, cfg: RunConfig) -> dict[str, Tensor]:
     """A and B as they started, where PiSSA's base or a frozen A makes them part of the adapter."""
     computed = cfg.lora.init != "default" and cfg.model.adapter is None
     if not computed or not (cfg.lora.init.startswith("pissa") or cfg.lora.freeze_a):
@@ -109,7 +109,7 @@ def _start(run: Path, cfg: RunConfig) -> dict[str, Tensor]:
 
 
 def _tensors(
-    run: Path, peft_model: Any, state: Mapping[str, Tensor], cfg: RunConfig, start: Mapping[str, Tensor]
+    run: Path, peft_model: Any, state: Mapping[str, Tensor], cfg: RunConfig, initial: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The checkpoint's weights under PEFT's saved names; what does not train (LoRA-FA's A) from where it came from."""
     names = {id(param): name for name, param in peft_model.named_parameters()}
@@ -119,7 +119,7 @@ def _tensors(
         name = names.get(id(chosen.tensor), chosen.key)
         value = state.get(f"weight/{name}")
         if value is None and cfg.lora.freeze_a and ".lora_A." in name:
-            value = frozen.get(chosen.key, start.get(chosen.key))
+            value = frozen.get(chosen.key, initial.get(chosen.key))
             value = initial_value(name, chosen.shape, cfg.train.seed) if value is None else value
         if value is None or value.shape != chosen.shape:
             have = "is missing" if value is None else f"has shape {tuple(value.shape)}"
@@ -132,7 +132,7 @@ def _tensors(
     return tensors
 
 
-def _card_facts(cfg: RunConfig, base: Base, checkpoint: Checkpoint, said: Mapping[str, Any]) -> dict[str, Any]:
+def _card_contents(cfg: RunConfig, base: Base, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> dict[str, Any]:
     loss = checkpoint.trainer.get("heldout_loss")
     return {
         "name": f"{cfg.name} at step {checkpoint.step}",
@@ -145,11 +145,11 @@ def _card_facts(cfg: RunConfig, base: Base, checkpoint: Checkpoint, said: Mappin
         "steps": checkpoint.step,
         "global_batch": cfg.train.global_batch,
         "pack_length": cfg.data.pack_length,
-        "data_fingerprint": said.get("data"),
-        "longrope": said.get("LongRoPE factors"),
+        "data_fingerprint": identity.get("data"),
+        "longrope": identity.get("LongRoPE factors"),
         "base_rows": base.enlarged_rows,
         "quantization": None if cfg.model.quantization == "none" else cfg.model.quantization,
-        "precision": said.get("precision"),
+        "precision": identity.get("precision"),
         "strategy": checkpoint.trainer.get("strategy"),
         "world_size": checkpoint.trainer.get("world_size"),
         "heldout_loss": loss,

@@ -17,7 +17,7 @@ from phi3_dist.errors import AdapterError, Problem
 from phi3_dist.exports.gguf_names import ARCHITECTURE, gguf_library, gguf_name, module_of
 from phi3_dist.exports.modelfile import MODELFILE, modelfile
 from phi3_dist.exports.open_adapter import Opened
-from phi3_dist.exports.updates import Parts, Update
+from phi3_dist.exports.updates import AdapterContents, Update
 
 __all__ = ["ADAPTER", "read_gguf_adapter", "refuse_for_gguf", "write_gguf_adapter"]
 
@@ -26,21 +26,21 @@ ADAPTER = "adapter.gguf"
 
 def refuse_for_gguf(opened: Opened) -> None:
     """Raises AdapterError with all that an adapter of llama.cpp can't say."""
-    parts, where = opened.parts, str(opened.folder)
+    contents, where = opened.contents, str(opened.folder)
     merge = "phi3-dist export … --as gguf-merged: base and adapter as one GGUF file"
     problems = []
-    if parts.dora:
+    if contents.dora:
         problems.append(Problem(where, "is of DoRA, whose norms llama.cpp does not compute", merge))
-    if parts.whole:
-        what = f"has {', '.join(sorted(parts.whole))} trained in full, and llama.cpp's adapters hold A and B alone"
+    if contents.whole:
+        what = f"has {', '.join(sorted(contents.whole))} trained in full, and llama.cpp's adapters hold A and B alone"
         problems.append(Problem(where, what, merge))
-    if parts.taught:
+    if contents.taught:
         what = "has new tokens, which the tokenizer in the base's GGUF file does not know"
         problems.append(Problem(where, what, merge))
-    if opened.base.config.tie_word_embeddings and "lm_head" in parts.updates:
+    if opened.base.config.tie_word_embeddings and "lm_head" in contents.updates:
         what = "adapts a head that shares its weights with the embedding: llama.cpp has no tensor of that name"
         problems.append(Problem(where, what, merge))
-    unknown = [m for m in parts.updates if gguf_name(m) is None]
+    unknown = [m for m in contents.updates if gguf_name(m) is None]
     if unknown:
         problems.append(Problem(where, f"adapts {unknown[0]}, for which llama.cpp's Phi-3 has no name", merge))
     if problems:
@@ -56,7 +56,7 @@ def write_gguf_adapter(opened: Opened, folder: Path, tokenizer: Any = None) -> N
     writer.add_string("adapter.type", "lora")
     # no alpha: llama.cpp then scales by 1, and the scale of each module stands in its B
     writer.add_string("general.name", opened.folder.name if opened.run is None else opened.run.name)
-    for module, update in sorted(opened.parts.updates.items()):
+    for module, update in sorted(opened.contents.updates.items()):
         a, b = update.a.float(), update.b.float() * update.scale
         # rows of an embedding are looked up in A: llama.cpp wants it turned
         pair = (a.T, b) if update.embedding else (a, b)
@@ -69,28 +69,28 @@ def write_gguf_adapter(opened: Opened, folder: Path, tokenizer: Any = None) -> N
     finally:
         writer.close()
     if tokenizer is not None:
-        made_of = f"# The base: a GGUF file made of {_said(opened)}, or an Ollama model of it."
+        made_of = f"# The base: a GGUF file made of {_base_name(opened)}, or an Ollama model of it."
         head = (made_of, "FROM ./base.gguf", f"ADAPTER ./{ADAPTER}")
         (folder / MODELFILE).write_text(modelfile(opened, tokenizer, head), encoding="utf-8")
 
 
-def read_gguf_adapter(path: Path) -> Parts:
+def read_gguf_adapter(path: Path) -> AdapterContents:
     """What such a file says, as llama.cpp computes with it."""
     reader = gguf_library().GGUFReader(str(path))
     halves: dict[str, dict[str, Tensor]] = {}
     for tensor in reader.tensors:
         name, _, letter = str(tensor.name).rpartition(".lora_")
         halves.setdefault(name, {})[letter] = torch.from_numpy(tensor.data.copy())
-    said = reader.fields.get("adapter.lora.alpha")
-    parts = Parts()
+    alpha = reader.fields.get("adapter.lora.alpha")
+    contents = AdapterContents()
     for name, half in halves.items():
         module = module_of(name)
         embedding = module == "model.embed_tokens"
         rank = half["b"].shape[1]
-        scale = float(said.parts[-1][0]) / rank if said is not None else 1.0
-        parts.updates[module] = Update(half["a"].T if embedding else half["a"], half["b"], scale, None, embedding)
-    return parts
+        scale = float(alpha.parts[-1][0]) / rank if alpha is not None else 1.0
+        contents.updates[module] = Update(half["a"].T if embedding else half["a"], half["b"], scale, None, embedding)
+    return contents
 
 
-def _said(opened: Opened) -> str:
+def _base_name(opened: Opened) -> str:
     return Path(opened.base.source).name if opened.base.folder else opened.base.source

@@ -34,13 +34,13 @@ _FILE_TYPE = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
 _FACTORS = "rope_factors_{}.weight"
 
 
-def stored_as(opened: Opened, asked: Stored | None) -> Stored:
+def stored_as(opened: Opened, requested: Stored | None) -> Stored:
     """The type of its matrices: the base's, unless another is asked for."""
     weights = opened.base.weights
     own = weights.rows("model.embed_tokens.weight", 0, 0).dtype
     weights.close()
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     return next((name for name in STORED if _TORCH[name] == own), STORED[0])
 
 
@@ -66,7 +66,7 @@ def write_gguf_model(
     gguf = gguf_library()
     writer = gguf.GGUFWriter(str(folder / MODEL), ARCHITECTURE)
     try:
-        _write_facts(writer, gguf, opened, stored, tokenizer)
+        _write_metadata(writer, gguf, opened, stored, tokenizer)
         write_vocabulary(writer, words, tokenizer)
         factors = _factors(opened.base.config)
         names = {name: gguf_name(name.removesuffix(".weight")) for name in weight_names(opened)}
@@ -89,7 +89,7 @@ def write_gguf_model(
     (folder / MODELFILE).write_text(modelfile(opened, tokenizer, head), encoding="utf-8")
 
 
-def _write_facts(writer: Any, gguf: Any, opened: Opened, stored: Stored, tokenizer: Any) -> None:
+def _write_metadata(writer: Any, gguf: Any, opened: Opened, stored: Stored, tokenizer: Any) -> None:
     config = opened.base.config
     rope, heads = config.rope_parameters, config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -197,32 +197,32 @@ def _tensor_of(tensor: Any) -> Tensor:
 
 
 def _config_of(reader: Any, tensors: dict[str, Any]) -> Phi3Config:
-    def said(key: str, default: Any = None) -> Any:
+    def value_of(key: str, default: Any = None) -> Any:
         field = reader.fields.get(f"{ARCHITECTURE}.{key}")
         return default if field is None else field.contents()
 
-    heads, hidden = said("attention.head_count"), said("embedding_length")
-    head_size = said("attention.key_length", hidden // heads)
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": said("rope.freq_base")}
-    if (share := said("rope.dimension_count") / head_size) != 1:
+    heads, hidden = value_of("attention.head_count"), value_of("embedding_length")
+    head_size = value_of("attention.key_length", hidden // heads)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": value_of("rope.freq_base")}
+    if (share := value_of("rope.dimension_count") / head_size) != 1:
         rope["partial_rotary_factor"] = share
     if _FACTORS.format("long") in tensors:
         rope |= {f"{k}_factor": tensors[_FACTORS.format(k)].data.astype(float).tolist() for k in ("long", "short")}
         rope |= {
             "rope_type": "longrope",
-            "original_max_position_embeddings": said("rope.scaling.original_context_length"),
-            "attention_factor": said("rope.scaling.attn_factor"),
+            "original_max_position_embeddings": value_of("rope.scaling.original_context_length"),
+            "attention_factor": value_of("rope.scaling.attn_factor"),
         }
     return Phi3Config(
         vocab_size=len(reader.fields["tokenizer.ggml.tokens"].data),
         hidden_size=hidden,
-        intermediate_size=said("feed_forward_length"),
-        num_hidden_layers=said("block_count"),
+        intermediate_size=value_of("feed_forward_length"),
+        num_hidden_layers=value_of("block_count"),
         num_attention_heads=heads,
-        num_key_value_heads=said("attention.head_count_kv"),
+        num_key_value_heads=value_of("attention.head_count_kv"),
         head_dim=head_size,
-        max_position_embeddings=said("context_length"),
-        rms_norm_eps=said("attention.layer_norm_rms_epsilon"),
+        max_position_embeddings=value_of("context_length"),
+        rms_norm_eps=value_of("attention.layer_norm_rms_epsilon"),
         rope_parameters=rope,
         sliding_window=None,  # llama.cpp reads the whole text
         tie_word_embeddings="output.weight" not in tensors,

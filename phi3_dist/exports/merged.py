@@ -39,7 +39,7 @@ def settle_into(opened: Opened, into: Into | None) -> Into:
     Raises AdapterError for LoftQ's adapter and a base that is not NF4: its start makes up for what NF4 has lost.
     """
     chosen = into or ("nf4" if opened.trained_on == "nf4" else "base")
-    if opened.start == "loftq" and chosen == "base":
+    if opened.lora_init == "loftq" and chosen == "base":
         what = "began with LoftQ, which makes up for what NF4 loses: on the 16-bit base it would be applied twice"
         raise AdapterError(Problem(str(opened.folder), what, "--into nf4"))
     if opened.trained_on == "int8" and chosen == "nf4":
@@ -81,7 +81,7 @@ def unties(opened: Opened) -> bool:
     """
     if not opened.base.config.tie_word_embeddings:
         return False
-    parts = opened.parts
+    parts = opened.contents
     return any(
         {"model.embed_tokens", "lm_head"} & {n.removesuffix(".weight") for n in names}
         for names in (parts.updates, parts.whole)
@@ -120,7 +120,7 @@ def _stored(base: Base, name: str) -> str:
 
 def merger(opened: Opened, into: Into, dtype: torch.dtype | None = None) -> Callable[[str], Tensor]:
     """From a weight's name to the merged weight, in `dtype`, by default the one that the base has it in."""
-    parts, weights = opened.parts, opened.base.weights
+    contents, weights = opened.contents, opened.base.weights
     dequantized = _nf4() if into == "nf4" else None
     tied = bool(opened.base.config.tie_word_embeddings)
 
@@ -128,13 +128,14 @@ def merger(opened: Opened, into: Into, dtype: torch.dtype | None = None) -> Call
         module = name.removesuffix(".weight")
         stored = weights.whole(_stored(opened.base, name))
         weight = stored
-        if name in parts.whole:
-            weight = parts.whole[name]
+        if name in contents.whole:
+            weight = contents.whole[name]
         elif dequantized and _is_quantised(name):
             weight = dequantized(stored)
-        if module in parts.updates:
-            weight = parts.updates[module].of(weight)
-        ids, rows = parts.taught.get(module) or (parts.taught.get("model.embed_tokens") if tied else None) or ([], None)
+        if module in contents.updates:
+            weight = contents.updates[module].of(weight)
+        taught = contents.taught
+        ids, rows = taught.get(module) or (taught.get("model.embed_tokens") if tied else None) or ([], None)
         if name in (_EMBED, _HEAD):
             more = opened.rows - len(weight)
             if more > 0:

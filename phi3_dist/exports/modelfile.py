@@ -18,7 +18,7 @@ _SYSTEM, _USER, _ANSWER, _NEXT = "s\u2063ystem", "u\u2063ser", "a\u2063nswer", "
 def modelfile(opened: Opened, tokenizer: Any, head: tuple[str, ...]) -> str:
     """`head` are its first lines, FROM among them."""
     lines = [*head, "PARAMETER temperature 0", *(f'PARAMETER stop "{stop}"' for stop in _stops(tokenizer))]
-    factors = opened.facts.get("longrope")
+    factors = opened.metadata.get("longrope")
     if factors is not None:
         rope = opened.base.config.rope_parameters
         original = rope.get("original_max_position_embeddings", opened.base.config.max_position_embeddings)

@@ -13,7 +13,7 @@ from phi3_dist.adapters.reading import CONFIG, WEIGHTS, read_adapter, read_metad
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import AdapterError, ConfigError, ModelError, Phi3DistError, Problem, RunFolderError
-from phi3_dist.exports.updates import Parts, parts_of
+from phi3_dist.exports.updates import AdapterContents, contents_of
 from phi3_dist.modeling.base import Base, find_base
 from phi3_dist.training.run_folder_contents import is_run
 
@@ -27,32 +27,31 @@ _QUANTISATIONS = ("none", "nf4", "int8")
 class Opened:
     """An adapter that was read whole and fits its base.
 
-    `tensors` and `config` are PEFT's, `facts` what the weights' header says beside (adapters/loading.py). `trained_on`
-    is how the base was quantised then; `start` is `lora.init`, where anybody has written it down.
+    `tensors` and `config` are PEFT's, `metadata` what the weights' header says beside (adapters/loading.py).
+    `trained_on` is how the base was quantised then; `lora_init` is `lora.init`, where anybody has written it down.
     """
 
     folder: Path
     tensors: dict[str, Tensor]
     config: dict[str, Any]
-    facts: dict[str, str]
-    parts: Parts
+    metadata: dict[str, str]
+    contents: AdapterContents
     base: Base
     trained_on: TrainedOn
-    start: str
+    lora_init: str
     run: Path | None
     run_config: RunConfig | None
 
     @property
-    def facts_to_keep(self) -> dict[str, str]:
+    def metadata_to_keep(self) -> dict[str, str]:
         """What an adapter of the same update says in its header too."""
-        return {
-            key: value for key, value in self.facts.items() if key in ("base_rows", "longrope", "quantization", "start")
-        }
+        kept = ("base_rows", "longrope", "quantization", "start")
+        return {key: value for key, value in self.metadata.items() if key in kept}
 
     @property
     def rows(self) -> int:
         """Rows that the tables of embedding and head must have."""
-        return max(int(self.facts.get("base_rows", 0)), int(self.base.config.vocab_size))
+        return max(int(self.metadata.get("base_rows", 0)), int(self.base.config.vocab_size))
 
 
 def adapter_folder(where: Path) -> Path:
@@ -96,7 +95,7 @@ def open_adapter(where: str | Path, base: str | None = None) -> Opened:
     """
     folder = adapter_folder(Path(where))
     tensors, config = read_adapter(folder)
-    facts = read_metadata(folder)
+    metadata = read_metadata(folder)
     run = run_of(folder)
     settings = _settings(run)
     problems = [Problem(str(folder), p.what, p.fix) for p in not_to_go_on_from(folder, config)]
@@ -105,25 +104,25 @@ def open_adapter(where: str | Path, base: str | None = None) -> Opened:
     found = _base_of(folder, config, settings, base)
     rows = rows_needed(folder, config, int(found.config.vocab_size))
     if rows > int(found.config.vocab_size):
-        facts["base_rows"] = str(rows)
+        metadata["base_rows"] = str(rows)
     tensors = without_frozen_tables(tensors, found, config)
-    parts = parts_of(tensors, config)
-    problems = parts.unfit(found, rows, str(folder))
+    contents = contents_of(tensors, config)
+    problems = contents.unfit(found, rows, str(folder))
     if problems:
         raise AdapterError(*problems)
-    trained_on = facts.get("quantization") or (settings.model.quantization if settings else "none")
-    start = facts.get("start") or (settings.lora.init if settings else "")
+    trained_on = metadata.get("quantization") or (settings.model.quantization if settings else "none")
+    lora_init = metadata.get("start") or (settings.lora.init if settings else "")
     if trained_on not in _QUANTISATIONS:
         raise AdapterError(Problem(str(folder), f"says quantization {trained_on!r}", "save the adapter again"))
     return Opened(
         folder=folder,
         tensors=tensors,
         config=config,
-        facts=facts,
-        parts=parts,
+        metadata=metadata,
+        contents=contents,
         base=found,
         trained_on=cast(TrainedOn, trained_on),
-        start=start,
+        lora_init=lora_init,
         run=run,
         run_config=settings,
     )
@@ -138,13 +137,13 @@ def _settings(run: Path | None) -> RunConfig | None:
         return None
 
 
-def _base_of(folder: Path, config: dict[str, Any], settings: RunConfig | None, asked: str | None) -> Base:
-    named = asked or config.get("base_model_name_or_path") or (settings.model.source if settings else None)
+def _base_of(folder: Path, config: dict[str, Any], settings: RunConfig | None, named: str | None) -> Base:
+    named = named or config.get("base_model_name_or_path") or (settings.model.source if settings else None)
     fix = "--base FOLDER, or the hub id of the model that it was trained on"
     if not named:
         raise AdapterError(Problem(str(folder), "does not say what base it was trained on", fix))
     try:
-        return find_base(str(named), None if asked else config.get("revision"))
+        return find_base(str(named), None if named else config.get("revision"))
     except ModelError as error:
         what = f"its base can't be used: {error.problems[0].where.removeprefix('model.source: ')}: "
         raise AdapterError(Problem(str(folder), what + error.problems[0].what, fix)) from error

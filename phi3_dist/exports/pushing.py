@@ -122,25 +122,25 @@ def _complete_card(
     try:
         card = with_front(card, changes)
         read: Any = ModelCard(card, ignore_metadata_errors=False).data
-        said = read.to_dict()
+        evaluation = read.to_dict()
     except (ValueError, TypeError, KeyError) as error:
         what = f"the hub cannot read its front matter: {' '.join(str(error).split())}"
         raise AdapterError(Problem(CARD, what, "fix or remove the YAML at its top")) from error
     path.write_text(card, encoding="utf-8")
     for key, option in (("license", "--license"), ("language", "--language"), ("datasets", "--dataset")):
-        if key not in said:
-            notes.append(f"the card does not name its {key}: {option}")
-    if "model-index" not in said:
+        if key not in evaluation:
+            notes.append(f"the card says nothing of its {key}: {option}")
+    if "model-index" not in evaluation:
         notes.append("the card has no results: phi3-dist eval writes them into the run")
     return notes
 
 
 def _evaluation(run: Path | None) -> dict[str, Any]:
     try:
-        said = json.loads((run / "evaluation.json").read_text("utf-8")) if run else {}
+        evaluation = json.loads((run / "evaluation.json").read_text("utf-8")) if run else {}
     except (OSError, ValueError):
         return {}
-    return said if isinstance(said, dict) else {}
+    return evaluation if isinstance(evaluation, dict) else {}
 
 
 def _texts(folder: Path, files: Sequence[Path]) -> Iterator[tuple[str, str]]:
@@ -171,7 +171,7 @@ def _refuse_secrets(folder: Path, files: Sequence[Path]) -> None:
 
 def _upload(plan: Pushed, copy: Path, api: HfApi) -> Pushed:
     try:
-        made = api.create_repo(plan.repo, private=plan.private, exist_ok=True, repo_type="model")
+        url = api.create_repo(plan.repo, private=plan.private, exist_ok=True, repo_type="model")
         if plan.private and not api.model_info(plan.repo).private:
             what = "is there already, and is public"
             raise ConfigError(Problem(plan.repo, what, "--public if everybody may have it, or another name"))
@@ -198,7 +198,7 @@ def _upload(plan: Pushed, copy: Path, api: HfApi) -> Pushed:
         raise MachineError(
             Problem(plan.repo, what, "try again where there is a network; HF_ENDPOINT names the hub")
         ) from error
-    return Pushed(plan.repo, plan.private, plan.files, plan.left_out, plan.notes, str(made))
+    return Pushed(plan.repo, plan.private, plan.files, plan.left_out, plan.notes, str(url))
 
 
 def _refusal(repo: str, error: HfHubHTTPError) -> Problem:

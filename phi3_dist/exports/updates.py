@@ -17,7 +17,7 @@ from torch import Tensor
 from phi3_dist.errors import AdapterError, Problem
 from phi3_dist.modeling.base import Base
 
-__all__ = ["PREFIX", "Parts", "Update", "parts_of"]
+__all__ = ["PREFIX", "AdapterContents", "Update", "contents_of"]
 
 PREFIX = "base_model.model."
 _LORA = re.compile(r"(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B)|(magnitude)_vector)")
@@ -49,7 +49,7 @@ class Update:
 
 
 @dataclass
-class Parts:
+class AdapterContents:
     """All that an adapter holds, by names of the base. `taught`: table → (ids, rows)."""
 
     updates: dict[str, Update] = field(default_factory=dict)
@@ -96,11 +96,11 @@ class Parts:
         return [Problem(where, what + more, "name its own with --base")]
 
 
-def parts_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Parts:
+def contents_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> AdapterContents:
     """Take an adapter apart. Raises AdapterError, with all names, for a tensor whose meaning isn't known."""
     halves: dict[str, dict[str, Tensor]] = {}
     embeddings: set[str] = set()
-    parts, strange = Parts(), []
+    contents, strange = AdapterContents(), []
     for key in sorted(tensors):
         name, tensor = key.removeprefix(PREFIX), tensors[key]
         match = _LORA.fullmatch(name)
@@ -109,9 +109,9 @@ def parts_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Parts:
             embeddings |= {match[1]} if match[3] else set()
         elif name.endswith(_TAUGHT):
             table = name.removesuffix(_TAUGHT)
-            parts.taught[table] = (_taught_ids(config, table), tensor)
+            contents.taught[table] = (_taught_ids(config, table), tensor)
         elif ".lora_" not in name and name.endswith(".weight"):
-            parts.whole[name] = tensor
+            contents.whole[name] = tensor
         else:
             strange.append(name)
     for module, half in halves.items():
@@ -120,14 +120,14 @@ def parts_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Parts:
             strange.append(module)
             continue
         rank = half["A"].shape[0]
-        parts.updates[module] = Update(
+        contents.updates[module] = Update(
             half["A"], half["B"], _scale(config, module, rank), half.get("magnitude"), module in embeddings
         )
-    wrong = [t for t, (ids, rows) in parts.taught.items() if len(ids) != len(rows)]
+    wrong = [t for t, (ids, rows) in contents.taught.items() if len(ids) != len(rows)]
     if strange or wrong:
         what = f"{len(strange) + len(wrong)} tensors that can't be taken over, first {(strange + wrong)[0]}"
         raise AdapterError(Problem("adapter", what, "serve it with PEFT as it is"))
-    return parts
+    return contents
 
 
 def _taught_ids(config: Mapping[str, Any], table: str) -> list[int]:

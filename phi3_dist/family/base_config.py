@@ -85,13 +85,13 @@ def checked_config(values: object, where: str) -> dict[str, Any]:
     problems = [Problem(where, f"config.json: {what}", _FIX) for what in _faults(values)]
     if problems:
         raise ModelError(*problems)
-    kept = {key: values[key] for key in _KEPT if values.get(key) is not None}
+    known = {key: values[key] for key in _KEPT if values.get(key) is not None}
     dtype = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         # where the file has none, transformers takes 32000, for which a smaller vocabulary has no row
         if key in values or values["vocab_size"] <= _DEFAULT_ID:
-            kept.setdefault(key, None)
-    return {**kept, **({"dtype": dtype} if dtype in _DTYPES else {}), **_rope(values)}
+            known.setdefault(key, None)
+    return {**known, **({"dtype": dtype} if dtype in _DTYPES else {}), **_rope(values)}
 
 
 def _refuse_quantised(values: Mapping[str, Any], where: str) -> None:
@@ -213,14 +213,14 @@ def _original(values: Mapping[str, Any]) -> Any:
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_parameters` as transformers 5 writes them."""
     rope, kind = _rope_of(values), _kind_of(values)
-    kept = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if rope.get(key) is not None}
+    parameters = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if rope.get(key) is not None}
     if kind == "default":
-        return {"rope_parameters": {"rope_type": "default", **kept}} if kept else {}
+        return {"rope_parameters": {"rope_type": "default", **parameters}} if parameters else {}
     factors = ("short_factor", "long_factor", "factor", "attention_factor")
-    kept |= {key: rope[key] for key in factors if rope.get(key) is not None}
+    parameters |= {key: rope[key] for key in factors if rope.get(key) is not None}
     original = _original(values)
-    kept |= {"rope_type": "longrope", "original_max_position_embeddings": original}
-    return {"rope_parameters": kept, "original_max_position_embeddings": original}
+    parameters |= {"rope_type": "longrope", "original_max_position_embeddings": original}
+    return {"rope_parameters": parameters, "original_max_position_embeddings": original}
 
 
 def _is_whole(value: object) -> bool:

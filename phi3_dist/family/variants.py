@@ -22,6 +22,7 @@ __all__ = [
     "FUSED_TARGETS",
     "PRESETS",
     "Preset",
+    "family_of_hub_id",
     "recognise",
     "refuse_unsupported",
     "check_targets",
@@ -171,6 +172,11 @@ FAMILIES: tuple[Family, ...] = (
 )
 HUB_IDS = ", ".join(hub_id for family in FAMILIES for hub_id in family.hub_ids)
 """All of them, for messages."""
+
+
+def family_of_hub_id(hub_id: str) -> Family | None:
+    """The variant published under this id, in capitals or small letters; None for another id."""
+    return next((family for family in FAMILIES if hub_id.lower() in map(str.lower, family.hub_ids)), None)
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,4 @@
-"""A trained model opened (open_model.py), and its answers in batches, files and conversations (engine.py)."""
+"""A trained model opened, and its answers in batches, files and conversations.
+
+Begin with open_model.py; engine.py generates the answers.
+"""

@@ -115,7 +115,7 @@ def answer_file(
     how: How,
     *,
     overwrite: bool = False,
-    tell: Callable[[int, int], None] = lambda done, of: None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[int, int]:
     """Write the answers to `out`, those of an earlier call left as they are. (made now, all). One call at a time.
 
@@ -134,7 +134,7 @@ def answer_file(
                 lines[i] = json.dumps(row, ensure_ascii=False)
                 file.write(lines[i] + "\n")
                 file.flush()
-                tell(len(lines), len(prompts))
+                progress(len(lines), len(prompts))
 
             _answer(opened, prompts, how, [i for i in range(len(prompts)) if i not in lines], keep)
             partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")

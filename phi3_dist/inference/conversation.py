@@ -55,7 +55,7 @@ class Conversation:
         Raises DataError for a message that can't be asked, or a conversation that has become too long.
         """
         self.turns.append({"role": "user", "content": text})
-        opened, tokenizer, given = self.opened, self.opened.tokenizer, ""
+        opened, tokenizer, shown_text = self.opened, self.opened.tokenizer, ""
         try:
             (ids,) = prompt_ids(tokenizer, [Prompt(self.messages, place="the message")])
             refuse_too_long(opened, ["the conversation"], [ids], self.how.max_new_tokens)
@@ -70,15 +70,15 @@ class Conversation:
                 for token in stream(opened.model, ids, stops, **options):  # type: ignore[arg-type]
                     new.append(token)
                     text = text_of(tokenizer, new)
-                    if text.startswith(given) and not text.endswith(_HALF) and text != given:
-                        yield text[len(given) :]
-                        given = text
+                    if text.startswith(shown_text) and not text.endswith(_HALF) and text != shown_text:
+                        yield text[len(shown_text) :]
+                        shown_text = text
             text = text_of(tokenizer, new)
-            if text != given and text.startswith(given):
-                yield text[len(given) :]
-            given = text
+            if text != shown_text and text.startswith(shown_text):
+                yield text[len(shown_text) :]
+            shown_text = text
         finally:
-            self.turns.append({"role": "assistant", "content": given})
+            self.turns.append({"role": "assistant", "content": shown_text})
 
     def command(self, line: str) -> str:
         """Do what a line that begins with a slash says, and answer it. Raises OSError where a file refuses."""

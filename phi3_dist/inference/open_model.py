@@ -285,17 +285,17 @@ def _with_state(causal_lm: Any, checkpoint: Checkpoint, run: Path, what: tuple[R
     token_ids = new_token_ids(tokenizer, cfg.model.new_tokens, base)
     peft_model = add_lora(causal_lm, cfg.lora, base.source, token_ids)
     wrapped = PackedLoss(peft_model)
-    start: dict[str, torch.Tensor] = {}
+    initial: dict[str, torch.Tensor] = {}
     if cfg.lora.init != "default" and cfg.model.adapter is None:
         try:
-            start = load_file(run / LORA_INIT_FILE)
+            initial = load_file(run / LORA_INIT_FILE)
         except (OSError, SafetensorError) as error:
             why = f"cannot be read, and the checkpoint continues from it: {error}"
             raise RunFolderError(Problem(str(run / LORA_INIT_FILE), why, "put it back")) from error
-    if cfg.lora.init.startswith("pissa") and start:
-        subtract_from_base(wrapped, adapted(causal_lm, peft_model.peft_config["default"]), start)
+    if cfg.lora.init.startswith("pissa") and initial:
+        subtract_from_base(wrapped, adapted(causal_lm, peft_model.peft_config["default"]), initial)
     values = adapter_values(cfg, base, token_ids) if cfg.model.adapter else None
-    fill_adapter(wrapped, cfg.train.seed, values, {**start, **token_rows(base, token_ids)})
+    fill_adapter(wrapped, cfg.train.seed, values, {**initial, **token_rows(base, token_ids)})
     state = read_state(checkpoint)
     with torch.no_grad():
         for name, param in trained(wrapped):

@@ -42,13 +42,13 @@ def refuse_half_a_launch(environ: Mapping[str, str]) -> None:
 
     torch (2.13) meets by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; Accelerate (1.15) knows a rank by LOCAL_RANK.
     """
-    given = {name: environ[name] for name in _RANK if environ.get(name)}
-    if not given or all(_HARMLESS.get(name) == value for name, value in given.items()):
+    present = {name: environ[name] for name in _RANK if environ.get(name)}
+    if not present or all(_HARMLESS.get(name) == value for name, value in present.items()):
         _refuse_other_worlds(environ)
         return
     missing = [name for name in (*_RANK, *_MEETING) if not environ.get(name)]
     if missing:
-        here = " and ".join(f"{name}={value[:20]}" for name, value in given.items())
+        here = " and ".join(f"{name}={value[:20]}" for name, value in present.items())
         what = f"{here}, and {' and '.join(missing)} not: left over from another launch, or half of one"
         raise PlanError(Problem("environment", what, _FIX))
     rank, world = whole_number(environ, "RANK", 0), whole_number(environ, "WORLD_SIZE", 1)

@@ -81,9 +81,9 @@ class _HandedOn:
 
     def _hand_on(self) -> None:
         for child in _children():
-            for number, told in list(self._asked.items()):
-                if child not in told:
-                    told.add(child)
+            for number, reached in list(self._asked.items()):
+                if child not in reached:
+                    reached.add(child)
                     with contextlib.suppress(OSError):
                         os.kill(child, number)
 

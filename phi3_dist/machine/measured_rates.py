@@ -88,15 +88,15 @@ def rates_measured_here(device: str) -> MeasuredRates | None:
 
 def _of(found: Mapping[str, Any]) -> MeasuredRates | None:
     """The known keys with values of their kind; None where the device or the day is missing."""
-    kept: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     for name in (field.name for field in fields(MeasuredRates)):
         value = found.get(name)
         if name in _TEXTS:
             if isinstance(value, str):
-                kept[name] = value
+                known[name] = value
         elif isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
-            kept[name] = value
-    return MeasuredRates(**kept) if {"device", "measured_at"} <= kept.keys() else None
+            known[name] = value
+    return MeasuredRates(**known) if {"device", "measured_at"} <= known.keys() else None
 
 
 def keep_rates(rates: MeasuredRates) -> Path:

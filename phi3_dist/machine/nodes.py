@@ -48,12 +48,12 @@ class NodeFacts:
     rank: int
     node: int
     host: str
-    facts: Mapping[str, str]
+    values: Mapping[str, str]
 
 
 def node_facts(machine: MachineFacts, ranks: Ranks) -> NodeFacts:
     """Versions, driver, cards, memory, locale and file systems of this rank's node."""
-    facts = {
+    values = {
         "python": platform.python_version(),
         "phi3_dist": __version__,
         **{f"package {name}": version for name, version in machine.packages.items()},
@@ -69,7 +69,7 @@ def node_facts(machine: MachineFacts, ranks: Ranks) -> NodeFacts:
         "file system of the cache": _cache_file_system(),
         "time zone": time.strftime("%Z"),
     }
-    return NodeFacts(ranks.rank, ranks.node, socket.gethostname(), facts)
+    return NodeFacts(ranks.rank, ranks.node, socket.gethostname(), values)
 
 
 def _driver() -> str:
@@ -107,11 +107,11 @@ def _file_system(path: Path) -> str:
 
 def differing(every: Sequence[NodeFacts]) -> Iterator[Finding]:
     """A finding for each value of a node that differs from what most have; of two equal parts, from rank 0's."""
-    keys = dict.fromkeys(key for one in every for key in one.facts)
+    keys = dict.fromkeys(key for one in every for key in one.values)
     nodes = len({one.node for one in every})
     equal = True
     for key in keys:
-        values = [one.facts.get(key, "not there") for one in every]
+        values = [one.values.get(key, "not there") for one in every]
         counts = Counter(values)
         first, most = values[0], max(counts.values())
         usual = first if counts[first] == most else next(value for value in values if counts[value] == most)

@@ -118,12 +118,12 @@ def slurm_command(
     script: Path | None = None,
     submit: bool = False,
     chain: int = 1,
-    tell: Callable[[str], None] = lambda line: None,
+    print_line: Callable[[str], None] = lambda line: None,
 ) -> Rendered:
     """The verb `phi3-dist slurm`: write the script, check it, and with `submit` submit it to Slurm, `chain` times.
 
-    The script goes beside the job's logs unless `script` says where. `tell` gets each job's id at once, so that no end
-    of this process leaves a job that nobody knows of. Raises PlanError for a topology that can't run or that Slurm
+    The script goes beside the job's logs unless `script` says where. `print_line` gets each job's id at once: no end of
+    this process leaves a job that nobody knows of. Raises PlanError for a topology that can't run or that Slurm
     refuses, MachineError where submitting fails.
     """
     workdir = Path(topology.workdir).resolve()
@@ -142,13 +142,13 @@ def slurm_command(
     check = check_script(scripts[-1])
     if check.answer in ("impossible", "wrong"):
         raise PlanError(Problem("sbatch --test-only", check.text, f"change the options; the script is {scripts[-1]}"))
-    job_ids = _submit(scripts, tell) if submit else []
+    job_ids = _submit(scripts, print_line) if submit else []
     first = job_ids[0] if job_ids else "JOBID"
     output = job.output.replace("%A_%a", f"{first}_0").replace("%j", first)
     return Rendered(tuple(scripts), check, tuple(job_ids), f"tail -F {shlex.quote(str(workdir / output))}")
 
 
-def _submit(scripts: Sequence[Path], tell: Callable[[str], None]) -> list[str]:
+def _submit(scripts: Sequence[Path], print_line: Callable[[str], None]) -> list[str]:
     job_ids: list[str] = []
     for link in scripts:
         try:
@@ -160,7 +160,7 @@ def _submit(scripts: Sequence[Path], tell: Callable[[str], None]) -> list[str]:
             fix = f"let them run, or scancel {' '.join(job_ids)}"
             raise MachineError(*error.problems, Problem("--chain", what, fix)) from error
         if len(scripts) > 1:
-            tell(f"submitted {len(job_ids)} of {len(scripts)}: job {job_ids[-1]}")
+            print_line(f"submitted {len(job_ids)} of {len(scripts)}: job {job_ids[-1]}")
     return job_ids
 
 

@@ -19,11 +19,11 @@ _ABSENT = "not installed"
 
 def version_lines() -> list[str]:
     """phi3-dist first, then one line for Python, torch and each package, and one for each kind of GPU."""
-    facts = {"Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}", "torch": _torch()}
-    facts |= {name: _version(name) for name in _PACKAGES}
+    versions = {"Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}", "torch": _torch()}
+    versions |= {name: _version(name) for name in _PACKAGES}
     names = [name for name, _ in own_cards()]
-    facts["GPUs"] = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)) or "none seen"
-    return [f"phi3-dist {__version__}", *(f"  {name:<13} {value}" for name, value in facts.items())]
+    versions["GPUs"] = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)) or "none seen"
+    return [f"phi3-dist {__version__}", *(f"  {name:<13} {value}" for name, value in versions.items())]
 
 
 def _version(name: str) -> str:

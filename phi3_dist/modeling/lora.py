@@ -55,18 +55,18 @@ def _linear_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
-def lora_targets(model: nn.Module, asked: str | tuple[str, ...]) -> list[str]:
+def lora_targets(model: nn.Module, targets: str | tuple[str, ...]) -> list[str]:
     """The module names that get an adapter. Raises ModelError for each one asked for that matches nothing."""
     linears = [name for name in _linear_names(model) if name != "lm_head"]
-    if asked == "all-linear":
+    if targets == "all-linear":
         return sorted({name.rsplit(".", 1)[-1] for name in linears})
-    assert not isinstance(asked, str)
+    assert not isinstance(targets, str)
     # an embedding or the head may be named too
     known = [*linears, *(n for n, m in model.named_modules() if isinstance(m, nn.Embedding)), "lm_head"]
-    problems = check_targets(asked, known)
+    problems = check_targets(targets, known)
     if problems:
         raise ModelError(*problems)
-    return list(asked)
+    return list(targets)
 
 
 def peft_config(model: Any, cfg: LoraConfig, base_name: str, token_ids: Sequence[int] = ()) -> Any:
@@ -262,11 +262,11 @@ def fill_adapter(
     model: nn.Module,
     seed: int,
     values: Mapping[str, Tensor] | None = None,
-    start: Mapping[str, Tensor] | None = None,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Set every tensor of the adapter to its start: a saved adapter's `values`, or `start`'s, or the seeded draw.
+    """Set every tensor of the adapter to its start: a saved adapter's `values`, or `initial`'s, or the seeded draw.
 
-    `start` may hold some tensors only, `values` must hold all. A frozen A (LoRA-FA) is set like one that trains.
+    `initial` may hold some tensors only, `values` must hold all. A frozen A (LoRA-FA) is set like one that trains.
 
     Works on whole parameters and on FSDP2's shards; a rank writes only its own rows.
     Raises ModelError where the saved adapter and the `lora` section differ in names or shapes.
@@ -282,7 +282,7 @@ def fill_adapter(
             continue
         name = _adapter_name(full_name)
         if values is None:
-            value = (start or {}).get(_saved_name(name))
+            value = (initial or {}).get(_saved_name(name))
             value = initial_value(name, param.shape, seed) if value is None else value
         else:
             value = values.get(_saved_name(name))

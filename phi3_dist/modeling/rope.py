@@ -19,13 +19,13 @@ __all__ = ["PinnedRotary", "Regime", "pin_longrope", "pinned_regime", "regime_fo
 Regime = Literal["short", "long"]
 
 
-def regime_for(config: Phi3Config, longest_row: int, asked: Literal["auto"] | Regime = "auto") -> Regime | None:
+def regime_for(config: Phi3Config, longest_row: int, configured: Literal["auto"] | Regime = "auto") -> Regime | None:
     """The factors that serve rows of up to `longest_row` tokens, or those asked for; None without LongRoPE."""
     rope = config.rope_parameters
     if rope.get("rope_type") != "longrope":
         return None
-    if asked != "auto":
-        return asked
+    if configured != "auto":
+        return configured
     original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
     return "long" if longest_row > original else "short"
 

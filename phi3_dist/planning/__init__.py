@@ -1,2 +1,4 @@
-"""What will run and why, without torch: plan.py, support.py, memory.py (bytes of a rank; activations in
-activation_memory.py), attention_choice.py and its like (what `auto` becomes), advice and rendered configs."""
+"""What will run and why, without torch: the plan, its memory, what `auto` becomes, advice, rendered configs.
+
+Begin with plan.py; support.py says what runs at all, memory.py has the bytes of a rank.
+"""

@@ -82,14 +82,14 @@ def backends(
     return [one(name) for name in BACKENDS]
 
 
-def choose_backend(asked: str, found: list[Backend]) -> Backend:
+def choose_backend(configured: str, found: list[Backend]) -> Backend:
     """The backend for `model.attention`: the first that can run where `auto` is asked, else the one asked for.
 
     The reason of `auto` also says why each better one was passed over. `available` is False where the one asked for
     cannot run: the caller refuses.
     """
-    if asked != "auto":
-        return next(one for one in found if one.name == asked)
+    if configured != "auto":
+        return next(one for one in found if one.name == configured)
     position = next(i for i, one in enumerate(found) if one.available)
     passed: dict[str, list[str]] = {}
     for one in found[:position]:
@@ -98,14 +98,14 @@ def choose_backend(asked: str, found: list[Backend]) -> Backend:
     return found[position]._replace(reason="; ".join([found[position].reason, *others]))
 
 
-def choose_deterministic(asked: str | bool, device: str, backend: str) -> tuple[bool, str]:
+def choose_deterministic(configured: str | bool, device: str, backend: str) -> tuple[bool, str]:
     """Whether attention's backward adds up in one order, and why. The answer for `train.deterministic`."""
     if device != "cuda":
         return True, "a CPU adds up in one order anyway"
     if backend == "flex":
         return True, "flex attention's backward has no atomic additions"
-    if asked != "auto":
-        return bool(asked), "as the run file says"
+    if configured != "auto":
+        return bool(configured), "as the run file says"
     return True, "a resumed run gives the same bits; train.deterministic=false takes less time"
 
 

@@ -19,7 +19,17 @@ from phi3_dist.planning.memory import fits, total_gib
 from phi3_dist.planning.plan import RunPlan, make_plan
 from phi3_dist.planning.workload import account
 
-__all__ = ["AUTO", "RowLengths", "auto_fields", "get_field", "is_auto", "plan_with_auto", "set_fields", "settle"]
+__all__ = [
+    "AUTO",
+    "RowLengths",
+    "auto_fields",
+    "get_field",
+    "is_auto",
+    "plan_with_auto",
+    "set_fields",
+    "settle",
+    "shortest_pack",
+]
 
 AUTO = ("data.pack_length", "model.activation_checkpointing", "train.micro_batch")
 TARGET = {"cuda": 4096, "cpu": 2048}
@@ -125,28 +135,28 @@ def settle(
     model: Family | Shape | Mapping[str, Any] | None,
     *,
     rows: RowLengths | None = None,
-    kept: Mapping[str, Any] | None = None,
+    resumed: Mapping[str, Any] | None = None,
 ) -> tuple[RunConfig, tuple[Choice, ...]]:
-    """The run with a value for each field that is `auto`, and the reasons. `kept`: values that a resumed run has.
+    """The run with a value for each field that is `auto`, and the reasons. `resumed`: values that a resumed run has.
 
     Without `model` nothing can be counted, and the fields get their defaults. Raises PlanError as `make_plan` does.
     """
-    asked = auto_fields(cfg)
-    if not asked:
+    fields = auto_fields(cfg)
+    if not fields:
         return cfg, ()
-    before = {path: value for path, value in (kept or {}).items() if path in asked}
+    before = {path: value for path, value in (resumed or {}).items() if path in fields}
     if before.get("train.micro_batch") and not _divides(cfg, launch, before["train.micro_batch"]):
         del before["train.micro_batch"]  # on other ranks than before
     choices = [_choice(path, value, "as the run began with") for path, value in before.items()]
     cfg = set_fields(cfg, before)
-    asked = auto_fields(cfg)
-    if asked and model is None:
-        usual = {path: {"data.pack_length": 2048, "train.micro_batch": 1}.get(path, False) for path in asked}
+    fields = auto_fields(cfg)
+    if fields and model is None:
+        usual = {path: {"data.pack_length": 2048, "train.micro_batch": 1}.get(path, False) for path in fields}
         why = "the default: the shape of model.source is not known here"
         return set_fields(cfg, usual), (*choices, *(_choice(path, value, why) for path, value in usual.items()))
-    if asked and model is not None:
-        values, reasons = _search(_Place(cfg, machine, launch, model), asked, rows)
-        choices += [_choice(path, values[path], reasons[path]) for path in asked]
+    if fields and model is not None:
+        values, reasons = _search(_Place(cfg, machine, launch, model), fields, rows)
+        choices += [_choice(path, values[path], reasons[path]) for path in fields]
         cfg = set_fields(cfg, values)
     return cfg, tuple(choices)
 
@@ -163,10 +173,10 @@ def plan_with_auto(
     model: Family | Shape | Mapping[str, Any] | None,
     *,
     rows: RowLengths | None = None,
-    kept: Mapping[str, Any] | None = None,
+    resumed: Mapping[str, Any] | None = None,
 ) -> tuple[RunConfig, RunPlan]:
     """`settle` and `make_plan`: the run with its values, and its plan, in which the reasons stand first."""
-    cfg, choices = settle(cfg, machine, launch, model, rows=rows, kept=kept)
+    cfg, choices = settle(cfg, machine, launch, model, rows=rows, resumed=resumed)
     plan = make_plan(cfg, machine, launch, family_or_shape=model)
     return cfg, replace(plan, choices=(*choices, *plan.choices))
 
@@ -180,19 +190,19 @@ def _data_ranks(cfg: RunConfig, launch: LaunchFacts) -> int:
     return max(1, launch.world_size // cfg.train.sequence_parallel)
 
 
-def _search(place: _Place, asked: tuple[str, ...], rows: RowLengths | None) -> tuple[dict[str, Any], dict[str, str]]:
+def _search(place: _Place, fields: tuple[str, ...], rows: RowLengths | None) -> tuple[dict[str, Any], dict[str, str]]:
     why: dict[str, str] = {}
-    lengths, long_why = [int(place.cfg.data.pack_length)] if "data.pack_length" not in asked else [], ""
+    lengths, long_why = [int(place.cfg.data.pack_length)] if "data.pack_length" not in fields else [], ""
     if not lengths:
         lengths, long_why = _pack_lengths(place, rows)
-    tried = _until_it_fits(place, asked, lengths)
+    tried = _until_it_fits(place, fields, lengths)
     first, best = tried[0], tried[-1]
     none = "" if best.fits else f"nothing fits, and this takes the least: {best.gib:.1f} GiB {place.room}"
-    if "data.pack_length" in asked:
+    if "data.pack_length" in fields:
         taken = int(best.values["data.pack_length"])
         less = f"; {lengths[0]:,} would take {first.gib:.1f} GiB {place.room}" if taken < lengths[0] else ""
         why["data.pack_length"] = none or long_why + less
-    if "model.activation_checkpointing" in asked:
+    if "model.activation_checkpointing" in fields:
         name = "model.activation_checkpointing"
         why[name] = none or (
             f"without it {tried[-2].gib:.1f} GiB would be needed {place.room}"
@@ -200,21 +210,21 @@ def _search(place: _Place, asked: tuple[str, ...], rows: RowLengths | None) -> t
             else f"{best.gib:.1f} GiB fit without it {place.room}, and it would take a fifth more time"
         )
     values = dict(best.values)
-    if "train.micro_batch" in asked:
+    if "train.micro_batch" in fields:
         values["train.micro_batch"], why["train.micro_batch"] = _micro_batch(place, values, best)
         why["train.micro_batch"] = none or why["train.micro_batch"]
     return values, why
 
 
-def _until_it_fits(place: _Place, asked: tuple[str, ...], lengths: Sequence[int]) -> list[_Try]:
+def _until_it_fits(place: _Place, fields: tuple[str, ...], lengths: Sequence[int]) -> list[_Try]:
     """Values in the order of preference, up to the first that fit: shorter packs come after recomputing."""
     tried: list[_Try] = []
     for length in lengths:
         for again in (False, True):
-            values: dict[str, Any] = {"train.micro_batch": 1} if "train.micro_batch" in asked else {}
-            if "data.pack_length" in asked:
+            values: dict[str, Any] = {"train.micro_batch": 1} if "train.micro_batch" in fields else {}
+            if "data.pack_length" in fields:
                 values["data.pack_length"] = length
-            if "model.activation_checkpointing" in asked:
+            if "model.activation_checkpointing" in fields:
                 values["model.activation_checkpointing"] = again
             elif again:
                 break
@@ -224,6 +234,11 @@ def _until_it_fits(place: _Place, asked: tuple[str, ...], lengths: Sequence[int]
     return tried
 
 
+def shortest_pack(longest: int) -> int:
+    """The shortest pack, of those as long as a power of two, that holds a row of `longest` tokens."""
+    return 1 << max(4, (longest - 1).bit_length())
+
+
 def _pack_lengths(place: _Place, rows: RowLengths | None) -> tuple[list[int], str]:
     """Lengths to try, the wanted one first, and the reason for that."""
     target, window = TARGET[place.kind], _window(place.model)
@@ -231,7 +246,7 @@ def _pack_lengths(place: _Place, rows: RowLengths | None) -> tuple[list[int], st
         want, busy = min(target, window), "long enough to keep a device busy"
         return [want, *_halves(want, _SHORTEST)], f"{busy}; the rows are not counted yet (phi3-dist prepare does so)"
     longest = min(rows.longest, window)
-    want = least = 1 << max(4, (longest - 1).bit_length())
+    want = least = shortest_pack(longest)
     batch = place.cfg.train.global_batch
     while want * 2 <= target and rows.tokens // (want * 2) >= batch:
         want *= 2

@@ -19,7 +19,7 @@ RESERVE = {"device": 0.3, "host": 0.5}
 
 
 def choose_kept_layers(
-    asked: str | int, shape: Shape, load: Workload, terms: Iterable[Term], memory_gib: float, *, fused: bool
+    configured: str | int, shape: Shape, load: Workload, terms: Iterable[Term], memory_gib: float, *, fused: bool
 ) -> tuple[int, str]:
     """Layers that keep their weights, counted from the last, and the reason.
 
@@ -30,8 +30,8 @@ def choose_kept_layers(
     """
     if not fused:
         return 0, "model.fused_lora is false, and PEFT's layers dequantise twice"
-    if isinstance(asked, int):
-        return min(asked, shape.layers), "as the run file says"
+    if isinstance(configured, int):
+        return min(configured, shape.layers), "as the run file says"
     place = "host" if load.device == "cpu" else "device"
     free_gib = memory_gib * (1 - RESERVE[place]) - total_gib(terms, place)
     each = layer_gib(shape, load.precision)

@@ -92,15 +92,15 @@ class Overheads:
     @property
     def words(self) -> str:
         """One clause of the plan's first line."""
-        said = []
+        clauses = []
         if self.context_gib is not None:
-            said.append(f"context {self.context_gib:.1f} GiB")
+            clauses.append(f"context {self.context_gib:.1f} GiB")
         if self.allocator is not None:
-            said.append(f"allocator {self.allocator:.0%} of the tensors")
+            clauses.append(f"allocator {self.allocator:.0%} of the tensors")
         if self.step_time is not None:
-            said.append(f"step time × {self.step_time:.2f}")
+            clauses.append(f"step time × {self.step_time:.2f}")
         ran = "1 run" if self.runs == 1 else f"{self.runs} runs"
-        return f"learned from {ran} on {self.learned_at}: {', '.join(said)}"
+        return f"learned from {ran} on {self.learned_at}: {', '.join(clauses)}"
 
 
 def fit_overheads(runs: Sequence[FinishedRun], today: str) -> Overheads:

@@ -62,13 +62,13 @@ def why_not_triton(
     return "", ""
 
 
-def choose_kernels(asked: str, obstacle: str, measured: Mapping[str, Any]) -> tuple[str, str]:
+def choose_kernels(configured: str, obstacle: str, measured: Mapping[str, Any]) -> tuple[str, str]:
     """`triton` or `torch`, and the reason. What is asked for and has an obstacle is the caller's to refuse.
 
     `auto` takes Triton's where whole steps were timed with them on such a card (`measured`, of `make card`) and gained.
     """
-    if asked != "auto":
-        return asked, "as the run file says"
+    if configured != "auto":
+        return configured, "as the run file says"
     if obstacle:
         return "torch", obstacle
     gain = measured.get("kernels_gain")
@@ -89,7 +89,7 @@ def _on_a_card(measured: Mapping[str, Any]) -> str:
 
 
 def choose_compile(
-    asked: str | bool,
+    configured: str | bool,
     device: str,
     *,
     no_compiler: str,
@@ -105,8 +105,8 @@ def choose_compile(
     be compiled here, or empty; what is asked for all the same is the caller's to refuse.
     """
     measured = measured or {}
-    if isinstance(asked, bool):
-        return (0 if asked else None), "as the run file says"
+    if isinstance(configured, bool):
+        return (0 if configured else None), "as the run file says"
     why_not = {
         "model.fused_layers is false, and only the fused layers' passes are compiled": not fused,
         _on_a_card(measured): device != "cpu" and not measured.get("compile"),
@@ -117,10 +117,10 @@ def choose_compile(
         return 0, _on_a_card(measured)
     if against or shape is None:
         return None, against or "the model's shape is not known here"
-    start = pays_from(shape, threads)
+    from_tokens = pays_from(shape, threads)
     if tokens is None:
-        return start, f"pays from {start:,} tokens a rank on, which are counted with the data"
+        return from_tokens, f"pays from {from_tokens:,} tokens a rank on, which are counted with the data"
     words = (
         f"gains about {gain_s(shape, tokens, threads):.1f} s over {tokens:,} tokens a rank, and takes {COLD_S:.0f} s"
     )
-    return (0 if tokens >= start else None), words
+    return (0 if tokens >= from_tokens else None), words

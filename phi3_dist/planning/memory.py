@@ -238,20 +238,20 @@ def _held_terms(shape: Shape, trainable: int, load: Workload, frozen: int) -> li
     state_parts = world if zero or sharded else 1
     state = (2 if "8bit" in load.optimizer else 8) + (4 if masters else 0)
 
-    def term(name: str, size: float, words: str, parts: int = 1, on_host: bool = False) -> Term:
-        share = f" / {parts} ranks" if parts > 1 else ""
+    def term(name: str, size: float, words: str, shards: int = 1, on_host: bool = False) -> Term:
+        share = f" / {shards} ranks" if shards > 1 else ""
         host = on_host or load.device == "cpu"
-        return Term(name, size / parts / GIB, words + share, "host" if host else "device")
+        return Term(name, size / shards / GIB, words + share, "host" if host else "device")
 
     def of(each: float, count: int = trainable) -> str:
         return f"{count:,} parameters × {each:g} B"
 
     base, constants = stored_bytes(shape, load)
-    parts = world if sharded else 1
-    out = [term("base weights", base, _base_words(shape, load), parts, everywhere)]
+    shards = world if sharded else 1
+    out = [term("base weights", base, _base_words(shape, load), shards, everywhere)]
     if constants:
         out.append(term("quantisation constants", constants, f"of {shape.linear_parameters:,} weights, on every rank"))
-    out.append(term("adapter", (trainable + frozen) * width, of(width, trainable + frozen), parts, everywhere))
+    out.append(term("adapter", (trainable + frozen) * width, of(width, trainable + frozen), shards, everywhere))
     gradients, words, gradient_parts = _gradients(load, trainable)
     out.append(term("gradients", gradients, words, gradient_parts, offload))
     kinds = "two moments" + (" and a float32 master" if masters else "")
@@ -307,26 +307,26 @@ def _moment_terms(
     place: Literal["device", "host"] = "host" if load.device == "cpu" else "device"
     how = "each layer's input and one layer's insides" if load.activation_checkpointing else "every layer's insides"
     at = f"; at its highest in {moment.name}"
-    parts = moment.parts_with(own)
+    held = moment.bytes_with(own)
     out = []
     if whole:
         words = f"whole while they are used or fetched ahead{at}"
         out.append(Term("gathered weights", whole / GIB, words, place))
     if bucket:
         out.append(Term("reduce buckets", bucket / GIB, "reduce_bucket_size values, in backward", place))
-    dense = parts.get("kept weights", 0.0)
+    dense = held.get("kept weights", 0.0)
     if dense:
         kept = min(load.kept_layers, 1) if load.activation_checkpointing else load.kept_layers
         words = f"{kept} layers × {layer_gib(shape, load.precision):.2f} GiB"
         out.append(Term("dequantised weights", dense / GIB, words, place))
     shared = f" (1/{load.sequence_parallel} of a pack's)" if load.sequence_parallel > 1 else ""
     kept_words = f"{tokens:,} tokens{shared} × {shape.layers} layers, {how}{at}"
-    out.append(Term("activations (estimate)", parts["activations"] / GIB, kept_words, place, True))
-    if "logits" in parts:
+    out.append(Term("activations (estimate)", held["activations"] / GIB, kept_words, place, True))
+    if "logits" in held:
         rows = loss_rows(_step_of(shape, shape.layers, load))
         at_a_time = "at a time " if load.chunked else ""
         words = f"at most {rows:,} supervised tokens {at_a_time}× {shape.vocab:,}"
-        out.append(Term("logits (upper bound)", parts["logits"] / GIB, words, place, True))
+        out.append(Term("logits (upper bound)", held["logits"] / GIB, words, place, True))
     if moment.own == "backward's own" and own:
         out.append(Term("backward's own (estimate)", own / GIB, "gradients of activations, and copies", place, True))
     return out

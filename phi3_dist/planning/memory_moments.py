@@ -41,16 +41,16 @@ class Moment:
     segments: tuple[Segment, ...] = ()
 
     @property
-    def parts(self) -> dict[str, float]:
+    def bytes_by_use(self) -> dict[str, float]:
         """At its highest, no weights gathered."""
-        return self.parts_with(max((one.peak for one in self.segments), default=0.0))
+        return self.bytes_with(max((one.peak for one in self.segments), default=0.0))
 
-    def parts_with(self, size: float) -> dict[str, float]:
+    def bytes_with(self, size: float) -> dict[str, float]:
         return {**self.held, self.own: self.held.get(self.own, 0.0) + size}
 
     @property
     def total(self) -> float:
-        return sum(self.parts.values())
+        return sum(self.bytes_by_use.values())
 
 
 @dataclass(frozen=True)
@@ -69,20 +69,20 @@ class _Kind:
         layer = saved_by_layer(shape, step, rows)
         grad = out_rows * shape.hidden * step.width
 
-        def walked(start: float, run: Callable[..., None], **options: bool) -> tuple[Segment, ...]:
+        def walked(resident: float, run: Callable[..., None], **options: bool) -> tuple[Segment, ...]:
             walk = Walk()
-            walk.take(start)
+            walk.take(resident)
             run(walk, shape, step, layer, rows, **options)
             return walk.end()
 
-        start = grad + (layer.total if step.checkpointing else 0)
+        resident = grad + (layer.total if step.checkpointing else 0)
         saves, both = not step.checkpointing, (False, True)
         return cls(
             layer,
             rows,
             {keeps: walked(0, layer_forward, saves=saves, keeps=keeps) for keeps in both},
             {keeps: walked(grad, layer_forward, saves=True, keeps=keeps) for keeps in both},
-            {keeps: walked(start, layer_backward, keeps=keeps) for keeps in both},
+            {keeps: walked(resident, layer_backward, keeps=keeps) for keeps in both},
         )
 
 
@@ -95,7 +95,7 @@ def step_moments(shape: Shape, step: Step, *, selects: bool) -> tuple[Moment, ..
     tables, out_rows = table_bytes(shape, step), s if selects else t
     plain = _Kind.of(shape, step, None, t)
     last = _Kind.of(shape, step, s if selects else None, out_rows)
-    kept = 0.0 if step.checkpointing else kept_weights(shape, step, n)
+    kept_bytes = 0.0 if step.checkpointing else kept_weights(shape, step, n)
     first_kept = n - step.kept_layers if step.dense else n
 
     def before(layer: int) -> float:
@@ -117,7 +117,7 @@ def step_moments(shape: Shape, step: Step, *, selects: bool) -> tuple[Moment, ..
         )
     # the last layer's output, its norm, the loss's gradient of it
     end = out_rows * (2 * h * w + 4) + (0 if selects else s * h * w) + s * h * w
-    held = {"activations": before(n) + end + tables, "kept weights": kept}
+    held = {"activations": before(n) + end + tables, "kept weights": kept_bytes}
     logits = (Segment("head", False, 0.0, logits_bytes(shape, step)),)
     moments.append(Moment("the loss", Place("forward", n, ""), held, "logits", logits))
     own = (Segment("norm", False, 0.0, 0.0 if step.by == "triton" else 3 * out_rows * h * 4),)

@@ -193,11 +193,11 @@ def _compile(
     model: Family | Shape | Mapping[str, Any] | None,
     problems: list[Problem],
 ) -> tuple[Choice, int | None]:
-    asked, steps, why_not = cfg.model.compile, cfg.train.max_steps, machine.no_compiler
-    if asked is True and why_not:
+    configured, steps, why_not = cfg.model.compile, cfg.train.max_steps, machine.no_compiler
+    if configured is True and why_not:
         problems.append(Problem("model.compile", f"is true: {why_not}", "install it, or model.compile=auto"))
-    start, why = choose_compile(
-        asked,
+    from_tokens, why = choose_compile(
+        configured,
         machine.device,
         no_compiler=why_not,
         fused=cfg.model.fused_layers,
@@ -206,7 +206,8 @@ def _compile(
         threads=max(1, machine.cpu_count // launch.ranks_per_node),
         measured=machine.measured,
     )
-    return Choice("compile", "no" if start is None else "in a long run" if start else "yes", why), start
+    words = "no" if from_tokens is None else "in a long run" if from_tokens else "yes"
+    return Choice("compile", words, why), from_tokens
 
 
 def _strategy_choice(launch: LaunchFacts, quantization: str, device: str, precision: str) -> Choice:

@@ -23,13 +23,13 @@ from phi3_dist.planning.rates_of_machine import with_measured
 from phi3_dist.planning.timing import rates_of_gpu
 from phi3_dist.planning.write_run import write_run
 
-__all__ = ["Asked", "answer", "cluster_of"]
+__all__ = ["PlanRequest", "answer", "cluster_of"]
 
 ASSUMED = "h100-80gb"
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanRequest:
     """The options of the verb; None where one was not given. `own_cards`: this machine's, as (name, GiB)."""
 
     run_file: Path
@@ -53,32 +53,32 @@ class Asked:
     """What `phi3-dist plan --learn` kept of such a card."""
 
 
-def cluster_of(asked: Asked) -> tuple[Cluster, str]:
+def cluster_of(request: PlanRequest) -> tuple[Cluster, str]:
     """The GPUs that are meant, and in words where they come from. Raises PlanError for a card that is not known."""
-    own = asked.own_cards
-    per_node = asked.gpus_per_node or (len(own) if own and asked.gpu is None else 1)
-    if asked.gpu is not None:
-        gpu, memory, where = find_gpu(asked.gpu), None, "as named"
+    own = request.own_cards
+    per_node = request.gpus_per_node or (len(own) if own and request.gpu is None else 1)
+    if request.gpu is not None:
+        gpu, memory, where = find_gpu(request.gpu), None, "as named"
     elif own:
         gpu, memory, where = _own(own), own[0][1], "this machine's"
     else:
         gpu, memory, where = find_gpu(ASSUMED), None, "assumed, since there is none here: --gpu names another"
-    memory = asked.memory_gib or memory or gpu.memory_gib
+    memory = request.memory_gib or memory or gpu.memory_gib
     precision = "bf16" if gpu.fast_bf16 else "fp32"
     cluster = Cluster(
-        nodes=asked.nodes or 1,
+        nodes=request.nodes or 1,
         gpus_per_node=per_node,
         memory_gib=memory,
-        host_memory_gib=asked.host_memory_gib or float("inf"),
-        rates=with_measured(rates_of_gpu(gpu, network_gbit=asked.network_gbit), asked.rates, precision=precision),
+        host_memory_gib=request.host_memory_gib or float("inf"),
+        rates=with_measured(rates_of_gpu(gpu, network_gbit=request.network_gbit), request.rates, precision=precision),
         gpu=gpu,
-        price=asked.price,
-        tokens=asked.tokens,
+        price=request.price,
+        tokens=request.tokens,
     )
-    cluster = _with_overheads(cluster, asked.overheads)
+    cluster = _with_overheads(cluster, request.overheads)
     words = f"{cluster.nodes} × {per_node} {gpu.name} of {memory:.0f} GiB ({where}); {cluster.rates.source}"
-    if asked.overheads is not None:
-        words += f"; {asked.overheads.words}"
+    if request.overheads is not None:
+        words += f"; {request.overheads.words}"
     return cluster, words
 
 
@@ -99,38 +99,38 @@ def _own(cards: tuple[tuple[str, float], ...]) -> Gpu:
 
 def answer(
     cfg: RunConfig,
-    asked: Asked,
+    request: PlanRequest,
     packages: Mapping[str, str],
     measured: Mapping[str, Any],
-    tell: Callable[[str], Any],
+    print_line: Callable[[str], Any],
 ) -> None:
     """Print the table, the terms or the JSON, and write the files. Raises PlanError where nothing fits."""
     shape = shape_of_source(cfg)
     if shape is None:
         what = f"{cfg.model.source} is neither a folder here nor a hub id whose shape is known"
         raise PlanError(Problem("model.source", what, "give a folder with config.json, or a Phi-3 of Microsoft's"))
-    cluster, words = cluster_of(asked)
-    advice = advise(cfg, replace(cluster, measured=measured), shape, packages, rows=asked.rows)
-    if asked.as_json:
-        tell(json.dumps({"cluster": words, **advice.to_dict()}, indent=2))
+    cluster, words = cluster_of(request)
+    advice = advise(cfg, replace(cluster, measured=measured), shape, packages, rows=request.rows)
+    if request.as_json:
+        print_line(json.dumps({"cluster": words, **advice.to_dict()}, indent=2))
     else:
-        _print(advice, cluster, words, asked)
-    if asked.write is not None and advice.best is not None:
-        chosen = advice.best if asked.why is None else find_option(advice, asked.why)
-        for file in write_run(asked.write, chosen, cluster, asked.run_file, asked.overrides):
-            tell(f"wrote {file}")
+        _print(advice, cluster, words, request)
+    if request.write is not None and advice.best is not None:
+        chosen = advice.best if request.why is None else find_option(advice, request.why)
+        for file in write_run(request.write, chosen, cluster, request.run_file, request.overrides):
+            print_line(f"wrote {file}")
     asked_for = cfg.model.quantization
     if not any(one.state == "fits" and one.quantization == asked_for for one in advice.options):
         raise PlanError(_nothing_fits(advice, cluster, asked_for))
 
 
-def _print(advice: Advice, cluster: Cluster, words: str, asked: Asked) -> None:
+def _print(advice: Advice, cluster: Cluster, words: str, request: PlanRequest) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:  # a file or a pipe has no width
         console = Console(highlight=False, width=220)
     console.print(words)
-    if asked.why is not None:
-        console.print(why_table(find_option(advice, asked.why), cluster))
+    if request.why is not None:
+        console.print(why_table(find_option(advice, request.why), cluster))
         return
     console.print(advice_table(advice, cluster))
     if advice.best is None:

@@ -17,9 +17,9 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.config.shipped_files import here_or_shipped
 from phi3_dist.config.unsafe_texts import is_folder
 from phi3_dist.config.yaml_text import YamlFault, read_yaml_file
-from phi3_dist.errors import DataError, PlanError, Problem
+from phi3_dist.errors import DataError, ModelError, PlanError, Problem
 from phi3_dist.family.base_config import read_config
-from phi3_dist.family.variants import FAMILIES, Family
+from phi3_dist.family.variants import Family, family_of_hub_id
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.launch_configs import SHIPPED
 from phi3_dist.planning.memory import fits, total_gib
@@ -148,11 +148,8 @@ def shape_of_source(cfg: RunConfig) -> Family | Mapping[str, Any] | None:
 
     A local one has the rows that `model.new_tokens` add to its tables, if its tokenizer is a local folder too.
     """
-    for family in FAMILIES:
-        if cfg.model.source in family.hub_ids:
-            return family
     if not is_folder(cfg.model.source):
-        return None
+        return family_of_hub_id(cfg.model.source)
     values: Mapping[str, Any] = read_config(Path(cfg.model.source).expanduser(), f"model.source: {cfg.model.source}")
     rows = _rows_for(cfg.model.new_tokens, Path(cfg.model.tokenizer or cfg.model.source) / "tokenizer.json")
     return {**values, "vocab_size": rows} if rows > values.get("vocab_size", rows) else values
@@ -172,13 +169,16 @@ def _rows_for(tokens: Sequence[str], tokenizer_json: Path) -> int:
     """
     if not tokens or not tokenizer_json.is_file():
         return 0
-    values = _json_of(tokenizer_json)
+    try:
+        values = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(Problem(str(tokenizer_json), f"is not JSON: {error}", "download the model again")) from error
     try:
         vocab = {str(token): int(number) for token, number in values["model"]["vocab"].items()}
         added = {str(token["content"]): int(token["id"]) for token in values["added_tokens"]}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"does not say which token has which id: {error!r}"
-        raise PlanError(Problem(str(tokenizer_json), what, "download the model again")) from error
+        raise ModelError(Problem(str(tokenizer_json), what, "download the model again")) from error
     free = max(len(vocab), *(number + 1 for number in added.values()))
     fresh = [token for token in tokens if token not in vocab and token not in added]
     ids = {**vocab, **added, **{token: free + place for place, token in enumerate(fresh)}}

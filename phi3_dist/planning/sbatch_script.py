@@ -185,15 +185,15 @@ def parse_sweep(specs: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     problems: list[Problem] = []
     for spec in specs:
         key, equals, values = spec.partition("=")
-        parts = [part.strip() for part in re.findall(r"(?:\[[^\]]*\]|\"[^\"]*\"|'[^']*'|[^,])+|(?<=,)(?=,|$)", values)]
+        words = [part.strip() for part in re.findall(r"(?:\[[^\]]*\]|\"[^\"]*\"|'[^']*'|[^,])+|(?<=,)(?=,|$)", values)]
         if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
             problems.append(Problem("--array", f"{spec!r} is not key.path=value,value", "optim.lr=1e-4,2e-4"))
-        elif not parts or not all(parts):
+        elif not words or not all(words):
             problems.append(Problem("--array", f"{spec!r} has an empty value", "optim.lr=1e-4,2e-4"))
-        elif len(set(parts)) != len(parts):
+        elif len(set(words)) != len(words):
             problems.append(Problem("--array", f"{spec!r} has the same value twice", "name each value once"))
         else:
-            axes.append([f"{key}={part}" for part in parts])
+            axes.append([f"{key}={part}" for part in words])
     if problems:
         raise PlanError(*problems)
     return tuple(itertools.product(*axes)) if axes else ()

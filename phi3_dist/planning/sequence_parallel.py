@@ -45,16 +45,16 @@ def sharing_problems(
     cfg: RunConfig, launch: LaunchFacts, model: Mapping[str, Any] | Any, shape: Shape | None
 ) -> Iterator[Problem]:
     """Why ranks can't share packs as the run file asks; nothing where it asks for no sharing."""
-    parts, lora = cfg.train.sequence_parallel, cfg.lora
-    if parts == 1:
+    ranks, lora = cfg.train.sequence_parallel, cfg.lora
+    if ranks == 1:
         return
-    wrong = _layout(parts, launch.world_size, shape)
+    wrong = _layout(ranks, launch.world_size, shape)
     if wrong:
-        near = _nearest(parts, launch.world_size, shape)
+        near = _nearest(ranks, launch.world_size, shape)
         yield Problem(_KEY, wrong, f"nearest: {_KEY}={near}")
     answer = support_sharing(launch.strategy, "fp8" if cfg.model.fp8 else cfg.model.quantization)
     if isinstance(answer, No) and not (wrong and launch.strategy == "single"):
-        yield Problem(_KEY, f"is {parts}: {answer.reason}", f"nearest: {answer.nearest}")
+        yield Problem(_KEY, f"is {ranks}: {answer.reason}", f"nearest: {answer.nearest}")
     by_peft = "lora.dora is true" if lora.dora else "" if cfg.model.fused_lora else "model.fused_lora is false"
     if lora.dropout > 0 and by_peft:
         what = f"is {lora.dropout:g}, and {by_peft}: PEFT's own forward draws for a rank's part alone"
@@ -67,13 +67,13 @@ def sharing_problems(
 
 def sharing_choice(cfg: RunConfig, launch: LaunchFacts) -> Choice | None:
     """How packs are shared, and what that means; None where they are not."""
-    parts = cfg.train.sequence_parallel
-    if parts == 1:
+    ranks = cfg.train.sequence_parallel
+    if ranks == 1:
         return None
-    inside = launch.ranks_per_node % parts == 0
+    inside = launch.ranks_per_node % ranks == 0
     where = "inside a node" if inside else "between nodes, which is slower: neighbouring ranks of one node are best"
-    why = f"as the run file says; each has 1/{parts} of its tokens, and in attention 1/{parts} of the heads, exchanged"
-    return Choice("sequence parallel", f"{parts} ranks share a pack", f"{why} {where}")
+    why = f"as the run file says; each has 1/{ranks} of its tokens, and in attention 1/{ranks} of the heads, exchanged"
+    return Choice("sequence parallel", f"{ranks} ranks share a pack", f"{why} {where}")
 
 
 def why_not_kernels(cfg: RunConfig) -> str:
@@ -83,7 +83,7 @@ def why_not_kernels(cfg: RunConfig) -> str:
     return "ranks share packs, and Triton's kernels draw dropout for a rank's own rows, and take at least one row"
 
 
-def exchanged_bytes(shape: Shape, parts: int, tokens: int, *, precision: str, recompute: bool) -> float:
+def exchanged_bytes(shape: Shape, ranks: int, tokens: int, *, precision: str, recompute: bool) -> float:
     """Bytes that one rank sends in the exchanges of a micro batch of `tokens`, over all of its ranks.
 
     Queries, keys and values one way and attention's output back; as much for their gradients, and the forward's once
@@ -92,7 +92,7 @@ def exchanged_bytes(shape: Shape, parts: int, tokens: int, *, precision: str, re
     each = 2 * shape.q_out + 2 * shape.kv_out
     passes = 3 if recompute else 2
     width = 4 if precision == "fp32" else 2
-    return shape.layers * passes * tokens / parts * each * width * (parts - 1) / parts
+    return shape.layers * passes * tokens / ranks * each * width * (ranks - 1) / ranks
 
 
 def with_exchanges(traffic: Traffic, shape: Shape, load: Workload) -> Traffic:

@@ -114,11 +114,10 @@ def step_time(
     host = traffic.host / (_PCIE_GBS * 1e9)
     device = arithmetic + memory
     total = max(device, launches, gathered) + reduced + host
-    parts = {"arithmetic": arithmetic, "memory": memory, "launches": launches, "network": gathered + reduced}
     if device >= max(launches, gathered):
         binds = "arithmetic" if arithmetic >= memory else "memory"
     else:
         binds = "launches" if launches >= gathered else "network"
     if reduced + host > total / 2:
         binds = "network" if reduced >= host else "host memory"
-    return StepTime(parts["arithmetic"], parts["memory"], parts["launches"], parts["network"], host, total, binds)
+    return StepTime(arithmetic, memory, launches, gathered + reduced, host, total, binds)

@@ -211,15 +211,15 @@ def _names(weights: Mapping[str, _Weight], module: str, layer: int) -> tuple[str
 
 
 def _trace(shape: Shape, weights: Mapping[str, _Weight], *, recompute: bool) -> Iterator[tuple[Place, tuple[str, ...]]]:
-    n, head = shape.layers, "table" if shape.tied else "head"
+    n, lm_head = shape.layers, "table" if shape.tied else "head"
     for name, own in (("loss", ()), ("model", ()), ("embedding", ("table",)), ("rotary", ())):
         yield Place("forward", -1, name), own
     for layer in range(n):
         for module in _FORWARD:
             yield Place("forward", layer, module), _names(weights, module, layer)
     yield Place("forward", n, "norm"), ("end",)
-    yield Place("forward", n, "head"), (head,)
-    for name, own in (("loss", ()), ("head", (head,)), ("model", ()), ("norm", ("end",))):
+    yield Place("forward", n, "head"), (lm_head,)
+    for name, own in (("loss", ()), ("head", (lm_head,)), ("model", ()), ("norm", ("end",))):
         yield Place("backward", n, name), own
     again = _FORWARD[1:-1] if recompute else ()
     for layer in range(n - 1, -1, -1):
@@ -232,7 +232,7 @@ def _trace(shape: Shape, weights: Mapping[str, _Weight], *, recompute: bool) -> 
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _WalkInput:
     shape: Shape
     adapters: tuple[tuple[str, int], ...]
     settings: Zero3Settings
@@ -242,9 +242,9 @@ class _Asked:
 
 
 @lru_cache(maxsize=64)
-def _levels(asked: _Asked) -> dict[Place, Level]:
-    shape, settings, recompute = asked.shape, asked.settings, asked.recompute
-    weights = _weights(shape, dict(asked.adapters), asked.packed, asked.width)
+def _levels(walk_input: _WalkInput) -> dict[Place, Level]:
+    shape, settings, recompute = walk_input.shape, walk_input.settings, walk_input.recompute
+    weights = _weights(shape, dict(walk_input.adapters), walk_input.packed, walk_input.width)
     order = list(_trace(shape, weights, recompute=recompute))
     walk = _Coordinator(weights, settings, order)
     found: dict[Place, Level] = {}
@@ -278,5 +278,5 @@ def zero3_levels(
     `packed`: linear weights that are stored in one element. With `recompute`, the level of a layer's last module in
     backward is that after its forward has run again.
     """
-    given = tuple(sorted(adapters.items()))
-    return _levels(_Asked(shape, given, Zero3Settings.of(zero), recompute, packed, width))
+    trained = tuple(sorted(adapters.items()))
+    return _levels(_WalkInput(shape, trained, Zero3Settings.of(zero), recompute, packed, width))

@@ -1,2 +1,4 @@
-"""Other toolkits' files: read (dialects.py, entries.py), taken over key by key (rules*.py), searched for known
-faults (lint.py)."""
+"""Other toolkits' files: read, taken over key by key, searched for known faults.
+
+Begin with importing.py, the verb; dialects.py reads a file, rules.py translates its keys, lint.py finds faults.
+"""

@@ -82,9 +82,9 @@ def import_run(path: str | Path, *, devices: int = 1) -> Imported:
     apply_joint_rules(draft, {_canonical(entry): entry for entry in reversed(literal)})
     for entry in literal:
         account_for_data_sets(draft, entry)
-    told = {(finding.key, finding.place) for finding in draft.findings}
+    reported = {(finding.key, finding.place) for finding in draft.findings}
     for entry in entries:
-        if (entry.key, entry.place) not in told:
+        if (entry.key, entry.place) not in reported:
             draft.refuse(entry, "another key decides it")
     _full_fine_tuning(draft)
     draft.values = {**_REQUIRED, **draft.values}
@@ -176,18 +176,18 @@ def _full_fine_tuning(draft: Draft) -> None:
     foreign = draft.foreign
     trains = "optim.lr" in draft.values
     has_lora = any(path.startswith("lora.") for path in draft.values)
-    said = any(finding.reason == FULL for finding in draft.findings)
+    already_said = any(finding.reason == FULL for finding in draft.findings)
     if foreign.dialect == dialects.TRAINING_ARGUMENTS and trains:
         reason = "TrainingArguments do not say whether LoRA is used: this toolkit's defaults are used under lora"
-    elif foreign.dialect in (dialects.DEEPSPEED, dialects.PEFT) or has_lora or not trains or said:
-        reason = FULL if said else ""
+    elif foreign.dialect in (dialects.DEEPSPEED, dialects.PEFT) or has_lora or not trains or already_said:
+        reason = FULL if already_said else ""
     else:
         reason = FULL
     if reason:
         for path, value in (("lora.r", 16), ("lora.alpha", 32), ("lora.targets", "all-linear")):
             draft.values.setdefault(path, value)
         draft.comments.setdefault("lora.r", []).append(reason)
-        if not said:
+        if not already_said:
             draft.findings.append(Finding("(no adapter)", "changed", None, reason, "lora"))
 
 
@@ -255,8 +255,8 @@ def _render(draft: Draft, findings: list[Finding]) -> str:
 
 def _field(draft: Draft, path: str, key: str) -> list[str]:
     inside = [other for other in draft.values if other.startswith(f"{path}.")]
-    told = [comment for other in (path, *inside) for comment in draft.comments.get(other, ())]
-    lines = [line for comment in told for line in _comment(comment)]
+    reported = [comment for other in (path, *inside) for comment in draft.comments.get(other, ())]
+    lines = [line for comment in reported for line in _comment(comment)]
     if path in draft.values or inside:
         nested = {other.removeprefix(f"{path}."): draft.values[other] for other in inside}
         value = draft.values.get(path, nested)

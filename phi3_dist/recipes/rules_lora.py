@@ -89,13 +89,13 @@ def _pattern(path: str, *, whole: bool) -> Rule:
 
 def _new_tokens(draft: Draft, entry: Entry) -> None:
     """A list, or LLaMA-Factory's string with commas. Of two such keys the first counts, as for every other place."""
-    given = [part for part in entry.value.split(",") if part.strip()] if isinstance(entry.value, str) else entry.value
-    if not isinstance(given, list) or not all(isinstance(name, str) and name.strip() for name in given):
+    tokens = [part for part in entry.value.split(",") if part.strip()] if isinstance(entry.value, str) else entry.value
+    if not isinstance(tokens, list) or not all(isinstance(name, str) and name.strip() for name in tokens):
         draft.refuse(entry, "model.new_tokens takes a list of tokens")
-    elif not given:
+    elif not tokens:
         draft.note(entry, "taken", "changes nothing")
     else:
-        names = list(dict.fromkeys(name.strip() for name in given))
+        names = list(dict.fromkeys(name.strip() for name in tokens))
         draft.take(entry, "model.new_tokens", names, "their rows alone train, and are saved in the adapter")
 
 

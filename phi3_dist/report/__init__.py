@@ -1,1 +1,4 @@
-"""Pages of runs (page.py; their charts page_charts.py), the board, the list of runs, curves.png (curves_png.py)."""
+"""What people see of runs: their pages, the board, the list of runs, curves.png.
+
+Begin with page.py, the page of one run; runs.py has the list, board.py the live pages.
+"""

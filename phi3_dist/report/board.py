@@ -45,16 +45,16 @@ class Board:
         """The type and the text that an address stands for. Raises LookupError for none, RunFolderError for a run
         that can't be read."""
         split = urlsplit(address)
-        asked = parse_qs(split.query).get("run", [])
+        run_names = parse_qs(split.query).get("run", [])
         pages: dict[str, Callable[[], str]] = {
             "/": self._list,
-            "/run": lambda: self._run(asked),
-            "/compare": lambda: self._compare(asked),
+            "/run": lambda: self._run(run_names),
+            "/compare": lambda: self._compare(run_names),
         }
         news: dict[str, Callable[[], dict[str, Any]]] = {
             "/news": self._list_news,
-            "/news/run": lambda: self._run_news(asked),
-            "/news/compare": lambda: self._compare_news(asked),
+            "/news/run": lambda: self._run_news(run_names),
+            "/news/compare": lambda: self._compare_news(run_names),
         }
         if split.path in pages:
             return "text/html; charset=utf-8", pages[split.path]()
@@ -197,10 +197,10 @@ def open_board(folder: Path, port: int) -> ThreadingHTTPServer:
     return server
 
 
-def serve_board(folder: Path, port: int, tell: Callable[[str], object]) -> None:
-    """Serve until Ctrl-C; `tell` gets the address. Raises as `open_board` does."""
+def serve_board(folder: Path, port: int, print_line: Callable[[str], object]) -> None:
+    """Serve until Ctrl-C; `print_line` gets the address. Raises as `open_board` does."""
     with open_board(folder, port) as server:
         found = server.server_address[1]
-        tell(f"{folder}: http://{HOST}:{found}/ (Ctrl-C ends it)")
-        tell(f"from elsewhere: ssh -N -L {found}:{HOST}:{found} THIS_MACHINE, then the same address there")
+        print_line(f"{folder}: http://{HOST}:{found}/ (Ctrl-C ends it)")
+        print_line(f"from elsewhere: ssh -N -L {found}:{HOST}:{found} THIS_MACHINE, then the same address there")
         server.serve_forever(poll_interval=0.2)

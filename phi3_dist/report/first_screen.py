@@ -87,13 +87,13 @@ def first_screen(
 def headline(row: RunRow, rows: Sequence[Row]) -> str:
     """How far the run is, in a line."""
     of = f" of {row.steps:,}" if row.steps else ""
-    said = f"step {row.step:,}{of}"
+    text = f"step {row.step:,}{of}"
     train = of_kind(rows, "train")[-_STEPS_OF_SPEED:]
     times = sorted(value for r in train if (value := finite(r.get("step_s"))) is not None)
     if row.state == "running" and row.steps and times:
         left = (row.steps - row.step) * times[len(times) // 2]
-        said += f", about {duration(left)} left" if left > 0 else ", at its end"
-    return said
+        text += f", about {duration(left)} left" if left > 0 else ", at its end"
+    return text
 
 
 def _result(rows: Sequence[Row], evaluation: Mapping[str, Any]) -> Group | None:
@@ -102,8 +102,8 @@ def _result(rows: Sequence[Row], evaluation: Mapping[str, Any]) -> Group | None:
     for label, key in (("held-out loss", "heldout_loss"), ("held-out perplexity", "heldout_perplexity")):
         if held_out:
             first, last = held_out[0], held_out[-1]
-            begun = f"from {shown(first.get(key))} at step {first['step']:,}"
-            note = begun if len(held_out) > 1 else f"at step {last['step']:,}"
+            first_value = f"from {shown(first.get(key))} at step {first['step']:,}"
+            note = first_value if len(held_out) > 1 else f"at step {last['step']:,}"
             facts.append((label, shown(last.get(key)), note))
     if train:
         facts.append(("training loss", shown(train[-1].get("loss")), f"step {train[-1]['step']:,}"))

@@ -93,13 +93,13 @@ def _between(groups: Sequence[int], losses: Sequence[float]) -> float:
 def _by_chance(losses: Sequence[float], measure: object) -> tuple[float, float]:
     """What `measure` says of the losses, and how often it says as much of the same ones shuffled."""
     assert callable(measure)
-    said: float = measure(losses)
+    measured: float = measure(losses)
     draw, mixed = random.Random(0), list(losses)
     as_much = 0
     for _ in range(SHUFFLES):
         draw.shuffle(mixed)
-        as_much += measure(mixed) >= said - 1e-12
-    return said, (1 + as_much) / (1 + SHUFFLES)
+        as_much += measure(mixed) >= measured - 1e-12
+    return measured, (1 + as_much) / (1 + SHUFFLES)
 
 
 def _ranks(values: Sequence[float]) -> list[float]:

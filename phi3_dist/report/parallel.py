@@ -31,7 +31,7 @@ class Line:
     points: str
     rank: float
     whole: bool
-    said: str
+    tooltip: str
 
 
 @dataclass(frozen=True)

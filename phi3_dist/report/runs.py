@@ -192,15 +192,15 @@ def runs_table(rows: Sequence[RunRow], *, base: Path | None = None, width: int |
 def _cells(rows: Sequence[RunRow], base: Path | None) -> Iterator[dict[str, str]]:
     """What the table shows, row by row."""
     sweeps = {folder: sweep_line(folder) for folder in dict.fromkeys(row.folder.parent for row in rows)}
-    told: set[Path] = set()
+    headed: set[Path] = set()
     for row in rows:
         folder, line = row.folder.parent, sweeps[row.folder.parent]
         if line is None or row.folder.name not in line.places:
             yield run_cells(row, base)
-        elif folder not in told:
-            told.add(folder)
+        elif folder not in headed:
+            headed.add(folder)
             mine = [one for one in rows if one.folder.parent == folder and one.folder.name in line.places]
-            yield {**dict.fromkeys(run_cells(row, base), ""), "run": f"{_path(folder, base)}: sweep of {line.said}"}
+            yield {**dict.fromkeys(run_cells(row, base), ""), "run": f"{_path(folder, base)}: sweep of {line.summary}"}
             for one in sorted(mine, key=lambda one: line.places[one.folder.name]):
                 place = line.places[one.folder.name]
                 yield {**run_cells(one, base), "run": f"  {place:>2} {printable(one.folder.name)}"}

@@ -19,7 +19,7 @@ class SweepLine:
     """A sweep at a glance. `places`: each candidate's folder name and its place in the ranking, from 1."""
 
     name: str
-    said: str
+    summary: str
     places: Mapping[str, int]
 
 
@@ -30,15 +30,15 @@ def is_sweep(folder: Path) -> bool:
 
 def read_sweep(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """sweep.json and its candidates, in the order of the ranking; empty where it can't be read."""
-    said, _ = read_object(folder / SWEEP_FILE)
-    listed = said.get("candidates")
+    sweep, _ = read_object(folder / SWEEP_FILE)
+    listed = sweep.get("candidates")
     candidates = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-    return said, [one for one in candidates if isinstance(one.get("folder"), str)]
+    return sweep, [one for one in candidates if isinstance(one.get("folder"), str)]
 
 
 def sweep_line(folder: Path) -> SweepLine | None:
     """What `phi3-dist runs` says above a sweep's candidates; None for a folder of something else."""
-    said, candidates = read_sweep(folder)
+    sweep, candidates = read_sweep(folder)
     if not candidates:
         return None
     states = [printable(one.get("state") or "") for one in candidates]
@@ -47,5 +47,5 @@ def sweep_line(folder: Path) -> SweepLine | None:
     first = f"; first is {printable(best.get('name'))}" + (f", held-out loss {loss:.4f}" if loss is not None else "")
     places = {one["folder"]: place for place, one in enumerate(candidates, start=1)}
     return SweepLine(
-        printable(said.get("name") or folder.name), f"{len(candidates)} candidates, {counted}{first}", places
+        printable(sweep.get("name") or folder.name), f"{len(candidates)} candidates, {counted}{first}", places
     )

@@ -33,20 +33,20 @@ def write_sweep_page(folder: Path, output: Path | None = None) -> Path:
     if not is_page(output):
         what = "is there already, and is not a page of this toolkit: nothing is replaced"
         raise RunFolderError(Problem(str(output), what, "name another file with --output"))
-    said, candidates = read_sweep(folder)
+    sweep, candidates = read_sweep(folder)
     there = [one for one in candidates if (folder / one["folder"] / "metrics.jsonl").is_file()]
     if not there:
         what = "names no candidate that has trained"
         raise RunFolderError(Problem(str(folder / SWEEP_FILE), what, "phi3-dist sweep FILE --resume continues with it"))
     views = [read_view(folder / one["folder"]) for one in there]
     line = sweep_line(folder)
-    return write_text(output, _page(said, there, views, line.said if line else ""))
+    return write_text(output, _page(sweep, there, views, line.summary if line else ""))
 
 
 def _page(
-    said: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], views: Sequence[RunView], headline: str
+    sweep: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], views: Sequence[RunView], headline: str
 ) -> str:
-    keys = [str(key) for key in said.get("differing") or ()]
+    keys = [str(key) for key in sweep.get("differing") or ()]
     settings = [flatten(view.config) for view in views]
     columns = {key: [one.get(key) for one in settings] for key in keys}
     columns = {key: values for key, values in columns.items() if len({repr(v) for v in values}) > 1}
@@ -59,7 +59,7 @@ def _page(
     return rendered(
         "sweep.html",
         {**drawn(views, names), "live": None},
-        title=f"Sweep {printable(said.get('name') or '')}",
+        title=f"Sweep {printable(sweep.get('name') or '')}",
         live=None,
         headline=headline,
         parallel=parallel_of(names, [*columns.items(), ("held-out loss", last)], whole) if columns else None,

@@ -58,7 +58,7 @@ class Answer:
 
     prompt: str
     wanted: str
-    said: tuple[tuple[str, str, str], ...]
+    texts: tuple[tuple[str, str, str], ...]
     more: tuple[tuple[str, str], ...] = ()
 
 
@@ -74,13 +74,14 @@ def defaults() -> dict[str, Any]:
 def config_lines(run_folder: Path, command: Sequence[Any]) -> list[ConfigLine]:
     """The resolved run file line by line, those marked whose value its user chose. Raises RunFolderError."""
     text, document = read_config(run_folder)
-    said = {word.partition("=")[0].lstrip("-").strip() for word in command if isinstance(word, str) and "=" in word}
+    words = [word for word in command if isinstance(word, str) and "=" in word]
+    on_command_line = {word.partition("=")[0].lstrip("-").strip() for word in words}
     usual = defaults()
     values = flatten(document.values) if isinstance(document.values, dict) else {}
     why = {}
     for key, value in values.items():
         line = document.places.get(key)
-        if key in said:
+        if key in on_command_line:
             why[line] = "set on the command line"
         elif key in usual and usual[key] is _NOT_SET:
             why[line] = "set by the run file"
@@ -116,7 +117,7 @@ def answers(evaluation: Mapping[str, Any]) -> list[Answer]:
 
 def _answer(row: Mapping[str, Any], speakers: Collection[str]) -> Answer:
     wanted = next((row[key] for key in _WANTED if key in row), None)
-    said, more = [], []
+    texts, more = [], []
     for key, value in row.items():
         if key == "prompt" or key in _WANTED:
             continue
@@ -127,8 +128,8 @@ def _answer(row: Mapping[str, Any], speakers: Collection[str]) -> Answer:
             continue
         same = isinstance(wanted, str) and text.strip() == wanted.strip()
         how = "unknown" if wanted is None and score is None else "right" if same or score == 1 else "wrong"
-        said.append((key, text[:4000], how))
-    return Answer(shown(row["prompt"]), shown(wanted), tuple(said), tuple(more))
+        texts.append((key, text[:4000], how))
+    return Answer(shown(row["prompt"]), shown(wanted), tuple(texts), tuple(more))
 
 
 def other_lists(evaluation: Mapping[str, Any]) -> list[tuple[str, Sequence[str], list[list[str]]]]:

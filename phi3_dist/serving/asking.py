@@ -72,13 +72,13 @@ def ask_plainly(
     """As `ask`, with what the server's script has written for each adapter (`vllm_script.py` says what)."""
     script = Path(__file__).with_name(_SCRIPT[server])
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
-        asked.write_text(json.dumps(dict(request)), encoding="utf-8")
+        request_file, answer_file = Path(folder) / "request.json", Path(folder) / "answer.json"
+        request_file.write_text(json.dumps(dict(request)), encoding="utf-8")
         # -P: this package's folder must not come before the server's own modules
         environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "VIRTUAL_ENV"}}
         try:
             done = subprocess.run(
-                [python, "-P", str(script), str(asked), str(answered)],
+                [python, "-P", str(script), str(request_file), str(answer_file)],
                 capture_output=True,
                 text=True,
                 errors="replace",
@@ -91,10 +91,10 @@ def ask_plainly(
             raise MachineError(Problem(python, what, "--server-python PATH, of the server's environment")) from error
         except subprocess.TimeoutExpired as error:
             raise MachineError(Problem(server, f"had not answered after {timeout_s} s", "fewer rows")) from error
-        if not answered.is_file():
+        if not answer_file.is_file():
             tail = " | ".join(line.strip() for line in done.stderr.splitlines()[-_LAST_LINES:])
             what = f"ended with {done.returncode} before it answered: {tail}"
             fix = f"--server-python PATH, a Python that has {_PACKAGE[server]}"
             raise MachineError(Problem(server, what, fix))
-        said: list[dict[str, Any]] = json.loads(answered.read_text("utf-8"))
+        said: list[dict[str, Any]] = json.loads(answer_file.read_text("utf-8"))
     return said

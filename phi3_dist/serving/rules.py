@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from phi3_dist.serving.facts import Served
+from phi3_dist.serving.served import Served
 
 __all__ = ["RULES", "SERVERS", "Finding", "Rule", "Server", "Verdict", "command", "judge"]
 
@@ -137,12 +137,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(_VLLM, "flag", lambda s: s.revision is not None, "its base has a revision", flags="--revision {revision}"),
     Rule(
-        _VLLM, "flag", lambda s: s.start == "loftq",
+        _VLLM, "flag", lambda s: s.lora_init == "loftq",
         "LoftQ made up for what NF4 loses of the base: on the 16-bit base it would be applied twice",
         flags="--quantization bitsandbytes", source="arXiv 2310.08659",
     ),
     Rule(
-        ("vllm", "llama.cpp"), "note", lambda s: s.trained_on != "none" and s.start != "loftq",
+        ("vllm", "llama.cpp"), "note", lambda s: s.trained_on != "none" and s.lora_init != "loftq",
         "it was trained on the base in {trained_on}: on another the answers drift (export --as merged measures it)",
     ),
     # llama.cpp
@@ -181,7 +181,7 @@ RULES: tuple[Rule, ...] = (
         source="llama.cpp, src/models/phi3.cpp; pull request 13676",
     ),
     Rule(
-        _LLAMA, "wrong", lambda s: s.start == "loftq",
+        _LLAMA, "wrong", lambda s: s.lora_init == "loftq",
         "LoftQ made up for what NF4 loses of the base, and llama.cpp has other quantisations",
         "phi3-dist export {folder} OUT --as gguf-merged --into nf4", source="arXiv 2310.08659",
     ),
@@ -198,11 +198,11 @@ RULES: tuple[Rule, ...] = (
         "phi3_dist.adapters.loading.load_adapter does this", source="PEFT 0.21",
     ),
     Rule(
-        _PYTHON, "note", lambda s: s.trained_on != "none" and s.start != "loftq",
+        _PYTHON, "note", lambda s: s.trained_on != "none" and s.lora_init != "loftq",
         "it was trained on the base in {trained_on}: load the base so (the card has the lines)",
     ),
     Rule(
-        _PYTHON, "flag", lambda s: s.start == "loftq",
+        _PYTHON, "flag", lambda s: s.lora_init == "loftq",
         "LoftQ is for the base in NF4: load it with BitsAndBytesConfig(load_in_4bit=True, …), as the card shows",
         source="arXiv 2310.08659",
     ),

@@ -1,2 +1,4 @@
-"""whole_run.py is the outline of a run, step_loop.py what happens between its steps, train_step.py one step; engines/,
-checkpoints/, monitor/."""
+"""A run: what comes before its steps, the steps, what comes after. engines/, checkpoints/, monitor/, preflight/.
+
+Begin with whole_run.py, which says in which order a step is read.
+"""

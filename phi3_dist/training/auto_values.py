@@ -57,7 +57,7 @@ class AutoValues:
     ) -> None:
         """`model`: the base's config.json. `resumed`: the folder to go on in, None for a new run."""
         self.asked, self.machine, self.launch, self.model = cfg, machine, launch, model
-        self._kept = {} if resumed is None else kept_values(resumed, cfg)
+        self._resumed = {} if resumed is None else kept_values(resumed, cfg)
         self._rows: RowLengths | None = None
 
     def count_rows(self, tokenizer: Any, cache: Path) -> None:
@@ -68,20 +68,20 @@ class AutoValues:
 
     def plan(self) -> tuple[RunConfig, RunPlan]:
         """The run with a value in each field, and its plan. Raises PlanError as `make_plan` does."""
-        return plan_with_auto(self.asked, self.machine, self.launch, self.model, rows=self._rows, kept=self._kept)
+        return plan_with_auto(self.asked, self.machine, self.launch, self.model, rows=self._rows, resumed=self._resumed)
 
     def agree(self, inputs: RunInputs, runtime: Runtime, cache: Path) -> tuple[RunInputs, Runtime]:
         """The same values on every rank. Collective."""
         if not auto_fields(self.asked) or runtime.world == 1:
             return inputs, runtime
-        mine = (self.machine.device_memory_gib, self.machine.host_memory_gib, self._kept)
+        mine = (self.machine.device_memory_gib, self.machine.host_memory_gib, self._resumed)
         gathered: list[Any] = [None] * runtime.world
         torch.distributed.all_gather_object(gathered, mine)
         smallest = {
             "device_memory_gib": min(device for device, _, _ in gathered),
             "host_memory_gib": min(host for _, host, _ in gathered),
         }
-        self.machine, self._kept = replace(self.machine, **smallest), gathered[0][2]
+        self.machine, self._resumed = replace(self.machine, **smallest), gathered[0][2]
         cfg, plan = self.plan()
         if cfg == inputs.cfg:
             return inputs, runtime

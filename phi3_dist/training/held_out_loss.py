@@ -87,7 +87,7 @@ def held_out_loss(
     it. Ranks that share packs take the same groups, and each counts its part. `progress` gets the groups done and
     all of them, after each round. Before each, the ranks agree whether to stop.
     """
-    start = time.perf_counter()
+    start_s = time.perf_counter()
     total = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     groups = joined_packs(packs, _tokens_at_once(engine, runtime, packs))
     signals: deque[Tensor] = deque()
@@ -111,4 +111,4 @@ def held_out_loss(
     if stop:
         return None, stop
     nll_sum, tokens = runtime.sum(total).tolist()
-    return HeldOut(nll_sum / tokens if tokens else math.nan, int(tokens), time.perf_counter() - start), 0
+    return HeldOut(nll_sum / tokens if tokens else math.nan, int(tokens), time.perf_counter() - start_s), 0

@@ -14,18 +14,18 @@ __all__ = ["Patience"]
 class Patience:
     """Counts held-out losses that are not `train.min_improvement` below the best before them, a NaN among them.
 
-    Every rank sees the same losses and decides the same. What `facts` gives stands in each checkpoint, so that a
+    Every rank sees the same losses and decides the same. What `state` gives stands in each checkpoint, so that a
     resumed run ends at the same step; a loss that is measured again after a start counts once.
     """
 
     def __init__(self, cfg: TrainConfig, saved: Mapping[str, Any] | None = None) -> None:
-        """`saved` is what `facts` gave when a checkpoint was written."""
+        """`saved` is what `state` gave when a checkpoint was written."""
         self._patience, self._least = cfg.patience, cfg.min_improvement
-        said = saved or {}
-        self._best = float(said["best"]) if said.get("best") is not None else math.inf
-        self._waited, self._step = int(said.get("waited", 0)), int(said.get("step", -1))
+        state = saved or {}
+        self._best = float(state["best"]) if state.get("best") is not None else math.inf
+        self._waited, self._step = int(state.get("waited", 0)), int(state.get("step", -1))
 
-    def facts(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {"best": self._best if math.isfinite(self._best) else None, "waited": self._waited, "step": self._step}
 
     def saw(self, step: int, loss: float) -> None:

@@ -65,12 +65,12 @@ class Runtime:
     @property
     def data_ranks(self) -> int:
         """Groups of ranks that share their packs: as many as ranks, where none does."""
-        return self.world // (self.cut.parts if self.cut else 1)
+        return self.world // (self.cut.degree if self.cut else 1)
 
     @property
     def data_rank(self) -> int:
         """The number of this rank's group."""
-        return self.rank // (self.cut.parts if self.cut else 1)
+        return self.rank // (self.cut.degree if self.cut else 1)
 
     @property
     def is_main(self) -> bool:

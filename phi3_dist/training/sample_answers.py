@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.data.answers import Asked, asked_of, spread, text_of
+from phi3_dist.data.answers import Question, last_questions, spread, text_of
 from phi3_dist.data.pack.packs import Packs
 from phi3_dist.data.scores import Metric, available, metric_of, scored
 from phi3_dist.modeling.packed_answers import packed_answers
@@ -26,7 +26,7 @@ __all__ = ["SampleAnswers", "sample_answers"]
 class SampleAnswers:
     """The rows that are asked, the same ones at every evaluation, and how their answers are scored."""
 
-    asked: tuple[Asked, ...]
+    questions: tuple[Question, ...]
     stops: Collection[int]
     tokenizer: Any
     metrics: tuple[Metric, ...]
@@ -37,21 +37,21 @@ class SampleAnswers:
 
         Ranks share the rows out; one that gets none goes along with the first.
         """
-        start = time.perf_counter()
-        mine = list(range(runtime.rank, len(self.asked), runtime.world))
+        start_s = time.perf_counter()
+        mine = list(range(runtime.rank, len(self.questions), runtime.world))
 
         def agree(busy: bool) -> tuple[bool, int]:
-            said = torch.tensor([float(busy), float(flag.signal)], device=runtime.device)
+            busy_and_signal = torch.tensor([float(busy), float(flag.signal)], device=runtime.device)
             if runtime.world > 1:
-                torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
-            anyone, signal = said.tolist()
+                torch.distributed.all_reduce(busy_and_signal, torch.distributed.ReduceOp.MAX)
+            anyone, signal = busy_and_signal.tolist()
             return bool(anyone), int(signal)
 
         was_training = engine.model.training
         engine.model.eval()
         new, stop = packed_answers(
             engine.model,
-            [self.asked[i].prompt for i in mine or [0]],
+            [self.questions[i].prompt for i in mine or [0]],
             self.stops,
             max_new_tokens=self.max_new_tokens,
             device=runtime.device,
@@ -61,12 +61,12 @@ class SampleAnswers:
         if new is None:
             return None, stop
         texts = [text_of(self.tokenizer, ids) for ids in new]
-        wanted = [text_of(self.tokenizer, self.asked[i].wanted) for i in mine]
-        places = [self.asked[i].place for i in mine]
+        wanted = [text_of(self.tokenizer, self.questions[i].wanted) for i in mine]
+        places = [self.questions[i].place for i in mine]
         sums = [sum(scored(metric, texts[: len(mine)], wanted, places)) for metric in self.metrics]
         total = runtime.sum(torch.tensor(sums, dtype=torch.float64, device=runtime.device)).tolist()
-        found = {f"answers_{m.name}": value / len(self.asked) for m, value in zip(self.metrics, total, strict=True)}
-        return {"answers": len(self.asked), **found, "answers_s": round(time.perf_counter() - start, 3)}, 0
+        found = {f"answers_{m.name}": value / len(self.questions) for m, value in zip(self.metrics, total, strict=True)}
+        return {"answers": len(self.questions), **found, "answers_s": round(time.perf_counter() - start_s, 3)}, 0
 
 
 def sample_answers(
@@ -82,5 +82,5 @@ def sample_answers(
     which = spread(len(held_out.rows.lengths), cfg.eval.generate)
     metrics = tuple(metric_of(name) for name in available()[0])
     return SampleAnswers(
-        tuple(asked_of(held_out.rows, which, stops)), stops, tokenizer, metrics, cfg.eval.max_new_tokens
+        tuple(last_questions(held_out.rows, which, stops)), stops, tokenizer, metrics, cfg.eval.max_new_tokens
     )

@@ -22,34 +22,34 @@ __all__ = ["Cut", "check_packs", "cut_batch", "join_group"]
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Part `part` of `parts`, which the ranks of `group` have between them."""
+    """Part `part` of `degree`, which the ranks of `group` have between them."""
 
     part: int
-    parts: int
+    degree: int
     group: Any
 
 
-def join_group(rank: int, world: int, parts: int) -> Cut | None:
+def join_group(rank: int, world: int, degree: int) -> Cut | None:
     """This rank's group of neighbours; None where nobody shares. Collective: every rank joins in making all groups.
 
     A group of its own even where it is everyone: on a GPU its exchanges then don't queue behind gradients.
     """
-    if parts == 1:
+    if degree == 1:
         return None
-    groups = [dist.new_group(list(range(first, first + parts))) for first in range(0, world, parts)]
-    return Cut(rank % parts, parts, groups[rank // parts])
+    groups = [dist.new_group(list(range(first, first + degree))) for first in range(0, world, degree)]
+    return Cut(rank % degree, degree, groups[rank // degree])
 
 
-def check_packs(parts: int, *packs: Packs | None) -> None:
+def check_packs(degree: int, *packs: Packs | None) -> None:
     """Raises DataError for a pack with fewer tokens than the ranks that should share it."""
     for one in packs:
-        if one is None or parts == 1:
+        if one is None or degree == 1:
             continue
         sizes = [int(one.rows.lengths[list(rows)].sum()) for rows in one.packs]
         fewest = min(sizes)
-        if fewest < parts:
+        if fewest < degree:
             place = one.rows.places[one.packs[sizes.index(fewest)][0]]
-            what = f"is {parts}, and the pack of {place} has {fewest} tokens to share"
+            what = f"is {degree}, and the pack of {place} has {fewest} tokens to share"
             raise DataError(Problem("train.sequence_parallel", what, "leave that row out, or nearest: 1"))
 
 
@@ -59,7 +59,7 @@ def cut_batch(batch: PackedBatch, cut: Cut) -> tuple[slice, slice, Share]:
     What is predicted goes with the position that predicts it: the token behind a border is known to the rank before it.
     A rank may have no supervised position, never no token: see `check_packs`.
     """
-    counts = equal_parts(len(batch.ids_T), cut.parts)
+    counts = equal_parts(len(batch.ids_T), cut.degree)
     ends = np.cumsum((0, *counts))
     start, stop = int(ends[cut.part]), int(ends[cut.part + 1])
     first, last = (int(n) for n in np.searchsorted(batch.predict_S, (start, stop)))

@@ -18,7 +18,7 @@ from phi3_dist.training.held_out_loss import HeldOut, held_out_loss
 from phi3_dist.training.learning_rate import learning_rate
 from phi3_dist.training.monitor.bad_steps import Health
 from phi3_dist.training.monitor.readout import EvaluationWatch, StepReadout, has_row
-from phi3_dist.training.monitor.step_parts import TimedEngine
+from phi3_dist.training.monitor.step_phases import TimedEngine
 from phi3_dist.training.plan_proof import prove_updated_dtypes
 from phi3_dist.training.train_step import StepResult, train_step
 

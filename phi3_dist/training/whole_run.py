@@ -1,4 +1,4 @@
-"""The training run: find, agree, build, step, save. `train` reads as policy; the pieces live beside it.
+"""The training run: find, agree, build, step, save. `train` is the outline; each piece is a module beside it.
 
 Read in this order, one step from the command to the update of its weights:
 
@@ -7,8 +7,8 @@ Read in this order, one step from the command to the update of its weights:
 3. train_step.py                   one step: its packs, forward and backward of each micro batch, one update
 4. engines/backward_and_update.py  clipping and the update under each strategy; a bad step is left out
 
-Then what is asked only once: inputs.py and build.py (before the steps), final_adapter.py (after them), checkpoints/
-(saving and going on) and monitor/ (what the run says about itself).
+Once a run: inputs.py and build.py before the steps, final_adapter.py after them. Beside the steps: checkpoints/ saves
+and resumes, monitor/ writes what the run says about itself.
 """
 
 from __future__ import annotations
@@ -116,13 +116,15 @@ def train(
     Raises the errors of the tree in phi3_dist.errors; a user's mistakes come before the process group exists. A signal
     before the first step raises Stopped.
     """
-    asked = _Asked(overwrite, resume, allow_changed, cache or cache_folder(cfg.data.cache), transcript, keep_group)
+    options = _CommandOptions(
+        overwrite, resume, allow_changed, cache or cache_folder(cfg.data.cache), transcript, keep_group
+    )
     with StopFlag() as flag, own_process_state():
-        return _train(cfg, machine, launch, asked, flag)
+        return _train(cfg, machine, launch, options, flag)
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _CommandOptions:
     """What the command says beside the run file, and where its lines are kept."""
 
     overwrite: bool
@@ -133,48 +135,50 @@ class _Asked:
     keep_group: bool
 
 
-def _train(cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, asked: _Asked, flag: StopFlag) -> TrainResult:
+def _train(
+    cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, options: _CommandOptions, flag: StopFlag
+) -> TrainResult:
     clock = StartClock()
     clock.mark("imports")
     folder = RunFolder(Path(cfg.save.folder), inputs=inputs_of(cfg))
     if launch.rank == 0:
-        folder.check(overwrite=asked.overwrite, resume=asked.resume)
+        folder.check(overwrite=options.overwrite, resume=options.resume)
     check_trackers(cfg.log, launch.rank)
-    planned = plan_start(cfg, machine, launch, os.environ, asked.cache, folder.path if asked.resume else None)
+    planned = plan_start(cfg, machine, launch, os.environ, options.cache, folder.path if options.resume else None)
     for line in planned.lines if launch.rank == 0 else ():
         _print(line)
     cfg, plan, auto, (base, tokenizer, token_ids) = planned.cfg, planned.plan, planned.auto, planned.model
-    session = Session(folder, clock, flag, WeightsWatch(base.folder), asked.transcript)
+    session = Session(folder, clock, flag, WeightsWatch(base.folder), options.transcript)
     clock.mark("plan")
-    inputs = RunInputs(cfg, base, tokenizer, token_ids, prepare_rows(cfg, tokenizer, asked.cache))
+    inputs = RunInputs(cfg, base, tokenizer, token_ids, prepare_rows(cfg, tokenizer, options.cache))
     check_packs(cfg.train.sequence_parallel, inputs.prepared.train, inputs.prepared.held_out)
     clock.mark("data")
     if launch.rank == 0:
         context = context_finding(cfg, base.config, longest_row(inputs.prepared))
         if context.level != "ok":
             _print(f"context: {context.what}; {context.fix}")
-        folder.reopen() if asked.resume else folder.claim(overwrite=asked.overwrite)
+        folder.reopen() if options.resume else folder.claim(overwrite=options.overwrite)
     with folder.recording_failure(active=launch.rank == 0):  # what was to be replaced comes back from here on
-        inputs, runtime = auto.agree(inputs, _join_processes(cfg, plan, launch, folder), asked.cache)
+        inputs, runtime = auto.agree(inputs, _join_processes(cfg, plan, launch, folder), options.cache)
         cfg = inputs.cfg
-        ours = _agreed_identity(inputs, runtime, asked.cache)
-        _tell_of_nodes(runtime, folder)
+        ours = _agreed_identity(inputs, runtime, options.cache)
+        _report_nodes(runtime, folder)
         resume_point = ResumePoint()
-        if asked.resume:
-            resume_point = find_resume_point(runtime, folder, ours, asked.allow_changed, cfg.optim)
+        if options.resume:
+            resume_point = find_resume_point(runtime, folder, ours, options.allow_changed, cfg.optim)
         if resume_point.finished:
-            _release(runtime, keep_group=asked.keep_group)
+            _release(runtime, keep_group=options.keep_group)
             return TrainResult(folder.path, 0, None, None)
         if runtime.is_main:  # the first file: it makes the folder a run's, which --resume can go on in
             folder.write("config.yaml", resolved_yaml(cfg))
-        if asked.transcript:
-            asked.transcript.into(folder.held, runtime.rank)
+        if options.transcript:
+            options.transcript.into(folder.held, runtime.rank)
         start_trackers(runtime, cfg.log.trackers, project=cfg.log.project, run=cfg.name, folder=folder.path)
         clock.mark("processes")
         result = _run(inputs, session, runtime, ours, resume_point.checkpoint)
         if runtime.is_main:  # before the last barrier: no rank has ended when this stands
             _record_exit(folder, result)
-    _release(runtime, keep_group=asked.keep_group)
+    _release(runtime, keep_group=options.keep_group)
     return result
 
 
@@ -192,7 +196,7 @@ def _join_processes(cfg: RunConfig, plan: RunPlan, launch: LaunchFacts, folder: 
     )
 
 
-def _tell_of_nodes(runtime: Runtime, folder: RunFolder) -> None:
+def _report_nodes(runtime: Runtime, folder: RunFolder) -> None:
     """Say on rank 0 what the nodes see of the run folder, and of the time. Collective where there are several."""
     if runtime.plan.nodes == 1:
         return
@@ -275,7 +279,7 @@ def _run(
             patience=Patience(cfg.train, checkpoint.trainer.get("patience") if checkpoint else None),
             answers=sample_answers(cfg, built.model.causal_lm, inputs.tokenizer, inputs.base.folder, prepared.held_out),
         )
-        _tell_start(ctx, inputs, built, first)
+        _announce_start(ctx, inputs, built, first)
         health = Health(ctx, checkpoint.trainer.get("health") if checkpoint else None)
         saver = Saver(ctx, health, checkpoint)
         done, held_out, stopped = run_steps(ctx, first, saver, health, watch=session.weights)
@@ -290,7 +294,7 @@ def _run(
     return TrainResult(folder.path, done, held_out, receipt)
 
 
-def _tell_start(ctx: RunContext, inputs: RunInputs, built: Built, first: int) -> None:
+def _announce_start(ctx: RunContext, inputs: RunInputs, built: Built, first: int) -> None:
     """To the folder and to the person."""
     if ctx.runtime.is_main:
         record_start(ctx, built.choices, first)

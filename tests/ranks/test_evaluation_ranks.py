@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from phi3_dist.evaluation.evaluate import Asking, evaluate
+from phi3_dist.evaluation.evaluate import EvaluationRequest, evaluate
 from phi3_dist.evaluation.ranks import Ranks, joined
 from phi3_dist.inference.answers_file import How
 from tests import warm
@@ -18,7 +18,7 @@ from tests.unit.test_inference import made
 
 pytestmark = pytest.mark.ranks
 
-ASKING, HOW = Asking(base=True, generate=5, metrics=("exact_match",)), How(max_new_tokens=6)
+ASKING, HOW = EvaluationRequest(base=True, generate=5, metrics=("exact_match",)), How(max_new_tokens=6)
 
 
 def measure(folder: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from phi3_dist.planning.advice import Advice, Cluster, Option, advise
 from phi3_dist.planning.advice_table import find_option, seconds, why_table
 from phi3_dist.planning.gpus import GPUS, find_gpu, gib_of
 from phi3_dist.planning.memory import total_gib
-from phi3_dist.planning.plan_for_gpus import Asked, answer, cluster_of
+from phi3_dist.planning.plan_for_gpus import PlanRequest, answer, cluster_of
 from phi3_dist.planning.preview import launch_of_config
 from phi3_dist.planning.timing import rates_of_gpu
 from phi3_dist.planning.traffic import step_traffic
@@ -164,13 +164,13 @@ def test_memory_needs_a_unit_where_it_is_no_gib() -> None:
 def test_this_machines_cards() -> None:
     cards = cards_of("NVIDIA H200, 143771\nNVIDIA H200, 143771\nnonsense\n")
     assert [name for name, _ in cards] == ["NVIDIA H200"] * 2
-    made, words = cluster_of(Asked(Path("run.yaml"), own_cards=cards))
+    made, words = cluster_of(PlanRequest(Path("run.yaml"), own_cards=cards))
     assert (made.world, made.gpu) == (2, find_gpu("h200"))
     assert made.memory_gib == pytest.approx(140.4, abs=0.1)
     assert "this machine's" in words
-    other, words = cluster_of(Asked(Path("run.yaml"), own_cards=(("Some Card 9000", 48.0),)))
+    other, words = cluster_of(PlanRequest(Path("run.yaml"), own_cards=(("Some Card 9000", 48.0),)))
     assert (other.memory_gib, "h100-80gb's data sheet" in words) == (48.0, True)
-    assert "assumed" in cluster_of(Asked(Path("run.yaml")))[1]
+    assert "assumed" in cluster_of(PlanRequest(Path("run.yaml")))[1]
 
 
 def test_every_term_is_listed() -> None:
@@ -219,7 +219,7 @@ def test_what_is_written_is_that_launch(name: str, nodes: int, run_file: Path, t
 
 def test_the_answer_in_full_and_as_json(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told: list[str] = []
-    asked = Asked(run_file, gpu="h100", gpus_per_node=8, price=2.0, tokens=10**9, write=tmp_path / "out")
+    asked = PlanRequest(run_file, gpu="h100", gpus_per_node=8, price=2.0, tokens=10**9, write=tmp_path / "out")
     cfg = run().model_copy(update={"train": run().train.model_copy(update={"max_steps": None})})
     answer(cfg, asked, PACKAGES, {}, told.append)
     shown = capsys.readouterr().out

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from phi3_dist.modeling.stop_ids import published_stops, stop_ids
 from typer.testing import CliRunner
 
 from phi3_dist.cli.app import app
@@ -22,6 +21,7 @@ from phi3_dist.inference.engine import Sampling
 from phi3_dist.inference.open_model import Opened, open_model
 from phi3_dist.inference.prompts import Prompt
 from phi3_dist.modeling.greedy_answers import answer
+from phi3_dist.modeling.stop_ids import published_stops, stop_ids
 
 HOW = How(max_new_tokens=10, batch_size=3)
 PROMPTS = [Prompt.of(f"Question {'x' * (i * 5 % 17)} {i}", place=f"rows.jsonl:{i + 1}") for i in range(7)]
@@ -70,7 +70,7 @@ def test_a_killed_call_goes_on(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        answer_file(opened, PROMPTS, out, how, tell=killed)
+        answer_file(opened, PROMPTS, out, how, progress=killed)
     out.write_bytes(out.read_bytes()[:-7])
     assert answer_file(opened, PROMPTS, out, how) == (4, 7)
     assert out.read_bytes() == whole.read_bytes()

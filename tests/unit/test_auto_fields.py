@@ -53,10 +53,10 @@ def cluster(gpu: str, ranks: int = 2) -> Cluster:
 
 
 def settled(
-    cfg: RunConfig, gpu: str, rows: RowLengths | None = USUAL, *, model: Any = MINI, **kept: Any
+    cfg: RunConfig, gpu: str, rows: RowLengths | None = USUAL, *, model: Any = MINI, **resumed: Any
 ) -> tuple[dict[str, Any], dict[str, str]]:
     place = cluster(gpu)
-    found, choices = settle(cfg, machine_of(place, PACKAGES), launch_on(place, "ddp"), model, rows=rows, **kept)
+    found, choices = settle(cfg, machine_of(place, PACKAGES), launch_on(place, "ddp"), model, rows=rows, **resumed)
     assert auto_fields(found) == ()
     values = {PACK: found.data.pack_length, AGAIN: found.model.activation_checkpointing, MICRO: found.train.micro_batch}
     return values, {choice.name: choice.why for choice in choices}
@@ -146,11 +146,11 @@ def test_a_host_counts_all_of_its_ranks_and_keeps_half() -> None:
 
 
 def test_a_resumed_run_keeps_its_values_on_another_card() -> None:
-    kept = {PACK: 512, AGAIN: True, MICRO: 2}
-    values, why = settled(run(), "h200", kept=kept)
-    assert values == kept
+    resumed = {PACK: 512, AGAIN: True, MICRO: 2}
+    values, why = settled(run(), "h200", resumed=resumed)
+    assert values == resumed
     assert set(why.values()) == {"as the run began with"}
-    values, _ = settled(run(), "h200", kept={**kept, MICRO: 16})
+    values, _ = settled(run(), "h200", resumed={**resumed, MICRO: 16})
     assert values[MICRO] == 8, "16 packs on two ranks: what the run had does not divide them"
 
 

@@ -20,6 +20,24 @@ def test_a_changed_test_file_is_run_and_a_package_is_its_init() -> None:
     assert nearest(["tests/ranks/test_c.py", "phi3_dist/x.json"], imports, {}) == ([ALWAYS], [])
 
 
+def test_a_module_that_no_test_imports_is_run_by_those_of_the_modules_that_import_it() -> None:
+    verbs, app = "tests/unit/test_verbs.py", "tests/unit/test_app.py"
+    imports = {verbs: {"phi3_dist.cli"}, app: {"phi3_dist.app"}}
+    package = {
+        "phi3_dist.cli": {"phi3_dist.cli.generate_and_eval"},
+        "phi3_dist.app": {"phi3_dist.cli"},
+        "phi3_dist.alone": set(),
+    }
+    assert nearest(["phi3_dist/cli/generate_and_eval.py"], imports, {}, package) == (sorted([ALWAYS, verbs]), [])
+    assert nearest(["phi3_dist/alone.py"], imports, {}, package) == ([ALWAYS], [])
+    assert nearest(
+        ["phi3_dist/cli/generate_and_eval.py"], imports, {}, {"phi3_dist.cli.generate_and_eval": {"phi3_dist.cli"}}
+    ) == (
+        [ALWAYS],
+        [],
+    )
+
+
 def test_what_takes_long_is_left_out_and_named_unless_it_is_changed_itself() -> None:
     near, far = "tests/unit/test_near.py", "tests/unit/test_far.py"
     imports = {near: {"phi3_dist.a"}, far: {"phi3_dist.a", "phi3_dist.b"}}

@@ -17,7 +17,7 @@ from torch import Tensor
 from phi3_dist.errors import TrainingError
 from phi3_dist.training.checkpoints.files import (
     Checkpoint,
-    Kept,
+    CheckpointPruner,
     find_checkpoint,
     read_state,
     verify,
@@ -64,7 +64,7 @@ def test_the_newest_and_the_best_are_kept_and_leftovers_go(tmp_path: Path) -> No
     (tmp_path / "step_000006.tmp").mkdir()
     (tmp_path / "step_000007.tmp").mkdir()
     (tmp_path / "step_000007.tmp" / ".tmpx1Y2z3").write_text("left by a kill")
-    Kept().prune(tmp_path, 2, 2)
+    CheckpointPruner().prune(tmp_path, 2, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000002", "step_000004", "step_000005"]
 
 
@@ -86,7 +86,7 @@ def test_damaged_ones_count_for_nothing_and_are_set_aside(tmp_path: Path) -> Non
     (root / "step_000009" / "manifest.json").unlink()
     start, _ = find_checkpoint(root)
     assert start is not None
-    kept = Kept(start.folder)
+    kept = CheckpointPruner(start.folder)
     said = kept.prune(saved(root, 6), 2, None, 6)
     assert [line.split(":")[0] for line in said] == [
         "step_000009 is damaged and now called damaged-step_000009",
@@ -104,19 +104,19 @@ def test_damaged_ones_count_for_nothing_and_are_set_aside(tmp_path: Path) -> Non
 def test_one_that_has_just_been_written_stays_beside_newer_names(tmp_path: Path) -> None:
     """Newer ones that could not be read for a while, and can be again: what this process writes is not thrown away."""
     root = saved(tmp_path, 3, 8, 9)
-    Kept(root / "step_000003").prune(saved(root, 4), 2, None, 4)
+    CheckpointPruner(root / "step_000003").prune(saved(root, 4), 2, None, 4)
     assert names(root) == ["step_000003", "step_000004", "step_000008", "step_000009"]
 
 
 def test_nothing_is_removed_for_one_that_does_not_verify(tmp_path: Path) -> None:
     root = saved(tmp_path, 1, 2, 3)
     damage(root / "step_000003")
-    Kept().prune(root, 1, None, 3)
+    CheckpointPruner().prune(root, 1, None, 3)
     assert names(root) == ["damaged-step_000003", "step_000001", "step_000002"]
 
 
 def test_one_that_changes_after_it_was_verified_is_verified_again(tmp_path: Path) -> None:
-    kept, folder = Kept(), saved(tmp_path, 1) / "step_000001"
+    kept, folder = CheckpointPruner(), saved(tmp_path, 1) / "step_000001"
     assert kept.verifies(folder)
     damage(folder)
     assert not kept.verifies(folder)
@@ -129,7 +129,7 @@ def test_only_files_of_checkpoints_are_removed(tmp_path: Path) -> None:
     (root / "step_000001" / "notes.txt").write_text("precious")
     (root / "step_000007.tmp").mkdir()
     (root / "step_000007.tmp" / "notes.txt").write_text("precious")
-    Kept().prune(root, 1, None, 3)
+    CheckpointPruner().prune(root, 1, None, 3)
     assert (root / "step_notes.tmp").is_dir()
     assert (root / "step_000009.tmp").is_file()
     assert names(root / "step_000001") == names(root / "step_000007.tmp") == ["notes.txt"]
@@ -215,7 +215,7 @@ def test_pruning_a_linked_checkpoint_deletes_nothing_outside(tmp_path: Path) -> 
     root = saved(tmp_path / "root", 5, 6)
     (root / "step_000001").symlink_to(outside)
     (root / "step_000003.tmp").symlink_to(outside)
-    Kept().prune(root, 1, None)
+    CheckpointPruner().prune(root, 1, None)
     assert sorted(p.name for p in outside.iterdir()) == sorted(FILES)
     assert newest(root) == 6
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from phi3_dist.modeling.stop_ids import stop_ids
+from phi3_dist.planning.state import LaunchFacts
 from safetensors.torch import load_file
 
 from phi3_dist.config.load import load_run
@@ -19,7 +19,7 @@ from phi3_dist.inference.engine import answers
 from phi3_dist.inference.open_model import open_model
 from phi3_dist.machine.probe import probe
 from phi3_dist.modeling.packed_answers import packed_answers
-from phi3_dist.planning.facts import LaunchFacts
+from phi3_dist.modeling.stop_ids import stop_ids
 from phi3_dist.training import held_out_loss as evaluate
 from phi3_dist.training import step_loop, whole_run
 from phi3_dist.training.held_out_loss import HeldOut
@@ -158,13 +158,13 @@ def test_patience_counts_what_is_too_little() -> None:
         patience.saw(step, loss)
     assert not patience.exhausted()
     again = Patience(
-        TrainConfig(patience=2, min_improvement=0.1, eval_every=1), json.loads(json.dumps(patience.facts()))
+        TrainConfig(patience=2, min_improvement=0.1, eval_every=1), json.loads(json.dumps(patience.state()))
     )
     again.saw(2, 2.45)  # measured again after a start: counted once
     assert not again.exhausted()
     again.saw(3, 2.41)
     assert again.exhausted()
-    unhurried = Patience(TrainConfig(patience=0), again.facts())
+    unhurried = Patience(TrainConfig(patience=0), again.state())
     assert not unhurried.exhausted()
 
 

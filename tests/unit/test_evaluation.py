@@ -15,7 +15,7 @@ from phi3_dist.data import scores
 from phi3_dist.data.scores import metric_of, scored
 from phi3_dist.errors import ConfigError, DataError, MachineError, Phi3DistError, RunFolderError
 from phi3_dist.evaluation.bootstrap import paired
-from phi3_dist.evaluation.evaluate import Asking, Evaluation, evaluate
+from phi3_dist.evaluation.evaluate import Evaluation, EvaluationRequest, evaluate
 from phi3_dist.evaluation.harness import numbers_of
 from phi3_dist.inference.answers_file import How
 from phi3_dist.report.page import write_page
@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def beside_base(run: Path) -> Evaluation:
-    return evaluate(run, Asking(base=True, generate=5, metrics=("exact_match", "chrf")), how=SHORT)
+    return evaluate(run, EvaluationRequest(base=True, generate=5, metrics=("exact_match", "chrf")), how=SHORT)
 
 
 def test_the_held_out_loss_is_the_runs_own(run: Path, beside_base: Evaluation) -> None:
@@ -93,17 +93,17 @@ def test_other_rows_and_another_run(run: Path, tmp_path: Path) -> None:
     lines = [{"prompt": f"Question {i}?", "completion": f"Answer {i}."} for i in range(4)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     against = run / "checkpoints" / "step_000002"
-    asking = Asking(str(data), against=str(against), generate=2, metrics=("regex:(\\d+)",))
-    found = evaluate(run / "adapter", asking, how=SHORT)
+    request = EvaluationRequest(str(data), against=str(against), generate=2, metrics=("regex:(\\d+)",))
+    found = evaluate(run / "adapter", request, how=SHORT)
     assert [side.name for side in found.sides] == ["adapter", "against"]
     assert len(found.sides[0].losses.tokens_R) == 4
     assert sorted(row["wanted"] for row in found.asked) == ["Answer 0.", "Answer 2."]
     assert found.sides[0].numbers["heldout_loss"] != found.sides[1].numbers["heldout_loss"]
 
 
-def refused(kind: type[Phi3DistError], run: Path | str, asking: Asking) -> str:
+def refused(kind: type[Phi3DistError], run: Path | str, request: EvaluationRequest) -> str:
     with pytest.raises(kind) as error:
-        evaluate(run, asking, how=SHORT)
+        evaluate(run, request, how=SHORT)
     assert all(problem.where for problem in error.value.problems)
     assert any(problem.fix for problem in error.value.problems)
     return str(error.value)
@@ -116,20 +116,20 @@ def test_mistakes_are_told_with_place_and_fix(run: Path, tmp_path: Path, monkeyp
     )
     (tmp_path / "asks.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     (tmp_path / "text.jsonl").write_text('{"text": "Once upon a time."}\n')
-    assert "asks.jsonl:1" in refused(DataError, run, Asking("asks.jsonl"))
-    assert "text.jsonl:1" in refused(DataError, run, Asking("text.jsonl"))
-    assert "raised KeyError" in refused(DataError, run, Asking(generate=1, metrics=("mine:bad",)))
-    assert "NaN" in refused(DataError, run, Asking(generate=1, metrics=("mine:nan",)))
-    assert "not a function" in refused(ConfigError, run, Asking(metrics=("mine:NONE",)))
-    assert "has no absent" in refused(ConfigError, run, Asking(metrics=("mine:absent",)))
-    assert "no module" in refused(ConfigError, run, Asking(metrics=("not_there:f",)))
-    assert "is not a metric" in refused(ConfigError, run, Asking(metrics=("bleu",)))
-    assert "regular expression" in refused(ConfigError, run, Asking(metrics=("regex:(",)))
-    assert "finds nothing" in refused(DataError, run, Asking(generate=1, metrics=("regex:QQQ(.)",)))
-    assert "cannot be combined" in refused(ConfigError, run, Asking(base=True, against="x"))
-    assert "not inside a run" in refused(DataError, "tiny-random", Asking())
-    assert "a base itself" in refused(ConfigError, "tiny-random", Asking("asks.jsonl", base=True))
-    assert "no such folder" in refused(RunFolderError, run / "absent", Asking())
+    assert "asks.jsonl:1" in refused(DataError, run, EvaluationRequest("asks.jsonl"))
+    assert "text.jsonl:1" in refused(DataError, run, EvaluationRequest("text.jsonl"))
+    assert "raised KeyError" in refused(DataError, run, EvaluationRequest(generate=1, metrics=("mine:bad",)))
+    assert "NaN" in refused(DataError, run, EvaluationRequest(generate=1, metrics=("mine:nan",)))
+    assert "not a function" in refused(ConfigError, run, EvaluationRequest(metrics=("mine:NONE",)))
+    assert "has no absent" in refused(ConfigError, run, EvaluationRequest(metrics=("mine:absent",)))
+    assert "no module" in refused(ConfigError, run, EvaluationRequest(metrics=("not_there:f",)))
+    assert "is not a metric" in refused(ConfigError, run, EvaluationRequest(metrics=("bleu",)))
+    assert "regular expression" in refused(ConfigError, run, EvaluationRequest(metrics=("regex:(",)))
+    assert "finds nothing" in refused(DataError, run, EvaluationRequest(generate=1, metrics=("regex:QQQ(.)",)))
+    assert "cannot be combined" in refused(ConfigError, run, EvaluationRequest(base=True, against="x"))
+    assert "not inside a run" in refused(DataError, "tiny-random", EvaluationRequest())
+    assert "a base itself" in refused(ConfigError, "tiny-random", EvaluationRequest("asks.jsonl", base=True))
+    assert "no such folder" in refused(RunFolderError, run / "absent", EvaluationRequest())
 
 
 def test_packages_that_are_missing_are_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_packages_that_are_missing_are_named(run: Path, monkeypatch: pytest.Monk
         metric_of("chrf")
     assert scores.available()[0] == ["exact_match"]
     assert "rouge-score" in scores.available()[1][0]
-    assert "lm-eval" in refused(MachineError, run, Asking(tasks=("gsm8k",)))
+    assert "lm-eval" in refused(MachineError, run, EvaluationRequest(tasks=("gsm8k",)))
 
 
 @pytest.mark.parametrize(

@@ -365,7 +365,7 @@ def test_a_gguf_adapter_says_the_same_update(name: str, base: Path, tmp_path: Pa
     done = export(adapter, tmp_path / "gguf", "gguf")
     assert done.drift.error < 1e-5
     back = read_gguf_adapter(tmp_path / "gguf" / "adapter.gguf")
-    ours = open_adapter(adapter).parts.updates
+    ours = open_adapter(adapter).contents.updates
     assert set(ours) == set(back.updates)
     for module, update in ours.items():
         assert torch.allclose(update.delta(), back.updates[module].delta(), atol=1e-6), module
@@ -400,8 +400,8 @@ def test_adapters_are_combined_by_pefts_methods(base: Path, lora: Path, tmp_path
     done = export(lora, tmp_path / "both", "combine", others=[other], weights=[0.7, 0.3])
     assert "cat of 0.7 of lora, 0.3 of other; rank 7" in done.what
     assert done.drift.error < 1e-5
-    first, second = (open_adapter(folder).parts.updates for folder in (lora, other))
-    for name, update in open_adapter(tmp_path / "both").parts.updates.items():
+    first, second = (open_adapter(folder).contents.updates for folder in (lora, other))
+    for name, update in open_adapter(tmp_path / "both").contents.updates.items():
         wanted = 0.7 * first[name].delta() + 0.3 * second[name].delta()
         assert torch.allclose(update.delta(), wanted, atol=1e-5), name
     with pytest.raises(AdapterError, match="PEFT does not combine them by linear"):

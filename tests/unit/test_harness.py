@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from phi3_dist.errors import ConfigError
-from phi3_dist.evaluation.evaluate import Asking, evaluate
+from phi3_dist.evaluation.evaluate import EvaluationRequest, evaluate
 from phi3_dist.evaluation.harness import _task, run_tasks
 from phi3_dist.inference.answers_file import How
 from phi3_dist.inference.open_model import open_model
@@ -82,8 +82,8 @@ def task_file(folder: Path) -> Path:
 
 def test_names_and_files_of_tasks_are_run_and_their_numbers_stand_beside_ours(stand_in: None, tmp_path: Path) -> None:
     rows = str(REPO / "configs/run/debug_chats.jsonl")
-    asking = Asking(rows, generate=0, tasks=("gsm8k", str(task_file(tmp_path))), limit=2)
-    found = evaluate("tiny-random", asking, how=How(4, 3)).numbers
+    request = EvaluationRequest(rows, generate=0, tasks=("gsm8k", str(task_file(tmp_path))), limit=2)
+    found = evaluate("tiny-random", request, how=How(4, 3)).numbers
     assert {key: found[key] for key in found if key.split()[0] in {"gsm8k", "pairs"}} == {
         f"{name} {key}": value
         for name in ("gsm8k", "pairs")

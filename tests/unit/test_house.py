@@ -92,19 +92,41 @@ def test_a_new_reader_is_led_to_files_that_exist(title: str, lines: str) -> None
     assert not [name for name in named if not (PACKAGE / name).is_file()]
 
 
+def test_what_the_walks_name_in_a_file_is_defined_there() -> None:
+    """The names beside a file, such as `Order` in `data/batch.py`, and the sections of the run file."""
+    found = []
+    for title in ("One batch, from the row to the loss", "One adapter, from the run file to its folder"):
+        for line in re.split(r"^\d+\. ", contributing(title), flags=re.MULTILINE)[1:]:
+            file, *names = re.findall(r"`([^`]+)`", line)
+            source = (PACKAGE / file).read_text(encoding="utf-8")
+            for name in names:
+                if not name.endswith(".py"):
+                    found.append(name)
+                    assert re.search(rf"\b{name.split('.')[0]}\b", source), f"{file} has no {name}"
+    assert "Order" in found
+
+
 def test_the_loop_says_in_which_order_a_step_is_read() -> None:
     text = ast.get_docstring(ast.parse((PACKAGE / "training" / "whole_run.py").read_text("utf-8"))) or ""
     named = re.findall(r"^\d\. (\S+)  ", text.replace("this file", "whole_run.py"), flags=re.MULTILINE)
     assert named == ["whole_run.py", "step_loop.py", "train_step.py", "engines/backward_and_update.py"]
-    assert all((PACKAGE / "training" / name).is_file() for name in named)
+    beside = re.findall(r"[a-z_]+(?:\.py|/)", text.partition("Once a run:")[2])
+    assert len(beside) == 5
+    assert all((PACKAGE / "training" / name).exists() for name in (*named, *beside))
+    source = "".join((PACKAGE / "training" / name).read_text("utf-8") for name in named[:3])
+    for name in (*named[1:], *beside):  # each is called by what comes before it
+        module = name.removesuffix(".py").rstrip("/").replace("/", ".")
+        assert re.search(rf"^from phi3_dist\.training\.{module}\b", source, flags=re.MULTILINE), name
 
 
-def test_a_package_lists_modules_that_it_has() -> None:
-    """`name.py` in the docstring of a package, and `room/name.py`, are there."""
-    for init in PACKAGE.rglob("__init__.py"):
-        text = ast.get_docstring(ast.parse(init.read_text("utf-8"))) or ""
-        for name in re.findall(r"(?<![*\w])[\w/]+\.py\b", text):
-            assert (init.parent / name).is_file() or (PACKAGE / name).is_file(), f"{init}: {name}"
+def test_every_package_says_in_two_lines_what_it_holds_and_where_to_begin() -> None:
+    for path in PACKAGE.rglob("__init__.py"):
+        text, package = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "", path.relative_to(PACKAGE)
+        assert len(text.split("\n\n")[0].splitlines()) <= 2, package
+        first = re.search(r"(?:Begin with|Read in this order:) (\w+\.py)", text)
+        assert first, f"{package} does not say where to begin"
+        for name in re.findall(r"(?<![\w/*])[\w/]+\.py", text):
+            assert (path.parent / name).is_file() or (PACKAGE / name).is_file(), f"{package}: {name}"
 
 
 def test_every_package_has_its_room_and_its_layer() -> None:

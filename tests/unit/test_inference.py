@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from phi3_dist.modeling.stop_ids import stop_ids
 from transformers import GenerationConfig, Phi3ForCausalLM
 
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import DataConfig
-from phi3_dist.data.answers import asked_of, spread, text_of
+from phi3_dist.data.answers import last_questions, spread, text_of
 from phi3_dist.data.prepare import prepare
 from phi3_dist.errors import AdapterError, ConfigError, DataError, Phi3DistError, RunFolderError
 from phi3_dist.inference import engine
@@ -26,6 +25,7 @@ from phi3_dist.inference.open_model import Opened, Options, open_model
 from phi3_dist.inference.prompts import Prompt, prompt_ids, read_prompts
 from phi3_dist.machine.probe import probe
 from phi3_dist.modeling.lora import quiet_peft
+from phi3_dist.modeling.stop_ids import stop_ids
 from phi3_dist.modeling.tokenizer import load_tokenizer, tiny_tokenizer
 from phi3_dist.planning.facts import LaunchFacts
 from phi3_dist.training import whole_run
@@ -148,7 +148,7 @@ def test_prompts_are_what_training_has_seen() -> None:
     row = json.loads((REPO / "configs/run/debug_chats.jsonl").read_text().splitlines()[0])
     packs = prepare(DataConfig(train=str(REPO / "configs/run/debug_chats.jsonl"), validation_share=0), TOKENIZER, None)
     stops = stop_ids(small_phi3(), TOKENIZER)
-    (asked,) = asked_of(packs.train.rows, [0], stops)
+    (asked,) = last_questions(packs.train.rows, [0], stops)
     turns = row["messages"]
     (ids,) = prompt_ids(TOKENIZER, [Prompt(tuple(turns[:-1]))])
     assert asked.prompt == ids
@@ -162,7 +162,7 @@ def test_raw_text_asks_nothing(tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text('{"text": "Once upon a time."}\n')
     rows = prepare(DataConfig(train=str(tmp_path / "texts.jsonl"), validation_share=0), TOKENIZER, None).train.rows
     with pytest.raises(DataError, match=r"texts\.jsonl:1.*raw text"):
-        asked_of(rows, [0], [1])
+        last_questions(rows, [0], [1])
 
 
 def test_a_taught_token_stays_in_an_answers_text() -> None:

@@ -77,7 +77,7 @@ def test_terms_of_one_device() -> None:
     assert terms["logits (upper bound)"] == pytest.approx(512 * 32064 * 6 / GIB)  # bf16, and its float32 copy
     on_cpu = Step(2048, 1.0, "fp32", 0.0, "cpu", "torch", 16)
     (at_loss,) = (one for one in step_moments(MINI, on_cpu, selects=True) if one.name == "the loss")
-    assert at_loss.parts["logits"] == 128 * 32064 * 4
+    assert at_loss.bytes_by_use["logits"] == 128 * 32064 * 4
     whole = gib(Workload("zero2", 2, "bf16", chunked=False))
     assert whole["logits (upper bound)"] == pytest.approx(2048 * 32064 * 16 / GIB)
     assert "gathered weights" not in terms
@@ -173,7 +173,7 @@ def test_a_step_holds_what_was_measured_on_fake_cuda_tensors(
     plain = Step(tokens, 0.5, "bf16", 0.05, "cuda", "torch", 16, copies=True, adapter_per_layer=786_432)
     step_of = replace(plain, **step)
     highest = max(step_moments(shape, step_of, selects=True), key=lambda moment: moment.total)
-    found = highest.total - highest.parts.get("logits", 0.0)
+    found = highest.total - highest.bytes_by_use.get("logits", 0.0)
     assert found / 2**20 == pytest.approx(measured_mib, rel=0.005)
 
 

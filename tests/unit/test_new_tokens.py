@@ -17,7 +17,7 @@ from phi3_dist.adapters.reading import read_adapter, read_metadata
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import DataConfig, LoraConfig, RunConfig
 from phi3_dist.data.prepare import prepare
-from phi3_dist.errors import AdapterError, ConfigError, DataError, ModelError, PlanError
+from phi3_dist.errors import AdapterError, ConfigError, DataError, ModelError
 from phi3_dist.family.variants import Shape
 from phi3_dist.modeling.base import Base, find_base, load_full, load_quantized, tiny_config
 from phi3_dist.modeling.lora import add_lora, fill_adapter
@@ -156,7 +156,7 @@ def test_the_plan_before_a_run_counts_the_rows_that_the_base_lacks(base: Base, t
 def test_a_plan_says_when_a_tokenizers_file_has_no_ids(base: Base) -> None:
     section = {"source": base.source, "new_tokens": TOKENS}
     (Path(base.source) / "tokenizer.json").write_text('{"model": {"vocab": [["a", 1]]}}')
-    with pytest.raises(PlanError, match="which token has which id"):
+    with pytest.raises(ModelError, match="which token has which id"):
         shape_of_source(RunConfig.model_validate({"model": section, "data": {"train": "x"}}))
 
 

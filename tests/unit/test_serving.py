@@ -18,8 +18,8 @@ from phi3_dist.exports import checking
 from phi3_dist.exports.checking import check, served_of, try_server
 from phi3_dist.exports.open_adapter import open_adapter
 from phi3_dist.serving.asking import Answer, ask, why_absent
-from phi3_dist.serving.facts import Served
 from phi3_dist.serving.rules import RULES, SERVERS, Server, judge
+from phi3_dist.serving.served import Served
 from tests.export_cases import CASES, LONGROPE, small_adapter, small_base
 
 PLAIN = Served("adapter", "someone/phi3")

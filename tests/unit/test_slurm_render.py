@@ -224,7 +224,7 @@ def test_a_chain_that_ends_early_tells_the_jobs_it_leaves(tmp_path: Path, monkey
     sbatch(tmp_path, accepts=2)
     there, told = replace(PLAIN, workdir=str(tmp_path)), list[str]()
     with pytest.raises(MachineError, match="scancel 71 72") as raised:
-        slurm_command(JOB, there, submit=True, chain=4, tell=told.append)
+        slurm_command(JOB, there, submit=True, chain=4, print_line=told.append)
     assert "2 of 4 jobs are submitted" in str(raised.value)
     assert told == ["submitted 1 of 4: job 71", "submitted 2 of 4: job 72"]
     sbatch(tmp_path, accepts=0)

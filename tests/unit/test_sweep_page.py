@@ -106,7 +106,7 @@ def test_a_wide_axis_is_logarithmic_and_the_best_line_is_drawn_last() -> None:
     assert [(line.name, line.rank, line.whole) for line in found.lines] == [
         ("c", 1.0, False), ("a", 0.5, True), ("b", 0.0, True)
     ]  # fmt: skip
-    assert found.lines[-1].said == "b: rate 10; loss 1"
+    assert found.lines[-1].tooltip == "b: rate 10; loss 1"
 
 
 def test_runs_groups_the_candidates_of_a_sweep_by_their_ranking(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ THINKS = (
 def notices(cfg: DataConfig, tokenizer: Any) -> list[str]:
     fmt, totals = ChatFormat.of(tokenizer), Totals(cfg)
     for _, done in encode_blocks_of(blocks_of(cfg), cfg, fmt, tokenizer):
-        totals.add(done.facts)
+        totals.add(done.tallies)
     totals.check()
     return totals.notices(fmt)
 

@@ -1,1 +1,1 @@
-"""loralib's layers, state dicts and files, to PEFT's form and back."""
+"""loralib's layers, state dicts and files, to PEFT's form and back. Begin with state_dicts.py."""

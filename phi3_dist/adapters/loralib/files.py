@@ -107,7 +107,7 @@ def _refuse_foreign(arguments: Mapping[str, object], direction: Direction) -> No
         raise ConfigError(*(Problem(name, f"is not for {direction} ({where})", "leave it out") for name in given))
 
 
-def _held_against(said: Mapping[str, Layer], source: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+def _held_against(layers: Mapping[str, Layer], source: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `peft_from_loralib`, filled in from what the file says of its layers.
 
     Raises ConfigError for those that say something else: another alpha is another update, and nothing would show it.
@@ -120,10 +120,10 @@ def _held_against(said: Mapping[str, Layer], source: Path, given: Mapping[str, A
     filled: dict[str, Any] = {}
     problems: dict[str, Problem] = {}
     for name, read in of_layer.items():
-        value = given[name]
+        value = arguments[name]
         by_name = isinstance(value, Mapping)
         filled[name] = dict(value) if by_name else value
-        for module, layer in said.items():
+        for module, layer in layers.items():
             ours, theirs = lookup(value, module) if by_name else value, read(layer)
             if ours is None and theirs is not None:
                 filled[name] = {**(filled[name] or {}), module: theirs}
@@ -177,7 +177,7 @@ def _read_loralib(path: Path) -> tuple[dict[str, Tensor], dict[str, Layer]]:
     And what a file that was written here says of its layers; nothing for another one.
     """
     try:
-        content, said = _read_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path)
+        content, layers = _read_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path)
     except OSError as error:
         fix = "give a file saved with torch.save(lora.lora_state_dict(model), path)"
         raise AdapterError(Problem(str(path), f"cannot be read: {error.strerror or error}", fix)) from error
@@ -195,7 +195,7 @@ def _read_loralib(path: Path) -> tuple[dict[str, Tensor], dict[str, Layer]]:
         fix = "save it with torch.save(lora.lora_state_dict(model), path)"
         raise AdapterError(Problem(str(path), "is not a dict of tensors", fix))
     wrapped = bool(state) and all(name.startswith("module.") for name in state)  # saved from a DDP model
-    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in state.items()}, said
+    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in state.items()}, layers
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Layer]]:
@@ -210,12 +210,12 @@ def _unpickle(path: Path) -> tuple[Any, dict[str, Layer]]:
     return content, {module: _layer(facts) for module, facts in carried.items() if "alpha" in facts}
 
 
-def _layer(facts: Mapping[str, Any]) -> Layer:
+def _layer(values: Mapping[str, Any]) -> Layer:
     """Raises KeyError, TypeError or ValueError for facts that are none of a layer."""
-    if facts["kind"] not in KINDS:
-        raise ValueError(f"no kind of layer: {facts['kind']!r}")
-    flags = tuple(bool(flag) for flag in facts["enable_lora"])
-    return Layer(facts["kind"], int(facts["r"]), float(facts["alpha"]), flags)
+    if values["kind"] not in KINDS:
+        raise ValueError(f"no kind of layer: {values['kind']!r}")
+    flags = tuple(bool(flag) for flag in values["enable_lora"])
+    return Layer(values["kind"], int(values["r"]), float(values["alpha"]), flags)
 
 
 def _write_loralib(target: Path, state: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> None:
@@ -227,15 +227,15 @@ def _write_loralib(target: Path, state: Mapping[str, Tensor], layers: Mapping[st
         raise AdapterError(Problem(str(target), "exists", "choose another name, or remove it"))
     partial = target.with_name(f"{target.stem}.tmp-{os.getpid()}{target.suffix}")
     own = OrderedDict((name, tensor.contiguous()) for name, tensor in state.items())
-    facts = {module: asdict(layer) for module, layer in layers.items()}
+    header = {module: asdict(layer) for module, layer in layers.items()}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             if target.suffix == ".safetensors":
-                write_tensors(partial, own, {_LAYERS: json.dumps(facts)})
+                write_tensors(partial, own, {_LAYERS: json.dumps(header)})
             else:
                 # load_state_dict hands each module what is under its name here, and loralib's take nothing of it
-                own._metadata = OrderedDict(facts)  # type: ignore[attr-defined]
+                own._metadata = OrderedDict(header)  # type: ignore[attr-defined]
                 torch.save(own, partial)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
@@ -291,16 +291,16 @@ def by_module(*, alpha: Sequence[str] = (), enable_lora: Sequence[str] = (), kin
             fix = "qkv_proj=true,false,true"
             problems.append(Problem("enable_lora", f"'{value}' for '{name}' is not true or false each", fix))
         flags[name] = tuple(word == "true" for word in words)
-    said: dict[str, Kind] = {}
+    kind_of: dict[str, Kind] = {}
     for name, value in _pairs("kinds", kinds, problems):
         kind = next((known for known in KINDS if known == value), None)
         if kind is None or not name:
             problems.append(Problem("kinds", f"'{value}' for '{name}' is not a kind", f"module={'|'.join(KINDS)}"))
         else:
-            said[name] = kind
+            kind_of[name] = kind
     if problems:
         raise ConfigError(*problems)
-    return ByModule(alphas.get("", alphas or None), flags, said)
+    return ByModule(alphas.get("", alphas or None), flags, kind_of)
 
 
 def _pairs(argument: str, words: Sequence[str], problems: list[Problem]) -> list[tuple[str, str]]:

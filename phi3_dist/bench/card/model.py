@@ -24,8 +24,10 @@ from phi3_dist.bench.throughput import step_flops
 from phi3_dist.config.schema import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from phi3_dist.data.pack_order import Order
 from phi3_dist.errors import PlanError
+from phi3_dist.family.variants import Shape
 from phi3_dist.machine.probe import probe
 from phi3_dist.modeling.base import Base
+from phi3_dist.modeling.shape_config import config_of_shape
 from phi3_dist.modeling.weights import Weights
 from phi3_dist.planning.facts import LaunchFacts
 from phi3_dist.planning.memory import total_gib
@@ -44,19 +46,8 @@ TORCH, TRITON = {"kernels": "torch"}, {"kernels": "triton"}
 
 def mini(layers: int, *, toy: bool) -> Phi3Config:
     """Phi-3-mini-4k's shape with so many layers; a toy of the same form."""
-    return Phi3Config(
-        vocab_size=32064,
-        hidden_size=96 if toy else 3072,
-        intermediate_size=128 if toy else 8192,
-        num_hidden_layers=layers,
-        num_attention_heads=2 if toy else 32,
-        num_key_value_heads=2 if toy else 32,
-        max_position_embeddings=4096,
-        sliding_window=2047,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    shape = Shape(layers, 96, 128, 2, 2, 48, 32064) if toy else Shape(layers, 3072, 8192, 32, 32, 96, 32064)
+    return config_of_shape(shape, sliding_window=2047)
 
 
 def random_base(config: Phi3Config, device: torch.device, dtype: torch.dtype) -> Base:

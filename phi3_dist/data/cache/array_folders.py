@@ -72,7 +72,7 @@ class ArraysWriter:
         """The running sha256 of the array `name` (a `hashlib` object of the caller's own)."""
         return self._digests[name].copy()
 
-    def finish(self, facts: dict[str, Any]) -> None:
+    def finish(self, metadata: dict[str, Any]) -> None:
         """Flush everything to the disk and give the folder its name, in place of an older one."""
         for file in self._files.values():
             file.flush()
@@ -81,7 +81,7 @@ class ArraysWriter:
             name: {"dtype": self._dtypes[name], "length": self._lengths[name], "sha256": digest.hexdigest()}
             for name, digest in self._digests.items()
         }
-        write_whole(self._folder / "facts.json", {"arrays": arrays, **facts})
+        write_whole(self._folder / "facts.json", {"arrays": arrays, **metadata})
         _stamp(self._folder, list(arrays))
         shutil.rmtree(self._final, ignore_errors=True)
         self._folder.replace(self._final)
@@ -101,9 +101,9 @@ def open_arrays(folder: Path, *, just_written: bool = False) -> tuple[dict[str, 
 
     What this process has `just_written` is not read again as long as its files are untouched.
     """
-    facts = read_whole(folder / "facts.json")
+    metadata = read_whole(folder / "facts.json")
     try:
-        described = facts["arrays"]
+        described = metadata["arrays"]
         arrays = {
             name: _mapped(folder / f"{name}.bin", about["dtype"], about["length"]) for name, about in described.items()
         }
@@ -116,7 +116,7 @@ def open_arrays(folder: Path, *, just_written: bool = False) -> tuple[dict[str, 
             _stamp(folder, list(arrays))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(Problem(str(folder), f"not a whole folder of arrays: {error}")) from error
-    return arrays, facts
+    return arrays, metadata
 
 
 def write_whole(path: Path, value: dict[str, Any]) -> None:

@@ -123,18 +123,18 @@ def encode_to_block_files(
 
 
 def _alone(job: _Job, blocks: Iterable[Block]) -> Iterator[TokenBlock]:
-    kept: set[int] = set()
+    finished: set[int] = set()
 
     def missing() -> Iterator[Block]:
         for block in blocks:
             if job.has(block.number):
-                kept.add(block.number)
+                finished.add(block.number)
             else:
                 yield block
 
     def kept_from(due: int) -> Iterator[TokenBlock]:
-        while due in kept:
-            kept.remove(due)
+        while due in finished:
+            finished.remove(due)
             yield load_block(job.path(due))
             due += 1
 
@@ -232,7 +232,7 @@ def _work(block: Block) -> None:
 
 def save_block(path: Path, done: TokenBlock) -> None:
     """Write one file, under another name first. Raises OSError, and leaves nothing half written."""
-    arrays: dict[str, Any] = {"facts": _bytes(done.facts)}
+    arrays: dict[str, Any] = {"facts": _bytes(done.tallies)}
     for name, rows in (("train", done.train), ("held", done.held_out)):
         arrays |= {f"{name}.ids": rows.ids, f"{name}.supervised": rows.supervised, f"{name}.offsets": rows.offsets}
         arrays[f"{name}.places"] = _bytes(list(rows.places))

@@ -1,1 +1,1 @@
-"""Which rows stand together in a pack."""
+"""Which rows lie together in a pack. Begin with packs.py; bin_packing.py is the algorithm."""

@@ -201,12 +201,12 @@ def save_packed(folder: Path, rows: TokenRows, pack_length: int, on_long_row: st
 
 def load_packed(folder: Path, rows: TokenRows, pack_length: int, *, just_written: bool = False) -> Packed:
     """What `save_packed` wrote for the same rows, mapped. Raises DataError where it is missing or torn."""
-    arrays, facts = open_arrays(folder, just_written=just_written)
+    arrays, metadata = open_arrays(folder, just_written=just_written)
     try:
-        if facts["own"]:
+        if metadata["own"]:
             rows = TokenRows.load(folder.with_name(f"{folder.name}.rows"), just_written=just_written)
         packs = Packs(rows, PackList(arrays["rows"], arrays["starts"]), arrays["targets"], pack_length)
-        packs.__dict__["fingerprint"] = facts["fingerprint"]  # known and checksummed: not to be computed again
-        return Packed(packs, facts["dropped"], facts["cut"])
+        packs.__dict__["fingerprint"] = metadata["fingerprint"]  # known and checksummed: not to be computed again
+        return Packed(packs, metadata["dropped"], metadata["cut"])
     except (KeyError, TypeError) as error:
         raise DataError(Problem(str(folder), f"holds no packs: {error}")) from error

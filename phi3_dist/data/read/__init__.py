@@ -1,1 +1,4 @@
-"""Files, folders and hub sets into checked conversations: sources.py, raw_rows.py, row_formats.py."""
+"""Files, folders and hub data sets into checked conversations.
+
+Begin with sources.py, what the run file names; raw_rows.py reads rows, row_formats.py checks them.
+"""

@@ -66,7 +66,7 @@ class Form:
     """`values`: JSON objects one after the other, each over several lines; `odd`: JSON that may be no rows at all."""
     packing: Literal["", "gzip", "zstd"] = ""
     encoding: str = "utf-8"
-    said: str = ""
+    mismatch: str = ""
     """Where it is not what its name says."""
 
 
@@ -80,63 +80,63 @@ def kind_of(path: Path) -> str:
 
 def form_of(path: Path, label: str) -> Form:
     """What a file of one of the `KINDS` is. Raises DataError, naming `label`, where it can't be read as rows."""
-    kind, head = kind_of(path), b""
-    with _said(label), path.open("rb") as file:
-        head = file.read(_HEAD)
-    _refuse_others(head, label)
-    if head.startswith(b"PAR1"):
-        return Form("parquet", said="" if kind == ".parquet" else "is a Parquet file, and read as one")
+    kind, first_bytes = kind_of(path), b""
+    with _faults_named(label), path.open("rb") as file:
+        first_bytes = file.read(_HEAD)
+    _refuse_others(first_bytes, label)
+    if first_bytes.startswith(b"PAR1"):
+        return Form("parquet", mismatch="" if kind == ".parquet" else "is a Parquet file, and read as one")
     if kind == ".parquet":
-        looks = "JSON" if head.lstrip()[:1] in (b"{", b"[") else "something else"
+        looks = "JSON" if first_bytes.lstrip()[:1] in (b"{", b"[") else "something else"
         what = f"is not a Parquet file that can be read: by its first bytes it is {looks}"
         raise DataError(Problem(label, what, "download or write it again, or give it the ending of what it is"))
-    packing, said = _packing(path, head, label)
+    packing, mismatches = _packing(path, first_bytes, label)
     if packing:
-        with _said(label), _unpacked(path, packing, label) as unpacked:
-            head = unpacked.read(_HEAD)
-        _refuse_others(head, label)
-        if head.startswith(b"PAR1"):
+        with _faults_named(label), _unpacked(path, packing, label) as unpacked:
+            first_bytes = unpacked.read(_HEAD)
+        _refuse_others(first_bytes, label)
+        if first_bytes.startswith(b"PAR1"):
             raise DataError(Problem(label, "is a packed Parquet file", "unpack it: Parquet is packed inside"))
-    encoding = next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
-    if encoding == "utf-8" and head[:64].count(0) > len(head[:64]) // 3:
+    encoding = next((name for mark, name in _MARKS if first_bytes.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and first_bytes[:64].count(0) > len(first_bytes[:64]) // 3:
         what = "has a zero byte beside every other: UTF-16 without its mark?"
         raise DataError(Problem(label, what, "write it as UTF-8"))
     if encoding != "utf-8":
-        said.append(f"is {encoding.upper()}")
-        head = codecs.getincrementaldecoder(encoding)("replace").decode(head).encode("utf-8", "replace")
-    shape = "csv" if kind == ".csv" else _json_shape(head.removeprefix(_UTF8).lstrip(), kind)
+        mismatches.append(f"is {encoding.upper()}")
+        first_bytes = codecs.getincrementaldecoder(encoding)("replace").decode(first_bytes).encode("utf-8", "replace")
+    shape = "csv" if kind == ".csv" else _json_shape(first_bytes.removeprefix(_UTF8).lstrip(), kind)
     if shape == "array" and kind == ".jsonl":
-        said.append("is one JSON array")
+        mismatches.append("is one JSON array")
     elif shape == "values":
-        said.append("holds JSON objects over several lines")
-    return Form(shape, packing, encoding, " and ".join(said) + ", and read as that" if said else "")
+        mismatches.append("holds JSON objects over several lines")
+    return Form(shape, packing, encoding, " and ".join(mismatches) + ", and read as that" if mismatches else "")
 
 
-def _packing(path: Path, head: bytes, label: str) -> tuple[Literal["", "gzip", "zstd"], list[str]]:
+def _packing(path: Path, first_bytes: bytes, label: str) -> tuple[Literal["", "gzip", "zstd"], list[str]]:
     suffix = path.suffix.lower()
     packing: Literal["", "gzip", "zstd"] = ""
-    if head.startswith(b"\x1f\x8b"):
+    if first_bytes.startswith(b"\x1f\x8b"):
         packing = "gzip"
-    elif head.startswith(b"\x28\xb5\x2f\xfd"):
+    elif first_bytes.startswith(b"\x28\xb5\x2f\xfd"):
         packing = "zstd"
     named = {".gz": "gzip", ".zst": "zstd"}.get(suffix, "")
     if packing == named:
         return packing, []
     if packing:
         return packing, [f"is packed with {packing}"]
-    if head and head.removeprefix(_UTF8).lstrip()[:1] not in (b"{", b"["):
+    if first_bytes and first_bytes.removeprefix(_UTF8).lstrip()[:1] not in (b"{", b"["):
         what = f"can't be read: Not a {'gzipped' if named == 'gzip' else 'zstd'} file, as its name says"
         raise DataError(Problem(label, what, "give it the ending of what it is"))
-    return "", ["is not packed"] if head else []
+    return "", ["is not packed"] if first_bytes else []
 
 
-def _refuse_others(head: bytes, label: str) -> None:
+def _refuse_others(first_bytes: bytes, label: str) -> None:
     for magic, what, fix in _OTHERS:
-        if head.startswith(magic):
+        if first_bytes.startswith(magic):
             raise DataError(Problem(label, f"is {what}", fix))
-    if head[257:262] == b"ustar":
+    if first_bytes[257:262] == b"ustar":
         raise DataError(Problem(label, "is a tar archive", _UNPACK))
-    if head[:512].lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
+    if first_bytes[:512].lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
         what = "is a web page: a download that went wrong"
         raise DataError(Problem(label, what, "download it again; a gated set needs a login"))
 
@@ -176,7 +176,7 @@ def _begins_with_long_object(body: bytes, *, alone: bool) -> bool:
 
 
 @contextmanager
-def _said(label: str) -> Iterator[None]:
+def _faults_named(label: str) -> Iterator[None]:
     """Whatever keeps a file from being read, as one message."""
     try:
         yield
@@ -188,7 +188,7 @@ def _said(label: str) -> Iterator[None]:
 @contextmanager
 def opened(path: Path, form: Form, label: str) -> Iterator[IO[bytes]]:
     """The file's bytes, unpacked and in UTF-8. Raises DataError where they can't be read, also inside the block."""
-    with _said(label), _unpacked(path, form.packing, label) as file:
+    with _faults_named(label), _unpacked(path, form.packing, label) as file:
         if form.encoding == "utf-8":
             yield file
             return

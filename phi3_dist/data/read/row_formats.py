@@ -233,7 +233,7 @@ def _from_alpaca(values: Values, names: Names, seen: Seen, rules: Rules) -> tupl
     if more and more.strip():
         question = f"{question}\n\n{text_of(more, names['input'])}"
     answer = text_of(values["output"], names["output"])
-    return _asked(values, names, question, answer, rules)
+    return _question_and_answer(values, names, question, answer, rules)
 
 
 def _from_prompt_completion(values: Values, names: Names, seen: Seen, rules: Rules) -> tuple[Message, ...]:
@@ -243,10 +243,10 @@ def _from_prompt_completion(values: Values, names: Names, seen: Seen, rules: Rul
         after = _turns(completion, names["completion"], seen, rules)
         return (*_system(values, names), *(replace(m, weight=int(m.role != "assistant")) for m in before), *after)
     question, answer = text_of(prompt, names["prompt"]), text_of(completion, names["completion"])
-    return _asked(values, names, question, answer, rules)
+    return _question_and_answer(values, names, question, answer, rules)
 
 
-def _asked(values: Values, names: Names, question: str, answer: str, rules: Rules) -> tuple[Message, ...]:
+def _question_and_answer(values: Values, names: Names, question: str, answer: str, rules: Rules) -> tuple[Message, ...]:
     for text in (question, answer):
         refuse_placeholders(text, rules)
     return (*_system(values, names), Message("user", question), Message("assistant", answer))

@@ -195,19 +195,19 @@ def problems_of(bad: Sequence[BadRow]) -> list[Problem]:
     grouped = {reason for reason, places in by_reason.items() if len(places) > GROUPED_FROM}
     problems: list[Problem] = []
     named: set[str] = set()
-    told = 0
+    shown = 0
     for row in bad:
         if row.reason in named or len(problems) == SHOWN_AT_MOST:
             continue
         if row.reason in grouped:
             places = by_reason[row.reason]
             named.add(row.reason)
-            told += len(places)
+            shown += len(places)
             problems.append(Problem(f"{', '.join(places[:3])} and {len(places) - 3:,} more", row.reason))
         else:
-            told += 1
+            shown += 1
             problems.append(Problem(row.place, row.reason))
-    rest = len(bad) - told
+    rest = len(bad) - shown
     last = f"and {rest:,} more; {len(bad):,} bad rows" if rest else f"{len(bad):,} bad row{'s' * (len(bad) > 1)}"
     return [*problems, Problem("data", last, "correct them, or leave them out with data.on_bad_row: skip")]
 

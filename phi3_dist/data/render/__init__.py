@@ -1,1 +1,1 @@
-"""A conversation through the chat template into token ids and the loss mask: encode.py."""
+"""A conversation through the chat template into token ids and the loss mask. Begin with encode.py."""

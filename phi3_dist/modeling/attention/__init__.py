@@ -1,1 +1,4 @@
-"""Attention within documents: backend.py, packed_kernels.py, flex.py. planning/attention_choice.py decides which."""
+"""Attention over the documents of a pack; planning/attention_choice.py chooses the kernel.
+
+Begin with backend.py, which hands it to transformers; packed_kernels.py and flex.py compute it.
+"""

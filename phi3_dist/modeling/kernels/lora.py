@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from phi3_dist.modeling.kernels.passes import launch
+from phi3_dist.modeling.kernels.launch import launch, power_of_two
 
 __all__ = ["LEVELS", "NO_DROP", "Drop", "down", "drop_of", "grads_of_input", "grads_of_output", "masked"]
 
@@ -181,13 +181,13 @@ INPUT = Blocks(32, 128, 4, 3, 256)
 
 
 def _ranks(rank: int) -> int:
-    return max(1 << (rank - 1).bit_length(), 16)
+    return max(power_of_two(rank), 16)
 
 
 def _sum(parts: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
     # the count of parts follows the tokens: as a power of two it is seldom another program
     size, count = out.numel(), parts.shape[0]
-    most = 1 << max(count - 1, 0).bit_length()
+    most = power_of_two(count)
     launch(
         _sum_kernel,
         (-(-size // 512), 1, 1),

@@ -9,78 +9,34 @@ Shapes: T tokens, H hidden, I inner, N query heads, K key/value heads, D head si
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from phi3_dist.modeling.kernels.launch import launch, power_of_two, warps_for, whole_rows
 
 __all__ = [
     "add_norm",
-    "launch",
+    "add_norm_row",
     "norm_backward",
     "rotate_backward",
     "rotate_in_place",
     "swiglu",
     "swiglu_backward",
+    "swiglu_row",
+    "swiglu_row_gradients",
 ]
-
-
-_COMPILED: dict[tuple[Any, ...], Any] = {}
-_ALIGNED = 16
-
-
-def launch(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    tensors: tuple[Tensor, ...],
-    numbers: tuple[float, ...],
-    fixed: tuple[int, ...],
-    warps: int,
-    stages: int = 3,
-) -> None:
-    """Run a kernel over its tensors, the numbers that change from call to call, and those that are compiled into it.
-
-    Triton's own way from a call to the compiled kernel takes longer on the host than most kernels here on the device:
-    after the first call it is looked up by what it was compiled for. A fake tensor has nothing to compute with.
-    """
-    first, places = tensors[0], 0
-    if type(first) is FakeTensor:
-        return
-    for tensor in tensors:
-        places |= tensor.data_ptr()
-    kinds = tuple([tensor.dtype for tensor in tensors])
-    key = (kernel, fixed, warps, stages, kinds, places % _ALIGNED == 0, first.get_device())
-    known = _COMPILED.get(key)
-    if known is None:
-        known = kernel[grid](*tensors, *numbers, *fixed, num_warps=warps, num_stages=stages)
-        if known is not None and places % _ALIGNED == 0:  # Triton's interpreter compiles nothing
-            _COMPILED[key] = known
-        return
-    known[grid](*tensors, *numbers, *fixed)
-
-
-def _power(number: int) -> int:
-    """The next power of two."""
-    return 1 << max(number - 1, 0).bit_length()
-
-
-def _warps(block: int) -> int:
-    return min(max(block // 512, 1), 16)
 
 
 # --- norm -------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _add_norm_kernel(
-    x, delta, weight, total, out, rstd, eps, row_x: tl.constexpr, row_delta: tl.constexpr, hidden: tl.constexpr,
-    ADD: tl.constexpr, BLOCK: tl.constexpr,
+def add_norm_row(
+    x, delta, weight, total, rstd, eps, row, columns, row_x, row_delta, hidden, ADD: tl.constexpr
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    """The norm of one row times its weight, in float32 and not yet rounded; stores x + delta and `rstd`."""
     inside = columns < hidden
     value = tl.load(x + row * row_x + columns, mask=inside, other=0.0)
     if ADD:
@@ -92,8 +48,17 @@ def _add_norm_kernel(
     tl.store(rstd + row, scale)
     factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     # transformers' order of roundings: the normalised value in the input's type, then the weight
-    normed = (wide * scale).to(value.dtype).to(tl.float32) * factor
-    tl.store(out + row * hidden + columns, normed.to(out.dtype.element_ty), mask=inside)
+    return (wide * scale).to(value.dtype).to(tl.float32) * factor
+
+
+@triton.jit
+def _add_norm_kernel(
+    x, delta, weight, total, out, rstd, eps, row_x: tl.constexpr, row_delta: tl.constexpr, hidden: tl.constexpr,
+    ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    normed = add_norm_row(x, delta, weight, total, rstd, eps, row, columns, row_x, row_delta, hidden, ADD)
+    tl.store(out + row * hidden + columns, normed.to(out.dtype.element_ty), mask=columns < hidden)
 
 
 @triton.jit
@@ -115,31 +80,22 @@ def _norm_backward_kernel(
     tl.store(out + row * hidden + columns, result.to(out.dtype.element_ty), mask=inside)
 
 
-def _rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """The tensor with whole rows (its last dimension), and the step from row to row. A view takes its time."""
-    if tensor.is_contiguous():
-        return tensor, tensor.shape[-1]
-    flat = tensor.reshape(-1, tensor.shape[-1])
-    flat = flat if flat.stride(1) == 1 else flat.contiguous()
-    return flat, flat.stride(0)
-
-
 def add_norm(x: Tensor, delta: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """x + delta (x itself without one), its RMS norm with `weight_H`, and `rstd` (..., 1) in float32."""
     hidden = x.shape[-1]
-    x_TH, row_x = _rows(x)
-    delta_TH, row_delta = (x_TH, row_x) if delta is None else _rows(delta)
+    x_TH, row_x = whole_rows(x)
+    delta_TH, row_delta = (x_TH, row_x) if delta is None else whole_rows(delta)
     total = x if delta is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight_H.dtype), device=x.device)
     rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-    block = _power(hidden)
+    block = power_of_two(hidden)
     launch(
         _add_norm_kernel,
         (rstd.numel(), 1, 1),
         (x_TH, delta_TH, weight_H, total, out, rstd),
         (eps,),
         (row_x, row_delta, hidden, int(delta is not None), block),
-        _warps(block),
+        warps_for(block),
     )
     return total, out, rstd
 
@@ -147,17 +103,17 @@ def add_norm(x: Tensor, delta: Tensor | None, weight_H: Tensor, eps: float) -> t
 def norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight_H: Tensor, other: Tensor | None = None) -> Tensor:
     """The gradient of x from that of its norm, plus `other`, which is x's own (the residual's)."""
     hidden = x.shape[-1]
-    (grad_TH, row_grad), (x_TH, row_x) = _rows(grad), _rows(x)
-    other_TH, row_other = (grad_TH, row_grad) if other is None else _rows(other)
+    (grad_TH, row_grad), (x_TH, row_x) = whole_rows(grad), whole_rows(x)
+    other_TH, row_other = (grad_TH, row_grad) if other is None else whole_rows(other)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block = _power(hidden)
+    block = power_of_two(hidden)
     launch(
         _norm_backward_kernel,
         (rstd.numel(), 1, 1),
         (grad_TH, x_TH, rstd, weight_H, other_TH, out),
         (),
         (row_grad, row_x, row_other, hidden, int(other is not None), block),
-        _warps(block),
+        warps_for(block),
     )
     return out
 
@@ -228,8 +184,8 @@ def rotate_in_place(qkv_TX: Tensor, cos_TR: Tensor, sin_TR: Tensor, heads: int, 
     """Turn the query and key heads of the joined projection where they lie."""
     tokens, size = qkv_TX.shape[0], qkv_TX.shape[1] // (heads + 2 * kv_heads)
     turned, moving = cos_TR.shape[1], heads + kv_heads
-    block = min(_power(moving), 32)
-    fixed = (qkv_TX.stride(0), cos_TR.stride(0), sin_TR.stride(0), moving, size, turned, block, _power(turned))
+    block = min(power_of_two(moving), 32)
+    fixed = (qkv_TX.stride(0), cos_TR.stride(0), sin_TR.stride(0), moving, size, turned, block, power_of_two(turned))
     launch(_rotate_kernel, (tokens, -(-moving // block), 1), (qkv_TX, cos_TR, sin_TR), (), fixed, 4)
 
 
@@ -241,7 +197,7 @@ def rotate_backward(grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, co
     out_TX = torch.empty(tokens, (heads + 2 * kv_heads) * size, dtype=grad_query.dtype, device=grad_query.device)
     strides = tuple([step for grad in grads for step in grad.stride()[:2]])
     sizes = (cos_TR.stride(0), sin_TR.stride(0), heads, kv_heads, size, turned)
-    blocks = (_power(heads), _power(kv_heads), _power(turned), _power(size), int(2 * turned < size))
+    blocks = (*map(power_of_two, (heads, kv_heads, turned, size)), int(2 * turned < size))
     launch(
         _rotate_backward_kernel,
         (tokens, 1, 1),
@@ -257,13 +213,32 @@ def rotate_backward(grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, co
 
 
 @triton.jit
-def _swiglu_kernel(gate_up, out, row_in: tl.constexpr, inner: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def swiglu_row(gate_up, row, columns, row_in, inner):
+    """`up · silu(gate)` of some columns of a row, in float32."""
     inside = columns < inner
     gate = tl.load(gate_up + row * row_in + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * row_in + inner + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * inner + columns, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def swiglu_row_gradients(grad, gate_up, row, columns, row_grad, row_in, inner):
+    """The gradients of gate and up for some columns of a row, in the type of both."""
+    inside = columns < inner
+    wide = tl.load(grad + row * row_grad + columns, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up + row * row_in + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * row_in + inner + columns, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    of_gate, of_up = wide * up * sigmoid * (1 + gate * (1 - sigmoid)), wide * gate * sigmoid
+    return of_gate.to(gate_up.dtype.element_ty), of_up.to(gate_up.dtype.element_ty)
+
+
+@triton.jit
+def _swiglu_kernel(gate_up, out, row_in: tl.constexpr, inner: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = swiglu_row(gate_up, row, columns, row_in, inner)
+    tl.store(out + row * inner + columns, value.to(out.dtype.element_ty), mask=columns < inner)
 
 
 @triton.jit
@@ -272,23 +247,18 @@ def _swiglu_backward_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < inner
-    wide = tl.load(grad + row * row_grad + columns, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(gate_up + row * row_in + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * row_in + inner + columns, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    of_gate, of_up = wide * up * sigmoid * (1 + gate * (1 - sigmoid)), wide * gate * sigmoid
+    of_gate, of_up = swiglu_row_gradients(grad, gate_up, row, columns, row_grad, row_in, inner)
     place = out + row * 2 * inner + columns
-    tl.store(place, of_gate.to(out.dtype.element_ty), mask=inside)
-    tl.store(place + inner, of_up.to(out.dtype.element_ty), mask=inside)
+    tl.store(place, of_gate, mask=columns < inner)
+    tl.store(place + inner, of_up, mask=columns < inner)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """`up · silu(gate)` of (..., 2·I), gate first."""
-    rows, row_in = _rows(gate_up)
+    rows, row_in = whole_rows(gate_up)
     inner = gate_up.shape[-1] // 2
     out = torch.empty((*gate_up.shape[:-1], inner), dtype=gate_up.dtype, device=gate_up.device)
-    block = min(_power(inner), 1024)
+    block = min(power_of_two(inner), 1024)
     grid = (gate_up.numel() // (2 * inner), -(-inner // block), 1)
     launch(_swiglu_kernel, grid, (rows, out), (), (row_in, inner, block), 4)
     return out
@@ -296,10 +266,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     """The gradient of the joined projection (..., 2·I)."""
-    (rows, row_in), (grad_TI, row_grad) = _rows(gate_up), _rows(grad)
+    (rows, row_in), (grad_TI, row_grad) = whole_rows(gate_up), whole_rows(grad)
     inner = grad.shape[-1]
     out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-    block = min(_power(inner), 1024)
+    block = min(power_of_two(inner), 1024)
     grid = (grad.numel() // inner, -(-inner // block), 1)
     launch(_swiglu_backward_kernel, grid, (grad_TI, rows, out), (), (row_grad, row_in, inner, block), 4)
     return out

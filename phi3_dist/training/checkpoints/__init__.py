@@ -1,1 +1,4 @@
-"""Saving (saver.py, files.py, state.py) and going on: resume_point.py finds where, compatibility.py what may differ."""
+"""Saving a run (saver.py, files.py, state.py) and resuming it (resume_point.py, compatibility.py).
+
+Begin with saver.py, which decides when and what to save.
+"""

@@ -28,7 +28,7 @@ from phi3_dist.config.json_text import parse_json
 from phi3_dist.errors import Problem, TrainingError
 from phi3_dist.machine.storage import as_os_error
 
-__all__ = ["Checkpoint", "Kept", "find_checkpoint", "read_state", "verify", "write_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointPruner", "find_checkpoint", "read_state", "verify", "write_checkpoint"]
 
 STATE, TRAINER, MANIFEST = "state.safetensors", "trainer.json", "manifest.json"
 
@@ -134,7 +134,7 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return tensors
 
 
-class Kept:
+class CheckpointPruner:
     """Which checkpoints of one run stay. Each is verified once by a process, and again when it has changed."""
 
     def __init__(self, resumed_from: Path | None = None) -> None:
@@ -148,12 +148,12 @@ class Kept:
         `written`: the step that has just been written. Nothing is removed while it doesn't verify. What doesn't verify
         is renamed and counts for nothing. Leftovers of killed saves go. A line for each that was set aside.
         """
-        good, said = [], []
+        good, notices = [], []
         for step, path in sorted(_numbered(root), reverse=True):
             if self.verifies(path):
                 good.append((step, path))
             else:
-                said.append(_set_aside(path))
+                notices.append(_set_aside(path))
         if written is None or any(step == written for step, _ in good):
             stay = {best_step, written, *(step for step, _ in good[:keep])}
             for step, path in good:
@@ -164,7 +164,7 @@ class Kept:
         for path in root.iterdir():
             if re.fullmatch(r"step_\d{6,}\.(tmp|old)", path.name) and path.is_dir() and not path.is_symlink():
                 _remove(path)
-        return said
+        return notices
 
     def verifies(self, folder: Path) -> bool:
         """As `verify`, remembered for as long as no file of it changes."""

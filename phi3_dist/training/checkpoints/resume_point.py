@@ -68,7 +68,7 @@ def find_resume_point(
     changed = changed_keys(found.identity, ours) if checkpoint is not None and found.identity is not None else ()
     if found.finished and not found.damage and STEPS not in changed:
         return ResumePoint(checkpoint, finished=True)
-    lines = [*found.passed, *_told_before(found, changed, wanted, optim)]
+    lines = [*found.passed, *_notices_before_resume(found, changed, wanted, optim)]
     if runtime.is_main:
         for line in lines:
             Console(soft_wrap=True).print(line, markup=False)
@@ -117,7 +117,7 @@ def _refuse_no_way_on(folder: RunFolder, found: _Found, wanted: int, *, more: bo
         raise TrainingError(Problem(str(folder.path), what, fix))
 
 
-def _told_before(found: _Found, changed: Collection[str], wanted: int, optim: OptimConfig) -> list[str]:
+def _notices_before_resume(found: _Found, changed: Collection[str], wanted: int, optim: OptimConfig) -> list[str]:
     """What a person should know before the run goes on."""
     lines, checkpoint = [], found.checkpoint
     if found.damage:

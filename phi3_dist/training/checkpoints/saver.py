@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from phi3_dist.errors import Problem, RunFolderError, TrainingError
-from phi3_dist.training.checkpoints.files import Checkpoint, Kept, verify, write_checkpoint
+from phi3_dist.training.checkpoints.files import Checkpoint, CheckpointPruner, verify, write_checkpoint
 from phi3_dist.training.checkpoints.state import export_state, restore
 from phi3_dist.training.context import RunContext
 from phi3_dist.training.held_out_loss import HeldOut
@@ -31,7 +31,7 @@ class Saver:
         self.stood_s = 0.0
         self.start_s = time.perf_counter()
         best = checkpoint.trainer.get("best") if checkpoint else None
-        self._kept = Kept(checkpoint.folder if checkpoint else None)
+        self._pruner = CheckpointPruner(checkpoint.folder if checkpoint else None)
         self._best: tuple[float, int] | None = (float(best[0]), int(best[1])) if best else None
 
     def due(self, done: int, held_out: HeldOut | None = None, *, early: bool = False) -> bool:
@@ -73,7 +73,7 @@ class Saver:
                 "world_size": ctx.runtime.world,
                 "strategy": ctx.runtime.plan.strategy,
                 "heldout_loss": held_out.loss if held_out and math.isfinite(held_out.loss) else None,
-                "patience": ctx.patience.facts(),
+                "patience": ctx.patience.state(),
                 "best": self._best,
                 "health": self.health.state(),
             }
@@ -99,10 +99,10 @@ class Saver:
         try:
             root = ctx.folder.held / "checkpoints"
             written = write_checkpoint(root, done, state, trainer)
-            if not self._kept.verifies(written):
+            if not self._pruner.verifies(written):
                 return f"{where / written.name}: {verify(written)}"
             best = self._best[1] if self._best else None
-            for line in self._kept.prune(root, ctx.cfg.save.keep, best, done):
+            for line in self._pruner.prune(root, ctx.cfg.save.keep, best, done):
                 ctx.metrics.say(line)
         except OSError as problem:
             return f"{where}: {problem.strerror or problem}"

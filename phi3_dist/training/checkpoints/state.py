@@ -125,13 +125,13 @@ def import_state(engine: Engine, state: Mapping[str, Tensor], steps: int) -> Non
     if isinstance(engine, DeepSpeedEngine):
         new_moments(engine.optimizer, steps)
     for name, param in params.items():
-        parts = {kind: state[f"{kind}/{name}"] for kind in shapes[name]}
+        tensors = {kind: state[f"{kind}/{name}"] for kind in shapes[name]}
         if isinstance(engine, DeepSpeedEngine):
-            set_tensors(engine.optimizer, param, parts)
+            set_tensors(engine.optimizer, param, tensors)
         elif _is_bitsandbytes(engine.optimizer):
-            _import_blocks(engine.optimizer, param, parts, steps)
+            _import_blocks(engine.optimizer, param, tensors, steps)
         else:
-            _import_torch(engine.optimizer, param, parts, steps)
+            _import_torch(engine.optimizer, param, tensors, steps)
 
 
 def restore(engine: Engine, checkpoint: Checkpoint) -> None:
@@ -163,12 +163,12 @@ def _copy_part(target: Tensor, value: Tensor) -> None:
             target.copy_(value)
 
 
-def _import_torch(optimizer: Any, param: nn.Parameter, parts: Mapping[str, Tensor], steps: int) -> None:
-    _copy_part(param, parts[WEIGHT])
+def _import_torch(optimizer: Any, param: nn.Parameter, tensors: Mapping[str, Tensor], steps: int) -> None:
+    _copy_part(param, tensors[WEIGHT])
     optimizer.state[param] = {"step": step_count(optimizer, param, steps)}
     for kind in MOMENTS:
         optimizer.state[param][kind] = torch.zeros_like(param)
-        _copy_part(optimizer.state[param][kind], parts[kind])
+        _copy_part(optimizer.state[param][kind], tensors[kind])
 
 
 def _is_bitsandbytes(optimizer: Any) -> bool:
@@ -185,12 +185,12 @@ def _new_blocks(optimizer: Any, param: nn.Parameter) -> dict[str, Any]:
     return state
 
 
-def _import_blocks(optimizer: Any, param: nn.Parameter, parts: Mapping[str, Tensor], steps: int) -> None:
+def _import_blocks(optimizer: Any, param: nn.Parameter, tensors: Mapping[str, Tensor], steps: int) -> None:
     state = optimizer.state[param]
     if param.device.type == "cuda":
         torch.cuda.synchronize(param.device)  # paged memory, which the host writes below, was zeroed on the device
     state["step"] = steps
     with torch.no_grad():
-        param.copy_(parts[WEIGHT])
+        param.copy_(tensors[WEIGHT])
         for kind, name in _kept_as(state):
-            state[name].copy_(parts[kind])
+            state[name].copy_(tensors[kind])

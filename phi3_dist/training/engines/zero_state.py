@@ -61,17 +61,17 @@ def export_tensor(param: nn.Parameter, kind: str) -> Tensor:
     return full
 
 
-def set_tensors(zero: Any, param: nn.Parameter, parts: Mapping[str, Tensor]) -> None:
-    """Set the float32 weight and moments that `parts` holds whole; the model's own weight follows, in its dtype.
+def set_tensors(zero: Any, param: nn.Parameter, tensors: Mapping[str, Tensor]) -> None:
+    """Set the float32 weight and moments that `tensors` holds whole; the model's own weight follows, in its dtype.
 
     Every rank gives them and takes its own part. Moments have to exist: see `new_moments`.
     """
     if hasattr(zero, "fp32_partitioned_groups_flat"):
-        _set_stage3(param, parts)
+        _set_stage3(param, tensors)
         return
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    for kind, whole in parts.items():
+    for kind, whole in tensors.items():
         value = whole.to(param.device)
         if kind != WEIGHT:
             safe_set_full_optimizer_state(param, value, kind)
@@ -81,14 +81,14 @@ def set_tensors(zero: Any, param: nn.Parameter, parts: Mapping[str, Tensor]) -> 
             param.copy_(value)
 
 
-def _set_stage3(param: Any, parts: Mapping[str, Tensor]) -> None:
+def _set_stage3(param: Any, tensors: Mapping[str, Tensor]) -> None:
     """This rank's slice of each flat tensor, padded with zeros where the last rank's ends early."""
     from deepspeed import comm
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     size = int(param.ds_tensor.ds_numel)
     start = comm.get_rank(group=param.ds_process_group) * size
-    for kind, value in parts.items():
+    for kind, value in tensors.items():
         piece = torch.zeros(size)
         mine = value.flatten()[start : start + size]
         piece[: mine.numel()].copy_(mine)

@@ -1,1 +1,4 @@
-"""What a run says of itself: metrics, health, times, trackers, transcript."""
+"""What a run says about itself: metrics, health, times, trackers, transcript.
+
+Begin with metrics.py, the rows of metrics.jsonl; readout.py reads a step's numbers.
+"""

@@ -21,7 +21,7 @@ from phi3_dist.planning.facts import LaunchFacts
 from phi3_dist.planning.memory import total_gib
 from phi3_dist.planning.planned_step import planned_step
 from phi3_dist.training.context import RunContext
-from phi3_dist.training.monitor.step_parts import GIB, peak_gib
+from phi3_dist.training.monitor.step_phases import GIB, peak_gib
 
 __all__ = ["KEY", "AgainstPlan"]
 
@@ -79,17 +79,17 @@ class AgainstPlan:
             return
         steps_s = ctx.time_left.steps_s[1:] or ctx.time_left.steps_s
         measured = statistics.median(steps_s)
-        kept: dict[str, Any] = {"step_s": round(measured, 4), "timed_steps": len(steps_s)}
+        timing: dict[str, Any] = {"step_s": round(measured, 4), "timed_steps": len(steps_s)}
         expected = self._planned_step()
         if expected is not None:
-            kept |= {"planned_step_s": round(expected[0], 4), "planned_step_by": expected[1]}
-            kept["time_error"] = round(measured / expected[0] - 1, 4)
+            timing |= {"planned_step_s": round(expected[0], 4), "planned_step_by": expected[1]}
+            timing["time_error"] = round(measured / expected[0] - 1, 4)
             of = f"median of {len(steps_s)}" if len(steps_s) > 1 else "of one"
             ctx.metrics.say(
                 f"step time: {measured:.3f} s measured ({of}), {expected[0]:.3f} s planned for full packs "
-                f"({kept['time_error']:+.0%}); {expected[1]}"
+                f"({timing['time_error']:+.0%}); {expected[1]}"
             )
-        self._write(kept)
+        self._write(timing)
 
     def _planned_step(self) -> tuple[float, str] | None:
         ctx, plan = self._ctx, self._ctx.runtime.plan
@@ -107,14 +107,14 @@ class AgainstPlan:
             self._ctx.folder.write_json("plan.json", {**plan, KEY: {**plan.get(KEY, {}), **more}})
 
 
-def _memory_line(kept: Mapping[str, Any]) -> str:
-    planned, measured = kept["planned_gib"], kept["measured_gib"]
+def _memory_line(memory: Mapping[str, Any]) -> str:
+    planned, measured = memory["planned_gib"], memory["measured_gib"]
     of_plan = "nothing was planned" if planned is None else f"{planned:.2f} GiB"
-    if kept["measures"] == "process":
+    if memory["measures"] == "process":
         return (
             f"memory: the plan counts {of_plan} of tensors a rank; a process took {measured:.2f} GiB at its most, "
             "with its libraries and the pages of its files"
         )
-    error = f" ({kept['memory_error']:+.0%})" if "memory_error" in kept else ""
-    early = "; loading or the held-out loss took as much" if measured <= kept["before_gib"] else ""
+    error = f" ({memory['memory_error']:+.0%})" if "memory_error" in memory else ""
+    early = "; loading or the held-out loss took as much" if measured <= memory["before_gib"] else ""
     return f"memory: {measured:.2f} GiB of tensors at the peak of the worst rank, {of_plan} planned{error}{early}"

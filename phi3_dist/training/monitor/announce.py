@@ -11,7 +11,7 @@ from phi3_dist.planning.facts import Choice
 from phi3_dist.planning.plan import RunPlan
 from phi3_dist.training.context import RunContext
 from phi3_dist.training.monitor.metrics import Metrics
-from phi3_dist.training.monitor.step_parts import run_facts
+from phi3_dist.training.monitor.step_phases import run_description
 
 __all__ = ["announce", "record_start"]
 
@@ -57,7 +57,7 @@ def _ranks(plan: RunPlan) -> str:
 def record_start(ctx: RunContext, of_model: Sequence[Choice], first: int) -> None:
     """plan.json, environment.json and a heartbeat of a run that makes its steps from `first` on. On rank 0 alone."""
     plan = replace(ctx.runtime.plan, steps=ctx.total, choices=(*ctx.runtime.plan.choices, *of_model))
-    ctx.folder.write_json("plan.json", {**plan.to_dict(), "identity": dict(ctx.identity), **run_facts(ctx)})
+    ctx.folder.write_json("plan.json", {**plan.to_dict(), "identity": dict(ctx.identity), **run_description(ctx)})
     ctx.folder.record_environment()
     ctx.folder.forget_exit()
     ctx.folder.heartbeat(first)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from phi3_dist.training.context import RunContext
 from phi3_dist.training.monitor.bad_steps import Health
-from phi3_dist.training.monitor.step_parts import peak_gib
+from phi3_dist.training.monitor.step_phases import peak_gib
 from phi3_dist.training.train_step import StepResult
 
 __all__ = ["STEPS_BEHIND", "EvaluationWatch", "StepReadout", "has_row"]

@@ -111,14 +111,14 @@ class Transcript:
 
     def _write(self, line: str) -> None:
         assert self._path is not None
-        said = f"{self._end}--- {self._lost} lines could not be kept here\n" if self._lost else ""
+        lost_note = f"{self._end}--- {self._lost} lines could not be kept here\n" if self._lost else ""
         try:
             if self._file is None:
                 if not self._path.parents[2].is_dir():  # no run folder (any more), or not on this node
                     return
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._path.open("ab", buffering=0)
-            raw = (said + line).encode("utf-8", "backslashreplace")
+            raw = (lost_note + line).encode("utf-8", "backslashreplace")
             written = self._file.write(raw)
             whole = written == len(raw)
             self._end = "" if whole else "\n"

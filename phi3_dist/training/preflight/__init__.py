@@ -1,5 +1,7 @@
 """What can be wrong before a run starts. A start makes the checks of the first five; `train --dry-run` all, as a table.
 
+Begin with before_torch.py:
+
 before_torch.py         in a second: run file, folder, rows, launch, DeepSpeed file
 trackers_and_inputs.py  trackers, and the files and ids that the run reads
 base_and_plan.py        the base's shape, what `auto` becomes, and the plan

@@ -59,17 +59,17 @@ def look(cfg: RunConfig, *, overwrite: bool, resume: bool) -> Looked:
     if first:
         found += tried("run folder", lambda: _folder(cfg, overwrite=overwrite, resume=resume))
     machine = probe()
-    facts = launch or LaunchFacts()
+    launched = launch or LaunchFacts()
     if first:
         found += hub_findings(cfg, environ)
     # what is not here would be downloaded
     here = not {cfg.model.source, cfg.model.tokenizer} & {*missing_ids(cfg)}
     model = _model(cfg, found) if here else None
-    plan = _plan(cfg, machine, facts, model, found)
+    plan = _plan(cfg, machine, launched, model, found)
     if plan is not None:
         found += [Finding("warn", line, check="launcher") for line in not_read(cfg, environ, plan)]
         room = Room.of(plan, whole_number(environ, "LOCAL_RANK", 0))
-        found += memory_findings(plan, facts, room)
+        found += memory_findings(plan, launched, room)
     found += tried("rows", lambda: _sources(cfg))
     if model is not None:
         base, tokenizer, _ = model

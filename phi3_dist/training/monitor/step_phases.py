@@ -20,7 +20,7 @@ from phi3_dist.modeling.lora import count_parameters
 from phi3_dist.training.context import RunContext
 from phi3_dist.training.engines.backward_and_update import Engine
 
-__all__ = ["GIB", "TimedEngine", "lengths_of", "peak_gib", "run_facts"]
+__all__ = ["GIB", "TimedEngine", "lengths_of", "peak_gib", "run_description"]
 
 BINS = 16
 GIB = 2**30
@@ -107,7 +107,7 @@ def lengths_of(packs: Packs) -> dict[str, Any]:
     }
 
 
-def run_facts(ctx: RunContext) -> dict[str, Any]:
+def run_description(ctx: RunContext) -> dict[str, Any]:
     """`lengths`, `parameters` and `hardware` of a run, for plan.json; the hardware is that of this rank's node."""
     machine, counts = probe(), count_parameters(ctx.engine.model)
     lengths = {"train": lengths_of(ctx.train)}

@@ -34,7 +34,7 @@ class Served:
     original_context: int = _ORIGINAL
     window: int | None = None
     trained_on: str = "none"
-    start: str = ""
+    lora_init: str = ""
     targets: tuple[str, ...] = ()
     has_tokenizer: bool = True
     """Whether the adapter's folder has one, with its chat template."""
@@ -43,7 +43,7 @@ class Served:
 def served_of_folder(
     folder: Path, config: Mapping[str, Any], header: Mapping[str, str], base: Mapping[str, Any]
 ) -> Served:
-    """config: adapter_config.json. header: the weights' own facts. base: the base's config.json."""
+    """config: adapter_config.json. header: the metadata of the weights' file. base: the base's config.json."""
     rope = base.get("rope_parameters") or base.get("rope_scaling") or {}
     taught = config.get("trainable_token_indices") or {}
     ids = taught if isinstance(taught, list) else next(iter(taught.values()), [])
@@ -67,33 +67,33 @@ def served_of_folder(
         ),
         window=base.get("sliding_window"),
         trained_on=header.get("quantization", "none"),
-        start=header.get("start", ""),
+        lora_init=header.get("start", ""),
         targets=tuple(targets) if not isinstance(targets, str) else (targets,),
         has_tokenizer=(folder / "tokenizer.json").is_file(),
     )
 
 
-def served_of_card(facts: Mapping[str, Any], base: str) -> Served:
-    """The same from the facts of a model card (adapters/model_card.py): `lora` is the run file's section or PEFT's."""
-    lora = facts.get("lora") or {}
+def served_of_card(contents: Mapping[str, Any], base: str) -> Served:
+    """The same from a card's `contents` (adapters/model_card.py): `lora` is the run file's section or PEFT's."""
+    lora = contents.get("lora") or {}
     ranks = {int(lora.get("r") or 16), *map(int, (lora.get("rank_pattern") or {}).values())}
     if str(lora.get("init") or "").startswith("pissa"):
         ranks = {2 * rank for rank in ranks}
     return Served(
         folder="path/to/this/folder",
         base=base or "path/to/base",
-        revision=facts.get("revision"),
+        revision=contents.get("revision"),
         ranks=tuple(sorted(ranks)),
         patterns=bool(lora.get("rank_pattern") or lora.get("alpha_pattern")),
         rslora=bool(lora.get("rslora") or lora.get("use_rslora")),
         dora=bool(lora.get("dora") or lora.get("use_dora")),
         bias=str(lora.get("bias") or "none"),
         whole=tuple(lora.get("modules_to_save") or ()),
-        taught=int(facts.get("taught_tokens") or 0),
-        base_rows=facts.get("base_rows"),
-        longrope=facts.get("longrope"),
-        original_context=int(facts.get("original_context") or _ORIGINAL),
-        window=facts.get("window"),
-        trained_on=str(facts.get("quantization") or "none"),
-        start=str(lora.get("init") or ""),
+        taught=int(contents.get("taught_tokens") or 0),
+        base_rows=contents.get("base_rows"),
+        longrope=contents.get("longrope"),
+        original_context=int(contents.get("original_context") or _ORIGINAL),
+        window=contents.get("window"),
+        trained_on=str(contents.get("quantization") or "none"),
+        lora_init=str(lora.get("init") or ""),
     )

@@ -13,7 +13,7 @@ import torch
 from phi3_dist.data.pack.packs import make_packs
 from phi3_dist.data.render.encode import Encoded
 from phi3_dist.data.token_rows import TokenRows
-from phi3_dist.training.monitor.step_parts import BINS, TimedEngine, lengths_of, peak_gib
+from phi3_dist.training.monitor.step_phases import BINS, TimedEngine, lengths_of, peak_gib
 
 
 class SlowEngine:
