@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import Field, StrictInt, StrictStr, ValidationError
 
-from phi3_dist.config.load import diff, flatten, load_run, read_section
+from phi3_dist.config.load import flatten, load_run, read_section
 from phi3_dist.config.schema import Count, Real, RunConfig, Section
 from phi3_dist.errors import ConfigError, Problem, shown
 from phi3_dist.planning.auto_fields import auto_fields
 
-__all__ = ["Candidate", "EarlyConfig", "Sweep", "SweepConfig", "load_sweep"]
+__all__ = ["Candidate", "EarlyConfig", "Sweep", "SweepConfig", "load_sweep", "load_sweep_or_run", "resolved_section"]
 
 MOST = 512
 """Candidates of one sweep."""
@@ -85,6 +86,14 @@ class Sweep:
     def differing(self) -> tuple[str, ...]:
         """The keys in which candidates differ."""
         return tuple(dict.fromkeys(key for candidate in self.candidates for key in candidate.settings))
+
+    @property
+    def data_runs(self) -> tuple[RunConfig, ...]:
+        """One candidate's run for each `data` section that differs from the others."""
+        sections: dict[str, RunConfig] = {}
+        for one in self.candidates:
+            sections.setdefault(json.dumps(one.cfg.data.model_dump(mode="json")), one.cfg)
+        return tuple(sections.values())
 
 
 def _section(path: Path) -> SweepConfig:
@@ -262,7 +271,20 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     return Sweep(cfg, section.early, section.together, section.pass_tokens, tuple(candidates))
 
 
-def differences(candidate: Candidate, cfg: RunConfig) -> dict[str, Any]:
-    """What a candidate has otherwise than the sweep file's own run, by dotted keys."""
-    own = ("name", "save.folder", "log.trackers")
-    return {key: ours for key, _, ours in diff(cfg, candidate.cfg) if key not in own}
+def load_sweep_or_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Sweep | None]:
+    """A file's run, and its sweep where it has a section `sweep`. Raises ConfigError with all problems."""
+    if read_section(path, "sweep")[0] is None:
+        return load_run(path, overrides), None
+    sweep = load_sweep(path, overrides)
+    return sweep.cfg, sweep
+
+
+def resolved_section(sweep: Sweep) -> str:
+    """The section `sweep` in YAML with every candidate by its name."""
+    section = {
+        "candidates": [{"name": one.name, **one.settings} for one in sweep.candidates],
+        "early": sweep.early.model_dump(mode="json"),
+        "together": sweep.together,
+        "pass_tokens": sweep.pass_tokens,
+    }
+    return yaml.safe_dump({"sweep": section}, sort_keys=False, allow_unicode=True, width=120)

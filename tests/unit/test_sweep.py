@@ -15,7 +15,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from phi3_dist.cli import app
 from phi3_dist.errors import ConfigError, PlanError
 from phi3_dist.machine.probe import launch_facts, probe
 from phi3_dist.sweep import step as sweep_step
@@ -226,6 +228,29 @@ def test_the_shipped_sweep_file_is_read() -> None:
     sweep = load_sweep(REPO / "configs/sweep/lr_and_rank.yaml")
     assert len(sweep.candidates) == 9
     assert sweep.differing == ("optim.lr", "lora.r", "lora.targets")
+
+
+def test_the_verbs_around_a_run_take_a_sweep_file(tmp_path: Path) -> None:
+    one = {"axes": {"optim.lr": [1e-2, 1e-3]}, "early": "halving", "candidates": [{"name": "odd", "data.max_rows": 24}]}
+    sweep = sweep_of(tmp_path, one)
+    file = str(tmp_path / "sweep.yaml")
+
+    def said(*words: str) -> str:
+        done = CliRunner().invoke(app, list(words))
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    (tmp_path / "shown.yaml").write_text(said("config", "show", file))
+    again = load_sweep(tmp_path / "shown.yaml")
+    assert [(c.name, c.cfg.data, c.cfg.optim) for c in again.candidates] == [
+        (c.name, c.cfg.data, c.cfg.optim) for c in sweep.candidates
+    ]
+    assert (again.early, again.together, again.pass_tokens) == (sweep.early, sweep.together, sweep.pass_tokens)
+    assert said("prepare", file).count("packs to train on") == 2
+    said("slurm", file, "--processes-per-node", "1", "--script", str(tmp_path / "job.sbatch"))
+    assert "\nVERB=sweep\n" in (tmp_path / "job.sbatch").read_text()
+    train = CliRunner().invoke(app, ["train", file])
+    assert "phi3-dist sweep trains a file with this section" in str(train.exception)
 
 
 def test_a_run_file_without_candidates_is_told_how(tmp_path: Path) -> None:
