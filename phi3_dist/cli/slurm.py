@@ -37,7 +37,9 @@ def slurm(
     ] = False,
     slack: Annotated[int, typer.Option(help="Seconds before the time limit at which to save and stop.")] = 180,
     max_requeues: Annotated[int, typer.Option(help="How often the job may start again, with --resume.")] = 3,
-    array: Annotated[list[str] | None, typer.Option(help="Separate runs: key.path=value,value. May be repeated.")] = None,
+    array: Annotated[
+        list[str] | None, typer.Option(help="Separate runs: key.path=value,value. May be repeated.")
+    ] = None,
     chain: Annotated[
         int, typer.Option(help="Jobs in a chain, each continuing the one before, for runs beyond a time limit.")
     ] = 1,

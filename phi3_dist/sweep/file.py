@@ -29,7 +29,6 @@ _MAY_NOT = {
     "train.micro_batch": "a forward pass takes as many packs of each candidate",
     "train.profile": "a trace is one of all candidates together",
     "train.deterministic": "all candidates share one attention",
-    "lora.init": "a start that is computed from the base is made in a run of its own",
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]{0,99}")
 
@@ -223,16 +222,32 @@ def _refused(one: Candidate) -> Iterator[Problem]:
     nearest = "nearest: phi3-dist train, or phi3-dist slurm --array"
     for key, wrong, why in (
         ("model.new_tokens", bool(cfg.model.new_tokens), "the embedding would be another for each candidate"),
-        ("lora.dora", cfg.lora.dora, "DoRA scales the base's own product"),
         ("lora.bias", cfg.lora.bias != "none", "the base's biases would be others for each candidate"),
         ("lora.modules_to_save", bool(cfg.lora.modules_to_save), "a whole module would be another for each candidate"),
-        ("lora.init", cfg.lora.init != "default", "is computed from the base, and PiSSA changes it"),
+        (
+            "lora.init",
+            cfg.lora.init.startswith("pissa"),
+            "PiSSA takes each candidate's start out of the base, which all share; loftq and eva leave it as it is",
+        ),
         ("lora.targets", bool({"lm_head", "embed_tokens"} & set(cfg.lora.targets)), "head and embedding are shared"),
         ("eval.generate", bool(cfg.eval.generate), "answers are made by one model at a time"),
         ("train.profile", bool(cfg.train.profile), "a trace is one of all candidates together"),
     ):
         if wrong:
             yield Problem(f"{where}{key}", f"cannot be in a sweep: {why}", nearest)
+
+
+def _fp8_problems(candidates: Sequence[Candidate]) -> list[Problem]:
+    """FP8 is for the linears that have an adapter: one base can hold one such set."""
+    if not any(one.cfg.model.fp8 for one in candidates):
+        return []
+    kinds = {(one.cfg.lora.targets, one.cfg.lora.layers, one.cfg.lora.dora) for one in candidates}
+    if len(kinds) == 1 and not candidates[0].cfg.lora.dora:
+        return []
+    what = "is true: only linears with an adapter are kept in FP8, and "
+    what += "DoRA reads the weights" if any(one.cfg.lora.dora for one in candidates) else "candidates adapt others"
+    fix = "give all the same lora.targets and lora.layers, without DoRA; or model.fp8=false"
+    return [Problem("model.fp8", what, fix)]
 
 
 def _early_problems(sweep: SweepConfig, candidates: Sequence[Candidate]) -> list[Problem]:
@@ -265,7 +280,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             problems += _refused(found)
         else:
             problems += found
-    problems += _twins(candidates) + _early_problems(section, candidates)
+    problems += _twins(candidates) + _fp8_problems(candidates) + _early_problems(section, candidates)
     if problems:
         raise ConfigError(*problems[:50])
     return Sweep(cfg, section.early, section.together, section.pass_tokens, tuple(candidates))
