@@ -1,8 +1,9 @@
 """The part of a training job that is the same in every sbatch script: from the allocation to the exit code.
 
 `phi3_dist.planning.slurm` puts directives and settings above it; `launch/slurm/train.sbatch` holds the same text, and a
-test compares the two. Settings it reads: VERB (train or sweep), CONFIG, NODES, PROCESSES, MASTER, MAX_REQUEUES, AT_LIMIT, ENV_FILE, LOG_STEM,
-SRUN_FLAGS and ARGS. Exit codes are those of `phi3_dist.errors`: 5 where the allocation isn't what was planned.
+test compares the two. Settings it reads: VERB (train or sweep), CONFIG, NODES, PROCESSES, MASTER, MAX_REQUEUES,
+AT_LIMIT, ENV_FILE, LOG_STEM, SRUN_FLAGS and ARGS. Exit codes are those of `phi3_dist.errors`: 5 where the allocation
+isn't what was planned.
 """
 
 from __future__ import annotations

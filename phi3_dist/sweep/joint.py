@@ -220,7 +220,8 @@ def _joint_forward(linear: Any, x: Tensor) -> Tensor:
         out_TO = _joint_product(linear, x_TI, plain)
     if whole or any(share.update is not None and share.update.magnitude_O is not None for share in shares):
         out_TO = torch.cat([_by_peft(linear, x_TI[share.rows], out_TO[share.rows], share) for share in shares])
-    return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
+    shaped_TO: Tensor = out_TO.view(*x.shape[:-1], out_TO.shape[-1])
+    return shaped_TO
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -41,7 +41,7 @@ def noise_of(x_TI: Tensor, update: Update, generator: torch.Generator | None) ->
 
 
 def lora_rows(x_TI: Tensor, base_TO: Tensor, linear: Any, update: Update, noise_TI: Tensor | None) -> Tensor:
-    """`base + scaling · B A (x · noise)`, as PEFT's layer over an int8 linear adds it; `linear` is for `dora_rows` alone."""
+    """`base + scaling · B A (x · noise)`, as PEFT's layer over an int8 linear adds it. Called as `dora_rows` is."""
     a_RI, b_OR = (one.to(x_TI.device) for one in (update.a_RI, update.b_OR))
     x_TI = x_TI if torch.is_autocast_enabled() else x_TI.to(a_RI.dtype)
     if noise_TI is not None:
