@@ -51,6 +51,11 @@ config_path() {
     echo "$path"
 }
 
+# verb_of RUN.yaml: what trains this file, `sweep` where it has a section of that name
+verb_of() {
+    if grep -qsE "^[\"']?sweep[\"']?[[:space:]]*:" "$1"; then echo sweep; else echo train; fi
+}
+
 # check_run RUN.yaml …: the run file and its overrides are read once before a launcher starts: a mistake is reported at
 # once, by one process, with the exit code and message of the run.
 check_run() {

@@ -6,7 +6,8 @@
 #   --processes N    processes                                        default: one a GPU; without GPUs the config's own
 #   --restarts N     start again after a rank has died, up to N times, with --resume     default: 0
 # One process and no --config: no launcher, as launch/single.sh.
-# What follows goes to `phi3-dist train`. The exit code is 0 only if every process ended well.
+# What follows goes to `phi3-dist train`, or to `phi3-dist sweep` where the file has a section `sweep`.
+# The exit code is 0 only if every process ended well.
 
 set -euo pipefail
 # shellcheck source=launch/environment.sh
@@ -28,12 +29,13 @@ whole_number --restarts "$restarts" 0
 
 gpus=$(gpu_count)
 [ -n "$processes" ] || [ "$gpus" = 0 ] || processes=$gpus
-one_process() { shift && exec python -m phi3_dist train "$@"; }
+verb=$(verb_of "$1")
+one_process() { shift && exec python -m phi3_dist "$verb" "$@"; }
 # port 0: any free one, for two runs on one machine must not meet
 all_processes() {
     shift
     exec python -m phi3_dist launch --config_file "$config" --num_machines 1 --machine_rank 0 --main_process_port 0 \
-        ${processes:+--num_processes "$processes"} -m phi3_dist train "$@"
+        ${processes:+--num_processes "$processes"} -m phi3_dist "$verb" "$@"
 }
 start=all_processes
 if [ -z "$config" ]; then

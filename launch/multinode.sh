@@ -10,7 +10,8 @@
 #   --config NAME             configs/accelerate/NAME.yaml, or a file          default: ddp
 #   --restarts N              start again after a rank of any node has died, with --resume; the same on every node.
 #                             Uses the ports from P to P+N                     default: 0
-# What follows goes to `phi3-dist train`. The exit code is 0 only if every process of this node ended well.
+# What follows goes to `phi3-dist train`, or to `phi3-dist sweep` where the file has a section `sweep`.
+# The exit code is 0 only if every process of this node ended well.
 # Interfaces: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME are read by NCCL and gloo themselves and left alone here.
 
 set -euo pipefail
@@ -52,6 +53,7 @@ if [ "$nodes" -gt 1 ]; then
     esac
     [ -n "$address" ] || fail "--master $master can't be resolved on $(hostname)" "an address in place of the name"
 fi
+verb=$(verb_of "$1")
 # "standard": one launcher a node for DeepSpeed too, instead of pdsh from node 0; other strategies don't read it.
 # A port for each attempt: a launcher must not meet another one's last attempt.
 this_node() {
@@ -59,7 +61,7 @@ this_node() {
     shift
     exec python -m phi3_dist launch --config_file "$config" --num_machines "$nodes" --machine_rank "$node_rank" \
         --num_processes $((nodes * processes)) --main_process_ip "${master:-127.0.0.1}" --main_process_port "$at" \
-        --same_network --rdzv_backend static --deepspeed_multinode_launcher standard -m phi3_dist train "$@"
+        --same_network --rdzv_backend static --deepspeed_multinode_launcher standard -m phi3_dist "$verb" "$@"
 }
 check_run "$@"
 [ "$restarts" = 0 ] || supervise "$restarts" this_node "$@"

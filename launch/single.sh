@@ -2,7 +2,7 @@
 # usage: launch/single.sh RUN.yaml [key.path=value ...] [--overwrite]
 #
 # One process without a launcher, for debugging: the first GPU, or the CPU; breakpoint() works, tracebacks are plain.
-# Every argument goes to `phi3-dist train`. The exit code is the run's own.
+# Every argument goes to `phi3-dist train`, or to `phi3-dist sweep` where the file has a section `sweep`. The exit code is the run's own.
 
 set -euo pipefail
 # shellcheck source=launch/environment.sh
@@ -12,4 +12,4 @@ case ${1:-} in
     -h | --help) usage && exit 0 ;;
     "") fail "no run file" "launch/single.sh configs/run/debug.yaml" ;;
 esac
-exec python -m phi3_dist train "$@"
+exec python -m phi3_dist "$(verb_of "$1")" "$@"

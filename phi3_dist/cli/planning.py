@@ -157,7 +157,7 @@ def _a_sweep(
     planned, machine = _one_launch(largest.cfg, config, processes, nodes, device, gib)
     ranks = planned.world_size // planned.nodes
     pack_tokens = sweep.cfg.data.pack_length * planned.micro_batch
-    a_pass = candidates_a_pass(sweep.pass_tokens, pack_tokens, planned.device)
+    a_pass = candidates_a_pass(sweep.pass_tokens, pack_tokens, planned.device, sweep.cfg.model.quantization)
     typer.echo(sweep_line(sweep.together, len(sweep.candidates), planned.memory, machine, ranks=ranks, a_pass=a_pass))
 
 

@@ -12,10 +12,12 @@ from phi3_dist.errors import MachineError
 
 @config_app.command("show")
 def config_show(run_file: RunFile, overrides: Overrides = None) -> None:
-    """Print the resolved run, with every default filled in."""
-    from phi3_dist.config.load import load_run, resolved_yaml
+    """Print the resolved run, with every default filled in; of a sweep file also every candidate."""
+    from phi3_dist.config.load import resolved_yaml
+    from phi3_dist.sweep.file import load_sweep_or_run, resolved_section
 
-    typer.echo(resolved_yaml(load_run(run_file, overrides or ())), nl=False)
+    cfg, sweep = load_sweep_or_run(run_file, overrides or ())
+    typer.echo(resolved_yaml(cfg) + (resolved_section(sweep) if sweep else ""), nl=False)
 
 
 @config_app.command("schema")

@@ -39,22 +39,28 @@ def slurm(
     ] = False,
     slack: Annotated[int, typer.Option(help="Seconds before the time limit at which to save and stop.")] = 180,
     max_requeues: Annotated[int, typer.Option(help="How often the job may start again, with --resume.")] = 3,
-    array: Annotated[list[str] | None, typer.Option(help="A sweep: key.path=value,value. May be repeated.")] = None,
+    array: Annotated[
+        list[str] | None, typer.Option(help="Separate runs: key.path=value,value. May be repeated.")
+    ] = None,
     chain: Annotated[
         int, typer.Option(help="Jobs in a chain, each continuing the one before, for runs beyond a time limit.")
     ] = 1,
     script: Annotated[Path | None, typer.Option(help="Where to write the script.")] = None,
     submit: Annotated[bool, typer.Option("--submit", help="Submit it to Slurm.")] = False,
 ) -> None:
-    """Render an sbatch script from the run file and a topology, check it, and submit it if asked."""
+    """Render an sbatch script from the run file and a topology, check it, and submit it if asked.
+
+    Of a sweep file, a job that runs `phi3-dist sweep`.
+    """
     from dataclasses import replace
 
-    from phi3_dist.config.load import load_run
     from phi3_dist.machine.slurm_cluster import slurm_command
-    from phi3_dist.planning.sbatch_script import SlurmJob, SlurmTopology, parse_env, parse_sweep
+    from phi3_dist.planning.sbatch_script import SlurmJob, SlurmTopology, parse_array, parse_env
+    from phi3_dist.sweep.file import load_sweep_or_run
 
     arguments = [*(overrides or ()), *(["--resume"] if resume else [])]
-    job = SlurmJob.of(load_run(run_file, overrides or ()), str(run_file), arguments)
+    cfg, sweep = load_sweep_or_run(run_file, overrides or ())
+    job = replace(SlurmJob.of(cfg, str(run_file), arguments), verb="sweep" if sweep else "train")
     topology = SlurmTopology(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
@@ -76,7 +82,7 @@ def slurm(
         max_requeues=max_requeues,
         directives=tuple(directive or ()),
     )
-    job = replace(job, sweep=parse_sweep(array)) if array else job
+    job = replace(job, array=parse_array(array)) if array else job
     done = slurm_command(job, topology, script=script, submit=submit, chain=chain, print_line=typer.echo)
     for line in done.lines():
         typer.echo(line)

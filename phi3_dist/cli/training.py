@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,11 +117,11 @@ def prepare_run(
 ) -> None:
     """Do what a run needs before a GPU is allocated: download the base, tokenize and pack the data, hash the weights.
 
-    Killed and started again, it continues from what was finished.
+    Killed and started again, it continues from what was finished. Of a sweep file, the rows of every candidate.
     """
-    from phi3_dist.config.load import load_run
+    from phi3_dist.sweep.file import load_sweep_or_run
 
-    cfg = load_run(run_file, overrides or ())
+    cfg, sweep = load_sweep_or_run(run_file, overrides or ())
     from phi3_dist.cli.progress import progress_line
     from phi3_dist.data.cache.block_files import workers_for
     from phi3_dist.machine.probe import cpu_count
@@ -140,14 +141,20 @@ def prepare_run(
         with progress_line() as show_progress:
             typer.echo(count_rows(cfg, tokenizer, cache, workers=workers, progress=show_progress))
         return
-    with progress_line() as show_progress:
-        data = prepare_rows(cfg, tokenizer, cache, workers=workers, progress=show_progress)
+    for one in sweep.data_runs if sweep else (cfg,):
+        with progress_line() as show_progress:
+            data = prepare_rows(one, tokenizer, cache, workers=workers, progress=show_progress)
+        for line in _of_rows(data, cache):
+            typer.echo(line)
+
+
+def _of_rows(data: Any, cache: Path) -> Iterator[str]:
+    """What came of a preparation."""
     held_out = len(data.held_out.packs) if data.held_out else 0
-    typer.echo(f"data   {len(data.train.packs)} packs to train on, {held_out} held out, in {cache}")
+    yield f"data   {len(data.train.packs)} packs to train on, {held_out} held out, in {cache}"
     if data.skipped or data.dropped:
-        typer.echo(f"       {len(data.skipped):,} rows can't be used, {len(data.dropped):,} are longer than a pack")
-    for notice in data.notices:
-        typer.echo(f"       {notice}")
+        yield f"       {len(data.skipped):,} rows can't be used, {len(data.dropped):,} are longer than a pack"
+    yield from (f"       {notice}" for notice in data.notices)
 
 
 @app.command()

@@ -70,6 +70,7 @@ _ADVICE: Mapping[str, str] = {
     "fsdp": _TOPOLOGY,
     "num_processes": _TOPOLOGY,
     "zero_stage": _TOPOLOGY,
+    "sweep": "phi3-dist sweep trains a file with this section; also plan, prepare, slurm and config show read it",
     "<<": "merge keys are not read; write the keys out",
 }
 _FORMS: Mapping[str, str] = {

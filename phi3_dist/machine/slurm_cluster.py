@@ -186,7 +186,7 @@ def _chain_problems(job: SlurmJob, chain: int) -> Sequence[Problem]:
         problems.append(Problem("--chain", f"{chain} is not a number of jobs", "1 or more"))
     if not job.resumes:
         problems.append(Problem("--chain", "the second job of a chain continues the first", "add --resume"))
-    if job.sweep:
+    if job.array:
         problems.append(Problem("--chain", "not together with --array", "one chain for each value"))
     return problems
 

@@ -27,6 +27,7 @@ __all__ = [
     "note_rows",
     "noted_rows",
     "quantize_rows",
+    "put_into_fp8",
     "use_fp8",
 ]
 
@@ -159,6 +160,17 @@ def _why_not(layer: LoraLayer) -> str:
     if base.in_features % ALIGNED or base.out_features % ALIGNED:
         return f"{base.in_features} × {base.out_features} are not multiples of {ALIGNED}"
     return ""
+
+
+def put_into_fp8(causal_lm: nn.Module, name: str) -> bool:
+    """Put the plain frozen linear of that name into FP8, without a LoRA layer around it; whether its sizes allow it."""
+    linear = causal_lm.get_submodule(name)
+    assert type(linear) is nn.Linear, name
+    if linear.in_features % ALIGNED or linear.out_features % ALIGNED:
+        return False
+    above, _, last = name.rpartition(".")
+    setattr(causal_lm.get_submodule(above), last, Fp8Linear(linear))
+    return True
 
 
 def use_fp8(model: nn.Module, *, turned: bool = False) -> tuple[int, dict[str, int]]:

@@ -1,8 +1,9 @@
 """The part of a training job that is the same in every sbatch script: from the allocation to the exit code.
 
 `sbatch_script.py` puts directives and settings above it; `launch/slurm/train.sbatch` holds the same text, and a test
-compares the two. Settings it reads: CONFIG, NODES, PROCESSES, MASTER, MAX_REQUEUES, AT_LIMIT, ENV_FILE, LOG_STEM,
-SRUN_FLAGS and ARGS. Exit codes are those of `phi3_dist.errors`: 5 where the allocation isn't what was planned.
+compares the two. Settings it reads: VERB (train or sweep), CONFIG, NODES, PROCESSES, MASTER, MAX_REQUEUES,
+AT_LIMIT, ENV_FILE, LOG_STEM, SRUN_FLAGS and ARGS. Exit codes are those of `phi3_dist.errors`: 5 where the allocation
+isn't what was planned.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ run_rank() {
     # shellcheck disable=SC2153 # set by the launcher
     log=$(printf '%s/rank_%03d.%s.log' "$LOGS" "$RANK" "${SLURMD_NODENAME:-$(hostname)}")
     [ "$RANK" = 0 ] || exec >>"$log" 2>&1
-    python -m phi3_dist train "$@"
+    python -m phi3_dist "$VERB" "$@"
     code=$?
     [ "$code" = 75 ] || exit "$code"
     [ "$RANK" != 0 ] || : >"$LOGS/stopped"
@@ -100,7 +101,7 @@ run_node() {
             "ask for --gpus-per-node=$PROCESSES (--gpus and --ntasks can spread unevenly)"
     fi
     trap 'woken=1; : >"$LOGS/stop"' USR1 TERM
-    rank="$(declare -p LOGS); $(declare -f run_rank); run_rank \"\$@\""
+    rank="$(declare -p VERB LOGS); $(declare -f run_rank); run_rank \"\$@\""
     (
         trap '' USR1 TERM
         # torchrun's own option; accelerate has none for it
@@ -189,7 +190,7 @@ trap 'woken=1; STOP=limit; : >"$LOGS/stop"; say "time is up: asking the ranks to
 trap 'woken=1' TERM
 srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none --export=ALL \
     ${SRUN_FLAGS[@]+"${SRUN_FLAGS[@]}"} bash -c "
-        $(declare -p JOB CONFIG NODES PROCESSES MASTER PORT LOGS ENV_FILE)
+        $(declare -p VERB JOB CONFIG NODES PROCESSES MASTER PORT LOGS ENV_FILE)
         $(declare -f refuse await run_rank run_node)
         run_node \"\$@\"" node "${ARGS[@]}" &
 step=$!

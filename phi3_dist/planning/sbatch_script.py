@@ -17,7 +17,7 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem, control_character, redacted
 from phi3_dist.planning.sbatch_body import JOB_BODY
 
-__all__ = ["SlurmJob", "SlurmTopology", "parse_env", "parse_sweep", "render_sbatch", "slurm_time"]
+__all__ = ["SlurmJob", "SlurmTopology", "parse_array", "parse_env", "render_sbatch", "slurm_time"]
 
 LEAST_SLACK_S = 60
 """A signal before the time limit was seen up to 8 s early and the limit enforced late; the save needs the rest."""
@@ -120,8 +120,10 @@ class SlurmJob:
     name: str
     folder: str
     arguments: tuple[str, ...] = ()
-    """Overrides and flags for `phi3-dist train`, such as `optim.lr=1e-4` and `--resume`."""
-    sweep: tuple[tuple[str, ...], ...] = ()
+    """Overrides and flags for the verb, such as `optim.lr=1e-4` and `--resume`."""
+    verb: Literal["train", "sweep"] = "train"
+    """What every rank runs: `phi3-dist train`, or `phi3-dist sweep` of a sweep file."""
+    array: tuple[tuple[str, ...], ...] = ()
     """Overrides of each task of an array job; each trains into a folder of its own."""
     at_limit: Literal["requeue", "next"] = "requeue"
     """When the time limit comes: requeue the same job, or leave the rest to the next job of a chain."""
@@ -136,7 +138,7 @@ class SlurmJob:
         """What of this job can't stand in a script."""
         texts = [("the run file", self.run_file), ("name", self.name), ("save.folder", self.folder)]
         texts += [("override", argument) for argument in self.arguments]
-        texts += [("--array", override) for task in self.sweep for override in task]
+        texts += [("--array", override) for task in self.array for override in task]
         yield from _unfit(texts)
 
     @property
@@ -151,7 +153,7 @@ class SlurmJob:
     @property
     def output(self) -> str:
         """Pattern of the job's output file."""
-        return f"{self.log_stem}-{'%A_%a' if self.sweep else '%j'}.out"
+        return f"{self.log_stem}-{'%A_%a' if self.array else '%j'}.out"
 
     def chained(self) -> SlurmJob:
         """The same job as a link of a chain that another one follows."""
@@ -176,7 +178,7 @@ def slurm_time(text: str) -> str:
     raise PlanError(Problem("--time", f"{text!r} is not a time limit", "90m, 4h, 1d12h, or Slurm's D-HH:MM:SS"))
 
 
-def parse_sweep(specs: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+def parse_array(specs: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     """The overrides of each task: `["optim.lr=1e-4,2e-4", "lora.r=8,16"]` → four tasks of two overrides.
 
     A comma inside brackets or quotes belongs to its value. Raises PlanError naming every bad spec.
@@ -273,8 +275,8 @@ def _directives(job: SlurmJob, topology: SlurmTopology) -> Iterator[str]:
     yield f"--signal=B:USR1@{topology.slack_s}"
     # without --resume a second start would only find the first one's folder
     yield "--requeue" if job.resumes and topology.max_requeues else "--no-requeue"
-    if job.sweep:
-        yield f"--array=0-{len(job.sweep) - 1}"
+    if job.array:
+        yield f"--array=0-{len(job.array) - 1}"
     yield from topology.directives
 
 
@@ -287,6 +289,7 @@ def _word(text: str) -> str:
 def _settings(job: SlurmJob, topology: SlurmTopology) -> Iterator[str]:
     for name, value in topology.env:
         yield f"export {name}={shlex.quote(value)}"
+    yield f"VERB={job.verb}"
     yield f"CONFIG={shlex.quote(topology.config)}"
     yield f"NODES={topology.nodes}"
     yield f"PROCESSES={topology.processes}"
@@ -297,9 +300,9 @@ def _settings(job: SlurmJob, topology: SlurmTopology) -> Iterator[str]:
     yield f"LOG_STEM={shlex.quote(job.log_stem)}"
     yield f"SRUN_FLAGS=({shlex.join(_container(topology))})"
     yield f"ARGS=({shlex.join([job.run_file, *job.arguments])})"
-    if job.sweep:
+    if job.array:
         yield "case $SLURM_ARRAY_TASK_ID in"
-        for task, overrides in enumerate(job.sweep):
+        for task, overrides in enumerate(job.array):
             folder = f"save.folder={job.folder}-{_label(overrides)}"
             yield f"    {task}) ARGS+=({shlex.join([*overrides, folder])}) ;;"
         yield "esac"

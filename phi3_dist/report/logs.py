@@ -13,6 +13,7 @@ from pathlib import Path
 
 from phi3_dist.errors import Problem, RunFolderError
 from phi3_dist.report.plain_values import read_object
+from phi3_dist.report.sweep_file import is_sweep, read_sweep
 
 __all__ = ["TRANSCRIPTS", "find_log", "follow_log"]
 
@@ -25,13 +26,18 @@ def find_log(folder: Path, rank: int = 0) -> Path:
     """The log of one rank: of a run's newest Slurm job, else what the run kept in its folder.
 
     Jobs of `phi3-dist slurm` log beside the run folder in `slurm/`, those of launch/slurm/train.sbatch where they
-    were submitted. Raises RunFolderError where there is none, naming the ranks that have one.
+    were submitted. A sweep and its candidates share one log. Raises RunFolderError where there is none, naming the
+    ranks that have one.
     """
     if not folder.is_dir():
         raise RunFolderError(Problem(str(folder), "is not a run folder", "see phi3-dist runs"))
+    if is_sweep(folder):
+        folder = _newest_candidate(folder)
     job = str(read_object(folder / "heartbeat.json")[0].get("job_id") or "")
     job = job if re.fullmatch(r"\w+", job) else ""
-    places: tuple[Path, ...] = (folder.resolve().parent / "slurm", Path.cwd()) if job else ()
+    above = folder.resolve().parent
+    beside = above.parent if is_sweep(above) else above
+    places: tuple[Path, ...] = (beside / "slurm", Path.cwd()) if job else ()
     pattern = f"*-{job}.out" if rank == 0 else f"*-{job}.ranks/rank_{rank:03d}.*.log"
     for place in places:
         if found := sorted(place.glob(pattern)):
@@ -47,6 +53,13 @@ def find_log(folder: Path, rank: int = 0) -> Path:
     what = f"no log of rank {rank}{f' of job {job}' if job else ''} in {searched}"
     fix = f"ranks with a log: {', '.join(map(str, ranks))}" if ranks else f"its numbers are in {folder}/metrics.jsonl"
     raise RunFolderError(Problem(str(folder), what, fix))
+
+
+def _newest_candidate(folder: Path) -> Path:
+    """The candidate of a sweep that has written last; the folder itself where none has."""
+    beats = [folder / one["folder"] / "heartbeat.json" for one in read_sweep(folder)[1]]
+    there = [(beat.stat().st_mtime_ns, beat.parent) for beat in beats if beat.is_file()]
+    return max(there)[1] if there else folder
 
 
 def _ranks(logs: Sequence[Path]) -> list[int]:

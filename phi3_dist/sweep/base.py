@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
 from phi3_dist.modeling.attention.backend import use_backend
 from phi3_dist.modeling.base import Base, checkpoint_activations, load_into_fsdp2
+from phi3_dist.modeling.fp8 import put_into_fp8
 from phi3_dist.modeling.fused_layers import install_fused_layers, select_in_last_layer
+from phi3_dist.modeling.lora import adapted, peft_config
 from phi3_dist.modeling.passes import BY_HAND, compiled_passes
 from phi3_dist.modeling.rope import pin_longrope
 from phi3_dist.planning.facts import Choice
@@ -19,24 +24,13 @@ from phi3_dist.training.runtime import Runtime, is_fsdp
 
 __all__ = ["check_strategy", "load_shared"]
 
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
-
 
 def check_strategy(cfg: RunConfig, plan: RunPlan) -> None:
     """Raises PlanError for what no sweep runs under, with the nearest that it does."""
     problems = []
-    if plan.strategy not in STRATEGIES:
-        what = f"is {plan.strategy}: what it keeps on the host is one model's optimizer, and each candidate has its own"
-        nearest = plan.strategy.removesuffix("_offload")
-        problems.append(Problem("strategy", what, f"nearest: {nearest if nearest in STRATEGIES else 'fsdp2'}"))
-    if cfg.model.quantization == "int8":
-        what = "is int8: its product cannot be shared by candidates"
-        problems.append(Problem("model.quantization", what, "nearest: nf4, or none"))
-    if cfg.model.quantization == "nf4" and plan.strategy == "zero3":
+    if cfg.model.quantization == "nf4" and plan.strategy.startswith("zero3"):
         what = "is nf4: under zero3 a sweep keeps no 4-bit shards"
         problems.append(Problem("model.quantization", what, "nearest: fsdp2"))
-    if cfg.model.fp8:
-        problems.append(Problem("model.fp8", "is true: not built for sweeps", "nearest: false, in bf16"))
     if cfg.train.sequence_parallel > 1:
         what = f"is {cfg.train.sequence_parallel}: candidates are joined over whole packs"
         problems.append(Problem("train.sequence_parallel", what, "nearest: 1, or phi3-dist train"))
@@ -45,17 +39,30 @@ def check_strategy(cfg: RunConfig, plan: RunPlan) -> None:
 
 
 def load_shared(
-    cfg: RunConfig, base: Base, runtime: Runtime, *, longest_row: int, tokens: int
+    cfg: RunConfig,
+    base: Base,
+    runtime: Runtime,
+    *,
+    longest_row: int,
+    tokens: int,
+    before_changes: Callable[[Any], None] = lambda causal_lm: None,
 ) -> tuple[JointLoss, tuple[Choice, ...]]:
-    """The frozen base in the place where a run has its model, and what was chosen about it. Collective under FSDP2."""
+    """The frozen base in the place where a run has its model, and what was chosen about it. Collective under FSDP2.
+
+    `before_changes` gets the base as it was loaded, as a run's `lora.init` sees it.
+    """
     plan = runtime.plan
     causal_lm = load_base(cfg, base, runtime)
     use_backend(causal_lm, plan.attention, runtime.device, deterministic=plan.deterministic)
+    before_changes(causal_lm)
     for param in causal_lm.parameters():
         param.requires_grad_(False)
     for name, module in causal_lm.named_modules():
         if name.endswith((".resid_attn_dropout", ".resid_mlp_dropout")):
             module.p = 0.0
+    if cfg.model.fp8:
+        for one in adapted(causal_lm, peft_config(causal_lm, cfg.lora, base.source)):
+            put_into_fp8(causal_lm, one.name)
     joint = JointLoss(causal_lm, kernel="liger" if plan.loss == "liger" else "chunked")
     if cfg.model.activation_checkpointing:
         checkpoint_activations(causal_lm, context_fn=joint.present.recomputed)
@@ -68,10 +75,10 @@ def load_shared(
     if is_fsdp(plan.strategy):
         shard_fsdp2(joint, runtime)
         if cfg.model.quantization == "none":
-            joint.to_empty(device=runtime.device)
+            joint.to_empty(device="cpu" if plan.strategy.endswith("offload") else runtime.device)
             load_into_fsdp2(causal_lm, base)
             causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(base.config)
-    if plan.strategy == "zero3":
+    if plan.strategy.startswith("zero3"):
         _gather_as_needed(joint, runtime)
     pin_longrope(causal_lm, longest_row, cfg.model.longrope)
     causal_lm.model.rotary_emb.to(runtime.device)

@@ -20,13 +20,15 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.pack_order import Order
 from phi3_dist.data.prepare import Prepared
 from phi3_dist.modeling.base import Base, meta_model
+from phi3_dist.modeling.dequantize import dense, quant_state_of
 from phi3_dist.modeling.lora import add_lora, fill_adapter
 from phi3_dist.modeling.loss import PackedLoss
 from phi3_dist.modeling.rope import Regime
 from phi3_dist.modeling.weights_watch import WeightsWatch
 from phi3_dist.planning.plan import RunPlan
 from phi3_dist.sweep.file import Candidate
-from phi3_dist.sweep.joint import JointLoss, Part, Update
+from phi3_dist.sweep.joint import JointLoss, Part
+from phi3_dist.sweep.peft_rows import Update, row_norms
 from phi3_dist.training.batch_counts import order_of, steps_of, steps_of_an_evaluation
 from phi3_dist.training.build import Built, adapter_values
 from phi3_dist.training.checkpoints.files import Checkpoint
@@ -50,27 +52,49 @@ from phi3_dist.training.patience import Patience
 from phi3_dist.training.plan_proof import prove_built_dtypes
 from phi3_dist.training.run_folder import RunFolder
 from phi3_dist.training.runtime import Runtime
+from phi3_dist.training.shared_init import computed_lora_init
 from phi3_dist.training.signals import StopFlag, exit_code_of, state_of_stop
 from phi3_dist.training.step_loop import Steps, steps_in_order
 
 __all__ = ["CandidateMetrics", "CandidateRun", "CandidateView", "Given", "build_adapter", "updates_of"]
 
 
-def build_adapter(cfg: RunConfig, base: Base, runtime: Runtime) -> PackedLoss:
+def build_adapter(
+    cfg: RunConfig, base: Base, runtime: Runtime, causal_lm: Any, start: Mapping[str, Tensor] | None = None
+) -> PackedLoss:
     """The PEFT model of one candidate: its adapter has values and lies on the device, its base has none.
 
-    The adapter is whole on every rank, also where the base is sharded.
+    The adapter is whole on every rank, also where the base, `causal_lm`, is sharded; under a strategy that offloads it
+    lies on the host, and so do its gradients and moments. `start`: what `lora.init` computed. Collective.
     """
+    device = torch.device("cpu") if runtime.plan.strategy.endswith("offload") else runtime.device
     values = adapter_values(cfg, base, ()) if cfg.model.adapter else None
     model = PackedLoss(add_lora(meta_model(base, runtime.dtype), cfg.lora, base.source))
     for full_name, param in list(model.named_parameters()):
         if ".lora_" in full_name:
             owner, _, name = full_name.rpartition(".")
-            made = nn.Parameter(torch.empty_like(param, device=runtime.device), requires_grad=param.requires_grad)
+            made = nn.Parameter(torch.empty_like(param, device=device), requires_grad=param.requires_grad)
             setattr(model.get_submodule(owner), name, made)
-    fill_adapter(model, cfg.train.seed, values)
+    if cfg.lora.dora:
+        _start_magnitudes(model, causal_lm, runtime)
+    fill_adapter(model, cfg.train.seed, values, start)
     model.train()
     return model
+
+
+def _start_magnitudes(model: PackedLoss, causal_lm: Any, runtime: Runtime) -> None:
+    """DoRA's magnitudes: the norms of the base's rows, each rank all of them. Collective under FSDP2."""
+    for name, layer in model.causal_lm.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        linear = causal_lm.get_submodule(name)
+        weight: Any = linear.weight
+        if hasattr(weight, "full_tensor"):  # a run of its own takes them of its shards, in float32
+            norms = row_norms(weight.full_tensor().float())
+        else:
+            norms = row_norms(dense(weight, quant_state_of(linear), runtime.dtype))
+        with torch.no_grad():
+            layer.lora_magnitude_vector["default"].weight.copy_(norms)
 
 
 def updates_of(adapter: PackedLoss) -> dict[str, Update]:
@@ -81,7 +105,9 @@ def updates_of(adapter: PackedLoss) -> dict[str, Update]:
             dropout = layer.lora_dropout["default"]
             drop = float(dropout.p) if isinstance(dropout, nn.Dropout) else 0.0
             pair = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-            found[name] = Update(*pair, float(layer.scaling["default"]), drop)
+            magnitudes = layer.lora_magnitude_vector
+            magnitude = magnitudes["default"].weight if "default" in magnitudes else None
+            found[name] = Update(*pair, float(layer.scaling["default"]), drop, magnitude)
     return found
 
 
@@ -118,7 +144,7 @@ class _Engine(TorchEngine):
     def update(self, lr: float) -> Tensor:
         if self._runtime.world > 1:
             grads = [param.grad for param in self.params if param.grad is not None]
-            flat = torch.cat([grad.reshape(-1) for grad in grads])
+            flat = torch.cat([grad.reshape(-1) for grad in grads]).to(self._runtime.device)
             self._runtime.sum(flat)
             sizes = [grad.numel() for grad in grads]
             for grad, part in zip(grads, torch.split(flat, sizes), strict=True):
@@ -200,6 +226,8 @@ class CandidateRun:
     folder: RunFolder
     facts: Mapping[str, Any]
     start: Checkpoint | None = None
+    computed: Mapping[str, Tensor] = field(default_factory=dict)
+    """What `lora.init` computed, by saved name; empty for the default."""
     state: str = "waiting"
     why: str = ""
     next_step: int | None = None
@@ -238,10 +266,17 @@ class CandidateRun:
         known = self.ctx.metrics.held_out
         return self.ctx.metrics.loss, known[max(known)] if known else math.nan
 
+    def compute_start(self, causal_lm: Any, base: Base, runtime: Runtime) -> None:
+        """What `lora.init` computes from the base as it was loaded. Collective."""
+        packs, folder = self.prepared.train, self.folder.held
+        self.computed = computed_lora_init(
+            self.cfg, causal_lm, base, runtime, packs=packs, folder=folder, resumed=self.start is not None
+        )
+
     def build(self, number: int, given: Given) -> dict[str, Update]:
         """Adapter and optimizer, at the start or as the checkpoint has them; the updates that the base is to apply."""
         runtime = replace(given.runtime, plan=self.plan)
-        adapter = build_adapter(self.cfg, given.base, runtime)
+        adapter = build_adapter(self.cfg, given.base, runtime, given.joint.causal_lm, self.computed)
         view = CandidateView(number, adapter, given.joint, runtime)
         optimizer = make_optimizer(adapter, self.cfg.optim, runtime.device, self.cfg.lora.plus_ratio)
         self.number, self.engine = number, _Engine(view, optimizer, runtime, self.cfg.optim.max_grad_norm)
@@ -314,7 +349,7 @@ class CandidateRun:
             self.state = "finished"
             steps, self.held_out = self._saver.settle_on_final(self.done, self.held_out)
             inputs = RunInputs(self.cfg, given.base, given.tokenizer, (), self.prepared)
-            built = Built(self.engine.model.adapter, (), {}, given.regime)
+            built = Built(self.engine.model.adapter, (), self.computed, given.regime)
             save_final_adapter(self.ctx, inputs, built, self.held_out, steps)
         self._saver.finish()
         if given.runtime.is_main:

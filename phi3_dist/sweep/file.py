@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import Field, StrictInt, StrictStr, ValidationError
 
-from phi3_dist.config.load import diff, flatten, load_run, read_section
+from phi3_dist.config.load import flatten, load_run, read_section
 from phi3_dist.config.schema import Count, Real, RunConfig, Section
 from phi3_dist.errors import ConfigError, Problem, shown
 from phi3_dist.planning.auto_fields import auto_fields
 
-__all__ = ["Candidate", "EarlyConfig", "Sweep", "SweepConfig", "load_sweep"]
+__all__ = ["Candidate", "EarlyConfig", "Sweep", "SweepConfig", "load_sweep", "load_sweep_or_run", "resolved_section"]
 
 MOST = 512
 """Candidates of one sweep."""
@@ -28,7 +29,6 @@ _MAY_NOT = {
     "train.micro_batch": "a forward pass takes as many packs of each candidate",
     "train.profile": "a trace is one of all candidates together",
     "train.deterministic": "all candidates share one attention",
-    "lora.init": "a start that is computed from the base is made in a separate run",
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]{0,99}")
 
@@ -85,6 +85,14 @@ class Sweep:
     def differing(self) -> tuple[str, ...]:
         """The keys in which candidates differ."""
         return tuple(dict.fromkeys(key for candidate in self.candidates for key in candidate.settings))
+
+    @property
+    def data_runs(self) -> tuple[RunConfig, ...]:
+        """One candidate's run for each `data` section that differs from the others."""
+        sections: dict[str, RunConfig] = {}
+        for one in self.candidates:
+            sections.setdefault(json.dumps(one.cfg.data.model_dump(mode="json")), one.cfg)
+        return tuple(sections.values())
 
 
 def _section(path: Path) -> SweepConfig:
@@ -214,16 +222,32 @@ def _refused(one: Candidate) -> Iterator[Problem]:
     nearest = "nearest: phi3-dist train, or phi3-dist slurm --array"
     for key, wrong, why in (
         ("model.new_tokens", bool(cfg.model.new_tokens), "the embedding would be another for each candidate"),
-        ("lora.dora", cfg.lora.dora, "DoRA scales the base's own product"),
         ("lora.bias", cfg.lora.bias != "none", "the base's biases would be others for each candidate"),
         ("lora.modules_to_save", bool(cfg.lora.modules_to_save), "a whole module would be another for each candidate"),
-        ("lora.init", cfg.lora.init != "default", "is computed from the base, and PiSSA changes it"),
+        (
+            "lora.init",
+            cfg.lora.init.startswith("pissa"),
+            "PiSSA takes each candidate's start out of the base, which all share; loftq and eva leave it as it is",
+        ),
         ("lora.targets", bool({"lm_head", "embed_tokens"} & set(cfg.lora.targets)), "head and embedding are shared"),
         ("eval.generate", bool(cfg.eval.generate), "answers are made by one model at a time"),
         ("train.profile", bool(cfg.train.profile), "a trace is one of all candidates together"),
     ):
         if wrong:
             yield Problem(f"{where}{key}", f"cannot be in a sweep: {why}", nearest)
+
+
+def _fp8_problems(candidates: Sequence[Candidate]) -> list[Problem]:
+    """FP8 is for the linears that have an adapter: one base can hold one such set."""
+    if not any(one.cfg.model.fp8 for one in candidates):
+        return []
+    kinds = {(one.cfg.lora.targets, one.cfg.lora.layers, one.cfg.lora.dora) for one in candidates}
+    if len(kinds) == 1 and not candidates[0].cfg.lora.dora:
+        return []
+    what = "is true: only linears with an adapter are kept in FP8, and "
+    what += "DoRA reads the weights" if any(one.cfg.lora.dora for one in candidates) else "candidates adapt others"
+    fix = "give all the same lora.targets and lora.layers, without DoRA; or model.fp8=false"
+    return [Problem("model.fp8", what, fix)]
 
 
 def _early_problems(sweep: SweepConfig, candidates: Sequence[Candidate]) -> list[Problem]:
@@ -256,13 +280,26 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             problems += _refused(found)
         else:
             problems += found
-    problems += _twins(candidates) + _early_problems(section, candidates)
+    problems += _twins(candidates) + _fp8_problems(candidates) + _early_problems(section, candidates)
     if problems:
         raise ConfigError(*problems[:50])
     return Sweep(cfg, section.early, section.together, section.pass_tokens, tuple(candidates))
 
 
-def differences(candidate: Candidate, cfg: RunConfig) -> dict[str, Any]:
-    """What a candidate has otherwise than the sweep file's own run, by dotted keys."""
-    own = ("name", "save.folder", "log.trackers")
-    return {key: ours for key, _, ours in diff(cfg, candidate.cfg) if key not in own}
+def load_sweep_or_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Sweep | None]:
+    """A file's run, and its sweep where it has a section `sweep`. Raises ConfigError with all problems."""
+    if read_section(path, "sweep")[0] is None:
+        return load_run(path, overrides), None
+    sweep = load_sweep(path, overrides)
+    return sweep.cfg, sweep
+
+
+def resolved_section(sweep: Sweep) -> str:
+    """The section `sweep` in YAML with every candidate by its name."""
+    section = {
+        "candidates": [{"name": one.name, **one.settings} for one in sweep.candidates],
+        "early": sweep.early.model_dump(mode="json"),
+        "together": sweep.together,
+        "pass_tokens": sweep.pass_tokens,
+    }
+    return yaml.safe_dump({"sweep": section}, sort_keys=False, allow_unicode=True, width=120)

@@ -1,8 +1,9 @@
 """One pass over the base for several adapters: their packs are one ragged row, each LoRA sees its own part of it.
 
 The base's linears get a forward that makes one product over all tokens and adds each candidate's update to its own
-rows. Norms, attention and the loss treat rows and documents alone, so that no number of one candidate reaches another.
-Dropout is drawn for each candidate from a generator of its own, seeded as its run alone would seed the global one.
+rows; DoRA's rows, and LoRA's over an int8 base, are computed as PEFT computes them (`peft_rows.py`). Norms, attention
+and the loss treat rows and documents alone, so that no number of one candidate reaches another. Dropout is drawn for
+each candidate from a generator of its own, seeded as its run alone would seed the global one.
 
 Shapes: T tokens of the joined row, I inputs, O outputs, R a candidate's rank, S supervised positions.
 """
@@ -23,8 +24,9 @@ from phi3_dist.modeling.dequantize import base_grad_input, base_product, quant_s
 from phi3_dist.modeling.fp8 import Fp8Linear
 from phi3_dist.modeling.fused_lora import dropped_positions
 from phi3_dist.modeling.loss import Kernel, PackedLoss
+from phi3_dist.sweep.peft_rows import Update, dora_rows, lora_rows, noise_of
 
-__all__ = ["JointLoss", "Part", "Present", "Update", "install_updates", "joined"]
+__all__ = ["JointLoss", "Part", "Present", "install_updates", "is_int8", "joined"]
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,6 @@ class Present:
                 generator.set_state(state)
 
         return first(), again()
-
-
-@dataclass(frozen=True)
-class Update:
-    """One candidate's LoRA at one linear."""
-
-    a_RI: nn.Parameter
-    b_OR: nn.Parameter
-    scaling: float
-    dropout: float
 
 
 @dataclass(frozen=True)
@@ -156,28 +148,81 @@ class _JointLinear(torch.autograd.Function):
 _UPDATES, _PRESENT = "_joint_updates", "_joint_present"
 
 
-def _joint_forward(linear: Any, x: Tensor) -> Tensor:
-    """In place of the linear's own `forward`: the base for all rows, each candidate's update for its own."""
+@dataclass(frozen=True)
+class _Share:
+    """One candidate's rows [start, stop) at one linear, and what it has there."""
+
+    start: int
+    stop: int
+    update: Update | None
+    generator: torch.Generator | None
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+def _shares(linear: Any, rows: int) -> Iterator[_Share]:
     present: Present = vars(linear)[_PRESENT]
     updates: Mapping[int, Update] = vars(linear)[_UPDATES]
-    x_TI = x.reshape(-1, x.shape[-1])
+    start = 0
+    for candidate, size, generator in zip(present.candidates, present.sizes(rows), present.generators, strict=True):
+        drawing = generator if linear.training else None
+        yield _Share(start, start + size, updates.get(candidate) if size else None, drawing)
+        start += size
+
+
+def _joint_product(linear: Any, x_TI: Tensor, shares: Sequence[_Share]) -> Tensor:
+    """The base for all rows, and plain LoRA for those of `shares`."""
     weight, bias, state = linear.weight, linear.bias, quant_state_of(linear)
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = torch.get_autocast_dtype(x_TI.device.type) if torch.is_autocast_enabled(x_TI.device.type) else x_TI.dtype
     x_TI = x_TI.to(dtype)
     weight = weight if state is not None else weight.to(dtype)
-    rows, pairs, start = [], [], 0
-    sizes = present.sizes(x_TI.shape[0])
-    for candidate, size, generator in zip(present.candidates, sizes, present.generators, strict=True):
-        update, stop = updates.get(candidate), start + size
-        if update is not None and size:
-            drop = update.dropout if linear.training and generator is not None else 0.0
-            mask = dropped_positions(x_TI[start:stop], drop, generator) if drop else None
-            rows.append(_Rows(start, stop, update.scaling / (1.0 - drop), mask))
-            pairs += [update.a_RI.to(dtype), update.b_OR.to(dtype)]
-        start = stop
+    rows, pairs = [], []
+    for share in shares:
+        update = share.update
+        assert update is not None
+        drop = update.dropout if share.generator is not None else 0.0
+        mask = dropped_positions(x_TI[share.rows], drop, share.generator) if drop else None
+        rows.append(_Rows(share.start, share.stop, update.scaling / (1.0 - drop), mask))
+        pairs += [one.to(device=x_TI.device, dtype=dtype) for one in (update.a_RI, update.b_OR)]
     bias = None if bias is None else bias.to(dtype)
     out_TO: Tensor = _JointLinear.apply(x_TI, weight, bias, state, rows, *pairs)  # type: ignore[no-untyped-call]
-    return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
+    return out_TO
+
+
+def _by_peft(linear: Any, x_TI: Tensor, base_TO: Tensor, share: _Share) -> Tensor:
+    """The rows of one candidate, where `_joint_product` has not finished them."""
+    update = share.update
+    if update is None:
+        return base_TO
+    if update.magnitude_O is None and not is_int8(linear):
+        return base_TO
+    noise_TI = noise_of(x_TI, update, share.generator)
+    rows_of = lora_rows if update.magnitude_O is None else dora_rows
+    return rows_of(x_TI, base_TO, linear, update, noise_TI)
+
+
+def is_int8(linear: nn.Module) -> bool:
+    """By name: the class does not exist where bitsandbytes does not."""
+    return type(linear).__name__ == "Linear8bitLt"
+
+
+def _joint_forward(linear: Any, x: Tensor) -> Tensor:
+    """In place of the linear's own `forward`: the base for all rows, each candidate's update for its own."""
+    x_TI = x.reshape(-1, x.shape[-1])
+    shares = list(_shares(linear, x_TI.shape[0]))
+    whole = is_int8(linear)
+    if whole:
+        assert len(shares) == 1, "the columns that an int8 product keeps in 16 bits are those of all its rows"
+        out_TO = type(linear).forward(linear, x).reshape(x_TI.shape[0], -1)
+    else:
+        plain = [share for share in shares if share.update is not None and share.update.magnitude_O is None]
+        out_TO = _joint_product(linear, x_TI, plain)
+    if whole or any(share.update is not None and share.update.magnitude_O is not None for share in shares):
+        out_TO = torch.cat([_by_peft(linear, x_TI[share.rows], out_TO[share.rows], share) for share in shares])
+    shaped_TO: Tensor = out_TO.view(*x.shape[:-1], out_TO.shape[-1])
+    return shaped_TO
 
 
 def _is_linear(module: nn.Module) -> bool:

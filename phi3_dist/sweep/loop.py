@@ -272,7 +272,8 @@ def run_sweep(
         board.decisions = ready.decisions
         going = _going(runs, ready.decisions, revive)
         clock.mark("processes")
-        a_pass = candidates_a_pass(sweep.pass_tokens, sweep.cfg.data.pack_length * plan.micro_batch, plan.device)
+        pack_tokens = sweep.cfg.data.pack_length * plan.micro_batch
+        a_pass = candidates_a_pass(sweep.pass_tokens, pack_tokens, plan.device, sweep.cfg.model.quantization)
         at_once, why = candidates_at_once(
             sweep.together, len(going), plan.memory, machine, ranks=launch.ranks_per_node, a_pass=a_pass
         )
@@ -317,7 +318,14 @@ def _shared_base(sweep: Sweep, base: Base, runtime: Runtime, members: Sequence[C
     tokens = sum(
         tokens_of_rank(run.prepared.train, run.total * run.order.global_batch, runtime.world) for run in members
     )
-    joint, _ = load_shared(sweep.candidates[0].cfg, base, runtime, longest_row=longest, tokens=tokens)
+
+    def compute_starts(causal_lm: Any) -> None:
+        for run in members:
+            run.compute_start(causal_lm, base, runtime)
+
+    joint, _ = load_shared(
+        sweep.candidates[0].cfg, base, runtime, longest_row=longest, tokens=tokens, before_changes=compute_starts
+    )
     return joint
 
 

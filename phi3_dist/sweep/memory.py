@@ -19,11 +19,17 @@ RESERVE = 0.1
 """The share of a device's memory that the memory plan leaves free."""
 
 
-def candidates_a_pass(pass_tokens: int | Literal["auto"], pack_tokens: int, device: str) -> int:
+def candidates_a_pass(
+    pass_tokens: int | Literal["auto"], pack_tokens: int, device: str, quantization: str = "none"
+) -> int:
     """How many candidates share a forward pass. `pack_tokens`: what one brings at most, pack length × micro batch.
 
-    The same on every rank, whatever its packs hold: ranks that shard the base must make the same passes.
+    The same on every rank, whatever its packs hold: ranks that shard the base must make the same passes. One over an
+    int8 base: LLM.int8() keeps those columns in 16 bits that have an outlier in any row of the product, so that the
+    rows of one candidate would change the numbers of another.
     """
+    if quantization == "int8":
+        return 1
     tokens = _PASS_TOKENS[device] if pass_tokens == "auto" else pass_tokens
     return max(1, tokens // pack_tokens)
 

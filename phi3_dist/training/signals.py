@@ -10,6 +10,7 @@ process, and a launcher hands it on.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -99,12 +100,22 @@ def _end(number: int, when: str) -> None:
 
 
 def finishing() -> None:
-    """The run is done and what is left takes seconds: no signal stops that, but a second Ctrl-C."""
+    """The run is done and what is left takes seconds: no signal stops that, but a second Ctrl-C.
+
+    Nor one while the interpreter ends: Python has taken its handlers back by then, and SIGUSR1 would kill the process.
+    """
     if threading.current_thread() is threading.main_thread():
         flag = StopFlag()
         flag.save_first()
         for number in stop_signals():
             signal.signal(number, flag._handle)
+        atexit.register(_ignore_at_the_end)
+
+
+def _ignore_at_the_end() -> None:
+    for number in stop_signals():
+        if number != signal.SIGINT:
+            signal.signal(number, signal.SIG_IGN)
 
 
 class StopFlag:

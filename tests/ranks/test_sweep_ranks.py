@@ -34,7 +34,8 @@ def over_two(config: str, file: Path, folder: Path, *words: str) -> subprocess.C
 
 
 FULL = [
-    pytest.param(config, marks=(pytest.mark.full, pytest.mark.timeout(900))) for config in ("cpu_2", "zero2", "zero3")
+    pytest.param(config, marks=(pytest.mark.full, pytest.mark.timeout(900)))
+    for config in ("cpu_2", "zero2", "zero3", "zero2_offload", "zero3_offload")
 ]
 
 
@@ -93,12 +94,3 @@ def test_each_rank_holds_its_half_of_the_base(strategy: str, tmp_path: Path, dee
     args = {"strategy": strategy, "folder": str(tmp_path / "base")}
     for held, whole in run_ranks("tests.ranks.sweep_bodies:held", 2, args=args, deepspeed=strategy == "zero3"):
         assert held == whole // 2
-
-
-@pytest.mark.full
-@pytest.mark.timeout(900)
-def test_what_no_sweep_runs_under_names_the_nearest(tmp_path: Path) -> None:
-    sweep_of(tmp_path, SECTION)
-    done = over_two("fsdp2_offload", tmp_path / "sweep.yaml", tmp_path / "two")
-    assert done.returncode != 0
-    assert "nearest: fsdp2" in done.stderr

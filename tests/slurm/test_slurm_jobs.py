@@ -12,7 +12,7 @@ import pytest
 
 from phi3_dist.errors import PlanError
 from phi3_dist.machine.slurm_cluster import check_script, slurm_command
-from phi3_dist.planning.sbatch_script import parse_sweep
+from phi3_dist.planning.sbatch_script import parse_array
 from tests.slurm.cluster import Cluster, own_address, why_not
 from tests.slurm.conftest import REPO, Desk
 from tests.slurm.test_slurm_smoke import WORLD
@@ -85,7 +85,7 @@ def test_fewer_nodes_than_planned_are_refused(desk: Desk) -> None:
 
 def test_array_sweep(desk: Desk) -> None:
     desk.stand_in('echo "train $*"')
-    desk.job = replace(desk.job, sweep=parse_sweep(["optim.lr=1e-4,2e-4"]))
+    desk.job = replace(desk.job, array=parse_array(["optim.lr=1e-4,2e-4"]))
     result = slurm_command(desk.job, desk.topology, submit=True)
     (job_id,) = result.job_ids
     assert desk.wait(job_id) == ["COMPLETED", "COMPLETED"]
@@ -152,8 +152,8 @@ def test_signal_requeues_up_to_the_cap(desk: Desk, to: str) -> None:
 def test_signal_to_one_task_of_an_array(desk: Desk) -> None:
     """The last task's own job id is the array's too: a script that used it would stop and requeue every task."""
     desk.stand_in(PATIENT)
-    sweep = parse_sweep(["optim.lr=1,2"])
-    desk.job = replace(desk.job, arguments=("--resume",), sweep=sweep)
+    array = parse_array(["optim.lr=1,2"])
+    desk.job = replace(desk.job, arguments=("--resume",), array=array)
     job_id = desk.submit(directives=("--requeue",))
     for task in (0, 1):
         desk.wait_for_text(f"{job_id}_{task}", "start 0: run.yaml --resume")

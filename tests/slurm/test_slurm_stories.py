@@ -23,6 +23,7 @@ from phi3_dist.machine.slurm_cluster import submit_script
 from phi3_dist.report.logs import find_log
 from phi3_dist.report.runs import list_runs, read_run
 from tests.slurm.conftest import REPO, Desk
+from tests.unit.test_sweep import run, sweep_of
 
 # a run is started twice or three times, which takes half a minute each on two busy cores
 pytestmark = [pytest.mark.slurm, pytest.mark.full, pytest.mark.timeout(600)]
@@ -186,10 +187,12 @@ def test_requeues_end_at_the_cap(trainer: Desk, undisturbed: Path) -> None:
     same_run(run_folder(trainer), undisturbed)
 
 
-def phi3_dist_slurm(desk: Desk, *arguments: str) -> list[str]:
+def phi3_dist_slurm(
+    desk: Desk, *arguments: str, file: str = RUN_FILE, overrides: tuple[str, ...] = OVERRIDES
+) -> list[str]:
     """`phi3-dist slurm … --submit` as it is typed, and the ids of the jobs that it names."""
     common = ("--time", "10m", "--env-file", str(desk.folder / "env.sh"), "--env", "OMP_NUM_THREADS=1")
-    command = [sys.executable, "-m", "phi3_dist", "slurm", RUN_FILE, *OVERRIDES, *arguments, *common, "--submit"]
+    command = [sys.executable, "-m", "phi3_dist", "slurm", file, *overrides, *arguments, *common, "--submit"]
     done = subprocess.run(command, cwd=desk.folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (jobs,) = re.findall(r"^job +(.*)$", done.stdout, flags=re.MULTILINE)
@@ -212,7 +215,35 @@ def test_chain(desk: Desk, undisturbed: Path) -> None:
     same_run(run_folder(desk), undisturbed)
 
 
-def test_sweep(desk: Desk) -> None:
+def test_a_sweep_cut_by_a_time_limit_continues_in_the_next_job(desk: Desk) -> None:
+    """Two nodes, one command with `--chain 2` of a sweep file: every candidate ends with an uncut sweep's numbers."""
+    section = {"axes": {"optim.lr": [1e-2, 1e-3]}, "early": {"rule": "halving", "first": 1}}
+    sweep = sweep_of(desk.folder, section, train={"max_steps": 40, "eval_every": 30}, save={"every": 1000})
+    first, second = phi3_dist_slurm(
+        desk, "save.folder=runs/story", "--resume", "--chain", "2", "--nodes", "2", "--processes-per-node", "1",
+        "--config_file", CPU_2, file=str(desk.folder / "sweep.yaml"), overrides=(),
+    )  # fmt: skip
+    beat = run_folder(desk) / "lr=0.001" / "heartbeat.json"
+    wait_until(desk, first, "step 5", lambda: beat.is_file() and json.loads(beat.read_text())["step"] >= 5)
+    desk.cluster.client("scancel", "--signal=USR1", "--batch", first)
+    assert desk.wait(first) == ["COMPLETED"], desk.output(first)
+    assert "the next job of the chain continues" in desk.output(first)
+    said = [json.loads((run_folder(desk) / "sweep.json").read_text())["candidates"]]
+    assert {one["state"] for one in said[0]} == {"preempted"}
+    assert all(5 <= one["step"] < 30 for one in said[0])
+    run(sweep)
+    assert desk.wait(second, seconds=200) == ["COMPLETED"], desk.output(second)
+    assert find_log(run_folder(desk)).read_text() == desk.output(second)
+    said.append(json.loads((run_folder(desk) / "sweep.json").read_text())["candidates"])
+    assert [(one["name"], one["state"]) for one in said[1]] == [("lr=0.01", "finished"), ("lr=0.001", "ended early")]
+    for one in sweep.candidates:
+        ours, theirs = rows(run_folder(desk) / one.name), rows(Path(one.cfg.save.folder))
+        assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+        for our, their in zip(ours, theirs, strict=True):
+            assert our["loss"] == pytest.approx(their["loss"], rel=1e-5), (one.name, our["step"])
+
+
+def test_array(desk: Desk) -> None:
     """Each value trains into a folder of its own, and `runs` and `logs` find every one."""
     (job_id,) = phi3_dist_slurm(
         desk, "train.max_steps=3", "save.folder=runs/sweep", "--array", "optim.lr=1e-2,1e-3",

@@ -87,6 +87,21 @@ def test_arguments_pass_through(shell: Shell) -> None:
     assert shell("slurm/prepare.sbatch", *arguments)[1] == ["python", "-m", "phi3_dist", "prepare", *arguments]
 
 
+@pytest.mark.parametrize("line", ["sweep:", '"sweep":', "sweep : {axes: {lora.r: [8, 16]}}"])
+def test_a_sweep_file_is_swept(shell: Shell, tmp_path: Path, line: str) -> None:
+    (tmp_path / "file.yaml").write_text(f"name: of a sweep\n{line}\n")
+    (tmp_path / "run.yaml").write_text(f"name: x\n# {line}\ndata:\n  {line}\n")
+    for name, verb in (("file.yaml", "sweep"), ("run.yaml", "train")):
+        expected = ["-m", "phi3_dist", verb, str(tmp_path / name), "--resume"]
+        for script, options in (
+            ("single.sh", ()),
+            ("local.sh", ()),
+            ("local.sh", ("--processes", "3")),
+            ("multinode.sh", (*NODE, "--master", "192.0.2.9")),
+        ):
+            assert shell(script, *options, *expected[3:])[1][-5:] == expected, (script, options)
+
+
 @pytest.mark.parametrize("script", ["single.sh", "slurm/prepare.sbatch"])
 def test_exit_codes_pass_through(shell: Shell, script: str) -> None:
     shell.program("python", "exit 7")

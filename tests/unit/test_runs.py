@@ -193,6 +193,19 @@ def test_logs_by_rank(tmp_path: Path) -> None:
         find_log(tmp_path)
 
 
+def test_a_sweep_and_its_candidates_share_their_jobs_log(tmp_path: Path) -> None:
+    for name, job in (("a", "12"), ("b", "13")):
+        _run(tmp_path / "sweep" / name, heartbeat={"job_id": job})
+    os.utime(tmp_path / "sweep" / "a" / "heartbeat.json", (1, 1))
+    said = {"candidates": [{"name": name, "folder": name} for name in "abc"]}
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(said))
+    (tmp_path / "slurm").mkdir()
+    for job in ("12", "13"):
+        (tmp_path / "slurm" / f"sweep-{job}.out").write_text(f"job {job}\n")
+    assert find_log(tmp_path / "sweep" / "a").read_text() == "job 12\n"
+    assert find_log(tmp_path / "sweep").read_text() == "job 13\n"
+
+
 def test_follow_goes_on(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("one\n")

@@ -161,3 +161,22 @@ def test_a_signal_before_the_ranks_are_there_is_handed_on_when_they_are() -> Non
         process.terminate()
         out, _ = process.communicate(timeout=30)
     assert out.splitlines()[-1].startswith("75")
+
+
+AT_THE_END = """
+import os, signal, sys
+from phi3_dist.training.signals import finishing
+
+class Last:
+    def __init__(self): self.kill, self.pid = os.kill, os.getpid()
+    def __del__(self): [self.kill(self.pid, number) for number in (10, 15, 1)]
+
+sys.last = Last()
+finishing()
+sys.exit(75)
+"""
+
+
+def test_a_signal_while_the_interpreter_ends_changes_no_exit_code() -> None:
+    """A job asks its ranks again and again to stop, and Python takes its handlers back before it takes down modules."""
+    assert subprocess.run([sys.executable, "-c", AT_THE_END], cwd=REPO, check=False).returncode == 75

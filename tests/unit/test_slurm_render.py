@@ -14,7 +14,7 @@ from phi3_dist.config.schema import DataConfig, ModelConfig, RunConfig
 from phi3_dist.errors import MachineError, PlanError
 from phi3_dist.machine.slurm_cluster import Check, Rendered, slurm_command, slurm_facts, submit_script
 from phi3_dist.planning.sbatch_body import JOB_BODY
-from phi3_dist.planning.sbatch_script import SlurmJob, SlurmTopology, parse_env, parse_sweep, render_sbatch, slurm_time
+from phi3_dist.planning.sbatch_script import SlurmJob, SlurmTopology, parse_array, parse_env, render_sbatch, slurm_time
 
 REPO = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -33,8 +33,8 @@ FULL = SlurmTopology(
 SCRIPTS = {
     "slurm_plain": render_sbatch(SlurmJob("configs/run/mini.yaml", "mini", "runs/mini"), PLAIN),
     "slurm_full": render_sbatch(JOB, FULL),
-    "slurm_sweep": render_sbatch(
-        replace(JOB, sweep=parse_sweep(["lora.r=8,16", "lora.targets=[o_proj,qkv_proj]"])), PLAIN
+    "slurm_array": render_sbatch(
+        replace(JOB, array=parse_array(["lora.r=8,16", "lora.targets=[o_proj,qkv_proj]"])), PLAIN
     ),
     "slurm_link": render_sbatch(JOB.chained(), PLAIN),
 }
@@ -46,6 +46,11 @@ def test_golden(name: str) -> None:
     head, body, rest = SCRIPTS[name].partition(JOB_BODY)
     assert (body, rest) == (JOB_BODY, "")
     assert head == (GOLDEN / f"{name}.sbatch").read_text()
+
+
+def test_a_sweep_file_is_swept() -> None:
+    plain, swept = (render_sbatch(replace(JOB, verb=verb), PLAIN) for verb in ("train", "sweep"))
+    assert swept == plain.replace("\nVERB=train\n", "\nVERB=sweep\n") != plain
 
 
 def test_shipped_script_has_the_same_body() -> None:
@@ -98,19 +103,19 @@ def test_time_refused(text: str) -> None:
         slurm_time(text)
 
 
-def test_sweep() -> None:
-    assert parse_sweep([]) == ()
-    assert parse_sweep(["optim.lr=1e-4, 2e-4", "lora.r=8,16"]) == (
+def test_array() -> None:
+    assert parse_array([]) == ()
+    assert parse_array(["optim.lr=1e-4, 2e-4", "lora.r=8,16"]) == (
         ("optim.lr=1e-4", "lora.r=8"), ("optim.lr=1e-4", "lora.r=16"),
         ("optim.lr=2e-4", "lora.r=8"), ("optim.lr=2e-4", "lora.r=16"),
     )  # fmt: skip
-    assert parse_sweep(["lora.targets=[a,b],all-linear"]) == (("lora.targets=[a,b]",), ("lora.targets=all-linear",))
-    assert parse_sweep(['name="a,b",c']) == (('name="a,b"',), ("name=c",))
+    assert parse_array(["lora.targets=[a,b],all-linear"]) == (("lora.targets=[a,b]",), ("lora.targets=all-linear",))
+    assert parse_array(['name="a,b",c']) == (('name="a,b"',), ("name=c",))
 
 
-def test_sweep_names_every_mistake() -> None:
+def test_array_names_every_mistake() -> None:
     with pytest.raises(PlanError) as caught:
-        parse_sweep(["optim.lr", "lora.r=", "train.seed=1,1", "lora.r=8,,16", "lora.r=8,"])
+        parse_array(["optim.lr", "lora.r=", "train.seed=1,1", "lora.r=8,,16", "lora.r=8,"])
     assert [problem.what.split(" ", 1)[1] for problem in caught.value.problems] == [
         "is not key.path=value,value", "has an empty value", "has the same value twice",
         "has an empty value", "has an empty value",
@@ -148,7 +153,7 @@ def test_command_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(MachineError, match="to a login node"):
         submit_script(result.scripts[0])
     with pytest.raises(PlanError, match="one chain for each value"):
-        slurm_command(replace(JOB, sweep=(("lora.r=8",),)), replace(PLAIN, workdir=str(tmp_path)), chain=2)
+        slurm_command(replace(JOB, array=(("lora.r=8",),)), replace(PLAIN, workdir=str(tmp_path)), chain=2)
 
 
 def test_a_config_is_found_from_another_folder_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +184,7 @@ def test_no_value_becomes_a_line_of_its_own(text: str) -> None:
     topology = replace(
         PLAIN, **values, container_mounts=(f"/a:{text}",), env=(("A", text),), directives=(f"--comment={text}",)
     )
-    job = SlurmJob(f"run{text}.yaml", f"n{text}", f"runs{text}", (f"name={text}",), sweep=((f"lora.r=8{text}",),))
+    job = SlurmJob(f"run{text}.yaml", f"n{text}", f"runs{text}", (f"name={text}",), array=((f"lora.r=8{text}",),))
     with pytest.raises(PlanError) as raised:
         render_sbatch(job, topology)
     named = {problem.where for problem in raised.value.problems if "control character" in problem.what}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from phi3_dist.cli import app
 from phi3_dist.errors import ConfigError, PlanError
 from phi3_dist.machine.probe import launch_facts, probe
 from phi3_dist.sweep import step as sweep_step
@@ -24,6 +27,7 @@ from phi3_dist.sweep.file import EarlyConfig, Sweep, load_sweep
 from phi3_dist.sweep.loop import SweepResult, run_sweep
 from phi3_dist.sweep.memory import candidates_a_pass, candidates_at_once
 from phi3_dist.training.whole_run import train
+from tests.unit.test_fp8 import needs_fp8
 
 REPO = Path(__file__).parents[2]
 RUN: dict[str, Any] = {
@@ -81,6 +85,9 @@ MANY = [
     {"name": "rs_plus", "lora.rslora": True, "lora.plus_ratio": 4.0, "lora.r": 4},
     {"name": "frozen_a", "lora.freeze_a": True, "optim.weight_decay": 0.1},
     {"name": "one_layer", "lora.layers": [1], "data.supervise": "all"},
+    {"name": "dora", "lora.dora": True},
+    {"name": "dora_dry", "lora.dora": True, "lora.dropout": 0.0, "lora.targets": ["qkv_proj", "down_proj"]},
+    {"name": "eva", "lora.init": "eva", "train.max_steps": 2},
     {"name": "pattern", "lora.rank_pattern": {"down_proj": 2}, "optim.max_grad_norm": 0.01},
 ]
 
@@ -201,7 +208,8 @@ def test_the_rule_is_a_function_of_the_losses() -> None:
         ({"candidates": [{"lora.r": 4}]}, "sweep.candidates[0].name: is missing"),
         ({"candidates": [{"name": "../x"}]}, "a folder is named after it"),
         ({"candidates": [{"name": "best"}]}, "another word than best"),
-        ({"axes": {"lora.dora": [True]}}, "lora.dora: cannot be in a sweep"),
+        ({"axes": {"lora.init": ["pissa", "eva"]}}, "lora.init: cannot be in a sweep: PiSSA takes"),
+        ({"axes": {"lora.bias": ["all"]}}, "lora.bias: cannot be in a sweep"),
         ({"axes": {"lora.r": [0]}}, "sweep candidate r=0"),
         ({}, "has neither axes nor candidates"),
         ({"axe": {}}, "sweep.axe"),
@@ -228,6 +236,29 @@ def test_the_shipped_sweep_file_is_read() -> None:
     assert sweep.differing == ("optim.lr", "lora.r", "lora.targets")
 
 
+def test_the_verbs_around_a_run_take_a_sweep_file(tmp_path: Path) -> None:
+    one = {"axes": {"optim.lr": [1e-2, 1e-3]}, "early": "halving", "candidates": [{"name": "odd", "data.max_rows": 24}]}
+    sweep = sweep_of(tmp_path, one)
+    file = str(tmp_path / "sweep.yaml")
+
+    def said(*words: str) -> str:
+        done = CliRunner().invoke(app, list(words))
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    (tmp_path / "shown.yaml").write_text(said("config", "show", file))
+    again = load_sweep(tmp_path / "shown.yaml")
+    assert [(c.name, c.cfg.data, c.cfg.optim) for c in again.candidates] == [
+        (c.name, c.cfg.data, c.cfg.optim) for c in sweep.candidates
+    ]
+    assert (again.early, again.together, again.pass_tokens) == (sweep.early, sweep.together, sweep.pass_tokens)
+    assert said("prepare", file).count("packs to train on") == 2
+    said("slurm", file, "--processes-per-node", "1", "--script", str(tmp_path / "job.sbatch"))
+    assert "\nVERB=sweep\n" in (tmp_path / "job.sbatch").read_text()
+    train = CliRunner().invoke(app, ["train", file])
+    assert "phi3-dist sweep trains a file with this section" in str(train.exception)
+
+
 def test_a_run_file_without_candidates_is_told_how(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no section `sweep`"):
         load_sweep(REPO / "configs/run/debug.yaml")
@@ -236,10 +267,24 @@ def test_a_run_file_without_candidates_is_told_how(tmp_path: Path) -> None:
         run(sweep, resume=True, revive=["nobody"])
 
 
+@needs_fp8
+def test_an_fp8_base_is_shared_by_candidates_that_adapt_the_same_linears(tmp_path: Path) -> None:
+    section: dict[str, Any] = {"axes": {"optim.lr": [1e-2, 1e-3], "lora.r": [8, 4]}, "how": "zip"}
+    changes = {"model": {"fp8": True, "precision": "bf16"}, "train": {"max_steps": 2}}
+    sweep = sweep_of(tmp_path, section, **changes)
+    run(sweep)
+    alone(sweep, tmp_path / "alone")
+    for one in sweep.candidates:
+        same_bits(Path(one.cfg.save.folder), tmp_path / "alone" / one.name)
+    for key, value, why in (("lora.layers", [0], "candidates adapt others"), ("lora.dora", True, "DoRA reads")):
+        with pytest.raises(ConfigError, match=why):
+            sweep_of(tmp_path, {"candidates": [{"name": "a"}, {"name": "b", key: value}]}, **changes)
+
+
 def test_what_no_sweep_runs_under_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path, {"axes": {"lora.r": [8]}}, model={"fp8": True, "precision": "bf16"})
-    with pytest.raises(PlanError, match="nearest: false"):
-        run(sweep)
+    sweep = sweep_of(tmp_path, {"axes": {"lora.r": [8]}}, train={"sequence_parallel": 2})
+    with pytest.raises(PlanError, match="candidates are joined over whole packs"):
+        run_sweep(sweep, probe(use_cpu=True), replace(launch_facts({}), world_size=2, strategy="ddp"))
     assert not (tmp_path / "runs").exists()
 
 
