@@ -33,9 +33,7 @@ def plan(
     network: Network = None,
     price: Annotated[float | None, typer.Option("--price", min=0, help="Price of one GPU for an hour.")] = None,
     tokens: Tokens = None,
-    why: Annotated[
-        str | None, typer.Option("--why", help="Print every term of one strategy, such as 'zero3 nf4'.")
-    ] = None,
+    why: Annotated[str | None, typer.Option("--why", help="Print every term of one, such as 'zero3 nf4'.")] = None,
     write: Annotated[
         Path | None, typer.Option("--write", help="Folder for configs, launch command and job script of the best.")
     ] = None,

@@ -1,4 +1,4 @@
 """The strategies: what one backward and one update mean under DDP, ZeRO and FSDP2, and the optimizer.
 
-Begin with engine.py.
+Begin with backward_and_update.py.
 """
