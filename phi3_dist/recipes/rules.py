@@ -1,7 +1,7 @@
 """What each foreign key means in a run file: one rule a key, under the name that Hugging Face gives it.
 
 Names and defaults are those of transformers' `TrainingArguments`, TRL's `SFTConfig`, PEFT's `LoraConfig`, DeepSpeed's
-JSON, LLaMA-Factory and axolotl; `ALIASES` brings them to one name. Rules that need several keys stand in `importing`.
+JSON, LLaMA-Factory and axolotl; `ALIASES` brings them to one name. Rules that need several keys are in rules_joint.py.
 """
 
 from __future__ import annotations

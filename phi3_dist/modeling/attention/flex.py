@@ -1,4 +1,4 @@
-"""flex attention over packed documents, from their boundaries alone. One of `kernels.KERNELS`.
+"""flex attention over packed documents, from their boundaries alone. One of `packed_kernels.KERNELS`.
 
 Shapes: T tokens of a pack, N query heads, K key/value heads, D head size.
 """
