@@ -19,6 +19,7 @@ Tokens = Annotated[
 Learn = Annotated[
     bool, typer.Option("--learn", help="The arguments are folders of finished runs: learn this card's overheads.")
 ]
+Why = Annotated[str | None, typer.Option("--why", help="Print every term of one strategy, such as 'zero3 nf4'.")]
 
 
 @app.command()
@@ -33,7 +34,7 @@ def plan(
     network: Network = None,
     price: Annotated[float | None, typer.Option("--price", min=0, help="Price of one GPU for an hour.")] = None,
     tokens: Tokens = None,
-    why: Annotated[str | None, typer.Option("--why", help="Print every term of one, such as 'zero3 nf4'.")] = None,
+    why: Why = None,
     write: Annotated[
         Path | None, typer.Option("--write", help="Folder for configs, launch command and job script of the best.")
     ] = None,

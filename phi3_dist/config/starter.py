@@ -40,7 +40,7 @@ def first_run_file(source: str, rows: str = FILL_IN_ROWS) -> str:
     data, optim, train = DataConfig(train=rows), OptimConfig(), TrainConfig()
     targets = "all-linear" if set(preset.targets) == set(LINEARS) else f"[{', '.join(preset.targets)}]"
     positions = f"; it has {family.max_positions:,} positions" if family and family.max_positions > 16384 else ""
-    return f"""# A first run file for {name}. Every other key has a default: phi3-dist config show FILE prints them all.
+    return f"""# A first run file for {name}. Every other key has a default; phi3-dist config show FILE prints all.
 
 model:
   source: {json.dumps(source)}

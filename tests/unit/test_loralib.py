@@ -175,7 +175,7 @@ def test_a_conv2d_of_peft_becomes_loralibs(stride: int) -> None:
     without_bias = {k: v for k, v in state.items() if "lora_" in k}
     with pytest.raises(ConfigError, match=r"give kinds: 0=linear\|embedding\|conv2d\|merged"):
         peft_from_loralib(without_bias, alpha=5)
-    with pytest.raises(AdapterError, match="no equal"):
+    with pytest.raises(AdapterError, match="can't hold"):
         peft_from_loralib(without_bias, alpha=5, kinds={"0": "conv2d"})
 
 
@@ -503,7 +503,7 @@ def test_a_loralib_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         convert("new.pt", alpha=3)
     with pytest.raises(ConfigError, match="r: is not for loralib→peft"):
         convert_file(tmp_path / "lora.pt", tmp_path / "other", "loralib→peft", r=3, **SAID)
-    with pytest.raises(ConfigError, match="one of loralib→peft, peft→loralib"):
+    with pytest.raises(ConfigError, match="loralib-to-peft or peft-to-loralib"):
         convert_file(tmp_path / "lora.pt", tmp_path / "other", "sideways")
     with pytest.raises(ConfigError, match=r"config\.json: cannot be read"):
         convert("new.pt", base_config=tmp_path / "config.json")

@@ -30,7 +30,7 @@ def test_each_variant_by_hub_id_and_by_its_folder(family: Family, tmp_path: Path
     preset = PRESETS[family.name]
     for source in (*family.hub_ids, str(tmp_path)):
         text = first_run_file(source, "rows.jsonl")
-        assert text.startswith(f"# {family.name}, to begin with.")
+        assert text.startswith(f"# A first run file for {family.name}.")
         assert preset.reason in text
         run = loaded(tmp_path, text)
         assert (run.model.source, run.model.precision) == (source, preset.precision)

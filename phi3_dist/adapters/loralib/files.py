@@ -186,8 +186,8 @@ def _read_loralib(path: Path) -> tuple[dict[str, Tensor], dict[str, Layer]]:
         fix = "save it with torch.save(lora.lora_state_dict(model), path)"
         raise AdapterError(Problem(str(path), what, fix)) from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        what = f"is damaged, or is not a file of tensors: {said}"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = f"is damaged, or is not a file of tensors: {reason}"
         raise AdapterError(Problem(str(path), what, "copy or save it again")) from error
     nested = [key for key in _NESTED if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)]
     state = content[nested[0]] if nested else content
