@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from phi3_dist.planning.state import LaunchFacts
 from safetensors.torch import load_file
 
 from phi3_dist.config.load import load_run
@@ -20,6 +19,7 @@ from phi3_dist.inference.opening import open_model
 from phi3_dist.machine.probe import probe
 from phi3_dist.modeling.generate import stop_ids
 from phi3_dist.modeling.packed_answers import packed_answers
+from phi3_dist.planning.facts import LaunchFacts
 from phi3_dist.training import evaluate, step_loop, whole_run
 from phi3_dist.training.evaluate import HeldOut
 from phi3_dist.training.patience import Patience
