@@ -255,8 +255,8 @@ def _render(draft: Draft, findings: list[Finding]) -> str:
 
 def _field(draft: Draft, path: str, key: str) -> list[str]:
     inside = [other for other in draft.values if other.startswith(f"{path}.")]
-    reported = [comment for other in (path, *inside) for comment in draft.comments.get(other, ())]
-    lines = [line for comment in reported for line in _comment(comment)]
+    comments = [comment for other in (path, *inside) for comment in draft.comments.get(other, ())]
+    lines = [line for comment in comments for line in _comment(comment)]
     if path in draft.values or inside:
         nested = {other.removeprefix(f"{path}."): draft.values[other] for other in inside}
         value = draft.values.get(path, nested)

@@ -125,6 +125,7 @@ def test_a_plan_says_what_would_run() -> None:
         (lambda: generate("tiny-random", ["Hi."], top_p=0), "top_p"),
         (lambda: generate("tiny-random", ["Hi."], batch_size=0), "below 1"),
         (lambda: export("run", "out", "onnx"), "one of merged, split"),  # type: ignore[arg-type]
+        (lambda: export("run", "out", "onnx", into="int4", stored="q8"), "(?s)--as: .*--into: .*--dtype: "),  # type: ignore[arg-type]
         (lambda: export("run", "out", "merged", stored="f16"), "--dtype: has no effect with --as merged"),
         (lambda: export("run", "out", "gguf", weights=[1.0], into="nf4"), "--into: has no effect with --as gguf"),
         (lambda: check("run", "tgi"), "is not a known server"),  # type: ignore[arg-type]

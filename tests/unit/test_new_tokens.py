@@ -155,9 +155,10 @@ def test_the_plan_before_a_run_counts_the_rows_that_the_base_lacks(base: Base, t
 
 def test_a_plan_says_when_a_tokenizers_file_has_no_ids(base: Base) -> None:
     section = {"source": base.source, "new_tokens": TOKENS}
-    (Path(base.source) / "tokenizer.json").write_text('{"model": {"vocab": [["a", 1]]}}')
-    with pytest.raises(ModelError, match="which token has which id"):
-        shape_of_source(RunConfig.model_validate({"model": section, "data": {"train": "x"}}))
+    for content, what in (('{"model": {"vocab": [["a", 1]]}}', "which token has which id"), ("{", "is not JSON")):
+        (Path(base.source) / "tokenizer.json").write_text(content)
+        with pytest.raises(ModelError, match=what):
+            shape_of_source(RunConfig.model_validate({"model": section, "data": {"train": "x"}}))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -14,6 +14,7 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.config.starter import first_run_file
 from phi3_dist.errors import ConfigError, ModelError
 from phi3_dist.family.variants import FAMILIES, LINEARS, PRESETS, Family
+from phi3_dist.planning.preview import shape_of_source
 from tests.small_models import small_phi3
 from tests.unit.test_family_models import full_size_config
 
@@ -36,6 +37,14 @@ def test_each_variant_by_hub_id_and_by_its_folder(family: Family, tmp_path: Path
         assert (run.model.source, run.model.precision) == (source, preset.precision)
         assert (run.data.train, run.data.pack_length) == ("rows.jsonl", preset.pack_length)
         assert run.lora.targets == ("all-linear" if preset.targets == LINEARS else preset.targets)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_hub_id_is_known_in_small_letters_to_the_run_file_and_to_the_plan(family: Family, tmp_path: Path) -> None:
+    source = family.hub_ids[0].lower()
+    run = loaded(tmp_path, first_run_file(source, "rows.jsonl"))
+    assert run.model.source == source
+    assert shape_of_source(run) is family
 
 
 def test_a_phi3_of_another_size_gets_the_usual_values_within_its_positions(tmp_path: Path) -> None:
