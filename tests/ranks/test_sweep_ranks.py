@@ -89,7 +89,7 @@ def test_a_sweep_of_two_processes_is_cut_and_goes_on_in_one(tmp_path: Path) -> N
 @pytest.mark.full
 @pytest.mark.timeout(900)
 def test_two_processes_end_early_revive_and_take_a_new_candidate(tmp_path: Path) -> None:
-    """What halving ended continues beside a candidate that was added, with the numbers of one process without halving."""
+    """What halving ended continues beside a new candidate, with the numbers of one process without halving."""
     rates = {"axes": {"optim.lr": [1e-2, 1e-3, 1e-4]}}
     sweep = sweep_of(tmp_path, rates)
     run(sweep)
