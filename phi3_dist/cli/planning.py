@@ -57,9 +57,10 @@ def plan(
         _learn([run_file, *map(Path, overrides or ())])
         return
     memory_gib = None if memory is None else gib_of(memory)
-    launch = (config, processes or gpus, machines or nodes, device, memory_gib or 80.0)
+    launch = (config, processes or gpus, machines or nodes, device, memory_gib)
     if read_section(run_file, "sweep")[0] is not None:
-        _a_sweep(run_file, overrides or (), *launch)
+        of_runs = {"host-memory-gib": host_memory, "network-gbit": network, "price": price, "why": why, "write": write}
+        _a_sweep(run_file, overrides or (), *launch, json=as_json, tokens=tokens, gpu=gpu, **of_runs)
         return
     cfg = load_run(run_file, overrides or ())
     check_rows(cfg)
@@ -142,39 +143,79 @@ def _learn(folders: list[Path]) -> None:
     typer.echo(f"kept in {file}; plans for this card use it; without the file they use the defaults")
 
 
-def _a_sweep(
-    file: Path, overrides: Any, config: Path | None, processes: int | None, nodes: int | None, device: str, gib: float
-) -> None:
-    """The plan of the candidate with the largest rank, and how many like it train at once."""
+def _a_sweep(file: Path, overrides: Any, *launch_options: Any, **options: Any) -> None:
+    """The plan of the candidate that takes most memory, and what the sweep needs: rounds, memory, time."""
+    import json
+    from dataclasses import asdict
+
+    from phi3_dist.errors import ConfigError, Problem
     from phi3_dist.planning.preview import check_rows
     from phi3_dist.sweep.file import load_sweep
-    from phi3_dist.sweep.memory import candidates_a_pass, sweep_line
+    from phi3_dist.sweep.forecast import forecast, plans_of
+    from phi3_dist.sweep.memory import largest_memory
 
+    as_json, tokens, gpu = (options.pop(name) for name in ("json", "tokens", "gpu"))
+    of_runs = [f"--{name}" for name, value in options.items() if value is not None]
+    if of_runs:
+        fix = "leave it out, or give a run file; --config_file, --gpus-per-node and --gpu name a sweep's launch"
+        raise ConfigError(
+            *(Problem(option, "is for the ways to run one run, not for a sweep", fix) for option in of_runs)
+        )
     sweep = load_sweep(file, overrides)
-    largest = max(sweep.candidates, key=lambda one: one.cfg.lora.r)
-    check_rows(largest.cfg)
-    planned, machine = _one_launch(largest.cfg, config, processes, nodes, device, gib)
-    ranks = planned.world_size // planned.nodes
-    pack_tokens = sweep.cfg.data.pack_length * planned.micro_batch
-    a_pass = candidates_a_pass(sweep.pass_tokens, pack_tokens, planned.device, sweep.cfg.model.quantization)
-    typer.echo(sweep_line(sweep.together, len(sweep.candidates), planned.memory, machine, ranks=ranks, a_pass=a_pass))
+    for cfg in sweep.data_runs:
+        check_rows(cfg)
+    launch, machine, shape = _launch_of(sweep.cfg, *launch_options, gpu=gpu)
+    plans = plans_of(sweep, machine, launch, shape)
+    said = forecast(sweep, plans, machine, launch, shape, tokens=None if tokens is None else int(tokens))
+    if as_json:
+        typer.echo(json.dumps({**asdict(said), "rounds": said.rounds}, indent=2))
+        return
+    memory = largest_memory(plan.memory for plan in plans.values())
+    largest = next(one for one in sweep.candidates if memory is None or plans[one.name].memory is memory)
+    typer.echo(f"plan of {largest.name}:")
+    _print_plan(largest.cfg, machine, launch, plans[largest.name], shape)
+    for line in said.lines():
+        typer.echo(line)
 
 
-def _one_launch(
-    cfg: Any, config: Path | None, processes: int | None, nodes: int | None, device: str, memory_gib: float
-) -> tuple[Any, Any]:
-    """Print the plan of one launch; it, and the machine that was assumed."""
-    from rich.console import Console
+def _launch_of(
+    cfg: Any,
+    config: Path | None,
+    processes: int | None,
+    nodes: int | None,
+    device: str,
+    memory_gib: float | None,
+    gpu: str | None = None,
+) -> tuple[Any, Any, Any]:
+    """The launch, the machine that is assumed for it, and the base's shape where it is known."""
+    from dataclasses import replace
 
     from phi3_dist.machine.probe import package_versions
-    from phi3_dist.planning.auto_fields import plan_with_auto
-    from phi3_dist.planning.preview import assumed_machine, check_fit, launch_of_config, plan_table, shape_of_source
+    from phi3_dist.planning.gpus import find_gpu
+    from phi3_dist.planning.preview import assumed_machine, launch_of_config, shape_of_source
 
     launch = launch_of_config(config, processes, nodes)
     kind = "cpu" if launch.use_cpu else device
-    machine = assumed_machine(kind, launch.world_size // launch.nodes, memory_gib, package_versions())
-    shape = shape_of_source(cfg)
-    cfg, planned = plan_with_auto(cfg, machine, launch, shape, rows=_rows(cfg))
+    card = find_gpu(gpu) if gpu is not None and kind == "cuda" else None
+    gib = memory_gib or (card.memory_gib if card else 80.0)
+    machine = assumed_machine(kind, launch.world_size // launch.nodes, gib, package_versions())
+    machine = replace(machine, device_name=card.driver_name) if card else machine
+    return launch, machine, shape_of_source(cfg)
+
+
+def _print_plan(cfg: Any, machine: Any, launch: Any, planned: Any, shape: Any) -> None:
+    from rich.console import Console
+
+    from phi3_dist.planning.preview import check_fit, plan_table
+
     Console(highlight=False).print(plan_table(planned))
     check_fit(cfg, machine, launch, planned, shape)
-    return planned, machine
+
+
+def _one_launch(cfg: Any, *launch_options: Any) -> None:
+    """Print the plan of one launch."""
+    from phi3_dist.planning.auto_fields import plan_with_auto
+
+    launch, machine, shape = _launch_of(cfg, *launch_options)
+    cfg, planned = plan_with_auto(cfg, machine, launch, shape, rows=_rows(cfg))
+    _print_plan(cfg, machine, launch, planned, shape)

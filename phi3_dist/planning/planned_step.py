@@ -7,6 +7,7 @@ from typing import Any
 
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError
+from phi3_dist.family.variants import Family
 from phi3_dist.planning.advice import Cluster, time_of_plan
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.gpus import find_gpu
@@ -17,11 +18,11 @@ __all__ = ["planned_step"]
 
 
 def planned_step(
-    cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, plan: RunPlan, model: Mapping[str, Any]
+    cfg: RunConfig, machine: MachineFacts, launch: LaunchFacts, plan: RunPlan, model: Family | Mapping[str, Any]
 ) -> tuple[float, str] | None:
     """Seconds of a step of full packs, and what the figures come from; None on a CPU and a card without a data sheet.
 
-    `model` is the base's config.json.
+    `model` is the base's config.json, or its family.
     """
     if machine.device == "cpu":
         return None

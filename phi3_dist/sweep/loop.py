@@ -25,7 +25,7 @@ from phi3_dist.sweep.candidate import CandidateRun, Given
 from phi3_dist.sweep.early import Decision, decide, rung_step
 from phi3_dist.sweep.file import Candidate, Sweep
 from phi3_dist.sweep.joint import JointLoss, install_updates
-from phi3_dist.sweep.memory import candidates_a_pass, candidates_at_once
+from phi3_dist.sweep.memory import candidates_a_pass, candidates_at_once, largest_memory
 from phi3_dist.sweep.step import joint_step
 from phi3_dist.sweep.table import Board, decisions_of
 from phi3_dist.training.batch_counts import longest_row, tokens_of_rank
@@ -274,8 +274,9 @@ def run_sweep(
         clock.mark("processes")
         pack_tokens = sweep.cfg.data.pack_length * plan.micro_batch
         a_pass = candidates_a_pass(sweep.pass_tokens, pack_tokens, plan.device, sweep.cfg.model.quantization)
+        memory = largest_memory(one.memory for one in ready.plans.values())
         at_once, why = candidates_at_once(
-            sweep.together, len(going), plan.memory, machine, ranks=launch.ranks_per_node, a_pass=a_pass
+            sweep.together, len(going), memory, machine, ranks=launch.ranks_per_node, a_pass=a_pass
         )
         board.announce(plan, len(going), at_once, a_pass, why)
         with board:

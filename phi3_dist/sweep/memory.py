@@ -1,14 +1,15 @@
-"""How many candidates train at once, out of the memory plan of one run. Imports no torch."""
+"""How many candidates train at once, out of the memory plan of one run. Imports no torch. GiB throughout."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from phi3_dist.planning.facts import MachineFacts
 from phi3_dist.planning.memory import Term
 
-__all__ = ["candidates_a_pass", "candidates_at_once", "sweep_line"]
+__all__ = ["Room", "candidates_a_pass", "candidates_at_once", "largest_memory", "rooms_of"]
 
 _SHARED = ("base", "quantisation", "dequantised", "gathered", "logits")
 """How the terms begin that a sweep has once, however many candidates there are."""
@@ -34,6 +35,46 @@ def candidates_a_pass(
     return max(1, tokens // pack_tokens)
 
 
+@dataclass(frozen=True)
+class Room:
+    """One place's memory, in GiB: what a sweep has there once, for each candidate, and for each of a forward pass."""
+
+    place: str
+    shared: float
+    own: float
+    passing: float
+    have: float
+
+    def gib(self, count: int, a_pass: int) -> float:
+        """What `count` candidates take that train together."""
+        return self.shared + self.own * count + self.passing * min(count, a_pass)
+
+    def holds(self, count: int, a_pass: int) -> bool:
+        return self.gib(count, a_pass) <= self.have * (1 - RESERVE)
+
+
+def rooms_of(memory: Sequence[Term] | None, machine: MachineFacts, ranks: int) -> tuple[Room, ...]:
+    """Where a sweep needs memory; none where that is not planned. `memory`: of one run; `ranks`: of this node."""
+    host_gib = machine.host_memory_gib / ranks
+    on_cpu = machine.device == "cpu"
+    places = {"host": host_gib} if on_cpu else {"device": machine.device_memory_gib, "host": host_gib}
+    found = []
+    for place, have in places.items():
+        terms = [term for term in memory or () if on_cpu or term.place == place]
+        if not have or not terms:
+            continue
+        shared = sum(term.gib for term in terms if term.name.startswith(_SHARED))
+        passing = sum(term.gib for term in terms if term.name.startswith(_OF_A_PASS))
+        found.append(Room(place, shared, sum(term.gib for term in terms) - shared - passing, passing, have))
+    return tuple(found)
+
+
+def largest_memory(memories: Iterable[Sequence[Term] | None]) -> Sequence[Term] | None:
+    """The account of the candidate that takes most: what is counted for it holds for all."""
+    known = [memory for memory in memories if memory is not None]
+    return max(known, key=lambda memory: sum(term.gib for term in memory), default=None)
+
+
 def candidates_at_once(
     together: int | Literal["auto"],
     count: int,
@@ -50,31 +91,15 @@ def candidates_at_once(
     """
     if isinstance(together, int):
         return min(count, together), "as the sweep file says"
-    on_cpu = machine.device == "cpu"
-    have_gib = machine.host_memory_gib / ranks if on_cpu else machine.device_memory_gib
-    if memory is None or not have_gib:
+    rooms = rooms_of(memory, machine, ranks)
+    if not rooms:
         return count, "the memory of this device is not planned"
-    terms = [term for term in memory if on_cpu or term.place == "device"]
-    shared = sum(term.gib for term in terms if term.name.startswith(_SHARED))
-    passing = sum(term.gib for term in terms if term.name.startswith(_OF_A_PASS))
-    own = sum(term.gib for term in terms) - shared - passing
-    room = have_gib * (1 - RESERVE) - shared
-    fitting = next((n for n in range(count, 1, -1) if own * n + passing * min(n, a_pass) <= room), 1)
-    why = f"{shared:.2f} GiB shared, {own:.2f} GiB a candidate and {passing:.2f} GiB for each in a pass"
-    return fitting, f"{why}, of {have_gib:.1f} GiB"
+    tightest = min(rooms, key=lambda room: _most(room, count, a_pass))
+    return _most(tightest, count, a_pass), (
+        f"on the {tightest.place} {tightest.shared:.2f} GiB shared, {tightest.own:.2f} GiB a candidate and "
+        f"{tightest.passing:.2f} GiB for each in a pass, of {tightest.have:.1f} GiB"
+    )
 
 
-def sweep_line(
-    together: int | Literal["auto"],
-    count: int,
-    memory: Sequence[Term] | None,
-    machine: MachineFacts,
-    *,
-    ranks: int,
-    a_pass: int,
-) -> str:
-    """What `phi3-dist plan` adds for a sweep file: how many candidates train at once, and in how many rounds."""
-    at_once, why = candidates_at_once(together, count, memory, machine, ranks=ranks, a_pass=a_pass)
-    rounds = -(-count // at_once)
-    times = "in one round" if rounds == 1 else f"in {rounds} rounds"
-    return f"sweep: {count} candidates, {at_once} at once, {times}, {min(a_pass, at_once)} in a pass ({why})"
+def _most(room: Room, count: int, a_pass: int) -> int:
+    return next((n for n in range(count, 1, -1) if room.holds(n, a_pass)), 1)

@@ -88,6 +88,36 @@ def test_a_sweep_of_two_processes_is_cut_and_goes_on_in_one(tmp_path: Path) -> N
 
 @pytest.mark.full
 @pytest.mark.timeout(900)
+def test_two_processes_end_early_revive_and_take_a_new_candidate(tmp_path: Path) -> None:
+    """What halving ended continues beside a new candidate, with the numbers of one process without halving."""
+    rates = {"axes": {"optim.lr": [1e-2, 1e-3, 1e-4]}}
+    sweep = sweep_of(tmp_path, rates)
+    run(sweep)
+    for name, section in (
+        ("first", {"axes": {"optim.lr": [1e-2, 1e-4]}, "early": "halving"}),
+        ("more", {**rates, "early": {"rule": "halving", "floor": 3}}),
+    ):
+        values = yaml.safe_load((tmp_path / "sweep.yaml").read_text())
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**values, "sweep": section}))
+    done = over_two("cpu_2", tmp_path / "first.yaml", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "two" / "sweep.json").read_text())
+    assert [one["ended"] for one in said["early"]] == [["lr=0.0001"]]
+    done = over_two("cpu_2", tmp_path / "more.yaml", tmp_path / "two", "--resume", "--revive", "lr=0.0001")
+    assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "two" / "sweep.json").read_text())
+    assert {one["name"]: one["state"] for one in said["candidates"]} == {
+        f"lr={rate}": "finished" for rate in ("0.01", "0.001", "0.0001")
+    }
+    for one in sweep.candidates:
+        ours, theirs = rows(tmp_path / "two" / one.name), rows(tmp_path / "runs" / one.name)
+        assert [row["step"] for row in ours] == [1, 2, 3, 4]
+        for our, their in zip(ours, theirs, strict=True):
+            assert our["loss"] == pytest.approx(their["loss"], rel=1e-5), (one.name, our["step"])
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
 def test_each_rank_holds_its_half_of_the_base(strategy: str, tmp_path: Path, deepspeed_ops: Path) -> None:
     write_base(tmp_path / "base", layers=2, hidden=128, shard="1GB")

@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from phi3_dist.bench.load import write_base
 from phi3_dist.cli import app
 from phi3_dist.errors import ConfigError, PlanError
 from phi3_dist.machine.probe import launch_facts, probe
@@ -267,6 +268,24 @@ def test_a_run_file_without_candidates_is_told_how(tmp_path: Path) -> None:
         run(sweep, resume=True, revive=["nobody"])
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_candidates_share_a_quantised_base(quantization: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    write_base(tmp_path / "base", layers=2, hidden=128, shard="1GB")
+    dora = {"name": "dora", "lora.dora": True} if quantization == "nf4" else {"name": "dry", "lora.dropout": 0.0}
+    loftq = {"name": "loftq", "lora.init": "loftq"} if quantization == "nf4" else {"name": "seed", "train.seed": 3}
+    model = {"source": str(tmp_path / "base"), "tokenizer": "tiny-random", "quantization": quantization}
+    sweep = sweep_of(tmp_path, {"candidates": [{"name": "plain"}, dora, loftq]}, model=model, train={"max_steps": 2})
+    run(sweep)
+    alone(sweep, tmp_path / "alone")
+    for one in sweep.candidates:
+        ours, theirs = (rows(folder / one.name) for folder in (tmp_path / "runs", tmp_path / "alone"))
+        for our, their in zip(ours, theirs, strict=True):
+            for key in ("loss", "grad_norm"):
+                assert our[key] == pytest.approx(their[key], rel=1e-5), (one.name, our["step"], key)
+
+
 @needs_fp8
 def test_an_fp8_base_is_shared_by_candidates_that_adapt_the_same_linears(tmp_path: Path) -> None:
     section: dict[str, Any] = {"axes": {"optim.lr": [1e-2, 1e-3], "lora.r": [8, 4]}, "how": "zip"}
@@ -302,10 +321,37 @@ def test_as_many_train_at_once_as_memory_holds(tmp_path: Path) -> None:
     assert candidates_at_once("auto", 20, terms, card, ranks=1, a_pass=1)[0] == 10
 
 
+CARD_SWEEP = {
+    "model": {"source": "microsoft/Phi-3-mini-4k-instruct", "precision": "bf16"},
+    "data": {"pack_length": 2048},
+    "lora": {"dropout": 0.0},
+    "train": {"max_steps": 100, "global_batch": 8, "micro_batch": 1},
+}
+
+
+def test_a_plan_has_rounds_memory_and_time_of_the_largest_candidate(tmp_path: Path) -> None:
+    section = {"axes": {"lora.r": [8, 256], "train.seed": list(range(10))}, "pass_tokens": "auto"}
+    sweep_of(tmp_path, section, **CARD_SWEEP)
+    words = ["plan", str(tmp_path / "sweep.yaml"), "--gpu", "h100-80gb"]
+    said = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    room = next(one for one in said["rooms"] if one["place"] == "device")
+    assert room["own"] == pytest.approx(16 * 402_653_184 / 2**30, rel=0.1), "rank 256, not the first candidate's 8"
+    assert said["rounds"] == -(-20 // said["at_once"]) > 1
+    needed = [room["shared"] + n * room["own"] + min(n, said["a_pass"]) * room["passing"] for n in range(21)]
+    assert needed[said["at_once"]] <= 72 < needed[said["at_once"] + 1]
+    lines = CliRunner().invoke(app, words).stdout
+    assert f"in {said['rounds']} rounds" in lines
+    assert f"{needed[said['at_once']]:.2f} of 80.0 GiB on the device with {said['at_once']} at once" in lines
+    assert "for 2,000 steps of all candidates (h100-80gb's data sheet" in lines
+    refused = CliRunner().invoke(app, [*words, "--write", "x", "--price", "2"])
+    assert [problem.where for problem in refused.exception.problems] == ["--price", "--write"]  # type: ignore[union-attr]
+
+
 def test_as_many_share_a_pass_as_its_tokens_hold() -> None:
     assert [candidates_a_pass("auto", pack, "cpu") for pack in (256, 300, 1024, 4096)] == [2, 1, 1, 1]
     assert candidates_a_pass("auto", 1024, "cuda") == 8
     assert candidates_a_pass(600, 256, "cuda") == 2
+    assert candidates_a_pass(10**6, 256, "cuda", "int8") == 1
 
 
 def test_a_sweep_file_of_hundreds_is_read_at_once(tmp_path: Path) -> None:
