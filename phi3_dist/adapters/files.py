@@ -24,12 +24,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from phi3_dist.adapters.disk import file_sha256, sync, write_tensors
+from phi3_dist.adapters.durable_files import file_sha256, sync, write_tensors
 from phi3_dist.adapters.file_names import ADAPTER_FILE
+from phi3_dist.adapters.for_plain_base import on_plain_base
 from phi3_dist.adapters.gather import gather_adapter, raised_together
 from phi3_dist.adapters.model_card import adapter_card
 from phi3_dist.adapters.reading import CHECKSUMS, CONFIG, WEIGHTS, read_adapter
-from phi3_dist.adapters.residual import on_plain_base
 from phi3_dist.adapters.select import Bias, check_tensors, find_peft_model
 from phi3_dist.errors import AdapterError, Problem
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phi3_dist.adapters.for_plain_base import MOVED_BASE
 from phi3_dist.adapters.reading import read_metadata
-from phi3_dist.adapters.residual import MOVED_BASE
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import AdapterError, Problem
 from phi3_dist.modeling.base import Base

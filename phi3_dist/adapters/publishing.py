@@ -9,7 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
-from phi3_dist.adapters.disk import sync
+from phi3_dist.adapters.durable_files import sync
 from phi3_dist.adapters.files import CARD
 from phi3_dist.adapters.model_card import with_hub_base
 from phi3_dist.adapters.reading import CONFIG, read_adapter

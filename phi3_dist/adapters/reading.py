@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phi3_dist.adapters.disk import file_sha256
+from phi3_dist.adapters.durable_files import file_sha256
 from phi3_dist.adapters.select import check_tensors
 from phi3_dist.config.json_text import parse_json
 from phi3_dist.errors import AdapterError, Problem

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from phi3_dist.bench.live import Live
+from phi3_dist.bench.live_bytes import Live
 
 __all__ = ["Fault", "RealWatch", "Tally", "Wait", "Watch"]
 

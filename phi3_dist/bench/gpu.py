@@ -25,8 +25,8 @@ from typing import Any
 
 from phi3_dist.bench.console import say
 from phi3_dist.bench.scaling import rows_of_length
-from phi3_dist.bench.sides import MIB, SHAPE, Round, Stand, make_token_packs, matrix_flops_per_s, save_base
 from phi3_dist.bench.throughput import ask, side_process, step_flops
+from phi3_dist.bench.throughput_sides import MIB, SHAPE, Round, Stand, make_token_packs, matrix_flops_per_s, save_base
 from phi3_dist.machine.print_encoding import print_in_any_encoding
 from phi3_dist.machine.probe import package_versions
 from phi3_dist.planning.loss import why_not_liger

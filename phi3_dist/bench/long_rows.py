@@ -3,7 +3,7 @@
     python -m phi3_dist.bench.long_rows --tokens 131072 --ranks 1 2
 
 A small Phi-3 on CPUs, its layers recomputed and its loss in chunks: one document, all of which is learned. Each rank
-runs one real step. `tensors` is the most that live at once, counted storage by storage (bench/live.py), of which the
+runs one real step. `tensors` is the most that live at once, counted by storage (bench/live_bytes.py), of which the
 model's weights are a part that sharing does not lessen; `process` is the rise of the rank's resident memory at its
 peak, with what a kernel borrows inside itself; `planned` is what `phi3-dist plan` says of the tensors.
 """
@@ -59,7 +59,7 @@ def _work(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import Phi3ForCausalLM
 
     from phi3_dist.bench.counting import RealWatch
-    from phi3_dist.bench.sides import make_token_packs
+    from phi3_dist.bench.throughput_sides import make_token_packs
     from phi3_dist.data.pack_order import Order
     from phi3_dist.machine.probe import probe
     from phi3_dist.modeling.base import find_base

@@ -1,7 +1,7 @@
 """The cells of the memory benchmark: which runs, and how each is measured.
 
 On fake CUDA tensors a cell is rank 0's real step (bench/rehearsal.py) with the family's real widths and few layers. On
-a CPU it is a real step of a small model, in one process or two. Both count the storages that live (bench/live.py): not
+a CPU it is a real step of a small model, in one process or two. Both count the storages that live (live_bytes.py): not
 what a library allocates below torch, nor what an attention kernel borrows inside itself.
 """
 

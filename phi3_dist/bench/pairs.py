@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 
 from phi3_dist.bench.console import say
-from phi3_dist.bench.sides import Round, Stand, make_token_packs, save_base
 from phi3_dist.bench.throughput import make_rows, side_process
+from phi3_dist.bench.throughput_sides import Round, Stand, make_token_packs, save_base
 from phi3_dist.machine.print_encoding import print_in_any_encoding
 from phi3_dist.machine.probe import cpu_count
 

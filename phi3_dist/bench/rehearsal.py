@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from phi3_dist.bench.counting import Fault, Tally, Wait, Watch
 from phi3_dist.bench.fake_device import CAPABILITY, MEMORY_GIB, NAME, fake_cuda, fake_group, install
 from phi3_dist.bench.fake_weights import fake_base, fake_quantized_loading
-from phi3_dist.bench.sides import make_token_packs
+from phi3_dist.bench.throughput_sides import make_token_packs
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.pack.packs import Packs
 from phi3_dist.data.pack_order import Order

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from phi3_dist.bench.console import say
-from phi3_dist.bench.sides import PACK_LENGTH, SHAPE, Round, Stand, make_token_packs, save_base
 from phi3_dist.bench.throughput import make_rows, side_process, step_flops
+from phi3_dist.bench.throughput_sides import PACK_LENGTH, SHAPE, Round, Stand, make_token_packs, save_base
 from phi3_dist.machine.print_encoding import print_in_any_encoding
 
 __all__ = ["LENGTHS", "SIZES", "Case", "main", "ranks", "rows_of_length", "shape_of", "table", "together"]

@@ -26,8 +26,8 @@ from typing import Any
 from phi3_dist.bench.console import say
 from phi3_dist.bench.gpu import MINI
 from phi3_dist.bench.scaling import SIZES, ranks, rows_of_length, shape_of, together
-from phi3_dist.bench.sides import PACK_LENGTH, Round, Stand, make_token_packs, save_base
 from phi3_dist.bench.throughput import side_process
+from phi3_dist.bench.throughput_sides import PACK_LENGTH, Round, Stand, make_token_packs, save_base
 from phi3_dist.machine.print_encoding import print_in_any_encoding
 from phi3_dist.planning.launch_configs import deepspeed_json
 

@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 
 from phi3_dist.bench.console import say
-from phi3_dist.bench.sides import (
+from phi3_dist.bench.throughput_sides import (
     LORA_RANK,
     PACK_LENGTH,
     SHAPE,

@@ -185,6 +185,7 @@ def _launch_of(
     nodes: int | None,
     device: str,
     memory_gib: float | None,
+    *,
     gpu: str | None = None,
 ) -> tuple[Any, Any, Any]:
     """The launch, the machine that is assumed for it, and the base's shape where it is known."""

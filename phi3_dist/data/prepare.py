@@ -37,7 +37,7 @@ from phi3_dist.data.read.sources import HubSet, Source, located, split_notices
 from phi3_dist.data.render.template_probe import ChatFormat
 from phi3_dist.data.token_rows import RowsWriter, TokenRows
 from phi3_dist.errors import DataError, Problem
-from phi3_dist.machine.file_state import State, changed_files, settled, states_of
+from phi3_dist.machine.file_changes import State, changed_files, settled, states_of
 from phi3_dist.machine.storage import CACHE_FIX, DENIED, NO_LOCKS, storage_fault
 from phi3_dist.modeling.tokenizer import tokenizer_hash
 from phi3_dist.planning.auto_fields import RowLengths, is_auto

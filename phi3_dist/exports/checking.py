@@ -15,7 +15,7 @@ from phi3_dist.errors import ConfigError, MachineError, Problem
 from phi3_dist.exports.drift import Rows, compute_dtype, live_model, rows_for, tokenizer_of
 from phi3_dist.exports.gguf_file import ADAPTER, write_gguf_adapter
 from phi3_dist.exports.open_adapter import Opened, open_adapter
-from phi3_dist.exports.target import new_folder
+from phi3_dist.exports.whole_folder import new_folder
 from phi3_dist.serving.asking import ASKABLE, Answer, ask, why_absent
 from phi3_dist.serving.rules import SERVERS, VLLM_RANKS, Server, Verdict, judge
 from phi3_dist.serving.served import Served, served_of_folder

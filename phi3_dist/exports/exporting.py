@@ -42,8 +42,8 @@ from phi3_dist.exports.merged import Into, settle_into, write_merged
 from phi3_dist.exports.modelfile import MODELFILE
 from phi3_dist.exports.open_adapter import Opened, open_adapter
 from phi3_dist.exports.reshaped import joined, one_rank, split_names
-from phi3_dist.exports.target import new_folder, seal
-from phi3_dist.exports.updates import AdapterContents, contents_of
+from phi3_dist.exports.weight_updates import AdapterContents, contents_of
+from phi3_dist.exports.whole_folder import new_folder, seal
 from phi3_dist.modeling.base import find_base
 from phi3_dist.modeling.rope import pin_longrope
 

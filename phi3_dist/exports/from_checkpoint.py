@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from phi3_dist.adapters.files import AdapterReceipt, write_adapter
+from phi3_dist.adapters.for_plain_base import on_plain_base
 from phi3_dist.adapters.loading import rows_fact, trained_fact
 from phi3_dist.adapters.model_card import adapter_card
 from phi3_dist.adapters.reading import read_adapter
-from phi3_dist.adapters.residual import on_plain_base
 from phi3_dist.adapters.select import choose
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import AdapterError, Problem, RunFolderError

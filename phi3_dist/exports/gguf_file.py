@@ -17,7 +17,7 @@ from phi3_dist.errors import AdapterError, Problem
 from phi3_dist.exports.gguf_names import ARCHITECTURE, gguf_library, gguf_name, module_of
 from phi3_dist.exports.modelfile import MODELFILE, modelfile
 from phi3_dist.exports.open_adapter import Opened
-from phi3_dist.exports.updates import AdapterContents, Update
+from phi3_dist.exports.weight_updates import AdapterContents, Update
 
 __all__ = ["ADAPTER", "read_gguf_adapter", "refuse_for_gguf", "write_gguf_adapter"]
 

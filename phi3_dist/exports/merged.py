@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from phi3_dist.adapters.disk import write_tensors
+from phi3_dist.adapters.durable_files import write_tensors
 from phi3_dist.errors import AdapterError, MachineError, Problem
 from phi3_dist.exports.open_adapter import Opened
 from phi3_dist.modeling.base import Base

@@ -13,7 +13,7 @@ from phi3_dist.adapters.reading import CONFIG, WEIGHTS, read_adapter, read_metad
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import AdapterError, ConfigError, ModelError, Phi3DistError, Problem, RunFolderError
-from phi3_dist.exports.updates import AdapterContents, contents_of
+from phi3_dist.exports.weight_updates import AdapterContents, contents_of
 from phi3_dist.modeling.base import Base, find_base
 from phi3_dist.training.run_folder_contents import is_run
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phi3_dist.errors import AdapterError, Problem
 from phi3_dist.exports.open_adapter import Opened
-from phi3_dist.exports.updates import PREFIX, AdapterContents, Update, padded
+from phi3_dist.exports.weight_updates import PREFIX, AdapterContents, Update, padded
 
 __all__ = ["joined", "one_rank", "split_names"]
 

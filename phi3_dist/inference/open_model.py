@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from phi3_dist.adapters.disk import file_sha256
+from phi3_dist.adapters.durable_files import file_sha256
 from phi3_dist.adapters.loading import load_adapter
 from phi3_dist.adapters.reading import CONFIG, WEIGHTS, read_adapter
 from phi3_dist.adapters.select import choose

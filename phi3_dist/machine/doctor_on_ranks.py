@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from phi3_dist.errors import Phi3DistError
-from phi3_dist.machine.bandwidth import measure_rates
 from phi3_dist.machine.doctor import diagnose
 from phi3_dist.machine.findings import Finding, merged, of_error
+from phi3_dist.machine.measure_rates import measure_rates
 from phi3_dist.machine.measured_rates import MeasuredRates, keep_rates
 from phi3_dist.machine.nodes import NodeView, clock_findings, differing, node_facts
 from phi3_dist.machine.probe import probe

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from phi3_dist.errors import ModelError, Problem
-from phi3_dist.machine.file_state import changed_files, state_of, states_of
+from phi3_dist.machine.file_changes import changed_files, state_of, states_of
 
 __all__ = ["WeightsWatch"]
 

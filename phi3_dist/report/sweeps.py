@@ -13,7 +13,7 @@ from phi3_dist.config.load import flatten
 from phi3_dist.errors import Problem, RunFolderError
 from phi3_dist.report.importance import Importance, importance_of
 from phi3_dist.report.page import is_page, parts_of_comparison, rendered, write_text
-from phi3_dist.report.parallel import parallel_of
+from phi3_dist.report.parallel_coordinates import parallel_of
 from phi3_dist.report.plain_values import finite, printable
 from phi3_dist.report.run_view import RunView, drawn, read_view
 from phi3_dist.report.sweep_file import SWEEP_FILE, read_sweep, sweep_line

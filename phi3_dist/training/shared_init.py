@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phi3_dist.adapters.disk import write_tensors
+from phi3_dist.adapters.durable_files import write_tensors
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.pack.packs import Packs
 from phi3_dist.errors import Problem, RunFolderError, TrainingError

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from phi3_dist.cli import app
 from phi3_dist.machine import measured_rates
-from phi3_dist.machine.bandwidth import measure_rates
+from phi3_dist.machine.measure_rates import measure_rates
 from phi3_dist.machine.measured_rates import MeasuredRates, keep_rates, rates_file, rates_measured_here
 from phi3_dist.machine.process_group import Ranks, joined
 from phi3_dist.planning.gpus import find_gpu

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from phi3_dist.bench import gpu
-from phi3_dist.bench.sides import SHAPE, Round, save_base
+from phi3_dist.bench.throughput_sides import SHAPE, Round, save_base
 from phi3_dist.family.variants import FAMILIES, Shape
 from tests.dying_worker import dies
 from tests.unit.test_fp8 import needs_fp8
@@ -70,7 +70,7 @@ def test_a_case_that_cannot_run_costs_only_its_own_row(tmp_path: Path, monkeypat
 
 
 def test_memory_is_counted_from_what_is_allocated_and_not_from_an_older_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    from phi3_dist.bench.sides import Meter
+    from phi3_dist.bench.throughput_sides import Meter
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3 * 2**20)

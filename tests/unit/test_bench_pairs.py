@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from phi3_dist.bench.pairs import lines_of, settings
-from phi3_dist.bench.sides import Round
+from phi3_dist.bench.throughput_sides import Round
 
 
 def test_settings_are_read_as_yaml() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from phi3_dist.bench import sharding
-from phi3_dist.bench.sides import Round
+from phi3_dist.bench.throughput_sides import Round
 
 
 def _round(seconds: float) -> Round:

@@ -23,7 +23,7 @@ from phi3_dist.exports.drift import rows_for, tokenizer_of
 from phi3_dist.exports.exporting import export
 from phi3_dist.exports.gguf_file import read_gguf_adapter
 from phi3_dist.exports.open_adapter import open_adapter
-from phi3_dist.exports.updates import Update
+from phi3_dist.exports.weight_updates import Update
 from phi3_dist.modeling.lora import quiet_peft
 from phi3_dist.modeling.rope import pin_longrope
 from tests.export_cases import CASES, LONGROPE, small_adapter, small_base

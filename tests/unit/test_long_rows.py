@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from phi3_dist.bench.sides import make_token_packs
+from phi3_dist.bench.throughput_sides import make_token_packs
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.batch import assemble
 from phi3_dist.errors import DataError, ModelError, PlanError

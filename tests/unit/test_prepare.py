@@ -34,7 +34,7 @@ from phi3_dist.data.render.encode import Encoded
 from phi3_dist.data.render.template_probe import ChatFormat
 from phi3_dist.data.token_rows import RowsWriter, TokenRows
 from phi3_dist.errors import DataError
-from phi3_dist.machine import file_state
+from phi3_dist.machine import file_changes as file_state
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 from tests import warm
 

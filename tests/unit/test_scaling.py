@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from phi3_dist.bench.scaling import LENGTHS, SIZES, Case, plot, rows_of_length, shape_of, table
-from phi3_dist.bench.sides import Round
+from phi3_dist.bench.throughput_sides import Round
 from phi3_dist.family.variants import Shape
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from phi3_dist.cli.app import app
 from phi3_dist.errors import RunFolderError
 from phi3_dist.report.importance import importance_of
-from phi3_dist.report.parallel import parallel_of
+from phi3_dist.report.parallel_coordinates import parallel_of
 from phi3_dist.report.runs import list_runs, runs_table
 from phi3_dist.report.sweeps import write_sweep_page
 from phi3_dist.sweep.table import Board

@@ -6,8 +6,8 @@ import statistics
 
 import pytest
 
-from phi3_dist.bench.sides import SHAPE, Round
 from phi3_dist.bench.throughput import _report, _Result, make_rows, step_flops
+from phi3_dist.bench.throughput_sides import SHAPE, Round
 
 
 def test_rows_are_ragged_chats_with_an_answer_and_always_the_same() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Phi3ForCausalLM
 
-from phi3_dist.adapters import disk
+from phi3_dist.adapters import durable_files as disk
 from phi3_dist.config.load import load_run
 from phi3_dist.errors import ModelError
 from phi3_dist.machine.launcher import _ended

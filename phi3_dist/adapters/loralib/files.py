@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phi3_dist.adapters.disk import write_tensors
+from phi3_dist.adapters.durable_files import write_tensors
 from phi3_dist.adapters.files import write_adapter
 from phi3_dist.adapters.loralib.layers import KINDS, Kind, Layer, lookup
 from phi3_dist.adapters.loralib.state_dicts import loralib_from_peft, peft_from_loralib

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from phi3_dist.adapters.for_plain_base import MOVED_BASE
 from phi3_dist.adapters.gather import gather_adapter
 from phi3_dist.adapters.loralib.layers import (
     KINDS,
@@ -28,7 +29,6 @@ from phi3_dist.adapters.loralib.layers import (
     to_merged,
     whole,
 )
-from phi3_dist.adapters.residual import MOVED_BASE
 from phi3_dist.adapters.select import FLOATS, Bias, find_peft_model
 from phi3_dist.errors import AdapterError, Problem
 from phi3_dist.family.variants import LINEARS, Shape

@@ -19,8 +19,8 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from phi3_dist.bench.card.checks import Check, Group, Skip
 from phi3_dist.bench.scaling import rows_of_length
-from phi3_dist.bench.sides import make_token_packs, matrix_flops_per_s
 from phi3_dist.bench.throughput import step_flops
+from phi3_dist.bench.throughput_sides import make_token_packs, matrix_flops_per_s
 from phi3_dist.config.schema import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from phi3_dist.data.pack_order import Order
 from phi3_dist.errors import PlanError

@@ -10,14 +10,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from phi3_dist.adapters.disk import file_sha256
+from phi3_dist.adapters.durable_files import file_sha256
 from phi3_dist.adapters.reading import WEIGHTS
 from phi3_dist.config.json_text import parse_json
 from phi3_dist.config.load import flatten
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.data.prepare import Prepared
 from phi3_dist.errors import ModelError, Problem, TrainingError
-from phi3_dist.machine.file_state import state_of
+from phi3_dist.machine.file_changes import state_of
 from phi3_dist.modeling.base import Base
 from phi3_dist.modeling.rope import regime_for
 from phi3_dist.training.batch_counts import longest_row, order_of, steps_of

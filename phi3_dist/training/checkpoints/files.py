@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phi3_dist.adapters.disk import file_sha256, sync, write_tensors
+from phi3_dist.adapters.durable_files import file_sha256, sync, write_tensors
 from phi3_dist.config.json_text import parse_json
 from phi3_dist.errors import Problem, TrainingError
 from phi3_dist.machine.storage import as_os_error

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from phi3_dist.adapters.disk import file_sha256, sync
+from phi3_dist.adapters.durable_files import file_sha256, sync
 from phi3_dist.errors import AdapterError, Problem
 
 __all__ = ["new_folder", "seal"]
