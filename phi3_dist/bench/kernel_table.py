@@ -117,6 +117,8 @@ class Table:
         row: dict[str, Any] = {"group": self.group, "check": name}
         try:
             row |= {"ok": True, **facts()}
+        except ModuleNotFoundError as error:
+            row |= {"ok": None, "skipped": f"{error.name} is not installed"}
         except failures() as error:
             row |= {"ok": False, "error": f"{type(error).__name__}: {str(error)[:500]}"}
         row["s"] = round(time.perf_counter() - start, 2)
