@@ -44,7 +44,7 @@ def generate(
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="One prompt; its answer is printed.")] = None,
     system: Annotated[str, typer.Option(help="System message of --prompt.")] = "",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of answers.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of answers; no other file.")] = False,
     max_new_tokens: MaxNew = 256,
     batch_size: BatchSize = 16,
     temperature: Temperature = 0.0,
@@ -61,11 +61,13 @@ def generate(
         fix = "give --prompt TEXT, or a file of rows and --output FILE"
         raise ConfigError(Problem("phi3-dist generate", "takes one prompt, or rows and a file for the answers", fix))
     from phi3_dist.inference.engine import Sampling
-    from phi3_dist.inference.files import How, answer_all, answer_file
+    from phi3_dist.inference.files import How, answer_all, answer_file, check_output
     from phi3_dist.inference.opening import Options, open_model
     from phi3_dist.inference.prompts import Prompt, read_prompts
 
     how = How(max_new_tokens, batch_size, Sampling(temperature, top_p, top_k, seed))
+    if out is not None:
+        check_output(out, rows, overwrite=overwrite)
     prompts = [Prompt.of(prompt, system)] if prompt is not None else read_prompts(rows) if rows else []
     opened = open_model(target, Options(base_model, None, precision, quantization, device))
     if out is None:
