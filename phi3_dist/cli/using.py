@@ -38,7 +38,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of sampled answers.")]
 @app.command()
 def generate(
     target: Target,
-    rows: Annotated[Path | None, typer.Argument(help="Prompts, a JSON line each.", show_default=False)] = None,
+    rows: Annotated[Path | None, typer.Argument(help="Prompts: rows of any form, with or without answers.", show_default=False)] = None,
     out: Annotated[
         Path | None, typer.Option("--output", "-o", help="Answers, one JSON line each; continues where it stopped.")
     ] = None,
