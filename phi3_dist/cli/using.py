@@ -38,7 +38,9 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of sampled answers.")]
 @app.command()
 def generate(
     target: Target,
-    rows: Annotated[Path | None, typer.Argument(help="Prompts: rows of any form, with or without answers.", show_default=False)] = None,
+    rows: Annotated[
+        Path | None, typer.Argument(help="Prompts: rows of any form, with or without answers.", show_default=False)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--output", "-o", help="Answers, one JSON line each; continues where it stopped.")
     ] = None,
@@ -134,6 +136,10 @@ def evaluate(
     """Measure held-out loss and answers, beside the base or another one; on one process or a launcher's several."""
     from phi3_dist.api import evaluate as measure
 
+    if output is not None:
+        from phi3_dist.evaluation.evaluate import check_folder
+
+        check_folder(output)
     found = measure(
         target,
         data,
