@@ -200,7 +200,7 @@ def test_the_rule_is_a_function_of_the_losses() -> None:
         ({"axes": {"lora.r": [8, 4]}, "candidates": [{"name": "x", "lora.r": 4}]}, "are the same run"),
         ({"candidates": [{"lora.r": 4}]}, "sweep.candidates[0].name: is missing"),
         ({"candidates": [{"name": "../x"}]}, "a folder is named after it"),
-        ({"candidates": [{"name": "best"}]}, "another word than best"),
+        *(({"candidates": [{"name": n}]}, "another word than best") for n in ("best", "sweep.json", "Sweep.HTML")),
         ({"axes": {"lora.dora": [True]}}, "lora.dora: cannot be in a sweep"),
         ({"axes": {"lora.r": [0]}}, "sweep candidate r=0"),
         ({}, "has neither axes nor candidates"),
