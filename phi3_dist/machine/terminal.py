@@ -135,8 +135,8 @@ def failing_output() -> None:
     stream = sys.stdout
     if type(stream) is not io.TextIOWrapper or stream.fileno() != 1:
         return
-    how = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": stream.line_buffering}
-    sys.stdout = Failing(stream.detach(), **how)
+    encoding, errors, by_line = stream.encoding, stream.errors, stream.line_buffering
+    sys.stdout = Failing(stream.detach(), encoding, errors, line_buffering=by_line)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
