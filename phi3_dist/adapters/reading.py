@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from phi3_dist.adapters.config_values import wrong_values
 from phi3_dist.adapters.durable_files import file_sha256
 from phi3_dist.adapters.select import check_tensors
 from phi3_dist.config.json_text import parse_json
@@ -48,6 +49,9 @@ def read_metadata(folder: str | Path) -> dict[str, str]:
 
 def _read_config(folder: Path, problems: list[Problem]) -> dict[str, Any]:
     path = folder / CONFIG
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        problems.append(Problem(str(path), "is not a plain file", "copy or save the adapter again"))
+        return {}
     try:
         config = parse_json(path.read_text("utf-8"))
     except OSError as error:
@@ -62,6 +66,7 @@ def _read_config(folder: Path, problems: list[Problem]) -> dict[str, Any]:
     kind = config["peft_type"]
     if kind not in [known.value for known in PeftType]:
         problems.append(Problem(str(path), f"peft_type is {kind!r}, which PEFT does not know", "copy or save it again"))
+    problems += [Problem(str(path), what, "copy or save the adapter again") for what in wrong_values(config)]
     return config
 
 
@@ -91,6 +96,8 @@ def _recorded_sha256(folder: Path) -> str | None:
     path = folder / CHECKSUMS
     if not path.exists():
         return None
+    if not path.is_file():
+        raise ValueError(f"{CHECKSUMS} is not a plain file")
     try:
         return str(parse_json(path.read_text("utf-8"))["sha256"][WEIGHTS])
     except (KeyError, TypeError, ValueError) as error:

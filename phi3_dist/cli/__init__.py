@@ -10,7 +10,7 @@ import errno
 import importlib.util
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import NoReturn
 
 import typer
@@ -31,7 +31,7 @@ from phi3_dist.cli import cache, convert, project, show  # noqa: F401
 from phi3_dist.cli.app import app
 from phi3_dist.errors import ConfigError, MachineError, Phi3DistError, Problem, plain, redacted
 from phi3_dist.machine.print_encoding import print_in_any_encoding
-from phi3_dist.machine.terminal import open_standard_streams, unfailing_streams
+from phi3_dist.machine.terminal import failing_output, open_standard_streams, unfailing_streams
 from phi3_dist.training.signals import Stopped, answered, starts_a_run
 
 __all__ = ["app", "main"]
@@ -51,7 +51,8 @@ def _print_error(error: Phi3DistError) -> None:
     else:
         first = " ".join(plain(redacted(str(error.problems[0]))).split())
         lines = [f"[rank {rank}] {type(error).__name__}: {first}"]
-    typer.echo("\n".join(lines), err=True)
+    with suppress(OSError):  # the exit code says the rest
+        typer.echo("\n".join(lines), err=True)
 
 
 def _end(error: Phi3DistError) -> NoReturn:
@@ -72,10 +73,17 @@ def main() -> None:
     open_standard_streams()
     print_in_any_encoding()
     words = sys.argv[1:]
+    speaks_on = bool(words) and words[0] in _LONG
+    if not speaks_on:
+        failing_output()
     early = answered(words) if starts_a_run(words) else nullcontext()
-    with early, unfailing_streams() if words and words[0] in _LONG else nullcontext():
+    with early, unfailing_streams() if speaks_on else nullcontext():
         try:
-            app(prog_name="phi3-dist")
+            try:
+                app(prog_name="phi3-dist")
+            finally:
+                with suppress(BrokenPipeError):
+                    sys.stdout.flush()  # here, where a full disk has a message, not at the interpreter's end
         except Stopped as stop:
             if os.environ.get("RANK", "0") == "0":
                 typer.echo(f"phi3-dist: {stop}", err=True)

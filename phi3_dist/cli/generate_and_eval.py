@@ -43,13 +43,15 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of sampled answers.")]
 @app.command()
 def generate(
     target: Target,
-    rows: Annotated[Path | None, typer.Argument(help="Prompts, a JSON line each.", show_default=False)] = None,
+    rows: Annotated[
+        Path | None, typer.Argument(help="Prompts: rows of any form, with or without answers.", show_default=False)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--output", "-o", help="Answers, one JSON line each; continues where it stopped.")
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="One prompt; its answer is printed.")] = None,
     system: Annotated[str, typer.Option(help="System message of --prompt.")] = "",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of answers.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of answers; no other file.")] = False,
     max_new_tokens: MaxNew = 256,
     batch_size: BatchSize = 16,
     temperature: Temperature = 0.0,
@@ -65,12 +67,14 @@ def generate(
     if (prompt is None) == (rows is None) or (rows is not None and out is None):
         fix = "give --prompt TEXT, or a file of rows and --output FILE"
         raise ConfigError(Problem("phi3-dist generate", "takes one prompt, or rows and a file for the answers", fix))
-    from phi3_dist.inference.answers_file import How, answer_all, answer_file
+    from phi3_dist.inference.answers_file import How, answer_all, answer_file, check_output
     from phi3_dist.inference.engine import Sampling
     from phi3_dist.inference.open_model import Options, open_model
     from phi3_dist.inference.prompts import Prompt, read_prompts
 
     how = How(max_new_tokens, batch_size, Sampling(temperature, top_p, top_k, seed))
+    if out is not None:
+        check_output(out, rows, overwrite=overwrite)
     prompts = [Prompt.of(prompt, system)] if prompt is not None else read_prompts(rows) if rows else []
     opened = open_model(target, Options(base_model, None, precision, quantization, device))
     if out is None:
@@ -142,6 +146,10 @@ def evaluate(
     """Measure held-out loss and answers, beside the base or another one; on one process or a launcher's several."""
     from phi3_dist.api import evaluate as measure
 
+    if output is not None:
+        from phi3_dist.evaluation.evaluate import check_folder
+
+        check_folder(output)
     found = measure(
         target,
         data,

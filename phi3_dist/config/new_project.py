@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from phi3_dist.config.shipped_files import shipped_file, shipped_files
@@ -61,18 +62,31 @@ def new_project(folder: Path, model: str) -> tuple[Path, ...]:
     }
     texts |= {path: file.read_bytes() for path, file in shipped_files().items() if str(path) not in _NOT_FOR_PROJECTS}
     _check(folder, list(texts))
+    begun: list[Path] = []
     try:
         for path, content in texts.items():
             file = folder / path
+            begun.append(file)
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("xb") as new:
                 new.write(content)
             if content.startswith(b"#!"):
                 file.chmod(file.stat().st_mode | (file.stat().st_mode & 0o444) >> 2)
+    except FileExistsError as error:  # somebody else's, since the look before
+        _undo(begun[:-1])
+        what = "was written by another process"
+        raise ConfigError(Problem(str(error.filename), what, "name another folder")) from error
     except OSError as error:
+        _undo(begun)  # else the next try would find these files and refuse
         what = f"cannot be written: {error.strerror or error}"
-        raise ConfigError(Problem(str(error.filename or folder), what, "name another folder")) from error
+        raise ConfigError(Problem(str(error.filename or folder), what, "make room, or name another folder")) from error
     return tuple(folder / path for path in texts)
+
+
+def _undo(files: list[Path]) -> None:
+    for file in files:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
 
 
 def _check(folder: Path, paths: list[PurePosixPath]) -> None:

@@ -18,7 +18,7 @@ from phi3_dist.data.answers import Question, last_questions, spread, text_of
 from phi3_dist.data.pack.packs import Packs
 from phi3_dist.data.prepare import prepare
 from phi3_dist.data.scores import Metric, available, metric_of, scored
-from phi3_dist.errors import ConfigError, DataError, Problem, RunFolderError
+from phi3_dist.errors import ConfigError, DataError, Problem, RunFolderError, control_character
 from phi3_dist.evaluation.bootstrap import Difference, paired
 from phi3_dist.evaluation.harness import check_harness, run_tasks
 from phi3_dist.evaluation.held_out import RowLosses, row_losses
@@ -29,9 +29,11 @@ from phi3_dist.inference.open_model import Opened, Options, open_model
 from phi3_dist.machine.storage import cache_folder
 from phi3_dist.modeling.stop_ids import stop_ids
 
-__all__ = ["FILE", "ROWS_FILE", "Evaluation", "EvaluationRequest", "Side", "evaluate"]
+__all__ = ["FILE", "ROWS_FILE", "Evaluation", "EvaluationRequest", "Side", "check_folder", "evaluate"]
 
 FILE, ROWS_FILE = "evaluation.json", "evaluation_rows.jsonl"
+_OURS, _OUR_ROWS = ("evaluated", "answers"), ("prompt", "wanted")
+"""Keys by which a file of these names is known to be of an earlier evaluation."""
 SHOWN = 5
 """Samples in evaluation.json, the worst first; all are in evaluation_rows.jsonl."""
 GENERATE = 100
@@ -104,7 +106,8 @@ class Evaluation:
         return {**groups, **facts, "samples": list(self.asked[:SHOWN])}
 
     def write(self, folder: Path) -> Path:
-        """Write evaluation.json and evaluation_rows.jsonl. Raises RunFolderError where the disk refuses."""
+        """Write evaluation.json and evaluation_rows.jsonl. Raises RunFolderError as `check_folder` and the disk do."""
+        check_folder(folder)
         rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.asked)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -116,6 +119,33 @@ class Evaluation:
                 Problem(str(folder), what, "make room, or name another folder with --output")
             ) from error
         return folder / FILE
+
+
+def check_folder(folder: Path) -> None:
+    """Raises RunFolderError where an evaluation can't be written to `folder`, or would replace what is none of ours.
+
+    Before anything is measured: a file in the folder's place, files of the same names that somebody else has written.
+    """
+    fix = "name another folder with --output"
+    if found := control_character(folder.name):
+        raise RunFolderError(Problem(str(folder), f"has {found} in its name", fix))
+    try:
+        blocked = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+        if blocked.exists() and not blocked.is_dir():
+            raise RunFolderError(Problem(str(blocked), "is no folder", fix))
+        for name, ours in ((FILE, _OURS), (ROWS_FILE, _OUR_ROWS)):
+            path = folder / name
+            if path.exists() and (not path.is_file() or not _begins_with(path, ours)):
+                what = "is there already, and is not an evaluation of this toolkit: nothing is replaced"
+                raise RunFolderError(Problem(str(path), what, fix))
+    except OSError as error:
+        raise RunFolderError(Problem(str(folder), f"cannot be read: {error.strerror or error}", fix)) from error
+
+
+def _begins_with(path: Path, keys: Sequence[str]) -> bool:
+    with path.open("rb") as file:
+        head = file.read(2**24).lstrip()
+    return not head or (head.startswith(b"{") and all(f'"{key}": '.encode() in head for key in keys))
 
 
 def _replace(path: Path, text: str) -> None:

@@ -20,6 +20,9 @@ __all__ = ["new_folder", "seal"]
 
 SUMS = "checksums.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SHORT_WRITE = "requested and"
+"""NumPy's words for a full disk: `2048 requested and 0 written`, without a number."""
+_FULL_IN_WORDS = (*map(os.strerror, _FULL), _SHORT_WRITE)
 
 
 @contextlib.contextmanager
@@ -49,7 +52,8 @@ def new_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError, shutil.Error) as error:
         cause = getattr(error, "strerror", None) or str(error)
-        full = getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL)
+        full = getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_IN_WORDS)
+        cause = "No space left on device" if full and _SHORT_WRITE in cause else cause
         fix = "free some space, or raise the quota" if full else "choose a folder that can be written"
         raise AdapterError(Problem(str(target), f"cannot be written: {cause}", fix)) from error
 

@@ -7,8 +7,10 @@ answer. Rows are written as they end; once all are there, the file is written an
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from phi3_dist.data.answers import text_of
-from phi3_dist.errors import DataError, Problem
+from phi3_dist.errors import DataError, Problem, control_character
 from phi3_dist.inference.engine import GREEDY, Answer, Sampling, answers
 from phi3_dist.inference.open_model import Opened
 from phi3_dist.inference.prompts import Prompt, prompt_ids
 from phi3_dist.modeling.stop_ids import stop_ids
 
-__all__ = ["How", "answer_all", "answer_file", "refuse_too_long"]
+__all__ = ["How", "answer_all", "answer_file", "check_output", "refuse_too_long"]
 
 _ROWS_AT_A_TIME = 4096
 _SHOWN = 20
+_LONGEST_FIRST = 2**24  # bytes
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,20 @@ def answer_all(opened: Opened, prompts: Sequence[Prompt], how: How | None = None
     def keep(i: int, answer: Answer) -> None:
         found[i] = text_of(opened.tokenizer, answer.ids)
 
-    _answer(opened, prompts, how, list(range(len(prompts))), keep)
+    _answer(opened, _asked(opened, prompts, how), how, list(range(len(prompts))), keep)
     return found
 
 
-def _answer(
-    opened: Opened, prompts: Sequence[Prompt], how: How, which: Sequence[int], done: Callable[[int, Answer], None]
-) -> None:
+def _asked(opened: Opened, prompts: Sequence[Prompt], how: How) -> list[list[int]]:
+    """The ids of the prompts. Raises DataError for prompts that can't be asked."""
     ids = prompt_ids(opened.tokenizer, prompts)
     refuse_too_long(opened, [prompt.place for prompt in prompts], ids, how.max_new_tokens)
+    return ids
+
+
+def _answer(
+    opened: Opened, ids: Sequence[list[int]], how: How, which: Sequence[int], done: Callable[[int, Answer], None]
+) -> None:
     stops = stop_ids(opened.model, opened.tokenizer)
     options: dict[str, Any] = {"max_new_tokens": how.max_new_tokens, "batch_size": how.batch_size}
     for first in range(0, len(which), _ROWS_AT_A_TIME):
@@ -80,6 +88,42 @@ def _keys(opened: Opened, prompts: Sequence[Prompt], how: How) -> list[str]:
     said = {"max_new_tokens": how.max_new_tokens, "sampling": asdict(how.sampling), "model": opened.weights}
     settings = json.dumps([said, opened.precision], sort_keys=True)
     return [hashlib.sha256(f"{prompt.hash} {settings}".encode()).hexdigest()[:16] for prompt in prompts]
+
+
+def check_output(out: Path, rows: Path | None = None, *, overwrite: bool = False) -> None:
+    """Raises DataError for an `out` that answers can't go to or that is not ours to replace, before a model is loaded.
+
+    That is the file of `rows` itself, a folder, a device, and with `overwrite` a file of anything but answers.
+    """
+    fix = "name another file with --output"
+    if found := control_character(out.name):
+        raise DataError(Problem(str(out), f"has {found} in its name", fix))
+    try:
+        if rows is not None and out.exists() and out.samefile(rows):
+            raise DataError(Problem(str(out), "is the file of the prompts", fix))
+        if out.exists() and not out.is_file():
+            what = "is a folder" if out.is_dir() else "is no plain file, and answers are read back where a call stopped"
+            raise DataError(Problem(str(out), what, fix))
+        if not out.parent.is_dir():
+            raise DataError(Problem(str(out), f"cannot be written: no folder {out.parent}", f"create it, or {fix}"))
+        with out.open("a+b") if out.exists() else contextlib.nullcontext(io.BytesIO()) as file:
+            file.seek(0)
+            first = file.readline(_LONGEST_FIRST)
+    except OSError as error:
+        raise DataError(Problem(str(out), f"cannot be written: {error.strerror or error}", fix)) from error
+    if overwrite and first and not _is_answer(first):
+        what = "is not a file that generate has written, and nothing else is replaced"
+        raise DataError(Problem(str(out), what, f"{fix}, or remove it"))
+
+
+def _is_answer(line: bytes) -> bool:
+    if not line.endswith(b"\n"):  # torn by a kill
+        return line.startswith(b'{"index": ')
+    try:
+        row = json.loads(line)
+        return isinstance(row["index"], int) and isinstance(row["key"], str) and "answer" in row
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _lines_done(path: Path, keys: Sequence[str]) -> dict[int, str]:
@@ -122,10 +166,14 @@ def answer_file(
     Raises DataError for a file of something else, other weights or settings too, for a prompt that can't be asked, and
     where the disk refuses.
     """
+    check_output(out, overwrite=overwrite)
     keys = _keys(opened, prompts, how)
+    ids = _asked(opened, prompts, how)
     try:
-        with out.open("w" if overwrite else "a", encoding="utf-8") as file:
+        with out.open("a", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if overwrite:  # not before: a prompt that can't be asked, or another call's lock, costs no answers
+                file.truncate(0)
             lines = _lines_done(out, keys)
             before = len(lines)
 
@@ -136,7 +184,7 @@ def answer_file(
                 file.flush()
                 progress(len(lines), len(prompts))
 
-            _answer(opened, prompts, how, [i for i in range(len(prompts)) if i not in lines], keep)
+            _answer(opened, ids, how, [i for i in range(len(prompts)) if i not in lines], keep)
             partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
             partial.write_text("".join(lines[i] + "\n" for i in range(len(prompts))), encoding="utf-8")
             partial.replace(out)

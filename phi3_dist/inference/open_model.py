@@ -115,7 +115,8 @@ def open_model(target: str | Path, options: Options | None = None) -> Opened:
         what = "is neither a run folder, an adapter, a checkpoint nor a base model"
         raise RunFolderError(Problem(str(folder), what, "name a folder that holds config.yaml or adapter_config.json"))
     if not folder.is_dir() and _looks_like_a_path(str(target)):
-        raise RunFolderError(Problem(str(target), "no such folder", "name a run folder, an adapter, or a base model"))
+        what = "is a file, not a folder" if folder.is_file() else "no such folder"
+        raise RunFolderError(Problem(str(target), what, "name a run folder, an adapter, or a base model"))
     base = find_base(str(target), options.revision)
     precision, device = _precision(options, None), _device(options)
     model = _load(base, options.quantization or "none", precision, device)

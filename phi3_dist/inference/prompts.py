@@ -1,9 +1,11 @@
-"""Prompts: read from lines of JSON or made of a text, and turned into the tokens that training would have seen."""
+"""Prompts: read from a file of rows or made of a text, and turned into the tokens that training would have seen."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from phi3_dist.data.read.raw_rows import raw_rows
 from phi3_dist.data.read.row_formats import BadRow, RowReader
+from phi3_dist.data.read.turns import kind_name
 from phi3_dist.data.render.encode import control_tokens
 from phi3_dist.errors import DataError, Problem
 
@@ -65,10 +69,18 @@ def _with_answer(row: Any) -> tuple[Any, bool]:
     return row, False
 
 
+def _is_no_text(value: Any) -> bool:
+    return value is not None and not isinstance(value, str | list)
+
+
 def _prompt_of(row: Any, place: str, columns: Mapping[str, str]) -> Prompt | Problem:
+    fix = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
+    if isinstance(row, BadRow):
+        return Problem(place, row.reason, "one JSON object a line")
+    if isinstance(row, dict) and (wrong := next((k for k in _ANSWER_OF if _is_no_text(row.get(k))), "")):
+        return Problem(place, f"{wrong} is {kind_name(row[wrong])}, not text", f"write it as {fix}")
     filled, placed = _with_answer(row)
     read = RowReader("auto", columns).read(filled, place)
-    fix = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
     if isinstance(read, BadRow):
         return Problem(place, read.reason, f"write it as {fix}")
     turns = tuple({"role": m.role, "content": m.content} for m in read.messages)
@@ -78,26 +90,19 @@ def _prompt_of(row: Any, place: str, columns: Mapping[str, str]) -> Prompt | Pro
 
 
 def read_prompts(path: Path, columns: Mapping[str, str] | None = None) -> list[Prompt]:
-    """The prompts of a file of JSON lines, one a row; an answer that a row has is kept as `wanted`.
+    """The prompts of a file of rows (JSONL, JSON, CSV, Parquet, packed ones); an answer that a row has is `wanted`.
 
     A row is anything that can be trained on, with or without its answer. Empty lines are passed over. Raises DataError
     with every row that can't be read.
     """
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        fix = "give a file of JSON lines, or a prompt with --prompt"
-        raise DataError(Problem(str(path), f"cannot be read: {error.strerror}", fix)) from error
+    fix = "give a file of rows, or a prompt with --prompt"
+    if not path.is_file():  # a folder, a device, a pipe
+        what = "is no plain file" if path.exists() else f"cannot be read: {os.strerror(errno.ENOENT)}"
+        raise DataError(Problem(str(path), what, fix))
     found: list[Prompt] = []
     problems: list[Problem] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{path.name}:{number}"
-        try:
-            read = _prompt_of(json.loads(line), place, columns or {})
-        except (ValueError, RecursionError) as error:
-            read = Problem(place, f"is not JSON: {error}", "one JSON object a line")
+    for place, row in raw_rows(path, path.name, lambda names: names):
+        read = _prompt_of(row, place, columns or {})
         if isinstance(read, Problem):
             problems.append(read)
         else:

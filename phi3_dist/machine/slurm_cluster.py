@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from phi3_dist.config.shipped_files import shipped_of
-from phi3_dist.errors import MachineError, PlanError, Problem
-from phi3_dist.planning.sbatch_script import SlurmJob, SlurmTopology, render_sbatch
+from phi3_dist.errors import MachineError, PlanError, Problem, control_character
+from phi3_dist.planning.sbatch_script import RENDERED, SlurmJob, SlurmTopology, render_sbatch
 
 __all__ = ["Check", "Rendered", "SlurmFacts", "check_script", "slurm_command", "slurm_facts", "submit_script"]
 
@@ -135,10 +135,14 @@ def slurm_command(
     if problems:
         raise PlanError(*problems)
     script = script or workdir / f"{job.log_stem}.sbatch"
-    # Slurm doesn't create the folder of --output, and a job without it fails without a word
-    for folder in {script.parent, (workdir / job.log_stem).parent}:
-        folder.mkdir(parents=True, exist_ok=True)
-    scripts = _write(script, texts)
+    try:
+        # Slurm doesn't create the folder of --output, and a job without it fails without a word
+        for folder in {script.parent, (workdir / job.log_stem).parent}:
+            folder.mkdir(parents=True, exist_ok=True)
+        scripts = _write(script, texts)
+    except OSError as error:
+        what = f"cannot be written: {error.strerror or error}"
+        raise PlanError(Problem(str(error.filename or script), what, "name another file with --script")) from error
     check = check_script(scripts[-1])
     if check.answer in ("impossible", "wrong"):
         raise PlanError(Problem("sbatch --test-only", check.text, f"change the options; the script is {scripts[-1]}"))
@@ -196,11 +200,23 @@ def _links(job: SlurmJob, topology: SlurmTopology, chain: int) -> list[str]:
     return [render_sbatch(job.chained(), topology)] * (chain - 1) + [render_sbatch(job, topology)]
 
 
+def _refuse_others(script: Path) -> None:
+    """Raises PlanError for a file that this verb has not rendered."""
+    fix = "name another file with --script"
+    if found := control_character(script.name):
+        raise PlanError(Problem(str(script), f"has {found} in its name", fix))
+    head = script.read_bytes()[:4096] if script.is_file() else b""
+    if script.exists() and (not script.is_file() or (head and RENDERED.encode() not in head)):
+        what = "is there already, and is not a script of phi3-dist slurm: nothing is replaced"
+        raise PlanError(Problem(str(script), what, fix))
+
+
 def _write(script: Path, texts: Sequence[str]) -> list[Path]:
     """One file a different text; what comes before the last gets `-link` in its name."""
     paths = []
     for text in texts:
         name = script if text == texts[-1] else script.with_name(re.sub(r"(\.\w+)?$", r"-link\1", script.name, count=1))
+        _refuse_others(name)
         name.write_text(text)
         paths.append(name)
     return paths

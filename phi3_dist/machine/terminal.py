@@ -15,10 +15,18 @@ import time
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
-from phi3_dist.errors import redacted
+from phi3_dist.errors import MachineError, Problem, redacted
 from phi3_dist.machine.print_encoding import IN_ASCII
 
-__all__ = ["Unfailing", "lost_lines", "open_standard_streams", "unfailing", "unfailing_streams"]
+__all__ = [
+    "Failing",
+    "Unfailing",
+    "failing_output",
+    "lost_lines",
+    "open_standard_streams",
+    "unfailing",
+    "unfailing_streams",
+]
 
 _SLOW_S = 5.0
 """How long a descriptor that somebody has set to non-blocking may take before a line counts as lost."""
@@ -91,6 +99,44 @@ class Unfailing(io.TextIOBase):
         except (OSError, ValueError):
             return False
         return True
+
+
+class Failing(io.TextIOWrapper):
+    """Standard output of a verb that only answers: a full disk behind it is a MachineError, not a traceback.
+
+    A closed pipe stays a BrokenPipeError: `| head -1` has read what it wanted.
+    """
+
+    def write(self, text: str) -> int:
+        with _said():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _said():
+            super().flush()
+
+
+@contextlib.contextmanager
+def _said() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)  # what is left in a buffer must not fail at the process's end
+        os.close(nowhere)
+        what = f"cannot be written: {error.strerror or error}"
+        raise MachineError(Problem("standard output", what, "make room, or send it elsewhere")) from error
+
+
+def failing_output() -> None:
+    """Let standard output say why it can't be written. Only the process's own, on descriptor 1."""
+    stream = sys.stdout
+    if type(stream) is not io.TextIOWrapper or stream.fileno() != 1:
+        return
+    encoding, errors, by_line = stream.encoding, stream.errors, stream.line_buffering
+    sys.stdout = Failing(stream.detach(), encoding, errors, line_buffering=by_line)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

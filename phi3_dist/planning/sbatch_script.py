@@ -17,7 +17,10 @@ from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem, control_character, redacted
 from phi3_dist.planning.sbatch_body import JOB_BODY
 
-__all__ = ["SlurmJob", "SlurmTopology", "parse_array", "parse_env", "render_sbatch", "slurm_time"]
+__all__ = ["RENDERED", "SlurmJob", "SlurmTopology", "parse_array", "parse_env", "render_sbatch", "slurm_time"]
+
+RENDERED = "rendered by `phi3-dist slurm`"
+"""In the second line of each script: a file with it may be rendered over."""
 
 LEAST_SLACK_S = 60
 """A signal before the time limit was seen up to 8 s early and the limit enforced late; the save needs the rest."""
@@ -239,7 +242,7 @@ def render_sbatch(job: SlurmJob, topology: SlurmTopology) -> str:
     problems = [*job.problems(), *topology.problems()]
     if problems:
         raise PlanError(*problems)
-    lines = ["#!/bin/bash", f"# {_comment(job)}: rendered by `phi3-dist slurm`; render again rather than edit."]
+    lines = ["#!/bin/bash", f"# {_comment(job)}: {RENDERED}; render again rather than edit."]
     lines += [f"#SBATCH {line}" for line in _directives(job, topology)]
     lines += ["", *_settings(job, topology)]
     return "\n".join(lines) + "\n" + JOB_BODY

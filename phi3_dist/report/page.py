@@ -69,10 +69,11 @@ def write_comparison(run_folders: Sequence[Path], output: Path) -> Path:
 
 def is_page(path: Path) -> bool:
     """Whether a page may be written there: nothing is, or a page of this toolkit. Raises RunFolderError."""
+    fix = "name another file with --output"
     try:
         return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")[:400]
     except OSError as error:
-        raise RunFolderError(Problem(str(path), f"cannot be read: {error.strerror or error}", "--output")) from error
+        raise RunFolderError(Problem(str(path), f"cannot be read: {error.strerror or error}", fix)) from error
 
 
 def write_text(path: Path, text: str) -> Path:

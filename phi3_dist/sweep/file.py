@@ -125,6 +125,11 @@ def _combinations(sweep: SweepConfig) -> Iterator[dict[str, Any]]:
         yield dict(zip(sweep.axes, values, strict=True))
 
 
+def _is_the_sweeps(name: str) -> bool:
+    """Where a sweep writes its own files, also on a disk to which BEST is best."""
+    return name.lower() in ("best", "sweep.json", "sweep.html")
+
+
 def _shape_problems(sweep: SweepConfig) -> list[Problem]:
     problems = [
         Problem(f"sweep.axes.{key}", "has no value", "give at least one, or take the axis out")
@@ -137,13 +142,13 @@ def _shape_problems(sweep: SweepConfig) -> list[Problem]:
         problems.append(Problem("sweep.axes", f"differ in length, and zip takes one of each: {said}", "how: grid"))
     for number, one in enumerate(sweep.candidates):
         name = one.get("name")
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name == "best":
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or _is_the_sweeps(name):
             what = f"is {shown(name)}: a folder is named after it" if "name" in one else "is missing"
             problems.append(
                 Problem(
                     f"sweep.candidates[{number}].name",
                     what,
-                    "letters, digits and ._+=,- alone, and another word than best",
+                    "letters, digits and ._+=,- alone, and another word than best, sweep.json and sweep.html",
                 )
             )
     keys = {*sweep.axes, *(key for one in sweep.candidates for key in one if key != "name")}

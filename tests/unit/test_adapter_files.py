@@ -324,6 +324,46 @@ def test_a_peft_type_that_nobody_knows_is_refused(kind: object, tmp_path: Path) 
         read_adapter(folder)
 
 
+def test_a_value_that_peft_cannot_use_is_named_by_its_key(tmp_path: Path) -> None:
+    """Every verb reads an adapter here: none copies it, serves it, or ends in PEFT's traceback."""
+    folder = saved(tmp_path / "adapter")
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    wrong = {
+        "r": ["8", -1, 0, True, 2.5],
+        "lora_alpha": ["16", float("nan"), float("inf"), [16]],
+        "lora_dropout": ["none"],
+        "bias": [0],
+        "target_modules": [5, [5], {"qkv_proj": 1}],
+        "modules_to_save": ["lm_head", [None]],
+        "rank_pattern": [[4], {"qkv_proj": "4"}],
+        "alpha_pattern": [{"qkv_proj": "4"}],
+        "use_dora": ["false", 1],
+        "base_model_name_or_path": [7, ["a"]],
+        "revision": [1],
+    }
+    for key, values in wrong.items():
+        for value in values:
+            path.write_text(json.dumps({**config, key: value}))
+            with pytest.raises(AdapterError, match=rf"adapter_config.json: {key} is .*, where PEFT has "):
+                read_adapter(folder)
+    path.write_text(json.dumps({**config, "modules_to_save": None, "rank_pattern": {"o_proj": 2}, "lora_alpha": 1.5}))
+    read_adapter(folder)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "checksums.json"])
+def test_a_pipe_in_an_adapters_folder_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    signal.alarm(20)
+    try:
+        with pytest.raises(AdapterError, match="is not a plain file"):
+            read_adapter(folder)
+    finally:
+        signal.alarm(0)
+
+
 def test_pickled_weights_and_missing_folders_are_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "adapter")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import time
 from dataclasses import replace
@@ -215,6 +217,37 @@ def test_what_is_written_is_that_launch(name: str, nodes: int, run_file: Path, t
         assert "train.global_batch=16" in file.read_text()
         assert str(files[0]) in file.read_text()
     assert f"model.quantization={option.quantization}" in files[-2].read_text()
+
+
+def test_files_of_somebody_else_are_not_replaced(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier plan's are, also by a plan of other files; on a full disk nothing half written is left."""
+    here, out = cluster(1, 8), tmp_path / "out"
+    zero, ddp = (find_option(advise(run(), here, MINI, PACKAGES), name) for name in ("zero3 nf4", "ddp"))
+    for name in ("accelerate.yaml", "launch.sh", "job.sbatch"):
+        out.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+        with pytest.raises(PlanError, match=f"{name}: is there already"):
+            write_run(out, zero, here, run_file)
+        assert {path.name: path.read_text() for path in out.iterdir()} == {name: "mine"}
+        (out / name).unlink()
+    write_run(out, zero, here, run_file)
+    assert "zero3" not in write_run(out, ddp, here, run_file)[0].read_text()
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    write_text = Path.write_text
+
+    def full(path: Path, text: str, encoding: str) -> int:
+        if path.name == "job.sbatch":
+            write_text(path, text[:9], encoding)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write_text(path, text, encoding)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(PlanError, match="No space left on device"):
+        write_run(tmp_path / "new", ddp, here, run_file)
+    assert list((tmp_path / "new").iterdir()) == []
+    assert written.keys() == {path.name for path in out.iterdir()}
 
 
 def test_the_answer_in_full_and_as_json(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 from phi3_dist.cli.app import app
 from phi3_dist.errors import DataError, plain
 from phi3_dist.inference import answers_file as files
-from phi3_dist.inference.answers_file import How, answer_all, answer_file
+from phi3_dist.inference.answers_file import How, answer_all, answer_file, check_output
 from phi3_dist.inference.conversation import Conversation, chat
 from phi3_dist.inference.engine import Sampling
 from phi3_dist.inference.open_model import Opened, open_model
@@ -83,6 +85,19 @@ def test_a_file_of_something_else_is_left_alone(opened: Opened, tmp_path: Path) 
         with pytest.raises(DataError, match="--overwrite"):
             answer_file(opened, PROMPTS, out, HOW)
         assert out.read_text() == text
+        with pytest.raises(DataError, match="nothing else is replaced"):
+            answer_file(opened, PROMPTS, out, HOW, overwrite=True)
+        assert out.read_text() == text
+    out.unlink()
+    assert answer_file(opened, PROMPTS[:2], out, How(max_new_tokens=3)) == (2, 2)
+    kept = out.read_bytes()
+    with pytest.raises(DataError, match="passes the model's"):
+        answer_file(opened, [Prompt.of("x" * 5000)], out, HOW, overwrite=True)
+    with out.open("a") as other_call:
+        fcntl.flock(other_call, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another process writes to it"):
+            answer_file(opened, PROMPTS[:2], out, HOW, overwrite=True)
+    assert out.read_bytes() == kept
     assert answer_file(opened, PROMPTS[:2], out, HOW, overwrite=True) == (2, 2)
     for other, prompts, how in (
         (opened, PROMPTS[1:3], HOW),
@@ -93,6 +108,31 @@ def test_a_file_of_something_else_is_left_alone(opened: Opened, tmp_path: Path) 
             answer_file(other, prompts, out, how)
     with pytest.raises(DataError, match="cannot be written"):
         answer_file(opened, PROMPTS, tmp_path / "absent" / "out.jsonl", HOW)
+
+
+def test_where_answers_cannot_go_is_said_before_a_model_is_loaded(tmp_path: Path) -> None:
+    """The prompts' own file, under a second name too; a folder, a pipe, a device; names that move a cursor."""
+    rows, linked, pipe = tmp_path / "rows.jsonl", tmp_path / "linked.jsonl", tmp_path / "pipe"
+    rows.write_text('{"prompt": "Hi?"}\n')
+    linked.symlink_to(rows)
+    os.mkfifo(pipe)
+    cases = {
+        rows: "is the file of the prompts",
+        linked: "is the file of the prompts",
+        tmp_path: "is a folder",
+        pipe: "is no plain file",
+        Path("/dev/full"): "is no plain file",
+        tmp_path / "absent" / "out.jsonl": "no folder",
+        tmp_path / "a\x1b[2J": "x1b in its name",
+        tmp_path / "a\nb": "n in its name",
+        tmp_path / ("n" * 300): "cannot be written",
+    }
+    for out, said in cases.items():
+        with pytest.raises(DataError, match=said):
+            check_output(out, rows, overwrite=True)
+    ran = CliRunner().invoke(app, ["generate", "absent", str(rows), "--output", str(rows), "--overwrite"])
+    assert isinstance(ran.exception, DataError)
+    assert rows.read_text() == '{"prompt": "Hi?"}\n'
 
 
 def test_a_prompt_longer_than_the_models_positions_is_named(opened: Opened) -> None:

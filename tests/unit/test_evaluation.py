@@ -70,6 +70,27 @@ def test_an_interval_is_that_of_the_mean() -> None:
     assert weighted.value == 0.5
 
 
+def test_an_evaluation_replaces_evaluations_alone_and_says_so_before(beside_base: Evaluation, tmp_path: Path) -> None:
+    beside_base.write(tmp_path / "out")
+    beside_base.write(tmp_path / "out")
+    for name, text in (("evaluation.json", '{"mine": 1}'), ("evaluation_rows.jsonl", '{"row": 1}\n')):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text(text)
+        with pytest.raises(RunFolderError, match=f"{name}: is there already"):
+            beside_base.write(folder)
+        assert {path.name: path.read_text() for path in folder.iterdir()} == {name: text}
+    (tmp_path / "file").write_text("mine")
+    for folder, said in (
+        (tmp_path / "file", "file: is no folder"),
+        (tmp_path / "file" / "below", "file: is no folder"),
+        (tmp_path / "a\nb", "in its name"),
+        (tmp_path / "evaluation", "nothing is replaced"),
+    ):
+        ran = CliRunner().invoke(app, ["eval", "absent", "--output", str(folder)])  # no model is looked for
+        assert said in str(ran.exception)
+
+
 def test_what_is_written_is_read_by_the_page(run: Path, beside_base: Evaluation, tmp_path: Path) -> None:
     written = beside_base.write(run)
     found = json.loads(written.read_text())

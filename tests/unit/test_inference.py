@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import json
 import shutil
 from collections.abc import Sequence
@@ -186,6 +187,44 @@ def test_rows_with_and_without_an_answer_are_prompts(tmp_path: Path, row: Any, a
     (tmp_path / "rows.jsonl").write_text("\n" + json.dumps(row) + "\n")
     (prompt,) = read_prompts(tmp_path / "rows.jsonl")
     assert (prompt.messages[-1]["content"], prompt.wanted, prompt.place) == (asked, wanted, "rows.jsonl:2")
+
+
+def test_files_of_prompts_are_recognised_by_their_first_bytes(tmp_path: Path) -> None:
+    """The same files as for training: packed, CSV, Parquet, an array, UTF-16, marks; else one sentence on the file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    line = b'{"prompt": "Hi?"}\n'
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["Hi?"]}), tmp_path / "a.parquet")
+    good = {
+        "a.jsonl.gz": gzip.compress(line),
+        "b.jsonl": gzip.compress(line),
+        "a.csv": b"prompt\nHi?\n",
+        "c.jsonl": b'[{"prompt": "Hi?"}]',
+        "d.jsonl": line.decode().encode("utf-16"),
+        "e.jsonl": b"\xef\xbb\xbf" + line,
+        "f.jsonl": b'{\n  "prompt": "Hi?"\n}\n',
+        "a.parquet": (tmp_path / "a.parquet").read_bytes(),
+    }
+    for name, content in good.items():
+        (tmp_path / name).write_bytes(content)
+        assert [prompt.messages[-1]["content"] for prompt in read_prompts(tmp_path / name)] == ["Hi?"], name
+    bad = {
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n": "git lfs pull",
+        b'{"prompt": "\xff"}\n': "not UTF-8",
+        b'{"prompt": 5}\n': "prompt is a number, not text",
+        b'{"prompt": {}}\n': "prompt is an object, not text",
+        b'{"instruction": true}\n': "instruction is true or false, not text",
+        line + b"[" * 9000 + b"\n": "nested too deep",
+    }
+    for content, said in bad.items():
+        (tmp_path / "rows.jsonl").write_bytes(content)
+        with pytest.raises(DataError, match=said) as error:
+            read_prompts(tmp_path / "rows.jsonl")
+        assert len(error.value.problems) == 1
+    for path in (tmp_path, Path("/dev/zero")):
+        with pytest.raises(DataError, match="no plain file"):
+            read_prompts(path)
 
 
 def test_rows_that_ask_nothing_are_named_all_at_once(tmp_path: Path) -> None:

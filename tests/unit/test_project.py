@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
 import tomllib
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 import yaml
@@ -123,6 +125,24 @@ def test_nothing_of_a_folder_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Not a directory"):
         new_project(tmp_path / "notes.txt" / "new", MINI)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_no_half_of_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next try would find its files and refuse."""
+    opened = Path.open
+
+    def full(path: Path, *args: Any, **more: Any) -> Any:
+        if path.name == "zero3.yaml" and path.is_relative_to(tmp_path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return opened(path, *args, **more)
+
+    (tmp_path / "notes.txt").write_text("mine")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", full)
+        with pytest.raises(ConfigError, match=r"No space left on device[\s\S]*make room"):
+            new_project(tmp_path, MINI)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["notes.txt"]
+    assert new_project(tmp_path, MINI)
 
 
 def test_a_projects_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

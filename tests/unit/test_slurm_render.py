@@ -150,6 +150,15 @@ def test_command_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert result.scripts == (tmp_path / "runs/slurm/mini.sbatch",)
     assert (result.check.answer, result.job_ids) == ("not checked", ())
     assert result.scripts[0].read_text() == render_sbatch(JOB, here)
+    assert slurm_command(JOB, here).scripts == result.scripts
+    for name, text in (("notes.sh", "mine"), ("a\nb.sh", ""), ("there", None)):
+        other = tmp_path / name
+        other.mkdir() if text is None else other.write_text(text)
+        with pytest.raises(PlanError, match="nothing is replaced" if "\n" not in name else "in its name"):
+            slurm_command(JOB, here, script=other)
+        assert text is None or other.read_text() == text
+    with pytest.raises(PlanError, match=r"notes.sh.*: cannot be written"):
+        slurm_command(JOB, here, script=tmp_path / "notes.sh" / "job.sbatch")
     with pytest.raises(MachineError, match="to a login node"):
         submit_script(result.scripts[0])
     with pytest.raises(PlanError, match="one chain for each value"):

@@ -19,6 +19,22 @@ from phi3_dist.training.run_folder import RunFolder
 from tests.ranks.launcher import REPO
 
 
+@pytest.mark.parametrize("words", [["config", "schema"], ["lint", "recipe.yml"]])
+def test_a_full_disk_behind_the_answer_of_a_verb_is_one_message(words: list[str], tmp_path: Path) -> None:
+    """More text than a buffer holds, and less: as long as it is not written, it is not a success either."""
+    (tmp_path / "recipe.yml").write_text("base_model: microsoft/Phi-3-mini-4k-instruct\nadapter: lora\n")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "phi3_dist", *words],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPO)},
+        )  # fmt: skip
+    said = "MachineError:\n  standard output: cannot be written: No space left on device\n    fix: make room"
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == 3
+    assert done.returncode == 8
+
+
 class Tracker:
     def log(self, values: dict[str, object], step: int | None = None) -> None:
         del values, step
