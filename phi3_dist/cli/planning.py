@@ -164,7 +164,7 @@ def _a_sweep(file: Path, overrides: Any, *launch_options: Any, **options: Any) -
     sweep = load_sweep(file, overrides)
     for cfg in sweep.data_runs:
         check_rows(cfg)
-    launch, machine, shape = _launch_of(sweep.cfg, *launch_options, gpu=gpu)
+    launch, machine, shape = _launch_of(sweep.cfg, launch_options, gpu)
     plans = plans_of(sweep, machine, launch, shape)
     said = forecast(sweep, plans, machine, launch, shape, tokens=None if tokens is None else int(tokens))
     if as_json:
@@ -178,16 +178,7 @@ def _a_sweep(file: Path, overrides: Any, *launch_options: Any, **options: Any) -
         typer.echo(line)
 
 
-def _launch_of(
-    cfg: Any,
-    config: Path | None,
-    processes: int | None,
-    nodes: int | None,
-    device: str,
-    memory_gib: float | None,
-    *,
-    gpu: str | None = None,
-) -> tuple[Any, Any, Any]:
+def _launch_of(cfg: Any, options: tuple[Any, ...], gpu: str | None = None) -> tuple[Any, Any, Any]:
     """The launch, the machine that is assumed for it, and the base's shape where it is known."""
     from dataclasses import replace
 
@@ -195,6 +186,7 @@ def _launch_of(
     from phi3_dist.planning.gpus import find_gpu
     from phi3_dist.planning.preview import assumed_machine, launch_of_config, shape_of_source
 
+    config, processes, nodes, device, memory_gib = options
     launch = launch_of_config(config, processes, nodes)
     kind = "cpu" if launch.use_cpu else device
     card = find_gpu(gpu) if gpu is not None and kind == "cuda" else None
@@ -217,6 +209,6 @@ def _one_launch(cfg: Any, *launch_options: Any) -> None:
     """Print the plan of one launch."""
     from phi3_dist.planning.auto_fields import plan_with_auto
 
-    launch, machine, shape = _launch_of(cfg, *launch_options)
+    launch, machine, shape = _launch_of(cfg, launch_options)
     cfg, planned = plan_with_auto(cfg, machine, launch, shape, rows=_rows(cfg))
     _print_plan(cfg, machine, launch, planned, shape)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from phi3_dist.config.schema import RunConfig
-from phi3_dist.errors import PlanError, Problem
 from phi3_dist.modeling.attention.backend import use_backend
 from phi3_dist.modeling.base import Base, checkpoint_activations, load_into_fsdp2
 from phi3_dist.modeling.fp8 import put_into_fp8
@@ -15,27 +14,13 @@ from phi3_dist.modeling.lora import adapted, peft_config
 from phi3_dist.modeling.passes import BY_HAND, compiled_passes
 from phi3_dist.modeling.rope import pin_longrope
 from phi3_dist.planning.facts import Choice
-from phi3_dist.planning.plan import RunPlan
 from phi3_dist.sweep.joint import JointLoss
 from phi3_dist.training.build import load_base
 from phi3_dist.training.engines.fsdp2 import shard_fsdp2
 from phi3_dist.training.plan_proof import prove_frozen
 from phi3_dist.training.runtime import Runtime, is_fsdp
 
-__all__ = ["check_strategy", "load_shared"]
-
-
-def check_strategy(cfg: RunConfig, plan: RunPlan) -> None:
-    """Raises PlanError for what no sweep runs under, with the nearest that it does."""
-    problems = []
-    if cfg.model.quantization == "nf4" and plan.strategy.startswith("zero3"):
-        what = "is nf4: under zero3 a sweep keeps no 4-bit shards"
-        problems.append(Problem("model.quantization", what, "nearest: fsdp2"))
-    if cfg.train.sequence_parallel > 1:
-        what = f"is {cfg.train.sequence_parallel}: candidates are joined over whole packs"
-        problems.append(Problem("train.sequence_parallel", what, "nearest: 1, or phi3-dist train"))
-    if problems:
-        raise PlanError(*problems)
+__all__ = ["load_shared"]
 
 
 def load_shared(

@@ -56,13 +56,24 @@ def _duration(seconds: float) -> str:
     return f"{hours:,} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
+def _refused(cfg: RunConfig, plan: RunPlan) -> Iterator[Problem]:
+    """What no sweep runs under, with the nearest that it does."""
+    if cfg.model.quantization == "nf4" and plan.strategy.startswith("zero3"):
+        what = "is nf4: under zero3 a sweep keeps no 4-bit shards"
+        yield Problem("model.quantization", what, "nearest: fsdp2")
+    if cfg.train.sequence_parallel > 1:
+        what = f"is {cfg.train.sequence_parallel}: candidates are joined over whole packs"
+        yield Problem("train.sequence_parallel", what, "nearest: 1, or phi3-dist train")
+
+
 def plans_of(sweep: Sweep, machine: MachineFacts, launch: LaunchFacts, shape: Any) -> dict[str, RunPlan]:
     """Every candidate's plan by its name. Raises PlanError with all problems."""
     plans: dict[str, RunPlan] = {}
     problems: dict[tuple[str, str], Problem] = {}
     for one in sweep.candidates:
         try:
-            plans[one.name] = make_plan(one.cfg, machine, launch, family_or_shape=shape)
+            plans[one.name] = plan = make_plan(one.cfg, machine, launch, family_or_shape=shape)
+            problems |= {(problem.where, problem.what): problem for problem in _refused(one.cfg, plan)}
         except PlanError as error:
             problems |= {(problem.where, problem.what): problem for problem in error.problems}
     if problems:

@@ -19,11 +19,12 @@ from phi3_dist.modeling.base import Base
 from phi3_dist.modeling.rope import Regime, regime_for
 from phi3_dist.modeling.weights_watch import WeightsWatch
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
-from phi3_dist.planning.plan import RunPlan, make_plan
-from phi3_dist.sweep.base import check_strategy, load_shared
+from phi3_dist.planning.plan import RunPlan
+from phi3_dist.sweep.base import load_shared
 from phi3_dist.sweep.candidate import CandidateRun, Given
 from phi3_dist.sweep.early import Decision, decide, rung_step
 from phi3_dist.sweep.file import Candidate, Sweep
+from phi3_dist.sweep.forecast import plans_of
 from phi3_dist.sweep.joint import JointLoss, install_updates
 from phi3_dist.sweep.memory import candidates_a_pass, candidates_at_once, largest_memory
 from phi3_dist.sweep.step import joint_step
@@ -61,17 +62,7 @@ class SweepResult:
 
 def _plans(sweep: Sweep, base: Base, machine: MachineFacts, launch: LaunchFacts) -> dict[str, RunPlan]:
     """Every candidate's plan. Raises PlanError with all problems; each candidate's by its name."""
-    plans: dict[str, RunPlan] = {}
-    problems: list[Problem] = []
-    for one in sweep.candidates:
-        try:
-            plans[one.name] = make_plan(one.cfg, machine, launch, family_or_shape=base.config.to_dict())
-            check_strategy(one.cfg, plans[one.name])
-        except PlanError as error:
-            new = [p for p in error.problems if (p.where, p.what) not in {(q.where, q.what) for q in problems}]
-            problems += new
-    if problems:
-        raise PlanError(*problems[:20])
+    plans = plans_of(sweep, machine, launch, base.config.to_dict())
     # dropout's masks are torch's: Triton's kernels draw theirs for a whole pass, not for a candidate
     return {name: replace(plan, kernels="torch") for name, plan in plans.items()}
 

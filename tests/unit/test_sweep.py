@@ -18,13 +18,17 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from phi3_dist.bench.counting import RealWatch
 from phi3_dist.bench.load import write_base
 from phi3_dist.cli import app
 from phi3_dist.errors import ConfigError, PlanError
 from phi3_dist.machine.probe import launch_facts, probe
+from phi3_dist.planning.preview import shape_of_source
+from phi3_dist.sweep import loop as sweep_loop
 from phi3_dist.sweep import step as sweep_step
 from phi3_dist.sweep.early import Decision, decide, rung_step
 from phi3_dist.sweep.file import EarlyConfig, Sweep, load_sweep
+from phi3_dist.sweep.forecast import forecast, plans_of
 from phi3_dist.sweep.loop import SweepResult, run_sweep
 from phi3_dist.sweep.memory import candidates_a_pass, candidates_at_once
 from phi3_dist.training.whole_run import train
@@ -345,6 +349,45 @@ def test_a_plan_has_rounds_memory_and_time_of_the_largest_candidate(tmp_path: Pa
     assert "for 2,000 steps of all candidates (h100-80gb's data sheet" in lines
     refused = CliRunner().invoke(app, [*words, "--write", "x", "--price", "2"])
     assert [problem.where for problem in refused.exception.problems] == ["--price", "--write"]  # type: ignore[union-attr]
+
+
+def _peak_mib(folder: Path, count: int, pass_tokens: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """Most bytes that live in the second joint step, and what the forecast says, in MiB."""
+    folder.mkdir()
+    write_base(folder / "base", layers=4, hidden=256, shard="1GB")
+    changes = {
+        "model": {"source": str(folder / "base"), "tokenizer": "tiny-random"},
+        "data": {"pack_length": 512, "supervise": "all"},
+        "lora": {"r": 32},
+        "train": {"max_steps": 2, "global_batch": 2, "micro_batch": 1, "eval_every": 0},
+    }
+    sweep = sweep_of(folder, {"axes": {"train.seed": list(range(count))}, "pass_tokens": pass_tokens}, **changes)
+    machine, launch = probe(use_cpu=True), launch_facts({})
+    shape = shape_of_source(sweep.cfg)
+    said = forecast(sweep, plans_of(sweep, machine, launch, shape), machine, launch, shape)
+    step, peaks = sweep_loop.joint_step, []
+    with RealWatch(resizes=False) as watch, monkeypatch.context() as patched:
+
+        def watched(*arguments: Any) -> Any:
+            watch.restart()
+            made = step(*arguments)
+            peaks.append(watch.live.peak["cpu"].total() / 2**20)
+            return made
+
+        patched.setattr(sweep_loop, "joint_step", watched)
+        run_sweep(sweep, machine, launch)
+    (room,) = said.rooms
+    return peaks[1], 1024 * room.gib(said.at_once, said.a_pass)
+
+
+@pytest.mark.full
+def test_further_candidates_take_the_memory_that_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A candidate its adapter, gradients and moments; one more in a pass also activations, planned for full packs."""
+    one, planned = _peak_mib(tmp_path / "one", 1, 512, monkeypatch)
+    four, planned_four = _peak_mib(tmp_path / "four", 4, 512, monkeypatch)
+    in_pairs, planned_in_pairs = _peak_mib(tmp_path / "pairs", 4, 1024, monkeypatch)
+    assert four - one == pytest.approx(planned_four - planned, rel=0.02)
+    assert 1.0 <= (planned_in_pairs - planned_four) / (in_pairs - four) <= 1.3
 
 
 def test_as_many_share_a_pass_as_its_tokens_hold() -> None:
