@@ -42,7 +42,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"targets": ("q_proj",)}, (False, True), (False, True)),
         ({"bias": "all"}, (False, True), (False, True)),
         ({"lora_bias": True}, (False, True), (False, True)),
-        ({"start": "loftq", "trained_on": "nf4"}, (True, True), (True, False)),
+        ({"lora_init": "loftq", "trained_on": "nf4"}, (True, True), (True, False)),
     ],
 )
 def test_what_loads_and_what_is_right(
