@@ -378,7 +378,7 @@ def first_problem(path: Path) -> str:
 def test_compiling_passes_that_are_left_out_cannot_be(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: {source: tiny-random, compile: true, fused_layers: false}\ndata: {train: x}\n")
-    assert "passes of the fused layers" in first_problem(path)
+    assert "fused layers' passes" in first_problem(path)
     assert load_run(path, ["model.compile=auto"]).model.compile == "auto"
 
 
