@@ -132,7 +132,7 @@ def check_folder(folder: Path) -> None:
     try:
         blocked = next((path for path in (folder, *folder.parents) if path.exists()), folder)
         if blocked.exists() and not blocked.is_dir():
-            raise RunFolderError(Problem(str(blocked), "is no folder", fix))
+            raise RunFolderError(Problem(str(blocked), "is not a folder", fix))
         for name, ours in ((FILE, _OURS), (ROWS_FILE, _OUR_ROWS)):
             path = folder / name
             if path.exists() and (not path.is_file() or not _begins_with(path, ours)):

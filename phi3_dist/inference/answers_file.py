@@ -102,7 +102,9 @@ def check_output(out: Path, rows: Path | None = None, *, overwrite: bool = False
         if rows is not None and out.exists() and out.samefile(rows):
             raise DataError(Problem(str(out), "is the file of the prompts", fix))
         if out.exists() and not out.is_file():
-            what = "is a folder" if out.is_dir() else "is no plain file, and answers are read back where a call stopped"
+            what = (
+                "is a folder" if out.is_dir() else "is not a plain file, and answers are read back where a call stopped"
+            )
             raise DataError(Problem(str(out), what, fix))
         if not out.parent.is_dir():
             raise DataError(Problem(str(out), f"cannot be written: no folder {out.parent}", f"create it, or {fix}"))

@@ -97,7 +97,7 @@ def read_prompts(path: Path, columns: Mapping[str, str] | None = None) -> list[P
     """
     fix = "give a file of rows, or a prompt with --prompt"
     if not path.is_file():  # a folder, a device, a pipe
-        what = "is no plain file" if path.exists() else f"cannot be read: {os.strerror(errno.ENOENT)}"
+        what = "is not a plain file" if path.exists() else f"cannot be read: {os.strerror(errno.ENOENT)}"
         raise DataError(Problem(str(path), what, fix))
     found: list[Prompt] = []
     problems: list[Problem] = []

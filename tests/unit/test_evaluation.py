@@ -82,8 +82,8 @@ def test_an_evaluation_replaces_evaluations_alone_and_says_so_before(beside_base
         assert {path.name: path.read_text() for path in folder.iterdir()} == {name: text}
     (tmp_path / "file").write_text("mine")
     for folder, said in (
-        (tmp_path / "file", "file: is no folder"),
-        (tmp_path / "file" / "below", "file: is no folder"),
+        (tmp_path / "file", "file: is not a folder"),
+        (tmp_path / "file" / "below", "file: is not a folder"),
         (tmp_path / "a\nb", "in its name"),
         (tmp_path / "evaluation", "nothing is replaced"),
     ):
