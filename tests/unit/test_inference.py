@@ -223,7 +223,7 @@ def test_files_of_prompts_are_recognised_by_their_first_bytes(tmp_path: Path) ->
             read_prompts(tmp_path / "rows.jsonl")
         assert len(error.value.problems) == 1
     for path in (tmp_path, Path("/dev/zero")):
-        with pytest.raises(DataError, match="no plain file"):
+        with pytest.raises(DataError, match="not a plain file"):
             read_prompts(path)
 
 
