@@ -1,8 +1,9 @@
 """A GPU that is not there: torch's fake CUDA tensors, and what they need on a machine and a torch build without CUDA.
 
-A fake tensor has a shape, a dtype and a device, and no memory. torch's CPU build knows no CUDA device at all: autograd
-asks for its guard and its hooks. A few lines of C++ give it both; they are compiled once, with the compiler that
-torch's own extensions need. Libraries ask `torch.cuda`: inside `fake_cuda` it answers as one GPU would.
+A fake tensor has a shape, a dtype and a device, and no memory. torch's CPU build knows no CUDA device at all, and its
+CUDA build none without a driver: autograd asks for its guard and its hooks. A few lines of C++ give it both; they are
+compiled once, with the compiler that torch's own extensions need. Libraries ask `torch.cuda`: inside `fake_cuda` it
+answers as one GPU would.
 
 A process that has installed this has a CUDA device for good, and may have run no backward pass before: rehearsals have
 processes of their own.
@@ -38,6 +39,9 @@ _SHIM = r"""
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <new>
+#ifdef CUDA_BUILD
+#include <torch/csrc/distributed/c10d/reducer_timer.hpp>
+#endif
 
 using c10::Device;
 using c10::DeviceIndex;
@@ -75,13 +79,33 @@ struct Hooks final : at::CUDAHooksInterface {
   DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
   int getNumGPUs() const override { return 1; }
   void deviceSynchronize(DeviceIndex) const override {}
+  // not `override`: which of them there are differs from torch to torch
+  long versionCuDNN() const { return 0; }
+  long versionRuntimeCuDNN() const { return 0; }
+  long versionCuDNNFrontend() const { return 0; }
 };
 static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface), "it takes the place of torch's own");
 
+#ifdef CUDA_BUILD
+// DDP's reducer times its steps with CUDA's events
+struct Untimed final : c10d::Timer {
+  std::optional<int64_t> measureDifference(Event, Event) override { return std::nullopt; }
+};
+static void replace_timers() {
+  auto made = [](Device) -> std::unique_ptr<c10d::Timer> { return std::make_unique<Untimed>(); };
+  c10d::TimerRegistry()->Register(CUDA, made, c10::REGISTRY_PREFERRED);
+}
+#else
+static void replace_timers() {}
+#endif
+
 extern "C" int install() {
   auto& held = const_cast<at::CUDAHooksInterface&>(at::detail::getCUDAHooks());
-  if (held.hasCUDA() || c10::impl::hasDeviceGuardImpl(CUDA)) return 1;
+  static bool done = false;
+  if (done) return 1;
+  done = true;
   new (&held) Hooks();
+  replace_timers();
   c10::impl::registerDeviceGuard(CUDA, new Guard());
   return 0;
 }
@@ -96,13 +120,14 @@ def _compiled(cache: Path) -> Path:
         return library
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        what = "torch's CPU build needs some lines of C++ to take fake CUDA tensors, and there is no compiler"
+        what = "without a GPU torch needs some lines of C++ to take fake CUDA tensors, and there is no compiler"
         raise MachineError(Problem("rehearsal", what, "install g++, or name one in CXX"))
     cache.mkdir(parents=True, exist_ok=True)
     source, partial = (library.with_suffix(f".{os.getpid()}{end}") for end in (".cpp", ".tmp"))
     source.write_text(_SHIM, encoding="utf-8")
     folder = Path(torch.__file__).parent
     flags = ["-std=c++20", "-shared", "-fPIC", f"-I{folder / 'include'}", f"-L{folder / 'lib'}"]
+    flags += ["-DCUDA_BUILD"] if torch.version.cuda or torch.version.hip else []
     command = [compiler, *flags, str(source), "-o", str(partial), "-lc10", "-ltorch_cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     source.unlink()
@@ -115,11 +140,12 @@ def _compiled(cache: Path) -> Path:
 
 
 def install(cache: Path) -> None:
-    """Make autograd take fake CUDA tensors in this process. A CUDA build of torch does by itself.
+    """Make autograd take fake CUDA tensors in this process. A CUDA build of torch does by itself where it has a GPU.
 
+    Without one its own guard asks a driver that is not there, so that the stand-in takes its place as in a CPU build.
     Raises MachineError where the library can't be compiled.
     """
-    if torch.version.cuda is None and torch.version.hip is None:
+    if not torch.cuda.is_available():
         ctypes.CDLL(str(_compiled(cache))).install()
 
 
