@@ -96,6 +96,13 @@ def what_lives_is_not_searched_for_garbage() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_accelerator_is_left_over() -> None:
+    """One that the last file's tests have made, of another precision: a run in this process would be refused."""
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def deepspeed_ops(pytestconfig: pytest.Config) -> Path:
     """DeepSpeed's CPU operators, built once into this clone's cache; the folder they lie in.
