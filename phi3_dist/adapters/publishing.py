@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,14 @@ def publish(folder: str | Path, target: str | Path, base: str, revision: str | N
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except (OSError, shutil.Error, ValueError) as error:
-        what = f"cannot be written: {getattr(error, 'strerror', None) or error}"
-        raise AdapterError(Problem(str(target), what, "choose a folder that can be written and has room")) from error
+        what, fix = f"cannot be written: {_cause(error)}", "choose a folder that can be written and has room"
+        raise AdapterError(Problem(str(target), what, fix)) from error
     return target
+
+
+def _cause(error: OSError | ValueError) -> str:
+    """In words; of a copy, which goes on after a file that failed, the first file's."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+        _, _, why = error.args[0][0]
+        return re.sub(r"^\[Errno \d+\] (.*?)(: '.*)?$", r"\1", str(why))
+    return getattr(error, "strerror", None) or str(error)

@@ -12,6 +12,8 @@ import torch
 from safetensors.numpy import save_file
 
 from phi3_dist.adapters.files import write_adapter
+from phi3_dist.adapters.loralib.files import convert_file
+from phi3_dist.adapters.publishing import publish
 from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.prepare import Prepared, prepare
@@ -107,6 +109,23 @@ def test_a_disk_that_fills_up_at_any_file_of_the_adapter_leaves_nothing(disk: Di
         assert sorted(p.name for p in disk.path.iterdir()) == ["filler"]
     assert set(read_adapter(disk.path / "adapter")[0]) == set(TENSORS)
     assert failed >= 6
+
+
+def test_a_full_disk_is_said_plainly_by_convert_and_publish(disk: Disk, tmp_path: Path) -> None:
+    shapes = {"lora_A": (64, 512), "lora_B": (512, 64)}
+    tensors = {f"base_model.model.layer.{name}.weight": torch.ones(shape) for name, shape in shapes.items()}
+    config = {"peft_type": "LORA", "r": 64, "lora_alpha": 4, "bias": "none", "target_modules": ["layer"]}
+    write_adapter(tmp_path / "adapter", tensors, config, card="# A card\n")
+    disk.mount()
+    disk.leave(8)
+    for name in ("lora.pt", "lora.safetensors"):
+        with pytest.raises(AdapterError) as info:
+            convert_file(tmp_path / "adapter", disk.path / name, "peft→loralib")
+        assert info.value.problems[0].what == "cannot be written: No space left on device"
+    with pytest.raises(AdapterError) as info:
+        publish(tmp_path / "adapter", disk.path / "copy", "owner/name")
+    assert info.value.problems[0].what == "cannot be written: No space left on device"
+    assert sorted(p.name for p in disk.path.iterdir()) == ["filler"]
 
 
 # --- metrics, on resume ----------------------------------------------------------------------------------------------
