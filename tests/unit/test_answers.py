@@ -183,6 +183,25 @@ def test_commands_change_what_the_model_is_shown(opened: Opened, tmp_path: Path)
     assert "no adapter" in conversation.command("/base")
 
 
+def test_a_conversation_is_added_to_rows_and_to_nothing_else(opened: Opened, tmp_path: Path) -> None:
+    conversation = Conversation(opened, HOW, turns=[{"role": r, "content": "Hi."} for r in ("user", "assistant")])
+    for name, text in {
+        "notes.txt": "my notes\n",
+        "run.yaml": "model: {}",
+        "one.json": '{\n  "messages": []\n}\n',
+    }.items():
+        (tmp_path / name).write_text(text)
+        assert "is not a file of such rows" in conversation.command(f"/save {tmp_path / name}")
+        assert (tmp_path / name).read_text() == text
+    assert "is not a file of such rows" in conversation.command(f"/save {tmp_path}")
+    assert "begins with ~nobody-here" in conversation.command("/save ~nobody-here/x")
+    assert "control character" in conversation.command("/save a\x00b")
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text('{"messages": []}')  # a line without its end
+    assert "1 questions" in conversation.command(f"/save {kept}")
+    assert [len(row["messages"]) for row in lines(kept)] == [0, 2]
+
+
 def test_base_switches_the_adapter_off(opened: Opened) -> None:
     from phi3_dist.config.schema import LoraConfig
     from phi3_dist.modeling.lora import add_lora
