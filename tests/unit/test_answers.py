@@ -78,6 +78,12 @@ def test_a_killed_call_goes_on(
     assert out.read_bytes() == whole.read_bytes()
 
 
+def test_a_call_goes_on_after_texts_with_line_separators_of_their_own(opened: Opened, tmp_path: Path) -> None:
+    prompts, out = [Prompt.of("One\u2028two\x85three."), Prompt.of("Hi?")], tmp_path / "out.jsonl"
+    assert answer_file(opened, prompts, out, How(max_new_tokens=2)) == (2, 2)
+    assert answer_file(opened, prompts, out, How(max_new_tokens=2)) == (0, 2)
+
+
 def test_a_file_of_something_else_is_left_alone(opened: Opened, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     for text in ("my notes", "my notes\n", '{"a": 1}\n'):
