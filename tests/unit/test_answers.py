@@ -110,7 +110,7 @@ def test_a_file_of_something_else_is_left_alone(opened: Opened, tmp_path: Path) 
         (opened, PROMPTS[:2], How(max_new_tokens=11)),
         (dataclasses.replace(opened, weights="others"), PROMPTS[:2], HOW),
     ):
-        with pytest.raises(DataError, match=r"out\.jsonl:1: answers another prompt"):
+        with pytest.raises(DataError, match=r"out\.jsonl:1: was made from another prompt"):
             answer_file(other, prompts, out, how)
     with pytest.raises(DataError, match="cannot be written"):
         answer_file(opened, PROMPTS, tmp_path / "absent" / "out.jsonl", HOW)
