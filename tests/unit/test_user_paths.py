@@ -12,6 +12,7 @@ from phi3_dist.cli import app
 from phi3_dist.cli.app import MAY_BE_PATHS
 from phi3_dist.config.user_paths import user_path
 from phi3_dist.errors import ConfigError, Phi3DistError
+from phi3_dist.machine.launcher import _with_deepspeed_file
 
 NO_PATHS = {
     "account", "array", "as_json", "constraint", "context", "dataset", "density", "device", "direction", "directive",
@@ -67,6 +68,11 @@ def test_home_is_home_for_every_verb(words: list[str], monkeypatch: pytest.Monke
     error = CliRunner().invoke(app, words).exception
     assert isinstance(error, Phi3DistError)
     assert f"{tmp_path}/x" in str(error)
+
+
+def test_home_is_home_for_the_launcher_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _with_deepspeed_file(["--config_file=~/x", "-m", "~/y"]) == ["--config_file", f"{tmp_path}/x", "-m", "~/y"]
 
 
 @pytest.mark.parametrize(
