@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
-from phi3_dist.adapters.durable_files import sync
+from phi3_dist.adapters.durable_files import failed_copy, sync
 from phi3_dist.adapters.files import CARD
 from phi3_dist.adapters.model_card import with_hub_base
 from phi3_dist.adapters.reading import CONFIG, read_adapter
@@ -50,14 +49,6 @@ def publish(folder: str | Path, target: str | Path, base: str, revision: str | N
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except (OSError, shutil.Error, ValueError) as error:
-        what, fix = f"cannot be written: {_cause(error)}", "choose a folder that can be written and has room"
+        what, fix = f"cannot be written: {failed_copy(error)}", "choose a folder that can be written and has room"
         raise AdapterError(Problem(str(target), what, fix)) from error
     return target
-
-
-def _cause(error: OSError | ValueError) -> str:
-    """In words; of a copy, which goes on after a file that failed, the first file's."""
-    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
-        _, _, why = error.args[0][0]
-        return re.sub(r"^\[Errno \d+\] (.*?)(: '.*)?$", r"\1", str(why))
-    return getattr(error, "strerror", None) or str(error)

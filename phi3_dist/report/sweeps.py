@@ -46,7 +46,8 @@ def write_sweep_page(folder: Path, output: Path | None = None) -> Path:
 def _page(
     sweep: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], views: Sequence[RunView], headline: str
 ) -> str:
-    keys = [str(key) for key in sweep.get("differing") or ()]
+    differing = sweep.get("differing")
+    keys = [str(key) for key in differing] if isinstance(differing, list) else []
     settings = [flatten(view.config) for view in views]
     columns = {key: [one.get(key) for one in settings] for key in keys}
     columns = {key: values for key, values in columns.items() if len({repr(v) for v in values}) > 1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from phi3_dist.errors import AdapterError, DataError, RunFolderError
 from phi3_dist.modeling.base import Base, find_base
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 from phi3_dist.report.finished_report import draw_report
+from phi3_dist.sweep.table import Board
 from phi3_dist.training import whole_run
 from phi3_dist.training.checkpoints.compatibility import base_fingerprint
 from phi3_dist.training.checkpoints.metrics_rows import cut_metrics
@@ -125,6 +127,18 @@ def test_a_full_disk_is_said_plainly_by_convert_and_publish(disk: Disk, tmp_path
     with pytest.raises(AdapterError) as info:
         publish(tmp_path / "adapter", disk.path / "copy", "owner/name")
     assert info.value.problems[0].what == "cannot be written: No space left on device"
+    assert sorted(p.name for p in disk.path.iterdir()) == ["filler"]
+
+
+def test_a_full_disk_under_the_best_of_a_sweep_is_one_message(disk: Disk, tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"}
+    write_adapter(tmp_path / "run" / "adapter", TENSORS, config, card="# A card\n", tokenizer=TOKENIZER)
+    disk.mount()
+    disk.leave(1)
+    folder = SimpleNamespace(path=tmp_path / "run")
+    run = SimpleNamespace(state="finished", done=3, losses=lambda: (1.0, 1.0), folder=folder)
+    with pytest.raises(RunFolderError, match="can't be copied there: No space left on device"):
+        Board(SimpleNamespace(), [run], active=True).keep_best(disk.path)  # type: ignore[arg-type, list-item]
     assert sorted(p.name for p in disk.path.iterdir()) == ["filler"]
 
 
