@@ -108,10 +108,22 @@ def test_a_prompt_may_have_lines() -> None:
     assert r"\x07" in str(error)
 
 
-def test_a_new_run_file_is_not_written_through_a_link_to_nothing(tmp_path: Path) -> None:
-    link = tmp_path / "run.yaml"
-    link.symlink_to(tmp_path / "elsewhere.yaml")
-    error = CliRunner().invoke(app, ["config", "new", "microsoft/Phi-3-mini-4k-instruct", "-o", str(link)]).exception
-    assert isinstance(error, ConfigError)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["config", "new", "microsoft/Phi-3-mini-4k-instruct", "--output=link.yaml"],
+        ["slurm", str(Path(RUN).resolve()), "--gpus-per-node=2", "--script=link.yaml"],
+        ["config", "accelerate", "single", "--out=."],
+    ],
+)
+def test_nothing_is_written_through_a_link_to_nothing(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "accelerate").mkdir()
+    for link in ("link.yaml", "accelerate/single_gpu.yaml"):
+        (tmp_path / link).symlink_to(tmp_path / "elsewhere.yaml")
+    error = CliRunner().invoke(app, words).exception
+    assert isinstance(error, Phi3DistError)
     assert "is a link to what is not there" in str(error)
-    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+    assert not (tmp_path / "elsewhere.yaml").exists()
