@@ -14,7 +14,7 @@ from phi3_dist.errors import Problem, RunFolderError
 from phi3_dist.report.importance import Importance, importance_of
 from phi3_dist.report.page import is_page, parts_of_comparison, rendered, write_text
 from phi3_dist.report.parallel_coordinates import parallel_of
-from phi3_dist.report.plain_values import finite, printable
+from phi3_dist.report.plain_values import finite, printable, read_object
 from phi3_dist.report.run_view import RunView, drawn, read_view
 from phi3_dist.report.sweep_file import SWEEP_FILE, read_sweep, sweep_line
 
@@ -35,6 +35,10 @@ def write_sweep_page(folder: Path, output: Path | None = None) -> Path:
         raise RunFolderError(Problem(str(output), what, "name another file with --output"))
     sweep, candidates = read_sweep(folder)
     there = [one for one in candidates if (folder / one["folder"] / "metrics.jsonl").is_file()]
+    damage = read_object(folder / SWEEP_FILE)[1]
+    if damage:
+        fix = f"put it back; phi3-dist runs {folder} shows the candidates, phi3-dist report RUN each of them"
+        raise RunFolderError(Problem(str(folder / SWEEP_FILE), damage, fix))
     if not there:
         what = "names no candidate that has trained"
         raise RunFolderError(Problem(str(folder / SWEEP_FILE), what, "phi3-dist sweep FILE --resume continues with it"))

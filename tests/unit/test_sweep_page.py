@@ -74,8 +74,11 @@ def test_the_page_ranks_draws_and_weighs(tmp_path: Path) -> None:
     (folder / "sweep.html").write_text("<p>mine</p>")
     with pytest.raises(RunFolderError, match="nothing is replaced"):
         write_sweep_page(folder)
-    (folder / "sweep.json").write_text("{")
+    (folder / "sweep.json").write_text("{}")
     with pytest.raises(RunFolderError, match="names no candidate that has trained"):
+        write_sweep_page(folder, tmp_path / "other.html")
+    (folder / "sweep.json").write_text("{")
+    with pytest.raises(RunFolderError, match=r"sweep\.json: is not JSON"):
         write_sweep_page(folder, tmp_path / "other.html")
 
 
