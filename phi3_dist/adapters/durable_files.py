@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from phi3_dist.machine.storage import as_os_error
 
-__all__ = ["file_sha256", "sync", "write_tensors"]
+__all__ = ["failed_copy", "file_sha256", "sync", "write_tensors"]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -44,3 +46,11 @@ def file_sha256(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def failed_copy(error: OSError | ValueError) -> str:
+    """Why a folder can't be copied, in words. `shutil.copytree` lists every file that failed: the first one's."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+        _, _, why = error.args[0][0]
+        return re.sub(r"^\[Errno \d+\] (.*?)(: '.*)?$", r"\1", str(why))
+    return getattr(error, "strerror", None) or str(error)

@@ -9,7 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
-from phi3_dist.adapters.durable_files import sync
+from phi3_dist.adapters.durable_files import failed_copy, sync
 from phi3_dist.adapters.files import CARD
 from phi3_dist.adapters.model_card import with_hub_base
 from phi3_dist.adapters.reading import CONFIG, read_adapter
@@ -49,6 +49,6 @@ def publish(folder: str | Path, target: str | Path, base: str, revision: str | N
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except (OSError, shutil.Error, ValueError) as error:
-        what = f"cannot be written: {getattr(error, 'strerror', None) or error}"
-        raise AdapterError(Problem(str(target), what, "choose a folder that can be written and has room")) from error
+        what, fix = f"cannot be written: {failed_copy(error)}", "choose a folder that can be written and has room"
+        raise AdapterError(Problem(str(target), what, fix)) from error
     return target

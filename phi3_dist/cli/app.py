@@ -1,23 +1,56 @@
-"""The command line itself, and the two arguments that most verbs share."""
+"""The command line itself, what becomes of paths, and the two arguments that most verbs share."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from phi3_dist.cli.completion import complete_file
+from phi3_dist.config.user_paths import user_path
 
-app = typer.Typer(
+MAY_BE_PATHS = {
+    "against", "base", "base_model", "config", "container_image", "data", "env_file", "model", "rows", "script",
+    "server_base", "server_python", "source", "target",
+}  # fmt: skip
+"""Arguments and options that take a path or something else, such as a hub id."""
+
+
+class Verbs(typer.Typer):
+    """Verbs that get every path with its `~` written out, and none with a control character in it."""
+
+    def command(self, *args: Any, **kwargs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        add = super().command(*args, **kwargs)
+
+        def added(verb: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(verb)
+            def with_paths(**given: Any) -> Any:
+                return verb(**{name: _as_path(name, value) for name, value in given.items()})
+
+            add(with_paths)
+            return verb
+
+        return added
+
+
+def _as_path(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_as_path(name, one) for one in value]
+    return user_path(value) if isinstance(value, Path) or (isinstance(value, str) and name in MAY_BE_PATHS) else value
+
+
+app = Verbs(
     name="phi3-dist",
     help="Accelerated and distributed LoRA and QLoRA fine-tuning of Microsoft's Phi-3 family.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-config_app = typer.Typer(help="Make run files, and look at them.", no_args_is_help=True, rich_markup_mode=None)
-data_app = typer.Typer(help="Look at the rows of a run.", no_args_is_help=True, rich_markup_mode=None)
+config_app = Verbs(help="Make run files, and look at them.", no_args_is_help=True, rich_markup_mode=None)
+data_app = Verbs(help="Look at the rows of a run.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 

@@ -45,12 +45,14 @@ def config_new(
 def _write(run_yaml: str, output: Path | None) -> None:
     if output is None:
         typer.echo(run_yaml, nl=False)
-    elif output.exists():
-        raise ConfigError(Problem(str(output), "exists", "give another name"))
     else:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(run_yaml, encoding="utf-8")
+            with output.open("x", encoding="utf-8") as file:  # which follows no link to what is not there
+                file.write(run_yaml)
+        except FileExistsError as error:
+            what = "is a link to what is not there" if not output.exists() else "exists"
+            raise ConfigError(Problem(str(output), what, "give another name")) from error
         except OSError as error:
             raise ConfigError(Problem(str(output), f"cannot be written: {error.strerror}")) from error
         typer.echo(f"written: {output}; look at it with phi3-dist config show {shlex.quote(str(output))}")

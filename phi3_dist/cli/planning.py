@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from phi3_dist.cli.app import Overrides, RunFile, app
+from phi3_dist.config.user_paths import user_path
 
 __all__ = ["plan"]
 
@@ -54,7 +55,7 @@ def plan(
     from phi3_dist.planning.preview import check_rows
 
     if learn:
-        _learn([run_file, *map(Path, overrides or ())])
+        _learn([run_file, *(user_path(Path(one)) for one in overrides or ())])
         return
     memory_gib = None if memory is None else gib_of(memory)
     launch = (config, processes or gpus, machines or nodes, device, memory_gib)

@@ -108,17 +108,18 @@ def _unknown_key_fix(path: str, section: type[BaseModel]) -> str:
     elsewhere = difflib.get_close_matches(key, by_last, n=1, cutoff=0.75)
     if elsewhere:
         return f"did you mean {by_last[elsewhere[0]]}?"
-    return f"the keys of {prefix.rstrip('.') or 'a run file'} are {', '.join(siblings)}"
+    of = prefix.rstrip(".") or ("a run file" if section is RunConfig else "this section")
+    return f"the keys of {of} are {', '.join(siblings)}"
 
 
 def _inner_model(annotation: Any) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def _path_of(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
+def _path_of(loc: tuple[int | str, ...], root: type[BaseModel]) -> tuple[str, type[BaseModel]]:
     """The dotted path of a pydantic location without its union tags, and the section that its last key stands in."""
-    inside: type[BaseModel] | None = RunConfig
-    section: type[BaseModel] = RunConfig
+    inside: type[BaseModel] | None = root
+    section: type[BaseModel] = root
     path = ""
     for part in loc:
         if isinstance(part, int):
@@ -192,12 +193,14 @@ def _number_meant(text: str) -> str:
     return f"write {plain}, without quotes" if re.fullmatch(r"[+-]?\d+", plain) else ""
 
 
-def explain(error: ValidationError, values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(dotted path, what is wrong, fix) for each bad place: one for each field, however many its types are."""
+def explain(
+    error: ValidationError, values: Mapping[str, Any], root: type[BaseModel] = RunConfig
+) -> list[tuple[str, str, str]]:
+    """(dotted path below `root`, what is wrong, fix) for each bad place: one for each field, however many types."""
     unknown: list[tuple[str, str, str]] = []
     grouped: dict[str, list[ErrorDetails]] = {}
     for item in error.errors(include_url=False)[:EXPLAINED_AT_MOST]:
-        path, section = _path_of(item["loc"])
+        path, section = _path_of(item["loc"], root)
         if item["type"] == "extra_forbidden":
             unknown.append((path, f"unknown key (value {shown(item['input'])})", _unknown_key_fix(path, section)))
         elif item["type"] == "missing" and path.endswith("]"):

@@ -137,7 +137,7 @@ def _lines_done(path: Path, keys: Sequence[str]) -> dict[int, str]:
     whole = raw[: raw.rfind(b"\n") + 1]
     found: dict[int, str] = {}
     fix = "name another file, or replace this one with --overwrite"
-    for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), start=1):
+    for number, line in enumerate(whole.decode("utf-8", "replace").split("\n")[:-1], start=1):  # texts hold U+2028
         try:
             row = json.loads(line)
             index, key = int(row["index"]), row["key"]

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from phi3_dist.config.json_text import parse_json
+from phi3_dist.config.user_paths import user_path
 from phi3_dist.data.answers import text_of
-from phi3_dist.errors import DataError, Phi3DistError, plain
+from phi3_dist.errors import ConfigError, DataError, Phi3DistError, plain
 from phi3_dist.inference.answers_file import How, refuse_too_long
 from phi3_dist.inference.engine import stream
 from phi3_dist.inference.open_model import Opened
@@ -119,9 +122,35 @@ class Conversation:
             return "/save FILE: name a file"
         if not self.turns:
             return "there is nothing to save"
-        with Path(name).expanduser().open("a", encoding="utf-8") as file:
+        try:
+            path = user_path(Path(name))
+        except ConfigError as error:
+            return str(error)
+        last = _last_line(path)
+        if last is None or (last and not _is_row(last)):
+            return f"{name}: is not a file of such rows, and nothing else is added to; name another file"
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n" if last and not last.endswith(b"\n") else "")
             file.write(json.dumps({"messages": list(self.messages)}, ensure_ascii=False) + "\n")
         return f"added to {name}: {len(self.turns) // 2} questions with their answers"
+
+
+def _last_line(path: Path) -> bytes | None:
+    """Of a file; empty of one that is new, None of a folder or a device. Raises OSError."""
+    if not path.exists():
+        return b""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return next(iter(deque(file, maxlen=1)), b"")
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and "messages" in row
 
 
 def chat(conversation: Conversation, *, read: TextIO | None = None, write: TextIO | None = None) -> None:

@@ -21,6 +21,7 @@ import psutil
 import yaml
 
 from phi3_dist.config.shipped_files import here_or_shipped
+from phi3_dist.config.user_paths import user_path
 from phi3_dist.errors import MachineError, Problem
 from phi3_dist.planning.sbatch_body import STOPPED_EARLY
 
@@ -168,7 +169,7 @@ def _with_deepspeed_file(arguments: list[str]) -> list[str]:
     place = names.index("__config_file")
     option, _, value = own[place].partition("=")
     named = value or "".join(own[place + 1 : place + 2])
-    config = here_or_shipped(Path(named))
+    config = here_or_shipped(user_path(Path(named)))
     if named and str(config) != named:
         arguments = [*arguments[:place], option, str(config), *arguments[place + (1 if value else 2) :]]
     beside = None if "__deepspeed_config_file" in names else deepspeed_file_beside(config)
@@ -183,7 +184,7 @@ def deepspeed_file_beside(config: Path) -> Path | None:
     """
     try:
         values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None  # Accelerate will say so
     section = values.get("deepspeed_config") if isinstance(values, dict) else None
     file = section.get("deepspeed_config_file") if isinstance(section, dict) else None

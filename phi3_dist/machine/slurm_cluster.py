@@ -205,6 +205,8 @@ def _refuse_others(script: Path) -> None:
     fix = "name another file with --script"
     if found := control_character(script.name):
         raise PlanError(Problem(str(script), f"has {found} in its name", fix))
+    if script.is_symlink() and not script.exists():
+        raise PlanError(Problem(str(script), "is a link to what is not there", fix))
     head = script.read_bytes()[:4096] if script.is_file() else b""
     if script.exists() and (not script.is_file() or (head and RENDERED.encode() not in head)):
         what = "is there already, and is not a script of phi3-dist slurm: nothing is replaced"

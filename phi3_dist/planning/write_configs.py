@@ -70,6 +70,9 @@ def _write(files: Mapping[Path, str], overwrite: bool) -> None:
     """All of them or none, as far as what lies there can be read before."""
     fix = "name another folder with --out"
     try:
+        dangling = [file for file in files if file.is_symlink() and not file.exists()]
+        if dangling:
+            raise PlanError(*(Problem(str(file), "is a link to what is not there", fix) for file in dangling))
         changed = [file for file, text in files.items() if file.exists() and file.read_bytes() != text.encode()]
         if changed and not overwrite:
             what = "exists and holds something else"

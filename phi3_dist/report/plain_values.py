@@ -35,7 +35,7 @@ def read_object(path: Path) -> tuple[dict[str, Any], str]:
         return {}, f"cannot be read: {error.strerror or error}"
     except ValueError as error:
         return {}, f"is not JSON: {error}"
-    return (value, "") if isinstance(value, dict) else ({}, "is not JSON object")
+    return (value, "") if isinstance(value, dict) else ({}, "is not a JSON object")
 
 
 def number(value: object) -> float | None:

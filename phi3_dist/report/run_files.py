@@ -40,7 +40,7 @@ def read_metrics(run_folder: Path) -> list[Row]:
 
     A last line without an end is what a killed run leaves behind: it is passed over.
     Raises RunFolderError when the folder or the file is missing, the file holds no row, or a line before the last
-    is not JSON object.
+    is not a JSON object.
     """
     path = run_folder / "metrics.jsonl"
     if not path.is_file():

@@ -14,7 +14,7 @@ from phi3_dist.errors import Problem, RunFolderError
 from phi3_dist.report.importance import Importance, importance_of
 from phi3_dist.report.page import is_page, parts_of_comparison, rendered, write_text
 from phi3_dist.report.parallel_coordinates import parallel_of
-from phi3_dist.report.plain_values import finite, printable
+from phi3_dist.report.plain_values import finite, printable, read_object
 from phi3_dist.report.run_view import RunView, drawn, read_view
 from phi3_dist.report.sweep_file import SWEEP_FILE, read_sweep, sweep_line
 
@@ -35,6 +35,10 @@ def write_sweep_page(folder: Path, output: Path | None = None) -> Path:
         raise RunFolderError(Problem(str(output), what, "name another file with --output"))
     sweep, candidates = read_sweep(folder)
     there = [one for one in candidates if (folder / one["folder"] / "metrics.jsonl").is_file()]
+    damage = read_object(folder / SWEEP_FILE)[1]
+    if damage:
+        fix = f"put it back; phi3-dist runs {folder} shows the candidates, phi3-dist report RUN each of them"
+        raise RunFolderError(Problem(str(folder / SWEEP_FILE), damage, fix))
     if not there:
         what = "names no candidate that has trained"
         raise RunFolderError(Problem(str(folder / SWEEP_FILE), what, "phi3-dist sweep FILE --resume continues with it"))
@@ -46,7 +50,8 @@ def write_sweep_page(folder: Path, output: Path | None = None) -> Path:
 def _page(
     sweep: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], views: Sequence[RunView], headline: str
 ) -> str:
-    keys = [str(key) for key in sweep.get("differing") or ()]
+    differing = sweep.get("differing")
+    keys = [str(key) for key in differing] if isinstance(differing, list) else []
     settings = [flatten(view.config) for view in views]
     columns = {key: [one.get(key) for one in settings] for key in keys}
     columns = {key: values for key, values in columns.items() if len({repr(v) for v in values}) > 1}

@@ -22,6 +22,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM 0.32 takes as --max-lora-rank (vllm/config/lora.py, MaxLoRARanks)."""
 _MERGE = "phi3-dist export {folder} OUT --as merged"
 _MERGE_GGUF = "phi3-dist export {folder} OUT --as gguf-merged"
+_TINY = "tiny-random"
 _LLAMA_NAMES = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
 
 
@@ -82,7 +83,14 @@ _PYTHON: tuple[Server, ...] = ("transformers", "peft")
 _HELPER, _LOADING = "vLLM 0.32, vllm/lora/peft_helper.py", "vLLM 0.32, vllm/lora/lora_model.py"
 _ADAPTER_CPP = "llama.cpp, src/llama-adapter.cpp"
 
+_IN_MEMORY = "its base, {base}, is made in memory by phi3_dist: no server and no other library finds it"
+
 RULES: tuple[Rule, ...] = (
+    Rule(
+        (*_VLLM, *_PYTHON), "refused", lambda s: s.base == _TINY, _IN_MEMORY, _MERGE,
+        source="phi3_dist/modeling/base.py",
+    ),
+    Rule(_LLAMA, "refused", lambda s: s.base == _TINY, _IN_MEMORY, _MERGE_GGUF, source="phi3_dist/modeling/base.py"),
     Rule(_VLLM, "refused", lambda s: s.dora, "vLLM does not load DoRA", _MERGE, source=_HELPER),
     Rule(
         _VLLM, "refused", lambda s: s.bias != "none",

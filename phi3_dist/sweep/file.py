@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, StrictInt, StrictStr, ValidationError
 
 from phi3_dist.config.load import flatten, load_run, read_section
+from phi3_dist.config.mistakes import explain
 from phi3_dist.config.schema import Count, Real, RunConfig, Section
 from phi3_dist.errors import ConfigError, Problem, shown
 from phi3_dist.planning.auto_fields import auto_fields
@@ -105,12 +106,16 @@ def _section(path: Path) -> SweepConfig:
     try:
         return SweepConfig.model_validate(values)
     except ValidationError as error:
-        problems = []
-        for one in error.errors():
-            key = ".".join(["sweep", *map(str, one["loc"])])
-            fix = f"one of {', '.join(SweepConfig.model_fields)}" if one["type"] == "extra_forbidden" else ""
-            problems.append(Problem(where(key), one["msg"], fix))
-        raise ConfigError(*problems[:20]) from None
+        found = explain(error, values if isinstance(values, dict) else {}, SweepConfig)
+        raise ConfigError(
+            *(Problem(where(f"sweep.{at}".rstrip(".")), what, fix or _without(at)) for at, what, fix in found[:20])
+        ) from None
+
+
+def _without(path: str) -> str:
+    """What a key of the section is where it's left out, for those that are one value."""
+    field = SweepConfig.model_fields.get(path)
+    return f"leave it out for {field.default}" if field is not None and isinstance(field.default, str) else ""
 
 
 def _combinations(sweep: SweepConfig) -> Iterator[dict[str, Any]]:

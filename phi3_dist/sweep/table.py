@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from phi3_dist.adapters.durable_files import failed_copy
 from phi3_dist.adapters.reading import CONFIG, read_adapter
 from phi3_dist.errors import Problem, RunFolderError
 from phi3_dist.planning.plan import RunPlan
@@ -167,9 +168,15 @@ class Board:
                 raise RunFolderError(
                     Problem(str(best), what, "move it elsewhere; the adapters are in their run folders")
                 )
-            shutil.rmtree(making, ignore_errors=True)
-            shutil.copytree(finished[0].folder.path / "adapter", making)
-            read_adapter(making)
-            shutil.rmtree(best, ignore_errors=True)
-            making.replace(best)
+            try:
+                shutil.rmtree(making, ignore_errors=True)
+                shutil.copytree(finished[0].folder.path / "adapter", making)
+                read_adapter(making)
+                shutil.rmtree(best, ignore_errors=True)
+                making.replace(best)
+            except OSError as error:
+                shutil.rmtree(making, ignore_errors=True)
+                what = f"the winner's adapter can't be copied there: {failed_copy(error)}"
+                fix = f"make room; --resume copies it again, and it is in {finished[0].folder.path / 'adapter'} too"
+                raise RunFolderError(Problem(str(best), what, fix)) from error
         return finished[0]

@@ -78,6 +78,12 @@ def test_a_killed_call_goes_on(
     assert out.read_bytes() == whole.read_bytes()
 
 
+def test_a_call_goes_on_after_texts_with_line_separators_of_their_own(opened: Opened, tmp_path: Path) -> None:
+    prompts, out = [Prompt.of("One\u2028two\x85three."), Prompt.of("Hi?")], tmp_path / "out.jsonl"
+    assert answer_file(opened, prompts, out, How(max_new_tokens=2)) == (2, 2)
+    assert answer_file(opened, prompts, out, How(max_new_tokens=2)) == (0, 2)
+
+
 def test_a_file_of_something_else_is_left_alone(opened: Opened, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     for text in ("my notes", "my notes\n", '{"a": 1}\n'):
@@ -181,6 +187,25 @@ def test_commands_change_what_the_model_is_shown(opened: Opened, tmp_path: Path)
     assert conversation.command("/undo") == "there is nothing to undo"
     assert "not a command" in conversation.command("/jump")
     assert "no adapter" in conversation.command("/base")
+
+
+def test_a_conversation_is_added_to_rows_and_to_nothing_else(opened: Opened, tmp_path: Path) -> None:
+    conversation = Conversation(opened, HOW, turns=[{"role": r, "content": "Hi."} for r in ("user", "assistant")])
+    for name, text in {
+        "notes.txt": "my notes\n",
+        "run.yaml": "model: {}",
+        "one.json": '{\n  "messages": []\n}\n',
+    }.items():
+        (tmp_path / name).write_text(text)
+        assert "is not a file of such rows" in conversation.command(f"/save {tmp_path / name}")
+        assert (tmp_path / name).read_text() == text
+    assert "is not a file of such rows" in conversation.command(f"/save {tmp_path}")
+    assert "begins with ~nobody-here" in conversation.command("/save ~nobody-here/x")
+    assert "control character" in conversation.command("/save a\x00b")
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text('{"messages": []}')  # a line without its end
+    assert "1 questions" in conversation.command(f"/save {kept}")
+    assert [len(row["messages"]) for row in lines(kept)] == [0, 2]
 
 
 def test_base_switches_the_adapter_off(opened: Opened) -> None:

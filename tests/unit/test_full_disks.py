@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from safetensors.numpy import save_file
 
 from phi3_dist.adapters.files import write_adapter
+from phi3_dist.adapters.loralib.files import convert_file
+from phi3_dist.adapters.publishing import publish
 from phi3_dist.adapters.reading import read_adapter
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.prepare import Prepared, prepare
@@ -19,6 +22,7 @@ from phi3_dist.errors import AdapterError, DataError, RunFolderError
 from phi3_dist.modeling.base import Base, find_base
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 from phi3_dist.report.finished_report import draw_report
+from phi3_dist.sweep.table import Board
 from phi3_dist.training import whole_run
 from phi3_dist.training.checkpoints.compatibility import base_fingerprint
 from phi3_dist.training.checkpoints.metrics_rows import cut_metrics
@@ -107,6 +111,35 @@ def test_a_disk_that_fills_up_at_any_file_of_the_adapter_leaves_nothing(disk: Di
         assert sorted(p.name for p in disk.path.iterdir()) == ["filler"]
     assert set(read_adapter(disk.path / "adapter")[0]) == set(TENSORS)
     assert failed >= 6
+
+
+def test_a_full_disk_is_said_plainly_by_convert_and_publish(disk: Disk, tmp_path: Path) -> None:
+    shapes = {"lora_A": (64, 512), "lora_B": (512, 64)}
+    tensors = {f"base_model.model.layer.{name}.weight": torch.ones(shape) for name, shape in shapes.items()}
+    config = {"peft_type": "LORA", "r": 64, "lora_alpha": 4, "bias": "none", "target_modules": ["layer"]}
+    write_adapter(tmp_path / "adapter", tensors, config, card="# A card\n")
+    disk.mount()
+    disk.leave(8)
+    for name in ("lora.pt", "lora.safetensors"):
+        with pytest.raises(AdapterError) as info:
+            convert_file(tmp_path / "adapter", disk.path / name, "peft→loralib")
+        assert info.value.problems[0].what == "cannot be written: No space left on device"
+    with pytest.raises(AdapterError) as info:
+        publish(tmp_path / "adapter", disk.path / "copy", "owner/name")
+    assert info.value.problems[0].what == "cannot be written: No space left on device"
+    assert sorted(p.name for p in disk.path.iterdir()) == ["filler"]
+
+
+def test_a_full_disk_under_the_best_of_a_sweep_is_one_message(disk: Disk, tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"}
+    write_adapter(tmp_path / "run" / "adapter", TENSORS, config, card="# A card\n", tokenizer=TOKENIZER)
+    disk.mount()
+    disk.leave(1)
+    folder = SimpleNamespace(path=tmp_path / "run")
+    run = SimpleNamespace(state="finished", done=3, losses=lambda: (1.0, 1.0), folder=folder)
+    with pytest.raises(RunFolderError, match="can't be copied there: No space left on device"):
+        Board(SimpleNamespace(), [run], active=True).keep_best(disk.path)  # type: ignore[arg-type, list-item]
+    assert sorted(p.name for p in disk.path.iterdir()) == ["filler"]
 
 
 # --- metrics, on resume ----------------------------------------------------------------------------------------------

@@ -55,6 +55,15 @@ def test_what_loads_and_what_is_right(
     assert all(judge(replace(PLAIN, **changes), s).loads for s in ("peft", "transformers"))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("server", SERVERS)
+def test_a_base_that_is_made_in_memory_is_served_merged_or_not_at_all(server: Server) -> None:
+    verdict = judge(replace(PLAIN, base="tiny-random"), server)
+    assert (verdict.loads, verdict.command) == (False, "")
+    (finding,) = (one for one in verdict.findings if one.effect == "refused")
+    assert "tiny-random, is made in memory" in finding.what
+    assert finding.fix.startswith("phi3-dist export adapter OUT --as ")
+
+
 @pytest.mark.parametrize(
     ("server", "changes", "flags"),
     [

@@ -227,6 +227,24 @@ def test_what_cannot_be_a_sweep_is_one_message(section: dict[str, Any], said: st
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"together": 0}, "is 0; expected auto or 1 or more\n    fix: leave it out for auto"),
+        ({"togehter": 2}, "unknown key (value 2)\n    fix: did you mean together?"),
+        ({"wide": 2}, "the keys of this section are axes, how,"),
+        ({"how": "girds"}, "fix: did you mean grid?"),
+    ],
+)
+def test_a_bad_key_of_the_section_is_one_problem_with_its_fix(
+    section: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        sweep_of(tmp_path, {"axes": {"lora.r": [8, 4]}, **section})
+    (problem,) = caught.value.problems
+    assert said in str(problem)
+
+
 def test_early_ends_need_losses_to_compare(tmp_path: Path) -> None:
     section = {"axes": {"lora.r": [8, 4]}, "early": "halving"}
     with pytest.raises(ConfigError, match=r"set train\.eval_every"):

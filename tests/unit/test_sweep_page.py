@@ -68,11 +68,17 @@ def test_the_page_ranks_draws_and_weighs(tmp_path: Path) -> None:
     )
     again = CliRunner().invoke(app, ["report", str(folder)])
     assert again.exit_code == 0
+    said = json.loads((folder / "sweep.json").read_text())
+    (folder / "sweep.json").write_text(json.dumps({**said, "differing": 5}))
+    write_sweep_page(folder)  # by what the runs say
     (folder / "sweep.html").write_text("<p>mine</p>")
     with pytest.raises(RunFolderError, match="nothing is replaced"):
         write_sweep_page(folder)
-    (folder / "sweep.json").write_text("{")
+    (folder / "sweep.json").write_text("{}")
     with pytest.raises(RunFolderError, match="names no candidate that has trained"):
+        write_sweep_page(folder, tmp_path / "other.html")
+    (folder / "sweep.json").write_text("{")
+    with pytest.raises(RunFolderError, match=r"sweep\.json: is not JSON"):
         write_sweep_page(folder, tmp_path / "other.html")
 
 

@@ -9,6 +9,7 @@ header of a safetensors file, and in a pickle as the `_metadata` that state dict
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -236,7 +237,8 @@ def _write_loralib(target: Path, state: Mapping[str, Tensor], layers: Mapping[st
             else:
                 # load_state_dict hands each module what is under its name here, and loralib's take nothing of it
                 own._metadata = OrderedDict(header)  # type: ignore[attr-defined]
-                torch.save(own, partial)
+                torch.save(own, whole := io.BytesIO())  # of a full disk torch says nothing but a position
+                partial.write_bytes(whole.getbuffer())
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             again, said = _read_loralib(partial)
@@ -251,7 +253,7 @@ def _write_loralib(target: Path, state: Mapping[str, Tensor], layers: Mapping[st
             partial.rename(target)
         finally:
             partial.unlink(missing_ok=True)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, SafetensorError) as error:
         what = f"cannot be written: {getattr(error, 'strerror', None) or error}"
         raise AdapterError(Problem(str(target), what, "choose a folder that can be written and has room")) from error
 
