@@ -22,7 +22,9 @@ MAY_BE_PATHS = {
 class Verbs(typer.Typer):
     """Verbs that get every path with its `~` written out, and none with a control character in it."""
 
-    def command(self, *args: Any, **kwargs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def command(  # type: ignore[override] # hands on whatever typer's takes
+        self, *args: Any, **kwargs: Any
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         add = super().command(*args, **kwargs)
 
         def added(verb: Callable[..., Any]) -> Callable[..., Any]:
