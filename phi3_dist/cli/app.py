@@ -41,7 +41,9 @@ class Verbs(typer.Typer):
 def _as_path(name: str, value: Any) -> Any:
     if isinstance(value, list):
         return [_as_path(name, one) for one in value]
-    return user_path(value) if isinstance(value, Path) or (isinstance(value, str) and name in MAY_BE_PATHS) else value
+    if isinstance(value, Path):
+        return user_path(value)
+    return user_path(value) if isinstance(value, str) and name in MAY_BE_PATHS else value
 
 
 app = Verbs(
