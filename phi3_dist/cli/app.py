@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from phi3_dist.cli.completion import complete_file
 from phi3_dist.config.user_paths import user_path
 
+VerbT = TypeVar("VerbT", bound=Callable[..., Any])
 MAY_BE_PATHS = {
     "against", "base", "base_model", "config", "container_image", "data", "env_file", "model", "rows", "script",
     "server_base", "server_python", "source", "target",
@@ -22,12 +23,10 @@ MAY_BE_PATHS = {
 class Verbs(typer.Typer):
     """Verbs that get every path with its `~` written out, and none with a control character in it."""
 
-    def command(  # type: ignore[override] # hands on whatever typer's takes
-        self, *args: Any, **kwargs: Any
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def command(self, *args: Any, **kwargs: Any) -> Callable[[VerbT], VerbT]:
         add = super().command(*args, **kwargs)
 
-        def added(verb: Callable[..., Any]) -> Callable[..., Any]:
+        def added(verb: VerbT) -> VerbT:
             @functools.wraps(verb)
             def with_paths(**given: Any) -> Any:
                 return verb(**{name: _as_path(name, value) for name, value in given.items()})
