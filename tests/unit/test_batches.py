@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from phi3_dist.data.pack_order import Order
 from rich.console import Console
 
 from phi3_dist.config.schema import DataConfig
@@ -23,6 +22,7 @@ from phi3_dist.data import blocks as stream
 from phi3_dist.data.batch import assemble
 from phi3_dist.data.cache import block_files as parts
 from phi3_dist.data.pack.packs import Packs, make_packs
+from phi3_dist.data.pack_order import Order
 from phi3_dist.data.prepare import prepare
 from phi3_dist.data.read.row_formats import Chat
 from phi3_dist.data.read.turns import Message

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from phi3_dist.modeling.stop_ids import stop_ids
 from rich.console import Console
 
 from phi3_dist.config.schema import DataConfig, LoraConfig
@@ -23,6 +22,7 @@ from phi3_dist.modeling.base import find_base, load_full
 from phi3_dist.modeling.greedy_answers import answer
 from phi3_dist.modeling.lora import add_lora
 from phi3_dist.modeling.loss import PackedLoss
+from phi3_dist.modeling.stop_ids import stop_ids
 from phi3_dist.modeling.tokenizer import tiny_tokenizer
 from phi3_dist.training.train_step import to_device
 
