@@ -82,8 +82,9 @@ def hand_on(folder: Path, tmp_path: Path) -> None:
     done = export(folder, tmp_path / "one", "one-rank")
     assert done.folder == tmp_path / "one"
     assert done.drift.error < 1e-4
-    assert check(tmp_path / "one", "vllm").right
-    assert "vllm serve" in check(folder, "vllm").verdict.command
+    of_one, of_run = check(tmp_path / "one", "vllm"), check(folder, "vllm")
+    assert not (of_one.right or of_run.right or of_run.verdict.command)  # no server finds its base
+    assert "made in memory" in of_run.verdict.findings[0].what
     pushed = push(folder, "somebody/adapter", base="microsoft/Phi-3-mini-4k-instruct")
     assert not pushed.url
     assert pushed.private
