@@ -84,7 +84,7 @@ def test_an_evaluation_replaces_evaluations_alone_and_says_so_before(beside_base
     for folder, said in (
         (tmp_path / "file", "file: is not a folder"),
         (tmp_path / "file" / "below", "file: is not a folder"),
-        (tmp_path / "a\nb", "in its name"),
+        (tmp_path / "a\nb", "has the control character"),
         (tmp_path / "evaluation", "nothing is replaced"),
     ):
         ran = CliRunner().invoke(app, ["eval", "absent", "--output", str(folder)])  # no model is looked for
