@@ -103,6 +103,13 @@ def no_accelerator_is_left_over() -> None:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ctrl_c_is_not_ignored() -> None:
+    """A file's tests may have left it so, and what the next ones start would inherit it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session")
 def deepspeed_ops(pytestconfig: pytest.Config) -> Path:
     """DeepSpeed's CPU operators, built once into this clone's cache; the folder they lie in.
