@@ -33,6 +33,11 @@ _SESSION_LOCK = pytest.StashKey[IO[str]]()
 _COSTS = cpu_seconds.Costs()
 
 
+def _hear_ctrl_c() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Give this session and the ranks it starts one extension cache, free of locks left by killed builds.
 
@@ -51,8 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     fcntl.flock(session_lock, fcntl.LOCK_SH)
     config.stash[_SESSION_LOCK] = session_lock
     os.environ["TORCH_EXTENSIONS_DIR"] = str(EXTENSIONS)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's background, and tests send this signal
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    _hear_ctrl_c()  # a script's background ignores it, and tests send this signal
 
 
 @pytest.hookimpl(wrapper=True)
@@ -106,8 +110,7 @@ def no_accelerator_is_left_over() -> None:
 @pytest.fixture(scope="module", autouse=True)
 def ctrl_c_is_not_ignored() -> None:
     """A file's tests may have left it so, and what the next ones start would inherit it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    _hear_ctrl_c()
 
 
 @pytest.fixture(scope="session")

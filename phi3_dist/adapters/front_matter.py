@@ -37,7 +37,7 @@ def said_of_hub(source: str) -> bool:
 
 
 def front_matter(contents: Mapping[str, Any], base: str | None) -> dict[str, Any]:
-    """The head of an adapter's card. `base` is a hub id, or None; the facts are `adapter_card`'s."""
+    """The head of an adapter's card. `base` is a hub id, or None; `contents` are `adapter_card`'s."""
     front: dict[str, Any] = {}
     if base:
         front["base_model"] = base

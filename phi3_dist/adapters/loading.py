@@ -157,9 +157,10 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
     _pin(model, folder)
     have = model.get_input_embeddings().num_embeddings
-    needed = rows_needed(folder, PeftConfig.from_pretrained(str(folder)).to_dict(), have)
+    config = PeftConfig.from_pretrained(str(folder))
+    needed = rows_needed(folder, config.to_dict(), have)
     if needed > have:
         # the adapter holds the rows: what they start with is never read
         model.resize_token_embeddings(needed, mean_resizing=False)
     with quiet_peft():
-        return PeftModel.from_pretrained(model, str(folder))
+        return PeftModel.from_pretrained(model, str(folder), config=config)

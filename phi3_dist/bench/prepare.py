@@ -79,7 +79,8 @@ def _one(way: str, name: str, source: Path, workers: int) -> float:
     from phi3_dist.data.blocks import read_chats
     from phi3_dist.data.prepare import prepare
     from phi3_dist.data.render.fast_template import Renderer
-    from phi3_dist.modeling.tokenizer import TINY_RANDOM, load_tokenizer, tiny_tokenizer
+    from phi3_dist.family.variants import TINY_RANDOM
+    from phi3_dist.modeling.tokenizer import load_tokenizer, tiny_tokenizer
 
     tokenizer = tiny_tokenizer() if name == TINY_RANDOM else load_tokenizer(name, None)
     cfg = DataConfig(train=str(source), validation_share=0, pack_length=4096, on_bad_row="skip", on_long_row="drop")

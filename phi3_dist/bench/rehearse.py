@@ -22,7 +22,7 @@ from typing import Any
 
 from phi3_dist.config.load import load_run
 from phi3_dist.errors import ConfigError, Phi3DistError, Problem
-from phi3_dist.family.variants import Family, family_of_hub_id
+from phi3_dist.family.variants import TINY_RANDOM, Family, family_of_hub_id
 from phi3_dist.machine.print_encoding import print_in_any_encoding
 from phi3_dist.planning.auto_fields import auto_fields
 from phi3_dist.planning.support import STRATEGIES
@@ -53,12 +53,12 @@ def _config_of_family(family: Family) -> Any:
 
 def config_of_source(source: str) -> Any:
     """The Phi3Config of a hub id that is known, of `tiny-random` or a local folder. Raises ConfigError for others."""
-    from phi3_dist.modeling.base import TINY, find_base
+    from phi3_dist.modeling.base import find_base
 
     family = family_of_hub_id(source)
     if family is not None:
         return _config_of_family(family)
-    if source != TINY and not Path(source).is_dir():
+    if source != TINY_RANDOM and not Path(source).is_dir():
         what = f"{source} is neither a folder here nor a hub id whose shape is known"
         raise ConfigError(Problem("model.source", what, "give a folder with config.json, or a Phi-3 of Microsoft's"))
     return find_base(source).config

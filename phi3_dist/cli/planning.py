@@ -153,7 +153,7 @@ def _a_sweep(file: Path, overrides: Any, *launch_options: Any, **options: Any) -
     from phi3_dist.planning.preview import check_rows
     from phi3_dist.sweep.file import load_sweep
     from phi3_dist.sweep.forecast import forecast, plans_of
-    from phi3_dist.sweep.memory import largest_memory
+    from phi3_dist.sweep.memory import largest_of
 
     as_json, tokens, gpu = (options.pop(name) for name in ("json", "tokens", "gpu"))
     of_runs = [f"--{name}" for name, value in options.items() if value is not None]
@@ -171,8 +171,7 @@ def _a_sweep(file: Path, overrides: Any, *launch_options: Any, **options: Any) -
     if as_json:
         typer.echo(json.dumps({**asdict(said), "rounds": said.rounds}, indent=2))
         return
-    memory = largest_memory(plan.memory for plan in plans.values())
-    largest = next(one for one in sweep.candidates if memory is None or plans[one.name].memory is memory)
+    largest = next(one for one in sweep.candidates if one.name == largest_of(plans))
     typer.echo(f"plan of {largest.name}:")
     _print_plan(largest.cfg, machine, launch, plans[largest.name], shape)
     for line in said.lines():

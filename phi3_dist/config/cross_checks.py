@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.config.unsafe_texts import Cross, is_folder
-from phi3_dist.family.variants import LINEARS
+from phi3_dist.family.variants import LINEARS, TINY_RANDOM
 
 __all__ = ["cross_checks"]
 
@@ -24,7 +24,7 @@ def _model_pairs(cfg: RunConfig) -> Iterator[Cross]:
     source, revision = cfg.model.source, cfg.model.revision
     if not source.strip():
         yield Cross(("model.source",), "is empty", "name a local folder, a hub id, or tiny-random")
-    if revision is not None and source == "tiny-random":
+    if revision is not None and source == TINY_RANDOM:
         yield Cross(("model.revision", "model.source"), f"is {revision!r}, but tiny-random has none", "remove it")
     elif revision is not None and (source.startswith((".", "/", "~")) or is_folder(source)):
         what = f"is {revision!r}, but model.source is the local folder {source}"

@@ -51,9 +51,8 @@ def new_project(folder: Path, model: str) -> tuple[Path, ...]:
     written, ModelError for a model that is not one of the family.
     """
     if is_folder(model):
-        model = str(Path(model).expanduser().resolve())
+        model = str(Path(model).resolve())
     run_file = first_run_file(model, _ROWS).replace("data:\n", f"data:\n{_ABOUT_ROWS}", 1)
-    folder = folder.expanduser()
     name = folder.resolve().name or "project"
     texts = {
         PurePosixPath(RUN_FILE): run_file.encode(),

@@ -22,12 +22,15 @@ __all__ = [
     "FUSED_TARGETS",
     "PRESETS",
     "Preset",
+    "TINY_RANDOM",
     "family_of_hub_id",
     "recognise",
     "refuse_unsupported",
     "check_targets",
 ]
 
+TINY_RANDOM = "tiny-random"
+"""The source that stands for a small random Phi-3 with a byte tokenizer, both made in code."""
 LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """The linear modules of a decoder layer, which `all-linear` adapts."""
 

@@ -25,8 +25,9 @@ from phi3_dist.adapters.select import choose
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import AdapterError, ConfigError, ModelError, Problem, RunFolderError
+from phi3_dist.family.variants import TINY_RANDOM
 from phi3_dist.machine.storage import cache_folder
-from phi3_dist.modeling.base import TINY, Base, find_base, load_full, load_quantized
+from phi3_dist.modeling.base import Base, find_base, load_full, load_quantized
 from phi3_dist.modeling.lora import adapted, add_lora, fill_adapter
 from phi3_dist.modeling.lora_init import subtract_from_base
 from phi3_dist.modeling.loss import PackedLoss
@@ -147,7 +148,7 @@ def _check(options: Options) -> None:
 
 
 def _looks_like_a_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or ("/" not in source and source != TINY)
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or ("/" not in source and source != TINY_RANDOM)
 
 
 def _device(options: Options) -> torch.device:

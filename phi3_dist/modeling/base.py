@@ -23,10 +23,10 @@ from transformers.initialization import no_init_weights
 
 from phi3_dist.errors import ModelError, Problem
 from phi3_dist.family.base_config import read_config
+from phi3_dist.family.variants import TINY_RANDOM
 from phi3_dist.modeling.weights import Weights, freed_memory_goes_back
 
 __all__ = [
-    "TINY",
     "Base",
     "checkpoint_activations",
     "find_base",
@@ -41,7 +41,6 @@ __all__ = [
     "zero3_unseen",
 ]
 
-TINY = "tiny-random"
 _PATTERNS = ["*.safetensors", "*.json", "tokenizer*"]
 # buffers that old checkpoints hold and the model computes itself
 _IGNORED = ("rotary_emb.inv_freq",)
@@ -89,7 +88,7 @@ def _tiny_base() -> Base:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tensors = Phi3ForCausalLM(config).state_dict()
-    return Base(TINY, config, None, Weights({}, tensors))
+    return Base(TINY_RANDOM, config, None, Weights({}, tensors))
 
 
 def _hub_folder(source: str, revision: str | None) -> Path:
@@ -121,7 +120,7 @@ def find_base(source: str, revision: str | None = None) -> Base:
 
     Raises ModelError when it is missing, gated, unreachable, damaged, or not of the Phi-3 class.
     """
-    if source == TINY:
+    if source == TINY_RANDOM:
         return _tiny_base()
     where = f"model.source: {source}"
     try:
@@ -343,7 +342,7 @@ def load_quantized(
         raise ModelError(
             Problem(
                 "model.quantization",
-                f"{TINY} has no folder to quantise from",
+                f"{TINY_RANDOM} has no folder to quantise from",
                 "name a saved base in model.source, or set model.quantization: none",
             )
         )

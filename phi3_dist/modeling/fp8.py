@@ -157,20 +157,22 @@ def _why_not(layer: LoraLayer) -> str:
         return "a LoRA variant reads the weight"
     if any(p.requires_grad for p in base.parameters()):
         return "the base trains too"
-    if base.in_features % ALIGNED or base.out_features % ALIGNED:
-        return f"{base.in_features} × {base.out_features} are not multiples of {ALIGNED}"
+    return _why_not_sizes(base)
+
+
+def _why_not_sizes(linear: nn.Linear) -> str:
+    if linear.in_features % ALIGNED or linear.out_features % ALIGNED:
+        return f"{linear.in_features} × {linear.out_features} are not multiples of {ALIGNED}"
     return ""
 
 
-def put_into_fp8(causal_lm: nn.Module, name: str) -> bool:
-    """Put the plain frozen linear of that name into FP8, without a LoRA layer around it; whether its sizes allow it."""
+def put_into_fp8(causal_lm: nn.Module, name: str) -> None:
+    """Put the plain frozen linear of that name into FP8, without a LoRA layer around it, if its sizes allow it."""
     linear = causal_lm.get_submodule(name)
     assert type(linear) is nn.Linear, name
-    if linear.in_features % ALIGNED or linear.out_features % ALIGNED:
-        return False
-    above, _, last = name.rpartition(".")
-    setattr(causal_lm.get_submodule(above), last, Fp8Linear(linear))
-    return True
+    if not _why_not_sizes(linear):
+        above, _, last = name.rpartition(".")
+        setattr(causal_lm.get_submodule(above), last, Fp8Linear(linear))
 
 
 def use_fp8(model: nn.Module, *, turned: bool = False) -> tuple[int, dict[str, int]]:

@@ -27,11 +27,9 @@ from transformers import PreTrainedTokenizerFast
 
 from phi3_dist.config.json_text import parse_json
 from phi3_dist.errors import ModelError, Problem
+from phi3_dist.family.variants import TINY_RANDOM
 
-__all__ = ["TINY_RANDOM", "load_tokenizer", "tiny_tokenizer", "tokenizer_hash"]
-
-TINY_RANDOM = "tiny-random"
-"""The source that stands for a random model with a byte tokenizer, made in code."""
+__all__ = ["load_tokenizer", "tiny_tokenizer", "tokenizer_hash"]
 
 TAUGHT = "taught_tokens"
 """Key of tokenizer_config.json: tokens that were taught (`model.new_tokens`)."""

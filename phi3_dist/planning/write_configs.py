@@ -33,7 +33,7 @@ def write_configs(
     kind. Files that hold something else are replaced only with `overwrite`. Raises PlanError.
     """
     _check(strategy, processes, nodes, cpu)
-    out = out.expanduser().absolute()
+    out = out.absolute()
     name = f"cpu_{processes}" if cpu else "single_gpu" if strategy == "single" else strategy
     config = out / "accelerate" / f"{name}{'_multinode' if nodes > 1 else ''}.yaml"
     zero = out / "deepspeed" / f"{strategy}.json"

@@ -22,8 +22,8 @@ def write_run(
     folder: Path, option: Option, cluster: Cluster, run_file: Path, overrides: Sequence[str] = ()
 ) -> tuple[Path, ...]:
     """Write them below `folder`, with whole paths, so that they work from any folder. Raises PlanError."""
-    folder = folder.expanduser().resolve()
-    run = run_file.expanduser().resolve()
+    folder = folder.resolve()
+    run = run_file.resolve()
     values = [one for one in overrides if one.partition("=")[0].strip().lstrip("-") not in option.settled]
     values.append(f"model.quantization={option.quantization}")
     values += [f"{path}={str(value).lower()}" for path, value in option.settled.items()]

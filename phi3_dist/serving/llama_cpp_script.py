@@ -39,8 +39,9 @@ def _server(request: dict[str, Any], adapter: str | None) -> Any:
 def _answer(server: Any, prompt: list[int], new_tokens: int) -> dict[str, Any]:
     """The likeliest id of each place, by llama.cpp's own logits.
 
-    A server ends an answer at an end token and gives no probability for half a character, and what is compared goes on
-    past both. Therefore it is made to draw a plain letter each time, and names the likeliest id, which a bias leaves.
+    A server ends an answer at an end token and gives no probability for half a character, and what is compared
+    continues past both. Therefore it is made to draw a plain letter each time; it still names the likeliest id, which
+    the bias leaves as it was.
     """
     letter = _tokens(server, "a")[-1]
     ids, chosen, logprobs = list(prompt), [], []

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from phi3_dist.family.variants import TINY_RANDOM
 from phi3_dist.serving.served import Served
 
 __all__ = ["RULES", "SERVERS", "Finding", "Rule", "Server", "Verdict", "command", "judge"]
@@ -22,7 +23,6 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM 0.32 takes as --max-lora-rank (vllm/config/lora.py, MaxLoRARanks)."""
 _MERGE = "phi3-dist export {folder} OUT --as merged"
 _MERGE_GGUF = "phi3-dist export {folder} OUT --as gguf-merged"
-_TINY = "tiny-random"
 _LLAMA_NAMES = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
 
 
@@ -87,10 +87,13 @@ _IN_MEMORY = "its base, {base}, is made in memory by phi3_dist: no server and no
 
 RULES: tuple[Rule, ...] = (
     Rule(
-        (*_VLLM, *_PYTHON), "refused", lambda s: s.base == _TINY, _IN_MEMORY, _MERGE,
+        (*_VLLM, *_PYTHON), "refused", lambda s: s.base == TINY_RANDOM, _IN_MEMORY, _MERGE,
         source="phi3_dist/modeling/base.py",
     ),
-    Rule(_LLAMA, "refused", lambda s: s.base == _TINY, _IN_MEMORY, _MERGE_GGUF, source="phi3_dist/modeling/base.py"),
+    Rule(
+        _LLAMA, "refused", lambda s: s.base == TINY_RANDOM, _IN_MEMORY, _MERGE_GGUF,
+        source="phi3_dist/modeling/base.py",
+    ),
     Rule(_VLLM, "refused", lambda s: s.dora, "vLLM does not load DoRA", _MERGE, source=_HELPER),
     Rule(
         _VLLM, "refused", lambda s: s.bias != "none",

@@ -9,11 +9,12 @@ from typing import Any
 
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import PlanError, Problem
+from phi3_dist.planning.advice_table import seconds
 from phi3_dist.planning.facts import LaunchFacts, MachineFacts
 from phi3_dist.planning.plan import RunPlan, make_plan
 from phi3_dist.planning.planned_step import planned_step
 from phi3_dist.sweep.file import Sweep
-from phi3_dist.sweep.memory import Room, candidates_a_pass, candidates_at_once, largest_memory, rooms_of
+from phi3_dist.sweep.memory import Room, rooms_of, size_sweep
 
 __all__ = ["Forecast", "forecast", "plans_of"]
 
@@ -48,12 +49,7 @@ class Forecast:
         elif self.steps_s is None:
             yield f"time: {self.steps:,} steps of all candidates; --gpu names the card to plan their time for"
         else:
-            yield f"time: at most {_duration(self.steps_s)} for {self.steps:,} steps of all candidates ({self.source})"
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
+            yield f"time: at most {seconds(self.steps_s)} for {self.steps:,} steps of all candidates ({self.source})"
 
 
 def _refused(cfg: RunConfig, plan: RunPlan) -> Iterator[Problem]:
@@ -101,19 +97,16 @@ def forecast(
 
     `tokens`: of the training rows, for candidates without train.max_steps.
     """
-    plan = next(iter(plans.values()))
-    memory = largest_memory(one.memory for one in plans.values())
-    pack_tokens = sweep.cfg.data.pack_length * plan.micro_batch
-    a_pass = candidates_a_pass(sweep.pass_tokens, pack_tokens, plan.device, sweep.cfg.model.quantization)
     ranks, count = launch.ranks_per_node, len(sweep.candidates)
-    at_once, why = candidates_at_once(sweep.together, count, memory, machine, ranks=ranks, a_pass=a_pass)
+    sizing = size_sweep(sweep, plans, count, machine, ranks)
     steps = [found for one in sweep.candidates if (found := _steps(one.cfg, tokens)) is not None]
     known = sum(steps) if len(steps) == count else None
-    seconds, source = None, ""
+    steps_s, source = None, ""
     if known is not None and shape is not None:
         each = [planned_step(one.cfg, machine, launch, plans[one.name], shape) for one in sweep.candidates]
         timed = [step for step in each if step is not None]
         if len(timed) == count:
-            seconds = sum(number * step_s for number, (step_s, _) in zip(steps, timed, strict=True))
+            steps_s = sum(number * step_s for number, (step_s, _) in zip(steps, timed, strict=True))
             source = f"{timed[0][1]}, as if they ran one after the other; loading is not counted"
-    return Forecast(count, at_once, a_pass, why, rooms_of(memory, machine, ranks), known, seconds, source)
+    rooms = rooms_of(sizing.memory, machine, ranks)
+    return Forecast(count, sizing.at_once, sizing.a_pass, sizing.why, rooms, known, steps_s, source)

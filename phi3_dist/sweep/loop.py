@@ -26,7 +26,7 @@ from phi3_dist.sweep.early import Decision, decide, rung_step
 from phi3_dist.sweep.file import Candidate, Sweep
 from phi3_dist.sweep.forecast import plans_of
 from phi3_dist.sweep.joint import JointLoss, install_updates
-from phi3_dist.sweep.memory import candidates_a_pass, candidates_at_once, largest_memory
+from phi3_dist.sweep.memory import Sizing, size_sweep
 from phi3_dist.sweep.step import joint_step
 from phi3_dist.sweep.table import Board, decisions_of
 from phi3_dist.training.batch_counts import longest_row, tokens_of_rank
@@ -263,15 +263,10 @@ def run_sweep(
         board.decisions = ready.decisions
         going = _going(runs, ready.decisions, revive)
         clock.mark("processes")
-        pack_tokens = sweep.cfg.data.pack_length * plan.micro_batch
-        a_pass = candidates_a_pass(sweep.pass_tokens, pack_tokens, plan.device, sweep.cfg.model.quantization)
-        memory = largest_memory(one.memory for one in ready.plans.values())
-        at_once, why = candidates_at_once(
-            sweep.together, len(going), memory, machine, ranks=launch.ranks_per_node, a_pass=a_pass
-        )
-        board.announce(plan, len(going), at_once, a_pass, why)
+        sizing = size_sweep(sweep, ready.plans, len(going), machine, launch.ranks_per_node)
+        board.announce(plan, len(going), sizing.at_once, sizing.a_pass, sizing.why)
         with board:
-            _rounds(_Sweep(sweep, runs, board, flag), going, (at_once, a_pass), ready, runtime, clock)
+            _rounds(_Sweep(sweep, runs, board, flag), going, sizing, ready, runtime, clock)
         stopped = next((run.stopped_by for run in runs if run.stopped_by), 0)
         best = None if stopped else board.keep_best(where)
         board.write(where)
@@ -283,23 +278,19 @@ def run_sweep(
 def _rounds(  # noqa: PLR0917 -- called in one place
     one: _Sweep,
     going: Sequence[CandidateRun],
-    widths: tuple[int, int],
+    sizing: Sizing,
     ready: _Ready,
     runtime: Runtime,
     clock: StartClock,
 ) -> None:
-    """Candidates that train together, and then the next of them. The base is loaded again for each round.
-
-    `widths`: candidates in a round, and in a forward pass.
-    """
-    at_once, a_pass = widths
-    for first in range(0, len(going), at_once):
+    """Candidates that train together, and then the next of them. The base is loaded again for each round."""
+    for first in range(0, len(going), sizing.at_once):
         if any(run.stopped_by for run in going):
             return
-        members = going[first : first + at_once]
+        members = going[first : first + sizing.at_once]
         joint = _shared_base(one.sweep, ready.base, runtime, members)
         shared = (ready.watch, one.flag, clock, ready.regime, one.board.say)
-        one.round(members, Given(runtime, ready.base, ready.tokenizer, joint, a_pass, *shared))
+        one.round(members, Given(runtime, ready.base, ready.tokenizer, joint, sizing.a_pass, *shared))
         del joint
         gc.collect()
 

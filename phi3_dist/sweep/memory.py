@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from phi3_dist.planning.facts import MachineFacts
 from phi3_dist.planning.memory import Term
+from phi3_dist.planning.plan import RunPlan
+from phi3_dist.sweep.file import Sweep
 
-__all__ = ["Room", "candidates_a_pass", "candidates_at_once", "largest_memory", "rooms_of"]
+__all__ = ["Room", "Sizing", "candidates_a_pass", "candidates_at_once", "largest_of", "rooms_of", "size_sweep"]
 
 _SHARED = ("base", "quantisation", "dequantised", "gathered", "logits")
 """How the terms begin that a sweep has once, however many candidates there are."""
@@ -69,10 +71,9 @@ def rooms_of(memory: Sequence[Term] | None, machine: MachineFacts, ranks: int) -
     return tuple(found)
 
 
-def largest_memory(memories: Iterable[Sequence[Term] | None]) -> Sequence[Term] | None:
-    """The account of the candidate that takes most: what is counted for it holds for all."""
-    known = [memory for memory in memories if memory is not None]
-    return max(known, key=lambda memory: sum(term.gib for term in memory), default=None)
+def largest_of(plans: Mapping[str, RunPlan]) -> str:
+    """The candidate that takes most memory: what is counted for it holds for all. The first where none is planned."""
+    return max(plans, key=lambda name: sum(term.gib for term in plans[name].memory or ()))
 
 
 def candidates_at_once(
@@ -99,6 +100,26 @@ def candidates_at_once(
         f"on the {tightest.place} {tightest.shared:.2f} GiB shared, {tightest.own:.2f} GiB a candidate and "
         f"{tightest.passing:.2f} GiB for each in a pass, of {tightest.have:.1f} GiB"
     )
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """How a sweep's candidates train: so many at once, so many of them in a forward pass, and why."""
+
+    at_once: int
+    a_pass: int
+    why: str
+    memory: Sequence[Term] | None
+    """Of the candidate that takes most."""
+
+
+def size_sweep(sweep: Sweep, plans: Mapping[str, RunPlan], count: int, machine: MachineFacts, ranks: int) -> Sizing:
+    """For `count` of its candidates, by the plans of all; `ranks`: of this node."""
+    plan, memory = next(iter(plans.values())), plans[largest_of(plans)].memory
+    pack_tokens = sweep.cfg.data.pack_length * plan.micro_batch
+    a_pass = candidates_a_pass(sweep.pass_tokens, pack_tokens, plan.device, sweep.cfg.model.quantization)
+    at_once, why = candidates_at_once(sweep.together, count, memory, machine, ranks=ranks, a_pass=a_pass)
+    return Sizing(at_once, a_pass, why, memory)
 
 
 def _most(room: Room, count: int, a_pass: int) -> int:

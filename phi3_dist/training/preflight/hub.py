@@ -11,6 +11,7 @@ from pathlib import Path
 from phi3_dist.config.json_text import parse_json
 from phi3_dist.config.schema import RunConfig
 from phi3_dist.errors import redacted
+from phi3_dist.family.variants import TINY_RANDOM
 from phi3_dist.machine.findings import Finding
 from phi3_dist.training.preflight.trackers_and_inputs import inputs_of
 
@@ -22,7 +23,7 @@ _HUB = "https://huggingface.co"
 
 def hub_ids(cfg: RunConfig) -> tuple[str, ...]:
     """What the run names that is not a path here: owner/name."""
-    names = (name for name in inputs_of(cfg) if name != "tiny-random" and not name.startswith((".", "/", "~")))
+    names = (name for name in inputs_of(cfg) if name != TINY_RANDOM and not name.startswith((".", "/", "~")))
     return tuple(name for name in dict.fromkeys(names) if name.count("/") == 1 and not os.path.lexists(name))
 
 
