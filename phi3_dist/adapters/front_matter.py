@@ -28,7 +28,7 @@ _NAMES = {
 }
 """Measures of evaluation.json: the hub's name of the metric, and ours."""
 _COUNTS = ("supervised_tokens", "rows", "answers", "tokens")
-_NOT_A_SIDE = ("base", "difference", "samples")
+_NOT_A_SIDE = ("base", "before", "difference", "samples")
 
 
 def said_of_hub(source: str) -> bool:

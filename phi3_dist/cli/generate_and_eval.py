@@ -145,11 +145,12 @@ def evaluate(
 ) -> None:
     """Measure held-out loss and answers, beside the base or another one; on one process or a launcher's several."""
     from phi3_dist.api import evaluate as measure
+    from phi3_dist.evaluation.evaluate import check_folder
+    from phi3_dist.inference.open_model import run_folder_of
 
-    if output is not None:
-        from phi3_dist.evaluation.evaluate import check_folder
-
-        check_folder(output)
+    folder = output or run_folder_of(target)
+    if folder is not None:
+        check_folder(folder)
     found = measure(
         target,
         data,
@@ -168,13 +169,11 @@ def evaluate(
         device=device,
     )
     if os.environ.get("RANK", "0") == "0":
-        _show(found, output, target)
+        _show(found, folder)
 
 
-def _show(found: Evaluation, output: Path | None, target: str) -> None:
+def _show(found: Evaluation, folder: Path | None) -> None:
     from rich.console import Console
-
-    from phi3_dist.inference.open_model import run_folder_of
 
     for notice in found.notices:
         typer.echo(f"note: {plain(notice)}")
@@ -182,7 +181,6 @@ def _show(found: Evaluation, output: Path | None, target: str) -> None:
     console.print(_table(found))
     for row in found.asked[:3]:
         typer.echo(plain(f"worst: {json.dumps({k: v for k, v in row.items() if k != 'prompt'}, ensure_ascii=False)}"))
-    folder = output or run_folder_of(target)
     if folder is not None:
         typer.echo(f"written: {found.write(folder)}, and {len(found.asked):,} answers beside it, the worst first")
 

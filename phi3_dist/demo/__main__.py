@@ -213,8 +213,10 @@ def _page(run: Path, chats: Sequence[Chat], before: Score, after: Score) -> Path
         name: {"perplexity": score.perplexity, "exact_match": score.exact_match}
         for name, score in (("before", before), ("after", after))
     }
+    # as `phi3-dist eval` names them, which may then replace this file
+    counts = {"evaluated": str(run), "rows": len(chats), "answers": len(samples)}
     with written(run / "evaluation.json") as partial:
-        partial.write_text(json.dumps({"rows": len(chats), **scores, "samples": samples}, indent=1), encoding="utf-8")
+        partial.write_text(json.dumps({**counts, **scores, "samples": samples}, indent=1), encoding="utf-8")
     return write_page(run)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from phi3_dist.adapters.front_matter import evaluation_of
 from phi3_dist.config.load import load_run
 from phi3_dist.config.schema import DataConfig
 from phi3_dist.data.blocks import read_chats
@@ -30,6 +31,7 @@ from phi3_dist.demo.chats import (
 )
 from phi3_dist.demo.score import Score
 from phi3_dist.errors import RunFolderError, TrainingError
+from phi3_dist.evaluation.evaluate import check_folder
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -172,3 +174,6 @@ def test_the_demo_ends_with_a_page_of_its_answers(tmp_path: Path) -> None:
     for wanted in ("user: 3 lattes", "<b>Hm</b>", "4x LATTE", "3x LATTE", "Sure!", "50%", "0% before"):
         assert wanted in text
     assert text.index("3 lattes") < text.index("2 lattes"), "what went wrong stands first"
+    check_folder(tmp_path)  # phi3-dist eval of the demo's run may replace what the demo has written
+    _, measures = evaluation_of(json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8")))
+    assert measures == {"perplexity": 1.5, "exact_match": 0.5}, "the adapter's, for its card"

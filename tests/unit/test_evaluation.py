@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,17 @@ def test_an_evaluation_replaces_evaluations_alone_and_says_so_before(beside_base
     ):
         ran = CliRunner().invoke(app, ["eval", "absent", "--output", str(folder)])  # no model is looked for
         assert said in str(ran.exception)
+
+
+def test_a_runs_own_folder_is_looked_at_before_anything_is_measured(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phi3_dist.api.evaluate", lambda *_, **__: pytest.fail("it was measured"))
+    here = tmp_path / "run"
+    shutil.copytree(run, here)
+    (here / "evaluation.json").write_text('{"mine": 1}')
+    ran = CliRunner().invoke(app, ["eval", str(here)])
+    assert "nothing is replaced" in str(ran.exception)
 
 
 def test_what_is_written_is_read_by_the_page(run: Path, beside_base: Evaluation, tmp_path: Path) -> None:
