@@ -157,8 +157,9 @@ card-carry: setup ## wheels for a GPU machine without network, into .carry/ (see
 bench-prepare: setup ## tokenize and pack a data set: this cache against tokenizers.encode_batch alone
 	@$(BIN)/python -m phi3_dist.bench.prepare
 
-bench-sweep: setup ## eight candidates in one sweep beside eight runs, one after the other
+bench-sweep: setup ## eight candidates in one sweep beside eight runs, one after the other; the bytes gathered of a sharded base
 	@$(BIN)/python -m phi3_dist.bench.sweep
+	@$(BIN)/python -m phi3_dist.bench.sweep_gathers
 
 rehearse: setup ## every cell of the support matrix on fake CUDA tensors: what would fail or wait on a GPU
 	@$(BIN)/python -m phi3_dist.bench.rehearse --matrix --jobs 2

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 from filelock import FileLock
@@ -57,6 +57,21 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_SESSION_LOCK] = session_lock
     os.environ["TORCH_EXTENSIONS_DIR"] = str(EXTENSIONS)
     _hear_ctrl_c()  # a script's background ignores it, and tests send this signal
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests stay with one worker, and those of tests/torture all do: they share a fork server's imports."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneWorkerForTorture(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "tests/torture" if file.startswith("tests/torture/") else file
+
+    return OneWorkerForTorture(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -26,7 +26,7 @@ from phi3_dist.bench.console import say
 from phi3_dist.bench.load import write_base
 from phi3_dist.machine.print_encoding import print_in_any_encoding
 
-__all__ = ["main"]
+__all__ = ["main", "sweep_files"]
 
 
 def _rows(file: Path, length: int, count: int) -> None:
@@ -54,18 +54,22 @@ def _run(words: list[str], threads: int) -> tuple[float, float]:
     return time.perf_counter() - start, usage.ru_maxrss / 1024
 
 
-def _files(folder: Path, base: Path, length: int, args: argparse.Namespace) -> tuple[Path, list[Path]]:
-    """The sweep file, and a run file for each candidate."""
-    _rows(folder / "rows.jsonl", length, 4 * args.steps)
+def sweep_files(
+    folder: Path, base: Path, length: int, steps: int, candidates: int, *, batch: int = 1, held_out: bool = True
+) -> tuple[Path, list[Path]]:
+    """The sweep file, and a run file for each candidate. `batch`: packs of a step."""
+    _rows(folder / "rows.jsonl", length, 4 * steps * batch)
     run: dict[str, Any] = {
         "model": {"source": str(base), "tokenizer": "tiny-random", "precision": "fp32"},
         "data": {"train": str(folder / "rows.jsonl"), "pack_length": length, "cache": str(folder / "cache")},
         "lora": {"r": 16, "alpha": 32, "dropout": 0.0},
-        "train": {"max_steps": args.steps, "global_batch": 1, "micro_batch": 1},
+        "train": {"max_steps": steps, "global_batch": batch, "micro_batch": 1},
         "save": {"every": 0, "folder": str(folder / "sweep")},
         "log": {"trackers": []},
     }
-    rates = [1e-4 * 1.5**number for number in range(args.candidates)]
+    if not held_out:
+        run["data"]["validation_share"] = 0.0
+    rates = [1e-4 * 1.5**number for number in range(candidates)]
     together = folder / "together.yaml"
     together.write_text(yaml.safe_dump({**run, "sweep": {"axes": {"optim.lr": rates}}}))
     alone = []
@@ -78,7 +82,7 @@ def _files(folder: Path, base: Path, length: int, args: argparse.Namespace) -> t
 
 
 def _measure(folder: Path, base: Path, length: int, args: argparse.Namespace) -> dict[str, Any]:
-    together, alone = _files(folder, base, length, args)
+    together, alone = sweep_files(folder, base, length, args.steps, args.candidates)
     _run(["prepare", str(alone[0])], args.threads)
     rounds = []
     for _ in range(args.rounds):

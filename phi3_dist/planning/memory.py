@@ -24,6 +24,7 @@ __all__ = [
     "adapter_parameters",
     "memory_terms",
     "fits",
+    "is_sharded",
     "layer_gib",
     "saved_bytes",
     "stored_bytes",
@@ -125,7 +126,8 @@ def _width(precision: str) -> int:
     return 4 if precision == "fp32" else 2
 
 
-def _is_sharded(strategy: str) -> bool:
+def is_sharded(strategy: str) -> bool:
+    """Each rank holds a part of the base's weights."""
     return strategy.startswith(("zero3", "fsdp2"))
 
 
@@ -177,7 +179,7 @@ def saved_bytes(shape: Shape, trainable: int, load: Workload) -> float:
 
 def _gathered(shape: Shape, trainable: int, load: Workload) -> Callable[[Place], Level]:
     """Bytes of whole weights while a module runs."""
-    if not _is_sharded(load.strategy) or load.world_size == 1:
+    if not is_sharded(load.strategy) or load.world_size == 1:
         return lambda _: Level(0.0, 0.0, 0.0)
     width = _width(load.precision)
     if load.strategy.startswith("fsdp2"):
@@ -230,7 +232,7 @@ def memory_terms(shape: Shape, trainable: int, load: Workload, frozen: int = 0) 
 def _held_terms(shape: Shape, trainable: int, load: Workload, frozen: int) -> list[Term]:
     """What lives from step to step."""
     zero, world, bf16 = load.strategy.startswith("zero"), load.world_size, load.precision == "bf16"
-    sharded, offload = _is_sharded(load.strategy), load.strategy.endswith("_offload")
+    sharded, offload = is_sharded(load.strategy), load.strategy.endswith("_offload")
     rounded = zero and bf16 and not sharded
     masters = zero and bf16
     width = 2 if rounded else 4

@@ -60,7 +60,8 @@ class SweepConfig(Section):
     """Candidates that train at once; `auto`: as many as the memory plan has room for."""
     pass_tokens: Literal["auto"] | Count = "auto"
     """Tokens of one forward pass over the base: as many candidates share it as their full packs fit, at least one. More
-    cost memory for activations; `auto`: 512 on a CPU, where longer passes gain nothing; 8,192 on a GPU (untimed)."""
+    cost memory for activations; `auto`: 512 on a CPU, where longer passes gain nothing; 8,192 on a GPU (untimed); where
+    the base is sharded as many candidates as memory holds, since each pass gathers it."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from phi3_dist.modeling.dequantize import base_grad_input, base_product, quant_state_of
 from phi3_dist.modeling.fp8 import Fp8Linear
 from phi3_dist.modeling.fused_lora import dropped_positions
-from phi3_dist.modeling.loss import Kernel, PackedLoss
+from phi3_dist.modeling.loss import HeadLoss, Kernel, PackedLoss
 from phi3_dist.sweep.peft_rows import Update, dora_rows, lora_rows, noise_of
 
 __all__ = ["JointLoss", "Part", "Present", "install_updates", "is_int8", "joined"]
@@ -261,11 +261,28 @@ def joined(parts: Sequence[Part]) -> dict[str, Any]:
     }
 
 
+class _LossOfEach(HeadLoss):
+    """One call for all candidates, with one input and one output.
+
+    ZeRO-3 gathers the head's weight for each call of a module, and in backward again for each input and output.
+    """
+
+    sizes: list[int]
+    """Rows of each candidate in the next call."""
+
+    def forward(self, hidden_SH: Tensor, target_S: Tensor | None, head: nn.Module) -> Tensor:
+        """A float32 value for each candidate."""
+        assert target_S is not None
+        each = zip(torch.split(hidden_SH, self.sizes), torch.split(target_S, self.sizes), strict=True)
+        return torch.stack([HeadLoss.forward(self, hidden, target, head) for hidden, target in each])
+
+
 class JointLoss(PackedLoss):
     """The base whose forward gives each present candidate's summed negative log likelihood, in their order."""
 
     def __init__(self, model: nn.Module, kernel: Kernel = "chunked") -> None:
         super().__init__(model, kernel=kernel)
+        self.head_loss: _LossOfEach = _LossOfEach(kernel=kernel)
         self.present = Present()
 
     def forward(self, **batch: Any) -> Any:
@@ -280,6 +297,5 @@ class JointLoss(PackedLoss):
             **({"predict_S": predict_S} if self.last_layer_selects else {}),
         ).last_hidden_state.squeeze(0)
         hidden_SH = hidden_TH if self.last_layer_selects else hidden_TH.index_select(0, predict_S)
-        sizes = self.present.supervised
-        parts = zip(hidden_SH.split(sizes), batch["target_S"].split(sizes), strict=True)
-        return tuple(self.head_loss(hidden, target, causal_lm.lm_head) for hidden, target in parts)
+        self.head_loss.sizes = self.present.supervised
+        return self.head_loss(hidden_SH, batch["target_S"], causal_lm.lm_head).unbind()

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from phi3_dist.config.load import flatten
 from phi3_dist.data.prepare import Prepared
 from phi3_dist.errors import ConfigError, PlanError, Problem, RunFolderError, TrainingError
@@ -109,6 +111,16 @@ def _agreed_facts(
     check_same_on_all_ranks(runtime, {**said, **versions()})
     weights = runtime.broadcast(base_fingerprint(base, cache) if runtime.is_main else "")
     return {name: {**own, "base weights": weights} for name, own in facts.items()}
+
+
+def _agreed(sizing: Sizing, runtime: Runtime) -> Sizing:
+    """The smallest of all ranks', whose nodes may differ in memory. Collective."""
+    if runtime.world == 1:
+        return sizing
+    each: list[Sizing] = [sizing] * runtime.world
+    torch.distributed.all_gather_object(each, sizing)
+    least = min(each, key=lambda one: one.at_once)
+    return replace(least, a_pass=min(one.a_pass for one in each))
 
 
 class _Sweep:
@@ -263,7 +275,7 @@ def run_sweep(
         board.decisions = ready.decisions
         going = _going(runs, ready.decisions, revive)
         clock.mark("processes")
-        sizing = size_sweep(sweep, ready.plans, len(going), machine, launch.ranks_per_node)
+        sizing = _agreed(size_sweep(sweep, ready.plans, len(going), machine, launch.ranks_per_node), runtime)
         board.announce(plan, len(going), sizing.at_once, sizing.a_pass, sizing.why)
         with board:
             _rounds(_Sweep(sweep, runs, board, flag), going, sizing, ready, runtime, clock)

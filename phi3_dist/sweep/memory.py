@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from phi3_dist.planning.facts import MachineFacts
-from phi3_dist.planning.memory import Term
+from phi3_dist.planning.memory import Term, is_sharded
 from phi3_dist.planning.plan import RunPlan
 from phi3_dist.sweep.file import Sweep
 
@@ -114,11 +114,22 @@ class Sizing:
 
 
 def size_sweep(sweep: Sweep, plans: Mapping[str, RunPlan], count: int, machine: MachineFacts, ranks: int) -> Sizing:
-    """For `count` of its candidates, by the plans of all; `ranks`: of this node."""
+    """For `count` of its candidates, by the plans of all; `ranks`: of this node.
+
+    A base in shards is gathered in each pass, whatever the pass holds: `pass_tokens: auto` then takes as many
+    candidates as memory holds.
+    """
     plan, memory = next(iter(plans.values())), plans[largest_of(plans)].memory
     pack_tokens = sweep.cfg.data.pack_length * plan.micro_batch
-    a_pass = candidates_a_pass(sweep.pass_tokens, pack_tokens, plan.device, sweep.cfg.model.quantization)
+    quantization = sweep.cfg.model.quantization
+    a_pass = candidates_a_pass(sweep.pass_tokens, pack_tokens, plan.device, quantization)
     at_once, why = candidates_at_once(sweep.together, count, memory, machine, ranks=ranks, a_pass=a_pass)
+    gathered = plan.world_size > 1 and is_sharded(plan.strategy)
+    if gathered and sweep.pass_tokens == "auto" and quantization != "int8":
+        rooms = rooms_of(memory, machine, ranks)
+        wider = [n for n in range(a_pass + 1, at_once + 1) if rooms and all(room.holds(at_once, n) for room in rooms)]
+        if wider:
+            a_pass, why = wider[-1], f"{why}; each pass gathers the base, so that one takes all that memory holds"
     return Sizing(at_once, a_pass, why, memory)
 
 

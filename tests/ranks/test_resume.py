@@ -129,14 +129,18 @@ def test_four_two_one_four_ranks_give_the_numbers_of_one(tmp_path: Path) -> None
         folder = again
 
 
+def damage(checkpoint: Path) -> None:
+    state = checkpoint / "state.safetensors"
+    raw = bytearray(state.read_bytes())
+    raw[-100] ^= 1
+    state.write_bytes(raw)
+
+
 def test_a_damaged_checkpoint_is_passed_over_by_name_and_a_changed_run_is_refused(tmp_path: Path) -> None:
     done = launch(None, tmp_path / "whole", *SAVES)
     assert done.returncode == 0, done.stderr
     again = interrupted(tmp_path / "whole", tmp_path / "again")
-    state = again / "checkpoints" / "step_000014" / "state.safetensors"
-    raw = bytearray(state.read_bytes())
-    raw[-100] ^= 1
-    state.write_bytes(raw)
+    damage(again / "checkpoints" / "step_000014")
     refused = launch(None, again, *SAVES, "--resume", "train.seed=5", "lora.r=4")
     assert refused.returncode == 9
     assert "train.seed: was 0" in refused.stderr
@@ -147,7 +151,11 @@ def test_a_damaged_checkpoint_is_passed_over_by_name_and_a_changed_run_is_refuse
     assert "passed over step_000014: state.safetensors has changed" in done.stdout
     assert "resumed after step 7" in done.stdout
     same_bits(again, tmp_path / "whole")
-    assert "has finished already" in launch(None, again, *SAVES, "--resume").stdout
+    newest = sorted((again / "checkpoints").glob("step_*"))[-1]
+    damage(newest)
+    said = launch(None, again, *SAVES, "--resume").stdout
+    assert "has finished already" in said
+    assert f"passed over {newest.name}: state.safetensors has changed" in said
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,22 @@ def test_each_rank_holds_its_half_of_the_base(strategy: str, tmp_path: Path, dee
     args = {"strategy": strategy, "folder": str(tmp_path / "base")}
     for held, whole in run_ranks("tests.ranks.sweep_bodies:held", 2, args=args, deepspeed=strategy == "zero3"):
         assert held == whole // 2
+
+
+def test_ranks_with_different_memory_make_the_same_passes() -> None:
+    for found in run_ranks("tests.ranks.sweep_bodies:sized", 2):
+        assert found == [4, 2, "by rank 1"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_each_weight_is_gathered_once_for_all_candidates(strategy: str, deepspeed_ops: Path) -> None:
+    """A run also gathers its adapter, so that a candidate's share is less than a half."""
+    command = [sys.executable, "-m", "phi3_dist.bench.sweep_gathers", "--strategies", strategy, "--candidates", "2"]
+    done = subprocess.run(
+        command, cwd=REPO, env=clean_environment(), text=True, capture_output=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["run_mib"] > 2 * found["base_mib"] / 2, "more than one pass, of half of the base"
+    assert 0.4 < found["a_candidate_of_a_run"] <= 0.5

@@ -23,6 +23,8 @@ from phi3_dist.bench.load import write_base
 from phi3_dist.cli import app
 from phi3_dist.errors import ConfigError, PlanError
 from phi3_dist.machine.probe import launch_facts, probe
+from phi3_dist.planning.memory import Term
+from phi3_dist.planning.plan import make_plan
 from phi3_dist.planning.preview import shape_of_source
 from phi3_dist.sweep import loop as sweep_loop
 from phi3_dist.sweep import step as sweep_step
@@ -30,7 +32,7 @@ from phi3_dist.sweep.early import Decision, decide, rung_step
 from phi3_dist.sweep.file import EarlyConfig, Sweep, load_sweep
 from phi3_dist.sweep.forecast import forecast, plans_of
 from phi3_dist.sweep.loop import SweepResult, run_sweep
-from phi3_dist.sweep.memory import candidates_a_pass, candidates_at_once
+from phi3_dist.sweep.memory import candidates_a_pass, candidates_at_once, size_sweep
 from phi3_dist.training.whole_run import train
 from tests.unit.test_fp8 import needs_fp8
 
@@ -331,8 +333,6 @@ def test_what_no_sweep_runs_under_is_refused_before_anything_is_written(tmp_path
 
 def test_as_many_train_at_once_as_memory_holds(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, {"axes": {"train.seed": list(range(8))}})
-    from phi3_dist.planning.memory import Term
-
     terms = (Term("base weights", 4.0, ""), Term("adapter", 0.5, ""), Term("activations (estimate)", 1.5, ""))
     machine = probe(use_cpu=True)
     card = type(machine)(**{**vars(machine), "device": "cuda", "device_memory_gib": 12.0})
@@ -430,3 +430,27 @@ def test_a_plan_says_how_many_train_at_once_and_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "sweep: 9 candidates, 9 at once, in one round" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world", "gib", "a_pass"),
+    [("ddp", 2, 80.0, 2), ("fsdp2", 2, 80.0, 8), ("zero3", 1, 80.0, 2), ("zero3", 2, 9.5, 4), ("zero3", 2, 80.0, 8)],
+)
+def test_a_pass_that_gathers_the_base_takes_all_that_memory_holds(
+    strategy: str, world: int, gib: float, a_pass: int, tmp_path: Path
+) -> None:
+    section = {"axes": {"train.seed": list(range(8))}, "pass_tokens": "auto"}
+    sweep = sweep_of(tmp_path, section, data={"pack_length": 256})
+    machine = replace(probe(use_cpu=True), host_memory_gib=gib * world)
+    terms = (Term("base weights", 4.0, ""), Term("adapter", 0.0625, ""), Term("activations (estimate)", 1.0, ""))
+    plan = make_plan(sweep.candidates[0].cfg, machine, launch_facts({}))
+    plan = replace(plan, strategy=strategy, world_size=world, micro_batch=1, memory=terms)
+    plans = {one.name: plan for one in sweep.candidates}
+    sizing = size_sweep(sweep, plans, 8, machine, world)
+    assert (sizing.at_once, sizing.a_pass) == (8, a_pass)
+    assert ("gathers the base" in sizing.why) == (a_pass > 2)
+    whole = replace(
+        sweep, cfg=sweep.cfg.model_copy(update={"model": sweep.cfg.model.model_copy(update={"quantization": "int8"})})
+    )
+    assert size_sweep(whole, plans, 8, machine, world).a_pass == 1
+    assert size_sweep(replace(sweep, pass_tokens=512), plans, 8, machine, world).a_pass == 2

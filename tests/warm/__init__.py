@@ -20,8 +20,8 @@ What differs from a process of its own, so that tests about it start a real one,
 
 Real processes throughout are kept by a test of each form: `accelerate launch` with DDP (the last of
 `test_strategies.py`) and ZeRO-3 (`test_two_launchers.py`; FSDP2 and two nodes there in `make test-full`),
-`launch/local.sh` (`test_restarts.py`), and the commands of the README and one process
-(`test_page_commands.py`).
+`launch/local.sh` (`test_restarts.py`), the commands of the README (`test_page_commands.py`), and one process
+(`test_missing_packages.py`, `test_wheel.py`).
 """
 
 from __future__ import annotations

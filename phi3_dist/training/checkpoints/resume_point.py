@@ -66,12 +66,14 @@ def find_resume_point(
         on = f"; or train on from its adapter: model.adapter={folder.adapter}" if found.finished else ""
         check_identity(found.identity, ours, {*allowed, *((STEPS,) if extended else ())}, on)
     changed = changed_keys(found.identity, ours) if checkpoint is not None and found.identity is not None else ()
-    if found.finished and not found.damage and STEPS not in changed:
-        return ResumePoint(checkpoint, finished=True)
-    lines = [*found.passed, *_notices_before_resume(found, changed, wanted, optim)]
+    done = found.finished and not found.damage and STEPS not in changed
+    notices = () if done else _notices_before_resume(found, changed, wanted, optim)
     if runtime.is_main:
-        for line in lines:
+        for line in (*found.passed, *notices):
             Console(soft_wrap=True).print(line, markup=False)
+    if done:
+        return ResumePoint(checkpoint, finished=True)
+    if runtime.is_main:
         step = checkpoint.step if checkpoint else -1  # -1: what was measured before the first step goes, too
         cut_metrics(folder.held / folder.metrics.name, step, measured_again=step == wanted)
         if changed:
