@@ -57,9 +57,9 @@ types: setup ## mypy --strict
 	@echo "[types] mypy --strict"
 	@$(BIN)/mypy --no-error-summary
 
-# A file's tests stay with one worker, which makes what they share once. Two workers: tests of ranks start up to four
-# processes each.
-WORKERS ?= 2
+# A file's tests stay with one worker, which makes what they share once. Three workers on two cores: while one waits for
+# a process or a disk, two compute.
+WORKERS ?= 3
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Changed since the last commit, or since another one: make check BASE=main

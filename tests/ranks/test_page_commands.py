@@ -1,7 +1,8 @@
 """The commands and the Python of README.md, the docs and CONTRIBUTING.md run, in order, outside the clone.
 
-README's run in real processes: none of them imports torch. The docs' are forked from a process that has. The tutorial
-runs in `make test`; the others, which may use what it made, in `make test-full`.
+README's run in real processes: none of them imports torch. The docs' are forked from a process that has, in
+`make test-full`; other pages may use what the tutorial made. `make test` holds all of them against the command line
+(`test_readme.py`).
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def test_what_the_readme_shows_runs(tmp_path: Path) -> None:
     Desk(tmp_path, real=True).run_page("README.md")
 
 
+@pytest.mark.full
 def test_what_the_tutorial_shows_runs(desk: Desk) -> None:
     for run in ("debug", "two", "two_again"):
         assert (desk.folder / "runs" / run / "adapter/adapter_model.safetensors").is_file(), run

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from phi3_dist import errors
@@ -20,6 +24,7 @@ from phi3_dist.config.load import load_run
 from tests.pages import REPO, RUN, blocks, pages, text_of, understood
 
 README_WORDS = 900
+UsageError: Any = typer.BadParameter.__base__  # which typer takes from a click of its own
 
 
 def section(page: str, heading: str) -> str:
@@ -89,6 +94,33 @@ def test_every_block_of_commands_runs_or_says_why_not(page: str) -> None:
     for block in found:
         if block.language in RUN:
             assert not block.mark or understood(block.mark), f"{block.mark}\n{block.text}"
+
+
+def _parsed(words: list[str]) -> None:
+    """Raises UsageError for a verb, an option or a count of arguments that the command line does not take."""
+    command: Any = get_command(app)
+    context = command.make_context("phi3-dist", words)
+    while hasattr(command, "resolve_command"):
+        name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        context = command.make_context(name, rest, parent=context)
+
+
+def test_the_command_line_takes_every_command_that_the_pages_show() -> None:
+    """Also those that need a GPU. The others run in tests/ranks/test_page_commands.py, most in `make test-full`."""
+    seen = []
+    for block in (block for page in pages() for block in blocks(page) if block.language == "bash"):
+        for command in block.commands:
+            words = shlex.split(command, comments=True)
+            if words[0] == "phi3-dist" and not words[1].startswith("--") and not {"|", ">", "--help"} & set(words):
+                try:
+                    _parsed(words[1:])
+                except UsageError as error:
+                    pytest.fail(f"{block.page}: {command}: {error.format_message()}")
+                seen.append(words[1])
+    assert len(seen) > 60
+    assert {"train", "plan", "sweep", "eval", "export", "slurm", "import"} <= set(seen)
+    with pytest.raises(UsageError, match=r"(?i)no such option"):
+        _parsed(["train", "run.yaml", "--no-such-option"])
 
 
 def test_every_make_target_that_the_pages_name_exists() -> None:
