@@ -2,10 +2,11 @@
 
     python -m phi3_dist.bench.timing [--rounds 3] [--steps 4] [--only TEXT] [--json FILE] [--markdown FILE]
 
-The rates that the plan counts with are measured here as `phi3-dist doctor --bandwidth` names them, in turns with the
-runs: in each round the rates, then every run file once. Medians count, and the spread says how quiet the machine was.
-The clock of a busy machine measures the others too: then `processor` compares the time of the processes alone, which
-leaves out what two ranks wait for each other. Ends with 1 where a run's step is off by more than `--worst` (15 %).
+The rates that the plan counts with are measured here as `phi3-dist doctor --bandwidth` names them: in each round before
+and after each run file, by as many processes, since a machine that others share gives other rates a minute later.
+A rate is the mean of as long a span as a step takes, since what others do to the machine is in both. Medians count, and
+the spread says how quiet it was. The clock of a busy machine measures the others too: then `processor` compares the
+time of the processes alone. Ends with 1 where a run's step is off by more than `--worst` (15 %).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,15 +74,12 @@ def predicted(run: TimedRun, rates: CpuRates) -> StepTime:
 
 
 def _seconds(call: Callable[[], Any], times: int) -> tuple[float, float]:
-    """Median seconds of a call on the clock and on this process's processor, after one that warms up."""
+    """Mean seconds of a call on the clock and on this process's processor, after one that warms up."""
     call()
-    wall, cpu = [], []
+    began, began_cpu = time.perf_counter(), time.process_time()
     for _ in range(times):
-        began, began_cpu = time.perf_counter(), time.process_time()
         call()
-        wall.append(time.perf_counter() - began)
-        cpu.append(time.process_time() - began_cpu)
-    return statistics.median(wall), statistics.median(cpu)
+    return (time.perf_counter() - began) / times, (time.process_time() - began_cpu) / times
 
 
 def measure_rates(rank: int = 0, port: int = 0, world: int = 1) -> dict[str, float]:
@@ -93,7 +92,7 @@ def measure_rates(rank: int = 0, port: int = 0, world: int = 1) -> dict[str, flo
     target = torch.empty_like(source)
     found: dict[str, float] = {}
     with torch.inference_mode():
-        product = _seconds(lambda: torch.mm(one, other, out=out), 20)
+        product = _seconds(lambda: torch.mm(one, other, out=out), 40)
         copy = _seconds(lambda: target.copy_(source), 6)
         for name, product_s, copy_s in zip(("", "_processor"), product, copy, strict=True):
             found[f"matrix_fp32_tflops{name}"] = 2 * 1024**3 / product_s / 1e12
@@ -121,21 +120,22 @@ def _network(rank: int, port: int, world: int) -> dict[str, float]:
 
 def _rates(found: Sequence[Mapping[str, float]], kind: str) -> CpuRates:
     def middle(name: str) -> float:
-        return statistics.median(one[name] for one in found if name in one)
+        return statistics.median(one[name] for one in found)
 
-    flops, memory = middle(f"matrix_fp32_tflops{kind}"), middle(f"memory_gbps{kind}")
-    return CpuRates(flops, memory, middle("network_gbps"), middle("collective_s"))
+    rates = CpuRates(middle(f"matrix_fp32_tflops{kind}"), middle(f"memory_gbps{kind}"))
+    if "network_gbps" not in found[0]:
+        return rates
+    return replace(rates, network_gbps=middle("network_gbps"), collective_s=middle("collective_s"))
 
 
 def _row(run: TimedRun, seen: Mapping[str, list[float]], found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     row: dict[str, Any] = {"run": str(run)}
     for name, kind in (("wall", ""), ("processor", "_processor")):
-        real, planned = statistics.median(seen[f"{name}_s"]), predicted(run, _rates(found, kind))
-        # a processor's time has no waits, but the bytes that gloo copies
-        total = planned.total_s - (planned.network_s if name == "processor" else 0.0)
-        quarters = statistics.quantiles(seen[f"{name}_s"], n=4)
-        row |= {f"{name}_s": real, f"{name}_planned_s": total, f"{name}_error": total / real - 1}
-        row[f"{name}_spread"] = (quarters[2] - quarters[0]) / real
+        # the processor's too: gloo's bytes are copied by it
+        planned_s = predicted(run, _rates(found, kind)).total_s
+        quick, real, slow = statistics.quantiles(seen[f"{name}_s"], n=4)
+        row |= {f"{name}_s": real, f"{name}_planned_s": planned_s, f"{name}_error": planned_s / real - 1}
+        row[f"{name}_spread"] = (slow - quick) / real
     return {**row, "binds": predicted(run, _rates(found, "")).binds}
 
 
@@ -155,8 +155,10 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(runs: Sequence[TimedRun], rounds: int, steps: int) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
-    """The rows of the runs, and the rates of each round. The libraries are imported once, and processes forked."""
+def measure(
+    runs: Sequence[TimedRun], rounds: int, steps: int
+) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, float]]]]:
+    """The rows of the runs, and the rates around each. The libraries are imported once, and processes forked."""
     import accelerate  # noqa: F401
     import peft  # noqa: F401
     import torch
@@ -167,17 +169,21 @@ def measure(runs: Sequence[TimedRun], rounds: int, steps: int) -> tuple[list[dic
 
     torch.set_num_threads(1)
     seen: dict[str, dict[str, list[float]]] = {str(run): {"wall_s": [], "processor_s": []} for run in runs}
-    rates: list[dict[str, float]] = []
-    for _ in range(rounds):
+    rates: dict[str, list[dict[str, float]]] = {str(run): [] for run in runs}
+
+    def note_rates(run: TimedRun) -> None:
         port = free_port()
-        rates += forked([partial(quietly, measure_rates, rank, port, 2) for rank in (0, 1)], 2)
-        rates += forked([measure_rates], 1)
-        for run in runs:
-            port = free_port()
-            ranks = [partial(quietly, time_steps, run, steps, rank, port) for rank in range(run.world)]
-            for name, values in _slowest(list(forked(ranks, run.world))).items():
-                seen[str(run)][name] += values
-    return [_row(run, seen[str(run)], rates) for run in runs], rates
+        ranks = [partial(quietly, measure_rates, rank, port, run.world) for rank in range(run.world)]
+        rates[str(run)] += forked(ranks, run.world)
+
+    for run in (run for _ in range(rounds) for run in runs):
+        note_rates(run)
+        port = free_port()
+        ranks = [partial(quietly, time_steps, run, steps, rank, port) for rank in range(run.world)]
+        for name, values in _slowest(list(forked(ranks, run.world))).items():
+            seen[str(run)][name] += values
+        note_rates(run)
+    return [_row(run, seen[str(run)], rates[str(run)]) for run in runs], rates
 
 
 def _slowest(found: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -202,7 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
     load = os.getloadavg()[0]
     rows, rates = measure([run for run in RUNS if options.only in str(run)], options.rounds, options.steps)
     sys.stdout.write(markdown(rows))
-    sys.stdout.write(f"rates by the clock: {_rates(rates, '')}\nby the processor: {_rates(rates, '_processor')}\n")
+    for name, found in rates.items():
+        sys.stdout.write(f"rates around {name}: {_rates(found, '')}\n")
     busy = load > BUSY_LOAD
     sys.stdout.write(f"load average {load:.1f} before, {os.getloadavg()[0]:.1f} after")
     sys.stdout.write("; others were at work: what counts is the processor's time\n" if busy else "\n")

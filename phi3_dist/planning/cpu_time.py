@@ -1,9 +1,9 @@
 """How long a step takes on a CPU: products, passes over memory, the host's own work, the network, one after another.
 
 Nothing overlaps on a CPU: the sum is the step. The constants below were set by what each part does (passes over memory,
-how far a product of few columns is from a square one) and fit what `make bench-scaling` once measured on one thread of
-a quiet machine: 381 to 443 µs a token of a 25 M model. `python -m phi3_dist.bench.timing` checks them against ten run
-files and prints the errors; on a machine where others work, products in a step lose more than square ones do.
+how far a product of few columns is from a square one); those of products, masks, ranks beside each other and gathers
+then by 14 run files that are not among the ten of `python -m phi3_dist.bench.timing`, which checks them and prints the
+errors. On a machine where others work, products in a step lose more than square ones do.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class CpuStep:
 class _Constants:
     """Times the time that the rates give: of base products, of the adapter's and of attention's, of passes."""
 
-    base: float = 1.05
+    base: float = 1.25
     adapter: float = 2.0
     attention: float = 2.0
     passes: float = 6.0
@@ -57,8 +57,12 @@ class _Constants:
     step_s: float = 3e-3
     update: float = 40.0
     """Bytes moved for each trained value."""
-    mask_s: float = 4e-9
-    """To draw one value of a dropout mask."""
+    mask_s: float = 1.5e-8
+    """To draw one value of a dropout mask and to pass over it."""
+    beside: float = 1.2
+    """Times all of the above, where other ranks compute on the same machine and share its caches and memory."""
+    network: float = 1.5
+    """Times the time of the bytes sent: what is gathered is also copied into place."""
 
 
 CONSTANTS = _Constants()
@@ -91,10 +95,12 @@ def features(shape: Shape, step: CpuStep, rates: CpuRates) -> dict[str, float]:
 def cpu_step_time(shape: Shape, step: CpuStep, rates: CpuRates, traffic: Traffic) -> StepTime:
     """Seconds of one step by what they are spent on, which is their sum."""
     each = {name: value * getattr(CONSTANTS, name) for name, value in features(shape, step, rates).items()}
-    arithmetic = each["base"] + each["adapter"] + each["attention"]
-    memory = each["passes"] + each["logits"] + each["update"] + each["mask_s"]
-    host = each["layer_s"] + each["step_s"]
-    network = traffic.network / (rates.network_gbps * 1e9) + traffic.collectives * rates.collective_s
+    beside = CONSTANTS.beside if traffic.network else 1.0
+    arithmetic = beside * (each["base"] + each["adapter"] + each["attention"])
+    memory = beside * (each["passes"] + each["logits"] + each["update"] + each["mask_s"])
+    host = beside * (each["layer_s"] + each["step_s"])
+    sent_s = CONSTANTS.network * traffic.network / (rates.network_gbps * 1e9)
+    network = sent_s + traffic.collectives * rates.collective_s
     parts = {"arithmetic": arithmetic, "memory": memory, "launches": host, "network": network}
     binds = max(parts, key=lambda name: parts[name])
     return StepTime(arithmetic, memory, host, network, 0.0, sum(parts.values()), binds)
