@@ -159,6 +159,7 @@ bench-prepare: setup ## tokenize and pack a data set: this cache against tokeniz
 
 bench-sweep: setup ## eight candidates in one sweep beside eight runs, one after the other; the bytes gathered of a sharded base
 	@$(BIN)/python -m phi3_dist.bench.sweep
+	@$(BIN)/python -m phi3_dist.bench.sweep --halving --lengths 256
 	@$(BIN)/python -m phi3_dist.bench.sweep_gathers
 
 rehearse: setup ## every cell of the support matrix on fake CUDA tensors: what would fail or wait on a GPU
