@@ -72,8 +72,8 @@ def _work(options: argparse.Namespace) -> dict[str, Any]:
     from phi3_dist.training.train_step import train_step
 
     torch.set_num_threads(1)
-    world, config = int(os.environ["WORLD_SIZE"]), _config(options)
-    launch = LaunchFacts(world, 1, "single" if world == 1 else "ddp", use_cpu=True, rank=int(os.environ["RANK"]))
+    world, rank, config = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0")), _config(options)
+    launch = LaunchFacts(world, 1, "single" if world == 1 else "ddp", use_cpu=True, rank=rank)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         torch.manual_seed(1)
@@ -106,14 +106,14 @@ def _work(options: argparse.Namespace) -> dict[str, Any]:
 
 def _start(world: int, arguments: list[str]) -> list[dict[str, Any]]:
     """What each of `world` ranks found. Raises RuntimeError with the end of the output of a rank that failed."""
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    if world == 1:
-        del shared["MASTER_ADDR"], shared["MASTER_PORT"]
+    shared = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    group = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "phi3_dist.bench.long_rows", "--worker", *arguments]
     ranks = []
     for rank in range(world):
-        env = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        env = {**os.environ, **shared}
+        if world > 1:
+            env |= {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         ranks.append(subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     found = []
     for process in ranks:

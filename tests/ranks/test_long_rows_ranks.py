@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from phi3_dist.adapters.reading import read_metadata
-from tests.ranks.launcher import free_port, run_ranks
+from tests.ranks.launcher import REPO, free_port, run_ranks
 from tests.ranks.long_row_bodies import train
-from tests.ranks.test_strategies import rows
+from tests.ranks.test_strategies import clean_environment, rows
 from tests.small_models import longrope_base
 
 pytestmark = pytest.mark.ranks
@@ -171,3 +173,19 @@ def test_one_process_run_goes_on_in_two_that_share(numbers: Numbers, tmp_path: P
 @pytest.mark.full
 def test_the_exchange_is_deepspeeds(deepspeed_ops: Path) -> None:
     run_ranks(f"{HERE}:as_deepspeeds", 2, deepspeed=True)
+
+
+@pytest.mark.full
+def test_the_benchmark_of_a_long_row_runs_on_one_process_and_on_two(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "phi3_dist.bench.long_rows", "--tokens", "512", "--layers", "1", "--json"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "found.json")], cwd=REPO, env=clean_environment(), text=True, capture_output=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    (one,), two = found["1"], found["2"]
+    for rank in two:
+        assert rank["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert rank["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+        assert rank["tensors_mib"] < 0.6 * one["tensors_mib"]
