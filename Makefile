@@ -136,8 +136,9 @@ bench-sharding: setup ## what ZeRO-3's and FSDP2's prefetch settings are worth: 
 bench-generate: setup ## answers per second, beside transformers.generate and vLLM where it is (after make demo)
 	@$(BIN)/python -m phi3_dist.bench.generate $(if $(wildcard .venv-serve/.installed),--server-python .venv-serve/bin/python)
 
-bench-gpu: setup ## Phi-3-mini's real shape on one GPU: LoRA, QLoRA, FP8
+bench-gpu: setup ## on one GPU: LoRA, QLoRA, FP8 at Phi-3-mini's real shape, and a sweep beside separate runs
 	@$(BIN)/python -m phi3_dist.bench.gpu
+	@$(BIN)/python -m phi3_dist.bench.sweep --gpu --rounds 1
 
 bench-memory: setup ## memory as planned against real steps, on fake CUDA tensors and on this CPU
 	@$(BIN)/python -m phi3_dist.bench.memory --page docs/memory.md

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from multiprocessing import Pipe
 from pathlib import Path
 from threading import Thread
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi3_dist.bench import gpu
+from phi3_dist.bench import gpu, sweep
 from phi3_dist.bench.throughput_sides import SHAPE, Round, save_base
 from phi3_dist.family.variants import FAMILIES, Shape
 from tests.dying_worker import dies
@@ -122,3 +123,19 @@ def test_what_cannot_run_is_not_timed_and_told() -> None:
     lines = gpu.loss_lines(5, found)
     assert len(lines) == 2
     assert lines[1].startswith("model.loss=liger was not timed")
+
+
+def test_a_sweeps_memory_on_a_gpu_is_what_rises_in_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho x >> {tmp_path}/asked\nexpr 1000 + 10 \\* $(wc -l < {tmp_path}/asked)\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    seconds, mib = sweep._run(["--version"], 1, gpu=True)
+    asked = len((tmp_path / "asked").read_text().splitlines())
+    assert asked >= 2, "once before, and while it runs"
+    assert mib == 10 * (asked - 1)
+    assert seconds > 0.1
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    with pytest.raises(SystemExit) as ended:
+        sweep.main(["--gpu"])
+    assert ended.value.code == 2
