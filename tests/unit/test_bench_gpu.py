@@ -127,13 +127,16 @@ def test_what_cannot_run_is_not_timed_and_told() -> None:
 
 def test_a_sweeps_memory_on_a_gpu_is_what_rises_in_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smi = tmp_path / "nvidia-smi"
-    smi.write_text(f"#!/bin/sh\necho x >> {tmp_path}/asked\nexpr 1000 + 10 \\* $(wc -l < {tmp_path}/asked)\n")
+    asked = tmp_path / "asked"
+    smi.write_text(  # the command that is measured lists the cards with it, too
+        f'#!/bin/sh\ncase "$*" in *name*) exit 1;; esac\necho x >> {asked}\nexpr 1000 + 10 \\* $(wc -l < {asked})\n'
+    )
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     seconds, mib = sweep._run(["--version"], 1, gpu=True)
-    asked = len((tmp_path / "asked").read_text().splitlines())
-    assert asked >= 2, "once before, and while it runs"
-    assert mib == 10 * (asked - 1)
+    times = len(asked.read_text().splitlines())
+    assert times >= 2, "once before, and while it runs"
+    assert mib == 10 * (times - 1)
     assert seconds > 0.1
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     with pytest.raises(SystemExit) as ended:
